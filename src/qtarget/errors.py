@@ -1,0 +1,54 @@
+"""Every error qtarget raises on purpose: one root, and each is also the built-in error one would expect.
+
+A message says what is wrong, what was expected, and the next step.
+"""
+
+from __future__ import annotations
+
+
+class QTargetError(Exception):
+    """Root of all errors that qtarget raises on purpose."""
+
+
+class UnknownTargetError(QTargetError, LookupError):
+    """No target, divergence or ``package.module:Class`` goes by this name."""
+
+
+class HyperparameterError(QTargetError, ValueError):
+    """A hyper-parameter is unknown to the target or outside its range."""
+
+
+class MissingStatisticError(QTargetError, ValueError):
+    """The target needs a number of the frozen model that was not given."""
+
+
+class ShapeError(QTargetError, ValueError):
+    """Tensors do not line up."""
+
+
+class IncompatibleError(QTargetError, ValueError):
+    """Two choices that have no meaning together."""
+
+
+class CacheMismatchError(QTargetError, ValueError):
+    """A reference cache was made from other rows, another model, tokenizer or template."""
+
+
+class DataError(QTargetError, ValueError):
+    """The training rows are unusable as they are."""
+
+
+class ConfigError(QTargetError, ValueError):
+    """The training configuration is wrong."""
+
+
+class UnsupportedModelError(QTargetError, TypeError):
+    """The model's head is not one the loss knows how to apply."""
+
+
+class NonFiniteLossError(QTargetError, FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+class MissingDependencyError(QTargetError, ImportError):
+    """An optional package is needed for what was asked."""

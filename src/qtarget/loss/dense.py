@@ -1,0 +1,26 @@
+"""The readable oracle: the target's own formula, differentiated by autograd through full logits."""
+
+from __future__ import annotations
+
+from qtarget.loss.result import LossRequest, TokenReport, report
+from qtarget.shapes import Float, Tensor
+from qtarget.statistics import token_view
+
+
+def dense_token_losses(
+    logits: Float[Tensor, "tokens vocab"], request: LossRequest
+) -> tuple[Float[Tensor, " tokens"], TokenReport | None]:
+    """The loss at each supervised token, with its graph, and the report when the request asks for one."""
+    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    target = request.target
+    view = token_view(
+        wide,
+        request.labels,
+        target.needs,
+        request.reference,
+        request.teacher,
+        request.sequence_ids,
+        request.label_weights,
+    )
+    losses = target.losses(view).total(request.loss_weights)
+    return losses, report(wide.detach(), view, request) if request.want_report else None

@@ -1,0 +1,206 @@
+"""From the public arguments to one backend: flatten, drop masked tokens, check, run, divide once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+
+from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.loss.chunked import Head, chunked_loss_sum
+from qtarget.loss.dense import dense_token_losses
+from qtarget.loss.result import LossRequest, TokenReport
+from qtarget.reductions import Reduction, denominator
+from qtarget.shapes import Float, Int, Tensor
+from qtarget.statistics import check_frozen, check_outcomes, token_statistics
+from qtarget.types import FrozenHead, Reference, Target, TokenView
+
+Backend = Literal["auto", "chunked", "dense"]
+
+
+def build_request(
+    rows: Float[Tensor, "... features"],
+    labels: Int[Tensor, "..."],
+    target: Target,
+    vocab: int,
+    *,
+    reference: Reference | FrozenHead | None,
+    teacher: Reference | FrozenHead | None,
+    sequence_ids: Int[Tensor, "..."] | None,
+    loss_weights: Float[Tensor, "..."] | None,
+    label_weights: Float[Tensor, "..."] | None,
+    ignore_index: int,
+    want_report: bool,
+) -> tuple[Int[Tensor, " kept"], LossRequest]:
+    """Indices of the supervised tokens among the flat ones, and the request for exactly those.
+
+    Raises:
+        ShapeError: anything that does not line up with the labels, or a label outside the vocabulary.
+        MissingStatisticError: the target needs a number of a frozen model that was not given.
+    """
+    leading = tuple(labels.shape)
+    if tuple(rows.shape[:-1]) != leading:
+        raise ShapeError(f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {leading}; labels are already shifted")
+    check_frozen(reference, target.needs.reference, target.name, "reference")
+    check_frozen(teacher, target.needs.teacher, target.name, "teacher")
+    flat_labels = labels.reshape(-1)
+    kept = (flat_labels != ignore_index).nonzero()[:, 0]
+    trained = flat_labels[kept]
+    if len(trained) and (int(trained.min()) < 0 or int(trained.max()) >= vocab):
+        raise ShapeError(
+            f"labels range from {int(trained.min())} to {int(trained.max())}, the vocabulary has {vocab} entries; "
+            f"masked positions carry {ignore_index}"
+        )
+    if sequence_ids is None and len(leading) == 2:
+        sequence_ids = torch.arange(leading[0], device=labels.device)[:, None].expand(leading)
+
+    def select(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if tuple(value.shape) != leading:
+            raise ShapeError(f"{name} has shape {tuple(value.shape)}, labels {leading}; expected one value a label")
+        return value.detach().reshape(-1)[kept]
+
+    models = [None if m is None else m.flatten(leading).rows(kept) for m in (reference, teacher)]
+    for model in models:
+        check_outcomes(model, vocab)
+    request = LossRequest(
+        target,
+        trained,
+        *models,
+        sequence_ids=select("sequence_ids", sequence_ids),
+        label_weights=select("label_weights", label_weights),
+        loss_weights=select("loss_weights", loss_weights),
+        want_report=want_report,
+    )
+    return kept, request
+
+
+def with_batch_weights(request: LossRequest, label_log_probs: Float[Tensor, " tokens"], vocab: int) -> LossRequest:
+    """Fill in the label weights of a sequence- or batch-scope target from this call's tokens.
+
+    Raises:
+        MissingStatisticError: tokens cannot be told apart by sequence.
+    """
+    weights = batch_label_weights(
+        request.target, label_log_probs, request.reference, request.sequence_ids, request.labels, vocab
+    )
+    return replace(request, label_weights=weights)
+
+
+@torch.no_grad()
+def batch_label_weights(
+    target: Target,
+    label_log_probs: Float[Tensor, " tokens"],
+    reference: Reference | FrozenHead | None,
+    sequence_ids: Int[Tensor, " tokens"] | None,
+    labels: Int[Tensor, " tokens"] | None = None,
+    vocab: int = 0,
+) -> Float[Tensor, " tokens"]:
+    """Label weights of a sequence- or batch-scope target over all tokens given (see ``qtarget.label_weights``)."""
+    rule = getattr(target, "label_weights", None)
+    if rule is None:
+        raise IncompatibleError(f"target {target.name!r} has no label weights of its own; call its loss instead")
+    if sequence_ids is None:
+        raise MissingStatisticError(
+            f"target {target.name!r} works on whole sequences; pass labels as [batch, time] or give sequence_ids"
+        )
+    if isinstance(reference, FrozenHead):
+        assert labels is not None
+        reference = token_statistics(
+            hidden=reference.hidden,
+            lm_head_weight=reference.lm_head_weight,
+            bias=reference.bias,
+            logit_scale=reference.logit_scale,
+            logit_softcap=reference.logit_softcap,
+            labels=labels,
+        )
+    view = TokenView(label_log_probs.detach(), vocab, reference=reference, sequence_ids=sequence_ids)
+    return rule(view).detach()
+
+
+def unflatten(report: TokenReport | None, kept: Tensor, leading: tuple[int, ...]) -> TokenReport | None:
+    """Back to the labels' shape, zero where masked."""
+    if report is None:
+        return None
+    count = 1
+    for size in leading:
+        count *= size
+    return report.map(lambda v: torch.zeros(count, dtype=v.dtype, device=v.device).index_copy(0, kept, v).reshape(leading))
+
+
+def loss_from_logits(
+    logits: Float[Tensor, "... vocab"],
+    labels: Int[Tensor, "..."],
+    target: Target,
+    *,
+    num_items: int | Tensor | None,
+    reduction: Reduction,
+    **inputs,
+) -> tuple[Tensor, Tensor, TokenReport | None]:
+    """Reduced loss, detached per-token losses and report, through full logits."""
+    divide_by = None
+    vocab = logits.shape[-1]
+    kept, request = build_request(logits, labels, target, vocab, **inputs)
+    divide_by = denominator(len(kept), num_items, reduction)
+    rows = logits.reshape(-1, vocab)[kept]
+    if target.scope != "token" and request.label_weights is None:
+        log_probs = rows.detach().double() if rows.dtype == torch.float64 else rows.detach().float()
+        at_label = log_probs.gather(-1, request.labels[:, None])[:, 0] - log_probs.logsumexp(-1)
+        request = with_batch_weights(request, at_label, vocab)
+    losses, report = dense_token_losses(rows, request)
+    full = torch.zeros(labels.numel(), dtype=losses.dtype, device=losses.device).index_copy(0, kept, losses)
+    full = full.reshape(labels.shape)
+    if reduction == "none":
+        return full, full.detach(), unflatten(report, kept, tuple(labels.shape))
+    return losses.sum() / divide_by, full.detach(), unflatten(report, kept, tuple(labels.shape))
+
+
+def loss_from_hidden(
+    hidden: Float[Tensor, "... width"],
+    head: Head,
+    labels: Int[Tensor, "..."],
+    target: Target,
+    *,
+    num_items: int | Tensor | None,
+    reduction: Reduction,
+    backend: Backend,
+    chunk_size: int | None,
+    **inputs,
+) -> tuple[Tensor, TokenReport | None]:
+    """Reduced loss and report from hidden states.
+
+    Raises:
+        HyperparameterError: unknown backend, or ``reduction="none"``, whose gradient cannot be made in the forward pass.
+    """
+    if backend not in get_args(Backend):
+        raise HyperparameterError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        raise ShapeError(f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]")
+    if backend == "dense":
+        logits = head.logits(hidden.reshape(-1, hidden.shape[-1]), exact=target.needs.soft)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
+        loss, _, report = loss_from_logits(logits, labels, target, num_items=num_items, reduction=reduction, **inputs)
+        return loss, report
+    if reduction == "none":
+        raise HyperparameterError(
+            "linear_target_loss computes gradients in its forward pass, so losses cannot be weighted afterwards; "
+            "pass loss_weights=..., use return_report=True to look at them, or backend='dense'"
+        )
+    kept, request = build_request(hidden, labels, target, head.weight.shape[0], **inputs)
+    divide_by = denominator(len(kept), num_items, reduction)
+    rows = hidden.reshape(-1, hidden.shape[-1])[kept]
+    if target.scope != "token" and request.label_weights is None:
+        live = token_statistics(
+            hidden=rows.detach(),
+            lm_head_weight=head.weight.detach(),
+            bias=head.bias,
+            logit_scale=head.scale,
+            logit_softcap=head.softcap,
+            labels=request.labels,
+        )
+        assert live.label_log_probs is not None
+        request = with_batch_weights(request, live.label_log_probs, head.weight.shape[0])
+    total, report = chunked_loss_sum(rows, head, request, chunk_size)
+    return total / divide_by, unflatten(report, kept, tuple(labels.shape))

@@ -1,0 +1,89 @@
+"""What every backend is asked for and what it reports, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from qtarget.shapes import Float, Int, Tensor
+from qtarget.statistics import entropy_of, log_normalizer, pull_weights
+from qtarget.types import FrozenHead, Reference, Target, TokenView
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """Supervised tokens only, flat: masked ones are dropped before anything is computed.
+
+    Attributes:
+        target: the method.
+        labels: ``[tokens]``.
+        reference, teacher: frozen models at these tokens, where given.
+        sequence_ids, label_weights: ``[tokens]``, for targets of sequence or batch scope.
+        loss_weights: ``[tokens]`` factors on the label term.
+        want_report: also fill a ``TokenReport``.
+    """
+
+    target: Target
+    labels: Int[Tensor, " tokens"]
+    reference: Reference | FrozenHead | None = None
+    teacher: Reference | FrozenHead | None = None
+    sequence_ids: Tensor | None = None
+    label_weights: Tensor | None = None
+    loss_weights: Tensor | None = None
+    want_report: bool = False
+
+    def rows(self, index: slice) -> LossRequest:
+        """The same request for some of its tokens."""
+
+        def cut(value):
+            if isinstance(value, Reference | FrozenHead):
+                return value.rows(index)
+            return value[index] if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: cut(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """Detached numbers of a loss call, one a token, shaped like the labels (zero where masked).
+
+    Attributes:
+        losses: the target's loss, nats.
+        label_log_probs: live log-prob of the observed token, nats.
+        entropy: of the live model, nats.
+        correct: 1 where the most likely token is the label.
+        label_weights: ``a``, the weight of the pull towards the observed token.
+        residual_weights: ``b``, the weight of the pull towards the residual distribution.
+    """
+
+    losses: Tensor
+    label_log_probs: Tensor
+    entropy: Tensor
+    correct: Tensor
+    label_weights: Tensor
+    residual_weights: Tensor
+
+    def map(self, function) -> TokenReport:
+        """Apply ``function`` to every field."""
+        return TokenReport(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+    @staticmethod
+    def concatenate(parts: list[TokenReport]) -> TokenReport:
+        """Join the reports of consecutive chunks."""
+        return TokenReport(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TokenReport)})
+
+
+@torch.no_grad()
+def report(logits: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest) -> TokenReport:
+    """The report of one run of tokens whose logits are at hand."""
+    label, residual = pull_weights(request.target, view, request.loss_weights)
+    lse = log_normalizer(logits)
+    return TokenReport(
+        losses=request.target.losses(view).total(request.loss_weights).detach(),
+        label_log_probs=view.label_log_probs.detach(),
+        entropy=entropy_of(logits, lse),
+        correct=(logits.argmax(-1) == request.labels).to(lse.dtype),
+        label_weights=label,
+        residual_weights=residual,
+    )

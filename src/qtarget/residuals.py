@@ -1,0 +1,75 @@
+"""Where the rest of the mass goes: uniform, the reference, a teacher, or a mixture of self and teacher.
+
+All functions take log-probabilities on shared outcomes (``Outcomes``: the whole vocabulary, or top-k and a tail), so a
+formula is written once for full and for sparse distributions. Units are nats.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qtarget.errors import IncompatibleError
+from qtarget.shapes import Float, Tensor
+from qtarget.types import Outcomes, Reference
+
+
+def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:
+    """``sum exp(log_probs) values`` where an outcome of probability zero counts zero, whatever its value."""
+    probs = log_probs.exp()
+    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
+
+
+def cross_entropy(
+    target_log_probs: Float[Tensor, "tokens outcomes"], model_log_probs: Float[Tensor, "tokens outcomes"]
+) -> Float[Tensor, " tokens"]:
+    """``-sum q log p``; its gradient is a pull of weight one towards ``q``."""
+    return -expectation(target_log_probs, model_log_probs)
+
+
+def forward_kl(pair: Outcomes) -> Float[Tensor, " tokens"]:
+    """``KL(frozen || model)``: the cross entropy minus the frozen model's entropy, so it is 0 at agreement."""
+    return cross_entropy(pair.frozen, pair.model) - cross_entropy(pair.frozen, pair.frozen)
+
+
+def geometric_mixture(pair: Outcomes, teacher_weight: float) -> Float[Tensor, "tokens outcomes"]:
+    """``log softmax((1 - w) sg z + w z_frozen)``, detached: the normalised geometric mean of self and frozen model.
+
+    Log-probs stand in for logits: the softmax removes the two normalisers. An outcome that the frozen model excludes
+    (minus infinity) stays excluded for every ``w > 0``; at ``w = 0`` the mixture is the model itself.
+    """
+    model = pair.model.detach()
+    if teacher_weight == 0:
+        return model - model.logsumexp(-1, keepdim=True)
+    return ((1 - teacher_weight) * model + teacher_weight * pair.frozen).log_softmax(-1)
+
+
+def uniform_cross_entropy(mean_log_prob: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Cross entropy towards the uniform distribution: minus the mean log-prob of the vocabulary."""
+    return -mean_log_prob
+
+
+def reverse_kl(pair: Outcomes) -> Float[Tensor, " tokens"]:
+    """``KL(model || frozen)``; infinite where the model keeps mass on an outcome that the frozen model excludes."""
+    return expectation(pair.model, pair.model - pair.frozen)
+
+
+def log_mixture(first: Tensor, second: Tensor, second_weight: float) -> Float[Tensor, "tokens outcomes"]:
+    """``log((1 - w) exp(first) + w exp(second))``; exact at ``w = 0`` and ``w = 1``."""
+    if second_weight in (0, 1):
+        return second if second_weight else first
+    return torch.logaddexp(first + math.log1p(-second_weight), second + math.log(second_weight))
+
+
+def refuse_renormalize(frozen: Reference | None, name: str) -> None:
+    """Raise where a divergence would be infinite at every token.
+
+    Raises:
+        IncompatibleError: the frozen distribution was cut to its top k and scaled up.
+    """
+    if frozen is not None and frozen.log_probs is None and frozen.tail_policy == "renormalize":
+        raise IncompatibleError(
+            f"{name!r} is infinite for a teacher whose tail was dropped (tail_policy 'renormalize'); "
+            "use tail_policy 'bucket' or 'spread', or a forward divergence"
+        )

@@ -1,0 +1,48 @@
+"""Train on the tokens whose loss most exceeds the frozen model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtarget.reductions import keep_top
+from qtarget.shapes import Float, Tensor
+from qtarget.targets._checks import in_range
+from qtarget.types import LabelWeight, Needs, TokenView, require
+
+
+@dataclass(frozen=True)
+class Rho1(LabelWeight):
+    """``w = 1`` for the top share of ``nll - nll_ref`` over the batch's trained tokens, else 0; ``a = w``, ``b = 0``.
+
+    The reference is a model trained on clean text. The denominator stays the count of all trained tokens.
+
+    Args:
+        keep_fraction: share of tokens kept, in (0, 1]; 0.6 (the papers use 60 to 70 %).
+
+    Example:
+        >>> import torch, qtarget
+        >>> reference = qtarget.Reference(label_log_probs=torch.tensor([[-1.0, -1.0]]))
+        >>> target = qtarget.get_target("rho1", keep_fraction=0.5)
+        >>> qtarget.label_weights(target, torch.tensor([[-1.5, -3.0]]), reference=reference)
+        tensor([[0., 1.]])
+
+    Reference: arXiv 2404.07965. Deviations: none.
+    """
+
+    keep_fraction: float = 0.6
+
+    name = "rho1"
+    formula = "-1[top k of nll - nll_ref] log p_y"
+    paper = "2404.07965"
+    scope = "batch"
+
+    def __post_init__(self) -> None:
+        in_range(self, "keep_fraction", 0, 1, open_low=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=frozenset({"label_log_probs"}))
+
+    def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
+        excess = require(x.reference, "label_log_probs", self.name) - x.label_log_probs.detach()
+        return keep_top(excess, self.keep_fraction)

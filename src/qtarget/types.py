@@ -1,0 +1,345 @@
+"""The nouns: what is known of a frozen model, what a target may look at, and what a target is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.shapes import Float, Int, Tensor
+
+TailPolicy = Literal["bucket", "spread", "renormalize"]
+Scope = Literal["token", "sequence", "batch"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of a frozen model at each label; every field but the policy may be absent.
+
+    Attributes:
+        label_log_probs: ``[tokens]``, nats; log-probability of the observed token.
+        entropy: ``[tokens]``, nats; over the whole vocabulary.
+        topk_ids: ``[tokens, k]``; token ids, ``-1`` marks an unused slot.
+        topk_log_probs: ``[tokens, k]``, nats, at temperature 1.
+        tail_log_mass: ``[tokens]``, nats; log of the probability outside ``topk_ids``.
+        log_probs: ``[tokens, vocab]``, nats; the whole distribution, when memory allows.
+        tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
+            uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one).
+
+    Leading dimensions follow the labels the reference is used with (``[batch, time]`` or flat).
+    """
+
+    label_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_log_probs: Tensor | None = None
+    tail_log_mass: Tensor | None = None
+    log_probs: Tensor | None = None
+    tail_policy: TailPolicy = "bucket"
+
+    def __post_init__(self) -> None:
+        if self.tail_policy not in get_args(TailPolicy):
+            raise IncompatibleError(
+                f"tail_policy {self.tail_policy!r} is unknown; expected one of {', '.join(get_args(TailPolicy))}"
+            )
+        if (self.topk_ids is None) != (self.topk_log_probs is None):
+            raise ShapeError("topk_ids and topk_log_probs go together; give both or neither")
+        if self.topk_ids is not None and self.topk_log_probs is not None:
+            if self.topk_ids.shape != self.topk_log_probs.shape:
+                raise ShapeError(
+                    f"topk_ids has shape {tuple(self.topk_ids.shape)}, topk_log_probs {tuple(self.topk_log_probs.shape)}; "
+                    "they must be equal"
+                )
+
+    @classmethod
+    def from_logits(cls, logits: Float[Tensor, "... vocab"], labels: Int[Tensor, "..."]) -> Reference:
+        """The whole distribution of a frozen model whose logits are at hand (masked labels get the log-prob 0)."""
+        log_probs = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        at_label = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return cls(label_log_probs=at_label.masked_fill(labels < 0, 0.0), log_probs=log_probs)
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether more than single tokens is known: full log-probs, or top-k with its tail mass."""
+        sparse = self.topk_ids is not None and (self.tail_log_mass is not None or self.tail_policy == "renormalize")
+        return self.log_probs is not None or sparse
+
+    def flatten(self, leading: tuple[int, ...]) -> Reference:
+        """Merge the leading dimensions (those of the labels) into one ``tokens`` dimension.
+
+        Raises:
+            ShapeError: if a field does not start with ``leading``.
+        """
+
+        def flat(name: str, value: Tensor) -> Tensor:
+            if tuple(value.shape[: len(leading)]) != tuple(leading):
+                raise ShapeError(
+                    f"reference.{name} has shape {tuple(value.shape)}, but the labels have {tuple(leading)}: "
+                    "a reference is aligned with the labels row by row"
+                )
+            return value.reshape(-1, *value.shape[len(leading) :])
+
+        return self._map(flat)
+
+    def rows(self, index: Int[Tensor, " kept"] | slice) -> Reference:
+        """The same reference for some of its (flat) tokens."""
+        return self._map(lambda _, value: value[index])
+
+    def _map(self, function) -> Reference:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(name, value.detach()) for name, value in tensors.items()})
+
+    def resolve(self, labels: Int[Tensor, " tokens"]) -> Reference:
+        """Itself; the counterpart of ``FrozenHead.resolve``."""
+        return self
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """A frozen model given by its hidden states and head; its logits exist one chunk at a time.
+
+    Attributes:
+        hidden: ``[tokens, width]`` last hidden states, aligned with the labels.
+        lm_head_weight: ``[vocab, width]``.
+        bias: ``[vocab]`` or absent.
+        logit_scale: factor on the logits (Cohere, Granite); 1 for most models.
+        logit_softcap: ``c`` of ``c tanh(logits / c)`` (Gemma 2), or absent.
+    """
+
+    hidden: Tensor
+    lm_head_weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    has_distribution: ClassVar[bool] = True
+
+    def flatten(self, leading: tuple[int, ...]) -> FrozenHead:
+        """Merge the leading dimensions (those of the labels) into one ``tokens`` dimension."""
+        if tuple(self.hidden.shape[:-1]) != tuple(leading):
+            raise ShapeError(
+                f"the frozen model's hidden states have shape {tuple(self.hidden.shape)}, but the labels have "
+                f"{tuple(leading)}; expected {(*leading, 'width')}"
+            )
+        return replace(self, hidden=self.hidden.detach().reshape(-1, self.hidden.shape[-1]))
+
+    def rows(self, index: Int[Tensor, " kept"] | slice) -> FrozenHead:
+        """The same head for some of its (flat) tokens."""
+        return replace(self, hidden=self.hidden[index])
+
+    @torch.no_grad()
+    def resolve(self, labels: Int[Tensor, " tokens"]) -> Reference:
+        """Full log-probs of these tokens (call it on a chunk)."""
+        logits = project(
+            self.hidden, self.lm_head_weight, self.bias, self.logit_scale, self.logit_softcap, exact=True
+        )
+        log_probs = logits.log_softmax(-1)
+        return Reference(label_log_probs=log_probs.gather(-1, labels[:, None])[:, 0], log_probs=log_probs)
+
+
+def project(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    *,
+    exact: bool = False,
+) -> Float[Tensor, "tokens vocab"]:
+    """Logits ``softcap(scale (h W^T + b))``, at least float32.
+
+    ``exact=True`` multiplies in float32 too: near its teacher a model's soft-target gradient is a difference of close
+    numbers, and logits rounded to bfloat16 lose 20 to 200 % of it. The head is then widened a block of rows at a time.
+    """
+    if exact and hidden.dtype in (torch.bfloat16, torch.float16):
+        block = 8192  # rows of the head widened at once: 8192 x 4096 x 4 bytes = 128 MiB
+        wide = hidden.float()
+        logits = torch.cat([wide @ rows.float().T for rows in weight.split(block)], dim=-1)
+    else:
+        logits = hidden @ weight.T.to(hidden.dtype)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        logits = logits + bias
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Live and frozen log-probabilities on the same outcomes: the whole vocabulary, or k tokens and one tail.
+
+    Attributes:
+        model: ``[tokens, outcomes]``, nats; the live model, carries the gradient.
+        frozen: ``[tokens, outcomes]``, nats; the reference or the teacher.
+    """
+
+    model: Tensor
+    frozen: Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The statistics a target asks for, beyond the label's log-probability.
+
+    Attributes:
+        entropy: entropy of the live model.
+        mean_log_prob: mean over the vocabulary of the live log-probs (the uniform residual).
+        top_k: how many of the live model's largest log-probs (detached).
+        log_probs: the live model's whole log-softmax.
+        reference, teacher: fields of the frozen models: ``label_log_probs``, ``log_probs`` or ``distribution``
+            (either full log-probs or top-k with tail).
+    """
+
+    entropy: bool = False
+    mean_log_prob: bool = False
+    top_k: int = 0
+    log_probs: bool = False
+    reference: frozenset[str] = frozenset()
+    teacher: frozenset[str] = frozenset()
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.entropy or other.entropy,
+            self.mean_log_prob or other.mean_log_prob,
+            max(self.top_k, other.top_k),
+            self.log_probs or other.log_probs,
+            self.reference | other.reference,
+            self.teacher | other.teacher,
+        )
+
+    @property
+    def soft(self) -> bool:
+        """Whether a second distribution is compared with the live one (then logits must be float32)."""
+        return bool({"distribution", "log_probs"} & (self.reference | self.teacher))
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """All a target may look at, for a run of supervised tokens. Live fields carry the gradient.
+
+    Attributes:
+        label_log_probs: ``[tokens]`` live log-prob of the observed token, nats.
+        entropy, mean_log_prob: ``[tokens]``, if asked for.
+        top_log_probs: ``[tokens, top_k]`` largest live log-probs, detached, descending.
+        log_probs: ``[tokens, vocab]``, if asked for.
+        on_reference, on_teacher: live and frozen log-probs on shared outcomes.
+        reference, teacher: the frozen numbers themselves.
+        sequence_ids: ``[tokens]`` which sequence a token belongs to (sequence and batch scope).
+        label_weights: ``[tokens]`` weights computed beforehand over the whole batch (sequence and batch scope).
+        vocab_size: V.
+    """
+
+    label_log_probs: Float[Tensor, " tokens"]
+    vocab_size: int
+    entropy: Tensor | None = None
+    mean_log_prob: Tensor | None = None
+    top_log_probs: Tensor | None = None
+    log_probs: Tensor | None = None
+    on_reference: Outcomes | None = None
+    on_teacher: Outcomes | None = None
+    reference: Reference | None = None
+    teacher: Reference | None = None
+    sequence_ids: Tensor | None = None
+    label_weights: Tensor | None = None
+
+    @property
+    def label_probs(self) -> Float[Tensor, " tokens"]:
+        """``p_y``, detached: as a weight it is a constant (the papers' stop-gradient)."""
+        return self.label_log_probs.detach().exp()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A target's loss at each token, in its two parts.
+
+    Attributes:
+        label: ``[tokens]`` the pull towards the observed token; per-token loss weights multiply this part alone.
+        residual: ``[tokens]`` the pull towards the residual distribution.
+    """
+
+    label: Float[Tensor, " tokens"] | None = None
+    residual: Float[Tensor, " tokens"] | None = None
+
+    def total(self, loss_weights: Float[Tensor, " tokens"] | None = None) -> Float[Tensor, " tokens"]:
+        """``loss_weights * label + residual``.
+
+        Raises:
+            IncompatibleError: weights were given to a target that never looks at the observed token.
+        """
+        if loss_weights is not None and self.label is None:
+            raise IncompatibleError(
+                "loss weights multiply the pull towards the observed token, and this target has none; "
+                "remove the weights, mask tokens with label -100, or choose a target with a label term"
+            )
+        if self.label is None:
+            assert self.residual is not None, "a target returns a label term, a residual term, or both"
+            return self.residual
+        label = self.label if loss_weights is None else loss_weights * self.label
+        return label if self.residual is None else label + self.residual
+
+
+class Target(ABC):
+    """What distribution each token's model is pulled towards. Subclasses are frozen dataclasses of hyper-parameters.
+
+    Attributes:
+        name: the file's name, and the name in configs.
+        formula: one line for the table of targets.
+        paper: arXiv id or origin.
+        scope: what must be seen at once: one token, one sequence, or the whole optimizer batch.
+        has_label_term: whether it pulls towards the observed token at all.
+        has_residual: whether it pulls towards a residual distribution.
+    """
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    paper: ClassVar[str]
+    scope: ClassVar[Scope] = "token"
+    has_label_term: ClassVar[bool] = True
+    has_residual: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that ``losses`` reads."""
+        return Needs()
+
+    @abstractmethod
+    def losses(self, x: TokenView) -> Terms:
+        """The paper's loss at each token, with the paper's stop-gradients."""
+
+
+class LabelWeight(Target):
+    """A target that only re-weights the observed token: ``-sg(w) log p_y``; the rest stays with the model itself."""
+
+    @abstractmethod
+    def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
+        """The weight ``w >= 0`` of each token."""
+
+    def losses(self, x: TokenView) -> Terms:
+        weights = self.label_weights(x) if x.label_weights is None else x.label_weights
+        return Terms(label=-weights.detach() * x.label_log_probs)
+
+
+def require(reference: Reference | None, field: str, target: str, role: str = "reference") -> Tensor:
+    """The field of a frozen model, or an error that says how to get it.
+
+    Raises:
+        MissingStatisticError: the frozen model or its field is absent.
+    """
+    value = None if reference is None else getattr(reference, field)
+    if value is None:
+        raise MissingStatisticError(missing_message(target, role, field))
+    return value
+
+
+def missing_message(target: str, role: str, field: str) -> str:
+    """One wording for every absent statistic."""
+    argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
+    option = " --top_k 32" if field in ("distribution", "log_probs") else ""
+    return (
+        f"target {target!r} needs {role}.{field}, which was not given; pass {argument}, "
+        f"or in training run `qtarget score CONFIG.yaml{option}` once and set `reference_cache`"
+    )
