@@ -63,7 +63,9 @@ def target_loss(
         if teacher is not None:
             raise ShapeError("give teacher_logits or teacher, not both")
         if teacher_logits.shape[:-1] != labels.shape:
-            raise ShapeError(f"teacher_logits have leading shape {tuple(teacher_logits.shape[:-1])}, labels {tuple(labels.shape)}")
+            raise ShapeError(
+                f"teacher_logits have leading shape {tuple(teacher_logits.shape[:-1])}, labels {tuple(labels.shape)}"
+            )
         teacher = Reference.from_logits(teacher_logits, labels.masked_fill(labels == ignore_index, -1))
     loss, token_losses, report = loss_from_logits(
         logits,

@@ -48,9 +48,13 @@ class Combined(Target):
                 "combine with hybrid_distillation, sft_kl or target_sft instead"
             )
         if self.weight.scope != "token" and self.base.scope != "token":
-            raise IncompatibleError(f"{self.name!r}: only one part may look at the whole batch; choose a token-scope part")
+            raise IncompatibleError(
+                f"{self.name!r}: only one part may look at the whole batch; choose a token-scope part"
+            )
         if self.base.scope != "token":
-            raise IncompatibleError(f"{self.name!r}: put the {self.base.scope}-scope weight first: {self.base.name}+{self.weight.name}")
+            raise IncompatibleError(
+                f"{self.name!r}: put the {self.base.scope}-scope weight first: {self.base.name}+{self.weight.name}"
+            )
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -72,7 +72,9 @@ def induced_target(
     Reference: arXiv 2606.11189 (the induced target). Deviations: the ``(a, b)`` fit is ours.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ShapeError(f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}")
+        raise ShapeError(
+            f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
     logits = logits.detach().double()
     gradient = torch.stack([_token_gradient(loss_fn, z, y) for z, y in zip(logits, labels, strict=True)])
     probs = logits.softmax(-1)
@@ -87,7 +89,9 @@ def _token_gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor,
         leaf = logits[None].clone().requires_grad_()
         loss = loss_fn(leaf, label[None])
         if not loss.requires_grad:
-            raise ShapeError("the loss does not depend on the logits; expected a differentiable callable of (logits, labels)")
+            raise ShapeError(
+                "the loss does not depend on the logits; expected a differentiable callable of (logits, labels)"
+            )
         return torch.autograd.grad(loss.sum(), leaf)[0][0]
 
 
@@ -98,7 +102,9 @@ def fit_pulls(gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor) -> tu
     alone = (gradient * to_label).sum(-1) / (to_label * to_label).sum(-1).clamp(min=1e-300)
     explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= FIT_TOLERANCE * scale
     basis = torch.stack([to_label, to_residual], dim=-1)
-    both = torch.linalg.lstsq(basis, gradient[..., None], driver="gelsd" if basis.device.type == "cpu" else None).solution[..., 0]
+    both = torch.linalg.lstsq(
+        basis, gradient[..., None], driver="gelsd" if basis.device.type == "cpu" else None
+    ).solution[..., 0]
     a = torch.where(explained, alone, both[:, 0])
     b = torch.where(explained, 0.0, both[:, 1])
     rest = gradient - a[:, None] * to_label - b[:, None] * to_residual

@@ -24,7 +24,7 @@ def available_targets() -> list[str]:
         True
     """
     packages = (targets, divergences)
-    return sorted(m.name for package in packages for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+    return sorted(m.name for package in packages for m in pkgutil.iter_modules(package.__path__))
 
 
 def target_class(name: str) -> type[Target]:
@@ -43,7 +43,8 @@ def target_class(name: str) -> type[Target]:
         )
     package = targets if name in {m.name for m in pkgutil.iter_modules(targets.__path__)} else divergences
     module = importlib.import_module(f"{package.__name__}.{name}")
-    return next(c for _, c in inspect.getmembers(module, inspect.isclass) if getattr(c, "name", None) == name)
+    classes: list[type[Target]] = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, Target)]
+    return next(c for c in classes if getattr(c, "name", None) == name)
 
 
 def _outside_class(name: str) -> type[Target]:
@@ -51,7 +52,9 @@ def _outside_class(name: str) -> type[Target]:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise UnknownTargetError(f"target {name!r} cannot be imported ({error}); expected package.module:Class") from error
+        raise UnknownTargetError(
+            f"target {name!r} cannot be imported ({error}); expected package.module:Class"
+        ) from error
     if not (inspect.isclass(found) and issubclass(found, Target)):
         raise UnknownTargetError(f"{name!r} is not a subclass of qtarget.Target")
     return found
@@ -91,7 +94,9 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
             what = "belongs to both parts; build qtarget.Combined(weight, base)" if owners else "is unknown"
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near and not owners else ""
-            raise HyperparameterError(f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(known) or 'none'}")
+            raise HyperparameterError(
+                f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(known) or 'none'}"
+            )
         chosen[owners[0]][key] = value
     built = [cls(**kwargs) for cls, kwargs in zip(classes, chosen, strict=True)]
     return built[0] if len(built) == 1 else Combined(*built)

@@ -86,7 +86,9 @@ def frozen_outcomes(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: T
     return joined - joined.logsumexp(-1, keepdim=True)
 
 
-def spread_log_probs(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: Tensor) -> Float[Tensor, "tokens vocab"]:
+def spread_log_probs(
+    frozen: Reference, listed: Bool[Tensor, "tokens k"], like: Tensor
+) -> Float[Tensor, "tokens vocab"]:
     """A full distribution with the tail mass uniform over the tokens that are not listed."""
     assert frozen.topk_ids is not None
     bucket = frozen_outcomes(replace(frozen, tail_policy="bucket"), listed, like)
@@ -370,7 +372,9 @@ def token_statistics(
     if rows is None or (logits is not None and hidden is not None) or (hidden is not None and head is None):
         raise ShapeError("give either logits, or hidden together with lm_head_weight")
     if rows.shape[:-1] != labels.shape:
-        raise ShapeError(f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {tuple(labels.shape)}; expected equal")
+        raise ShapeError(
+            f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {tuple(labels.shape)}; expected equal"
+        )
     flat_labels = labels.reshape(-1)
     kept = (flat_labels != ignore_index).nonzero()[:, 0]
     flat = rows.reshape(-1, rows.shape[-1])
@@ -384,7 +388,11 @@ def token_statistics(
         out["topk_log_probs"] = torch.full((len(flat), top_k), -torch.inf, dtype=dtype, device=rows.device)
         out["tail_log_mass"] = torch.zeros(len(flat), dtype=dtype, device=rows.device)
     for index in kept.split(chunk_size):
-        chunk = flat[index].to(dtype) if head is None else project(flat[index], head, bias, logit_scale, logit_softcap, exact=True)
+        chunk = (
+            flat[index].to(dtype)
+            if head is None
+            else project(flat[index], head, bias, logit_scale, logit_softcap, exact=True)
+        )
         for name, value in statistics_of(chunk, flat_labels[index], top_k).items():
             out[name][index] = value.to(out[name].dtype)
     shaped = {name: value.reshape(*labels.shape, *value.shape[1:]) for name, value in out.items()}

@@ -57,6 +57,10 @@ class Reference:
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "... vocab"], labels: Int[Tensor, "..."]) -> Reference:
         """The whole distribution of a frozen model whose logits are at hand (masked labels get the log-prob 0)."""
+        if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+            raise ShapeError(
+                f"labels reach {int(labels.max())}, the vocabulary of the frozen logits ends at {logits.shape[-1] - 1}"
+            )
         log_probs = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         at_label = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         return cls(label_log_probs=at_label.masked_fill(labels < 0, 0.0), log_probs=log_probs)
@@ -82,13 +86,13 @@ class Reference:
                 )
             return value.reshape(-1, *value.shape[len(leading) :])
 
-        return self._map(flat)
+        return self.map_tensors(flat)
 
     def rows(self, index: Int[Tensor, " kept"] | slice) -> Reference:
         """The same reference for some of its (flat) tokens."""
-        return self._map(lambda _, value: value[index])
+        return self.map_tensors(lambda _, value: value[index])
 
-    def _map(self, function) -> Reference:
+    def map_tensors(self, function) -> Reference:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: function(name, value.detach()) for name, value in tensors.items()})
 
@@ -133,9 +137,7 @@ class FrozenHead:
     @torch.no_grad()
     def resolve(self, labels: Int[Tensor, " tokens"]) -> Reference:
         """Full log-probs of these tokens (call it on a chunk)."""
-        logits = project(
-            self.hidden, self.lm_head_weight, self.bias, self.logit_scale, self.logit_softcap, exact=True
-        )
+        logits = project(self.hidden, self.lm_head_weight, self.bias, self.logit_scale, self.logit_softcap, exact=True)
         log_probs = logits.log_softmax(-1)
         return Reference(label_log_probs=log_probs.gather(-1, labels[:, None])[:, 0], log_probs=log_probs)
 

@@ -84,7 +84,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grads = Gradients.zeros(hidden, head, ctx.needs_input_grad[:3])
         differentiate = any(ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, len(hidden), chunk_size):
+        for start in range(0, max(len(hidden), 1), chunk_size):  # an empty batch runs once: its report is empty too
             index = slice(start, start + chunk_size)
             value, gradient = _chunk(hidden[index], head, request.rows(index), differentiate, out)
             loss += value

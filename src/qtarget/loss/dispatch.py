@@ -19,6 +19,14 @@ from qtarget.types import FrozenHead, Reference, Target, TokenView
 Backend = Literal["auto", "chunked", "dense"]
 
 
+def check_rows(rows: Tensor, labels: Tensor) -> None:
+    """Raise unless there is one row for each label."""
+    if rows.shape[:-1] != labels.shape:
+        raise ShapeError(
+            f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {tuple(labels.shape)}; labels are already shifted"
+        )
+
+
 def build_request(
     rows: Float[Tensor, "... features"],
     labels: Int[Tensor, "..."],
@@ -40,8 +48,7 @@ def build_request(
         MissingStatisticError: the target needs a number of a frozen model that was not given.
     """
     leading = tuple(labels.shape)
-    if tuple(rows.shape[:-1]) != leading:
-        raise ShapeError(f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {leading}; labels are already shifted")
+    check_rows(rows, labels)
     check_frozen(reference, target.needs.reference, target.name, "reference")
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     flat_labels = labels.reshape(-1)
@@ -179,7 +186,10 @@ def loss_from_hidden(
     if hidden.shape[-1] != head.weight.shape[-1]:
         raise ShapeError(f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]")
     if backend == "dense":
-        logits = head.logits(hidden.reshape(-1, hidden.shape[-1]), exact=target.needs.soft)
+        check_rows(hidden, labels)
+        masked = (labels == inputs["ignore_index"])[..., None]
+        rows = hidden.masked_fill(masked, 0.0).reshape(-1, hidden.shape[-1])  # else 0 x NaN reaches the head's gradient
+        logits = head.logits(rows, exact=target.needs.soft)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         loss, _, report = loss_from_logits(logits, labels, target, num_items=num_items, reduction=reduction, **inputs)
         return loss, report

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qtarget.shapes import Float, Tensor
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import LabelWeight, Needs, TokenView
 
 

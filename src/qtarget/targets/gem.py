@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qtarget.residuals import expectation
-from qtarget.targets._checks import in_range, one_of
+from qtarget.checks import in_range, one_of
 from qtarget.types import Needs, Target, Terms, TokenView
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qtarget.residuals import cross_entropy, uniform_cross_entropy
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import Needs, Target, Terms, TokenView, require
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.residuals import cross_entropy
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import Needs, Target, Terms, TokenView
 
 

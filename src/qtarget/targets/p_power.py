@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import Target, Terms, TokenView
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.shapes import Float, Tensor
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import LabelWeight, TokenView
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import Needs, Target, Terms, TokenView, require
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qtarget.reductions import keep_top
 from qtarget.shapes import Float, Tensor
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import LabelWeight, Needs, TokenView, require
 
 

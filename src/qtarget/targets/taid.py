@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qtarget.residuals import forward_kl, geometric_mixture
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import Needs, Outcomes, Target, Terms, TokenView
 
 

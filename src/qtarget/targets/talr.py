@@ -8,7 +8,7 @@ import torch
 
 from qtarget.reductions import sequence_means
 from qtarget.shapes import Float, Tensor
-from qtarget.targets._checks import in_range
+from qtarget.checks import in_range
 from qtarget.types import LabelWeight, TokenView
 
 

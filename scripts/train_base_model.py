@@ -1,0 +1,249 @@
+"""Train the embedded base model from a seed on a corpus generated from `qtarget.data.tasks`.
+
+    python scripts/train_base_model.py --seed 0 --threads 1 --output src/qtarget/data/embedded/base_model
+
+The same seed, thread count, processor type and torch version give the same weights. The output folder is a Hugging Face
+model folder plus `training_log.jsonl` and a `README.md` with the accuracy of every skill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qtarget.data import tasks
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+VOCABULARY_SIZE = 512
+SEQUENCE_LENGTH, BATCH_SIZE = 128, 8
+PEAK_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.1
+# Questions are random and cannot be predicted: at full weight their noise would drown what can be learnt.
+QUESTION_WEIGHT = 0.1
+# Skills with more to learn are drawn more often; the rest have weight 1.
+SKILL_WEIGHTS = {"reverse": 3, "sort": 2, "count": 2, "add": 3, "subtract": 3, "lookup": 2, "join": 1.5, "zero_pad": 1.5}
+# Upper-case runs and digits stay single characters; words keep their leading space.
+PRE_TOKENIZER = r"[0-9]| ?[A-Z][a-z]+| ?[a-z]+|[A-Z]| ?[^\sA-Za-z0-9]|\s"
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'Response:\\n' -}}{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'Instruction: ' + message['content'] + '\\n' -}}
+{%- else -%}
+{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Response:\\n' -}}{%- endif -%}
+"""
+
+
+def train_tokenizer(seed: int, examples_per_skill: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over texts of both formats, so that the words of an instruction are whole tokens from the start."""
+    rng = Random(f"tokenizer-{seed}")
+    texts = []
+    for skill in tasks.SKILLS:
+        for _ in range(examples_per_skill):
+            problem = tasks.sample_problem_in(skill, "train", rng)
+            row = tasks.demonstration(problem, rng)
+            texts += [tasks.pretraining_text(problem, rng), row["prompt"] + row["completion"]]
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PRE_TOKENIZER), "isolated"), byte_level]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, model_max_length=256, padding_side="left"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(vocabulary_size: int, end_of_text: int, pad: int) -> LlamaForCausalLM:
+    """About 1.1 million parameters: four Llama layers of width 144."""
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=144,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end_of_text,
+        pad_token_id=pad,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=end_of_text, pad_token_id=pad, do_sample=False)
+    return model
+
+
+def documents(rng: Random, count: int) -> list[dict[str, str]]:
+    """``count`` train problems in the base model's own format, skills drawn by `SKILL_WEIGHTS`."""
+    skills = list(tasks.SKILLS)
+    weights = [SKILL_WEIGHTS.get(skill, 1) for skill in skills]
+    chosen = rng.choices(skills, weights, k=count)
+    return [tasks.pretraining_example(tasks.sample_problem_in(skill, "train", rng), rng) for skill in chosen]
+
+
+def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless ``(input_ids, weights)``, both ``[BATCH_SIZE, SEQUENCE_LENGTH + 1]``: documents end to end, none repeated on purpose.
+
+    ``weights`` is 1 on answers and end-of-text and `QUESTION_WEIGHT` elsewhere.
+    """
+    rng = Random(f"corpus-{seed}")
+    needed = BATCH_SIZE * (SEQUENCE_LENGTH + 1)
+    ids: list[int] = []
+    weights: list[float] = []
+    while True:
+        while len(ids) < needed:
+            rows = documents(rng, 64)
+            prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+            answers = tokenizer([row["completion"] for row in rows])["input_ids"]
+            for prompt, answer in zip(prompts, answers, strict=True):
+                ids += [*prompt, *answer, tokenizer.eos_token_id]
+                weights += [QUESTION_WEIGHT] * len(prompt) + [1.0] * (len(answer) + 1)
+        shape = (BATCH_SIZE, SEQUENCE_LENGTH + 1)
+        yield torch.tensor(ids[:needed]).view(shape), torch.tensor(weights[:needed]).view(shape)
+        ids, weights = ids[needed:], weights[needed:]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < WARMUP_STEPS:
+        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, input_ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[float, float]:
+    """One update; returns the mean loss (nats per token) over all tokens and over answer tokens."""
+    logits = model(input_ids=input_ids[:, :-1]).logits
+    labels, weights = input_ids[:, 1:].flatten(), weights[:, 1:].flatten()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+    ((losses * weights).sum() / weights.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses.detach().mean().item(), losses.detach()[weights == 1.0].mean().item()
+
+
+def greedy_completions(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 100,
+) -> list[str]:
+    """The model's greedy continuation of every prompt, without special tokens."""
+    model.eval()
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train()
+    return texts
+
+
+def heldout_rows(seed: int, per_skill: int, own_format: bool) -> list[dict[str, str]]:
+    """``per_skill`` test problems of every skill, in the base model's own or in the instruction format."""
+    rng = Random(f"heldout-{seed}")
+    render = tasks.pretraining_example if own_format else tasks.demonstration
+    return [
+        render(tasks.sample_problem_in(skill, "test", rng), rng) for skill in tasks.SKILLS for _ in range(per_skill)
+    ]
+
+
+def accuracy_by_skill(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], own_format: bool
+) -> dict[str, float]:
+    """Share of right greedy answers per skill, and over all rows under ``"overall"``."""
+    checker = tasks.check_pretraining if own_format else tasks.check
+    texts = greedy_completions(model, tokenizer, [row["prompt"] for row in rows])
+    right: dict[str, list[bool]] = {}
+    for row, text in zip(rows, texts, strict=True):
+        right.setdefault(row["skill"], []).append(checker(row, text))
+    accuracy = {skill: sum(marks) / len(marks) for skill, marks in right.items()}
+    return {"overall": sum(map(sum, right.values())) / len(rows), **accuracy}
+
+
+def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, log_path: Path) -> LlamaForCausalLM:
+    """Train from scratch; writes one JSON line per `--log-every` steps and the accuracy per skill at each evaluation."""
+    torch.manual_seed(arguments.seed)
+    model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    validation = heldout_rows(arguments.seed + 1, 20, own_format=True)
+    batches = packed_batches(tokenizer, arguments.seed)
+    started = time.perf_counter()
+    losses: list[tuple[float, float]] = []
+    with log_path.open("w") as log:
+        for step in range(arguments.steps):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, arguments.steps)
+            losses.append(train_step(model, optimizer, *next(batches)))
+            done = step + 1
+            if done % arguments.log_every and done != arguments.steps:
+                continue
+            loss, answer_loss = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+            losses.clear()
+            line = {
+                "step": done,
+                "tokens": done * BATCH_SIZE * SEQUENCE_LENGTH,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "loss": round(loss, 5),
+                "answer_loss": round(answer_loss, 5),
+            }
+            if done % arguments.evaluate_every == 0 or done == arguments.steps:
+                line["accuracy"] = accuracy_by_skill(model, tokenizer, validation, own_format=True)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print(f"{time.perf_counter() - started:6.0f} s  {json.dumps(line)}", flush=True)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--evaluate-every", type=int, default=500)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(arguments.seed)
+    tokenizer.save_pretrained(arguments.output)
+    model = train(arguments, tokenizer, arguments.output / "training_log.jsonl")
+    model.save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The typer application: verbs, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtarget.cli import demo, noise, score, targets, train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Choose, per token, what distribution a language model is pulled towards.",
+)
+# Keys of a config are not listed one by one: `--learning_rate 1e-4` goes through to the config as it is.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app.command("targets")(targets.targets)
+app.command("train", context_settings=PASS_ON)(train.train)
+app.command("score", context_settings=PASS_ON)(score.score)
+app.command("noise")(noise.noise)
+app.command("demo")(demo.demo)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False) -> None:
+    """Choose, per token, what distribution a language model is pulled towards."""

@@ -1,0 +1,49 @@
+"""``qtarget noise``: marked noise in a user's own demonstrations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtarget.errors import ConfigError
+
+
+def noise(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Clean rows: .jsonl, .json, .csv or .parquet.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUTPUT.jsonl", help="Noisy rows with `noise_spans`.")],
+    kind: Annotated[str, typer.Option(help="random_tokens, wrong_answer, boilerplate or contradictory_duplicate.")],
+    rate: Annotated[float, typer.Option(help="Share of response tokens (random_tokens) or of rows.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same noise.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub name; random_tokens then replaces its tokens, else words.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT.")] = False,
+) -> None:
+    """Inject noise of one kind; every touched character is marked in `noise_spans`."""
+    from qtarget.data.loading import load_rows
+    from qtarget.data.noise import inject_noise
+
+    if destination.exists() and not overwrite:
+        raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
+    rows = load_rows(source)
+    noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with destination.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)
+    touched = sum(bool(row["noise_spans"]) for row in noisy)
+    spans = sum(len(row["noise_spans"]) for row in noisy)
+    typer.echo(f"{destination}: {len(noisy)} rows, {touched} with noise, {spans} marked spans ({kind}, rate {rate}, seed {seed})")
+
+
+def _tokenizer(name: str | None):
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tokenizer {name} cannot be loaded ({error}); expected a folder or a hub name") from error

@@ -1,0 +1,1 @@
+"""One file for each outside trainer: the only place where it is imported."""

@@ -1,0 +1,152 @@
+"""The language-model head as it is, not as one assumes: probe it once, then hand hidden states to the loss.
+
+``lm_head(hidden)`` is not the logits in about every third architecture (a scale in Cohere, Granite and Falcon-H1, a
+soft-cap in Gemma 2 and RecurrentGemma). The probe compares, fits, and refuses what it cannot explain.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qtarget.errors import UnsupportedModelError
+from qtarget.shapes import Tensor
+
+SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """``logits = softcap tanh(scale (h W^T + b) / softcap)``, or without the cap where it is absent."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@contextmanager
+def _amplified(head: torch.nn.Module, factor: float, seen: list[Tensor]) -> Iterator[None]:
+    """Multiply the head's output: a soft-cap far above the logits shows only when they are enlarged."""
+
+    def amplify(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach())
+        return output * factor
+
+    handle = head.register_forward_hook(amplify)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _snap(value: float, candidates: list[float]) -> float:
+    """The config's own number where it agrees within 1 %: the fit is only as exact as the model's dtype."""
+    return next((c for c in candidates if c and abs(value - c) <= 0.01 * abs(c)), value)
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
+    found = [getattr(config, name, None) for name in names]
+    return [float(v) for v in found if isinstance(v, int | float) and v]
+
+
+@torch.no_grad()
+def probe_head(model: PreTrainedModel) -> HeadSpec:
+    """Find scale and soft-cap by running a few tokens through the model with its head's output enlarged.
+
+    Raises:
+        UnsupportedModelError: no output embedding, a backbone that does not end at the head's input, or logits that
+            neither a scale nor a tanh soft-cap explains.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no output embeddings; expected a causal language model"
+        )
+    config = model.config.get_text_config()
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    try:
+        raw, small = _run(model, head, ids, 1e-4)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        tolerance = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
+        if _error(head(hidden.to(head.weight.dtype)).float(), raw) > tolerance:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its head is not applied to base_model(...).last_hidden_state, so the loss cannot "
+                "start from hidden states; use TRL's SFTTrainer with qtarget.target_loss on full logits"
+            )
+        scales = [1.0, *_numbers(config, SCALE_FIELDS), *(1 / v for v in _numbers(config, SCALE_FIELDS))]
+        scale = _snap(float((raw * small).sum() / (raw * raw).sum()) / 1e-4, scales)
+        return HeadSpec(scale, _probe_softcap(model, head, ids, raw, scale, tolerance))
+    finally:
+        model.train(was_training)
+
+
+def _probe_softcap(
+    model: PreTrainedModel, head: Any, ids: Tensor, raw: Tensor, scale: float, tolerance: float
+) -> float | None:
+    reach = 1e4 / float((scale * raw).abs().max())
+    _, large = _run(model, head, ids, reach)
+    if _error(large, scale * reach * raw) <= tolerance:
+        return None
+    softcap = _snap(float(large.abs().max()), _numbers(model.config.get_text_config(), SOFTCAP_FIELDS))
+    middle = 2 * softcap / float((scale * raw).abs().max())
+    _, capped = _run(model, head, ids, middle)
+    if _error(capped, softcap * torch.tanh(scale * middle * raw / softcap)) > tolerance:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its logits are neither scale x head(h) nor a tanh soft-cap of it, so the loss cannot "
+            "rebuild them; use TRL's SFTTrainer with qtarget.target_loss on full logits"
+        )
+    return softcap
+
+
+def _run(model: PreTrainedModel, head: Any, ids: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """The head's raw output and the model's logits with that output multiplied by ``factor``, in float32."""
+    seen: list[Tensor] = []
+    with _amplified(head, factor, seen):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return seen[-1].float(), logits.float()
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, HeadSpec], Any]
+"""Called inside the model's forward with hidden states ``[batch, time, width]``, head weight, bias and spec."""
+
+
+def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
+    """Let ``model(..., target_loss=f)`` return ``f(hidden, weight, bias, spec)`` instead of logits.
+
+    The loss runs inside the forward, where FSDP and ZeRO-3 have the head's weights at hand and DDP sees the graph.
+    """
+    from torch.distributed.tensor import DTensor
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(self: PreTrainedModel, *args: Any, target_loss: LossOfHidden | None = None, **kwargs: Any) -> Any:
+        if target_loss is None:
+            return inner(*args, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        head: Any = self.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if isinstance(weight, DTensor):  # FSDP2 shards; gathered once a step
+            weight = weight.full_tensor()
+            bias = None if bias is None else bias.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+        hidden = hidden.to(weight.device)
+        with maybe_gather_lm_head_ctx(weight, bias):
+            return target_loss(hidden, weight, bias, spec)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,178 @@
+"""Training rows on their way through TRL: row ids, weights and cache positions stay with their tokens.
+
+TRL tokenises, builds labels, truncates and packs; this file adds per-token columns that go through the same packing, so
+that a padded and a packed batch look up the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from qtarget.data.columns import message_token_weights, row_loss_weights
+from qtarget.errors import CacheMismatchError, DataError
+from qtarget.integrations.step import REFERENCE_FIELDS
+from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.schema import row_checksum, supervised_mask
+from qtarget.shapes import Tensor
+
+TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows")
+"""Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
+
+
+def with_row_ids(dataset: Dataset) -> Dataset:
+    """Number the rows of the user's data; every later message names rows by these numbers."""
+    return dataset if "row_id" in dataset.column_names else dataset.add_column("row_id", list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
+
+
+def has_weights(dataset: Dataset) -> bool:
+    """Whether any row carries a ``weight``, a message ``weight`` or ``loss_weights``."""
+    if "loss_weights" in dataset.column_names or "weight" in dataset.column_names:
+        return True
+    conversations = [c for c in ("messages", "prompt", "completion") if c in dataset.column_names]
+    return any("weight" in message for c in conversations for message in _first_messages(dataset[0][c]))
+
+
+def _first_messages(value: Any) -> list[dict[str, Any]]:
+    return [m for m in value if isinstance(m, dict)] if isinstance(value, list) else []
+
+
+def token_weights(row: dict[str, Any], tokenizer: Any, chat_template: str | None) -> list[float]:
+    """The factor on each token's label weight: row ``weight`` x message ``weight`` x ``loss_weights``.
+
+    Raises:
+        DataError: a weight is negative or not a number, or ``loss_weights`` has another length than the tokens.
+    """
+    length = len(row["input_ids"])
+    weights = [1.0] * length
+    messages = row.get("messages") or [*_first_messages(row.get("prompt")), *_first_messages(row.get("completion"))]
+    if messages and any(m.get("weight") is not None for m in messages):
+        weights = message_token_weights(tokenizer, messages, row["input_ids"], chat_template=chat_template)
+    if row.get("loss_weights") is not None:
+        weights = [a * b for a, b in zip(weights, row_loss_weights(row, length), strict=True)]
+    whole = row.get("weight")
+    if whole is None:
+        return weights
+    if not isinstance(whole, int | float) or not 0 <= whole < float("inf"):
+        raise DataError(f"row {row['row_id']}: weight={whole!r}; expected a finite number of at least 0")
+    return [w * whole for w in weights]
+
+
+def add_token_columns(dataset: Dataset, tokenizer: Any, chat_template: str | None) -> Dataset:
+    """Add ``row_ids`` and, where the data has weights, ``loss_weights``, as long as the untruncated tokens."""
+    weighted = has_weights(dataset)
+
+    def columns(row: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {"row_ids": [row["row_id"]] * len(row["input_ids"])}
+        if weighted:
+            out["loss_weights"] = token_weights(row, tokenizer, chat_template)
+        return out
+
+    return dataset.map(columns, desc="Numbering tokens")
+
+
+def cut_to_tokens(dataset: Dataset, keep_end: bool) -> Dataset:
+    """Cut the added columns to the length that truncation left of ``input_ids``."""
+    columns = [c for c in TOKEN_COLUMNS if c in dataset.column_names]
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        n = len(row["input_ids"])
+        return {c: row[c][-n:] if keep_end else row[c][:n] for c in columns}
+
+    rows: Any = dataset
+    if all(len(row["row_ids"]) == len(row["input_ids"]) for row in rows):
+        return dataset
+    return dataset.map(cut, desc="Truncating token columns")
+
+
+def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name: str) -> Dataset:
+    """Add the cache row of every data row, found by the checksum of its tokens and mask.
+
+    Raises:
+        CacheMismatchError: a row was never scored; names the rows and the command.
+    """
+    rows: list[Any] = list(dataset)
+    checksums = [row_checksum(row["input_ids"], supervised_mask(row["labels"])) for row in rows]
+    try:
+        found = cache.locate(checksums)
+    except CacheMismatchError as error:
+        raise CacheMismatchError(f"{role} cache, {dataset_name} data: {error}") from error
+    column = [[index] * len(row["input_ids"]) for index, row in zip(found, rows, strict=True)]
+    return dataset.add_column(f"{role}_rows", column)  # pyright: ignore[reportCallIssue]
+
+
+@dataclass
+class TargetCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, plus the per-token columns and the cached numbers of each label.
+
+    Added keys, unshifted like the labels: ``row_ids`` (-1 at padding), ``loss_weights``, and for each role with a cache
+    ``{role}_label_log_probs`` and the other fields of ``Reference``.
+    """
+
+    caches: dict[str, ReferenceCache] = field(default_factory=dict)
+    with_topk: dict[str, bool] = field(default_factory=dict)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        shape = batch["labels"].shape
+        batch["row_ids"] = self._column(examples, "row_ids", shape, -1)
+        if "loss_weights" in examples[0]:
+            batch["loss_weights"] = self._column(examples, "loss_weights", shape, 1.0)
+        for role, cache in self.caches.items():
+            segments = list(self._segments(examples, f"{role}_rows"))
+            batch |= cached_columns(cache, segments, batch["labels"], role, self.with_topk[role])
+        return batch
+
+    def _column(self, examples: list[dict[str, Any]], name: str, shape: Sequence[int], fill: float) -> Tensor:
+        out = torch.full(tuple(shape), fill, dtype=torch.long if name == "row_ids" else torch.float32)
+        for b, start, example in self._placed(examples):
+            values = torch.as_tensor(example[name])
+            out[b, start : start + len(values)] = values
+        return out
+
+    def _placed(self, examples: list[dict[str, Any]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Batch row and first column of each example: its own row, or all in row 0 when padding-free."""
+        start = 0
+        for b, example in enumerate(examples):
+            yield (0, start, example) if self.padding_free else (b, 0, example)
+            start += len(example["input_ids"])
+
+    def _segments(self, examples: list[dict[str, Any]], column: str) -> Iterator[tuple[int, int, int, int]]:
+        """Batch row, first column, length and cache row of each data row, also inside packed examples."""
+        for b, start, example in self._placed(examples):
+            lengths = example.get("seq_lengths") or [len(example["input_ids"])]
+            offset = 0
+            for length in lengths:
+                yield b, start + offset, length, example[column][offset]
+                offset += length
+
+
+def cached_columns(
+    cache: ReferenceCache, segments: list[tuple[int, int, int, int]], labels: Tensor, role: str, with_topk: bool
+) -> dict[str, Tensor]:
+    """Spread the cached numbers of each data row over its supervised tokens."""
+    out: dict[str, Tensor] = {}
+    for b, start, length, index in segments:
+        places = (labels[b, start : start + length] != -100).nonzero()[:, 0]
+        places = places[places > 0] + start  # the first token of a row is predicted by nothing
+        row = cache.row(index)
+        for name in REFERENCE_FIELDS:
+            values = row.get(name)
+            if values is None or (name.startswith(("topk", "tail")) and not with_topk):
+                continue
+            if len(values) != len(places):
+                raise CacheMismatchError(
+                    f"{role} cache row {index} holds {len(values)} tokens, the batch has {len(places)} supervised ones there; "
+                    "score again with this configuration (`qtarget score CONFIG.yaml`)"
+                )
+            key = f"{role}_{name}"
+            if key not in out:
+                dtype = torch.long if name == "topk_ids" else torch.float32
+                out[key] = torch.zeros(*labels.shape, *values.shape[1:], dtype=dtype)
+            out[key][b, places] = torch.as_tensor(values).to(out[key].dtype)
+    return out

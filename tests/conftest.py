@@ -1,0 +1,31 @@
+"""Shared by all tests: no network, one thread, and the core's shape annotations checked at run time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHECKED = (
+    "statistics",
+    "loss",
+    "types",
+    "residuals",
+    "reductions",
+    "induced",
+    "api",
+    "targets",
+    "divergences",
+    "combined",
+)
+"""Core modules (with what lies below them) whose every call is checked against its jaxtyping annotations."""
+
+if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook([f"qtarget.{name}" for name in CHECKED], "core_typechecker.checked")
+
+import torch
+
+torch.set_num_threads(1)
