@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -163,8 +163,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
     value = setting.value
-    if value is None and type(None) in options:
-        return None
+    if Any in options or (value is None and type(None) in options):
+        return value
     enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
     if enums:  # such fields are annotated `Enum | str`, and the text must still be one of the members
         text = setting.text if setting.text is not None else value
@@ -178,14 +178,11 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if isinstance(value, list) and (typing.get_origin(option) or option) is list:
-            return [_fit(Setting(item, setting.origin), _options(inner)) for item in value for inner in _inner(option)]
+            inner = (typing.get_args(option) or (Any,))[0]
+            return [_fit(Setting(item, setting.origin), _options(inner)) for item in value]
     if isinstance(value, str) and any((typing.get_origin(o) or o) is dict for o in options) and value.lstrip()[:1] == "{":
         return json.loads(value)  # json.JSONDecodeError is a ValueError
     return _scalar(setting, scalars)
-
-
-def _inner(option: Any) -> tuple[Any]:
-    return (typing.get_args(option) or (Any,))[:1]
 
 
 def _scalar(setting: Setting, wanted: set[Any]) -> Any:

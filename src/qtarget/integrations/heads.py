@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qtarget.errors import UnsupportedModelError
 from qtarget.shapes import Tensor
+from qtarget.types import project
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -78,10 +79,10 @@ def probe_head(model: PreTrainedModel) -> HeadSpec:
         raw, small = _run(model, head, ids, 1e-4)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         tolerance = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
-        if _error(head(hidden.to(head.weight.dtype)).float(), raw) > tolerance:
+        if not _close(project(hidden[0], head.weight, getattr(head, "bias", None))[None], raw, tolerance):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: its head is not applied to base_model(...).last_hidden_state, so the loss cannot "
-                "start from hidden states; use TRL's SFTTrainer with qtarget.target_loss on full logits"
+                f"{type(model).__name__}: its head is not a plain linear layer on base_model(...).last_hidden_state, so the loss "
+                "cannot start from hidden states; use TRL's SFTTrainer with qtarget.target_loss on full logits"
             )
         scales = [1.0, *_numbers(config, SCALE_FIELDS), *(1 / v for v in _numbers(config, SCALE_FIELDS))]
         scale = _snap(float((raw * small).sum() / (raw * raw).sum()) / 1e-4, scales)
@@ -95,12 +96,12 @@ def _probe_softcap(
 ) -> float | None:
     reach = 1e4 / float((scale * raw).abs().max())
     _, large = _run(model, head, ids, reach)
-    if _error(large, scale * reach * raw) <= tolerance:
+    if _close(large, scale * reach * raw, tolerance):
         return None
     softcap = _snap(float(large.abs().max()), _numbers(model.config.get_text_config(), SOFTCAP_FIELDS))
     middle = 2 * softcap / float((scale * raw).abs().max())
     _, capped = _run(model, head, ids, middle)
-    if _error(capped, softcap * torch.tanh(scale * middle * raw / softcap)) > tolerance:
+    if not _close(capped, softcap * torch.tanh(scale * middle * raw / softcap), tolerance):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its logits are neither scale x head(h) nor a tanh soft-cap of it, so the loss cannot "
             "rebuild them; use TRL's SFTTrainer with qtarget.target_loss on full logits"
@@ -116,8 +117,9 @@ def _run(model: PreTrainedModel, head: Any, ids: Tensor, factor: float) -> tuple
     return seen[-1].float(), logits.float()
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Relative error within the tolerance; NaN is never close."""
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30)) <= tolerance
 
 
 LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, HeadSpec], Any]
@@ -141,10 +143,11 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         head: Any = self.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
+        weight: Any = head.weight
+        bias: Any = getattr(head, "bias", None)
         if isinstance(weight, DTensor):  # FSDP2 shards; gathered once a step
             weight = weight.full_tensor()
-            bias = None if bias is None else bias.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+            bias = None if bias is None else bias.full_tensor()
         hidden = hidden.to(weight.device)
         with maybe_gather_lm_head_ctx(weight, bias):
             return target_loss(hidden, weight, bias, spec)

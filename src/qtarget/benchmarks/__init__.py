@@ -1,0 +1,1 @@
+"""Comparisons that write their numbers, their machine and their picture."""

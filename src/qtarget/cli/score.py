@@ -1,0 +1,67 @@
+"""``qtarget score``: run the frozen base once over the rows of a config."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.cli.config import RunConfig
+    from qtarget.scoring.schema import Manifest
+
+
+def score(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
+    top_k: Annotated[int, typer.Option("--top_k", "--top-k", min=0, help="Log-probs a token; anchors and teachers need them.")] = 0,
+    tail_policy: Annotated[
+        Literal["bucket", "spread", "renormalize"], typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest.")
+    ] = "bucket",
+    output: Annotated[Path | None, typer.Option(help="Folder of the cache; default: the config's reference_cache.")] = None,
+) -> None:
+    """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
+    from qtarget.cli.config import load_config
+
+    run = load_config(config, context.args)
+    directory = output or run.training.reference_cache
+    if directory is None:
+        raise ConfigError("where to write: set reference_cache in the config, or pass --output DIR")
+    begin = time.perf_counter()
+    manifest = run_scoring(run, Path(directory), top_k, tail_policy)
+    print_scored(manifest, Path(directory), time.perf_counter() - begin)
+
+
+def run_scoring(config: RunConfig, directory: Path, top_k: int, tail_policy: Literal["bucket", "spread", "renormalize"]) -> Manifest:
+    """Score training and validation rows with the config's own model, tokenised exactly as training does."""
+    from qtarget.cli.datasets import load_datasets
+    from qtarget.cli.train import set_model_arguments
+    from qtarget.integrations.trl_score import score as score_config
+
+    train_rows, validation_rows = load_datasets(config)
+    set_model_arguments(config)
+    name = str(config.model.model_name_or_path)
+    return score_config(
+        name,
+        config.training,
+        train_rows,
+        validation_rows,
+        directory=directory,
+        top_k=top_k,
+        tail_policy=tail_policy,
+        model_id=name,
+    )
+
+
+def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
+    """Size and speed of a finished cache."""
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
+    typer.echo(
+        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, {per_token}, "
+        f"{seconds:.1f} s"
+    )

@@ -1,0 +1,184 @@
+"""``qtarget train``: fine-tune with a target, on TRL."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qtarget.cli.config import RunConfig
+
+CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Keys of TRL's SFTConfig and ModelConfig, and qtarget's.")],
+) -> None:
+    """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
+    from qtarget.cli.config import load_config
+
+    run_training(load_config(config, context.args))
+
+
+def run_training(config: RunConfig) -> dict[str, Any]:
+    """Train, save model, tokenizer, config and summary into ``output_dir``.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: the output folder holds an earlier run and ``resume`` is not set.
+    """
+    from qtarget.cli.datasets import load_datasets
+
+    checkpoint = starting_point(config)
+    train_rows, validation_rows = load_datasets(config)
+    trainer = build_trainer(config, train_rows, validation_rows)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - begin
+    evaluation = trainer.evaluate() if validation_rows is not None else {}
+    output = Path(trainer.args.output_dir)
+    trainer.save_model(str(output))
+    summary = summarize(trainer.state.log_history, evaluation) | {
+        "target": config.training.target,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": round(seconds, 2),
+        "resumed_from": checkpoint,
+        "warnings": [f"{name} data: {line}" for name, lines in trainer.audits.items() for line in lines],
+    }
+    if trainer.is_world_process_zero():
+        write_records(output, config, summary)
+        print_summary(summary, output)
+    trainer.end()
+    return summary
+
+
+def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> Any:
+    """The trainer that ``trl sft`` would build, with our loss."""
+    from trl import get_peft_config, get_quantization_config
+
+    from qtarget.integrations.trl_sft import QTargetTrainer
+
+    set_model_arguments(config)
+    return QTargetTrainer(
+        config.model.model_name_or_path,
+        config.training,
+        train_rows,
+        validation_rows,
+        peft_config=get_peft_config(config.model),
+        quantization_config=get_quantization_config(config.model),
+    )
+
+
+def set_model_arguments(config: RunConfig) -> None:
+    """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does."""
+    model, training = config.model, config.training
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "trust_remote_code": training.trust_remote_code,
+    } | (training.model_init_kwargs or {})  # pyright: ignore[reportOperatorIssue]
+
+
+def starting_point(config: RunConfig) -> str | None:
+    """The checkpoint to go on from, or None; refuses to write over an earlier run.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    from qtarget.integrations.trl_sft import last_complete_checkpoint
+
+    output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
+    if explicit is not None:
+        if config.data.resume:
+            raise ConfigError("resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them")
+        if not Path(explicit).is_dir():
+            raise ConfigError(f"resume_from_checkpoint: {explicit} is not a folder; expected something like {output}/checkpoint-100")
+        return explicit
+    found = sorted(path.name for path in output.glob("checkpoint-*"))
+    newest = last_complete_checkpoint(output)
+    if newest is not None and config.data.resume:
+        return newest
+    if found and not config.data.resume:
+        raise ConfigError(
+            f"output_dir {output} holds checkpoints of an earlier run ({', '.join(found[-3:])}); go on with --resume true, or "
+            "choose another --output_dir"
+        )
+    if not found and (output / SUMMARY_FILE).exists():
+        raise ConfigError(f"output_dir {output} holds a finished run without checkpoints; choose another --output_dir")
+    return None
+
+
+def summarize(log_history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, float]) -> dict[str, Any]:
+    """First and last logged values of the training curve, and the final evaluation.
+
+    Args:
+        log_history: ``trainer.state.log_history``; lines with ``loss`` are training lines.
+        evaluation: ``trainer.evaluate()``, or empty.
+
+    Example:
+        >>> summarize([{"loss": 2.0, "nll": 2.5}, {"eval_loss": 3.0}, {"loss": 1.0, "nll": 1.5}], {"eval_nll": 1.25})
+        {'first_loss': 2.0, 'last_loss': 1.0, 'first_nll': 2.5, 'last_nll': 1.5, 'eval_nll': 1.25}
+    """
+    lines = [line for line in log_history if "loss" in line]
+    out: dict[str, Any] = {}
+    for key, name in (("loss", "loss"), ("nll", "nll"), ("mean_token_accuracy", "token_accuracy")):
+        values = [line[key] for line in lines if key in line]
+        if values:
+            out |= {f"first_{name}": values[0], f"last_{name}": values[-1]}
+    kept = ("eval_loss", "eval_nll", "eval_mean_token_accuracy")
+    return out | {key: evaluation[key] for key in kept if key in evaluation}
+
+
+def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -> None:
+    """Write ``qtarget_config.yaml`` (``qtarget train`` reads it again) and ``train_summary.json``."""
+    import yaml
+
+    from qtarget.cli.config import resolved_settings
+
+    settings = resolved_settings(config)
+    (output / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def print_summary(summary: Mapping[str, Any], output: Path) -> None:
+    """The run in one small table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"trained with target {summary['target']}", show_header=False)
+    names = {
+        "steps": "steps",
+        "epochs": "epochs",
+        "tokens": "tokens seen",
+        "seconds": "seconds",
+        "eval_loss": "validation loss",
+        "eval_nll": "validation nll (nats a token)",
+        "eval_mean_token_accuracy": "validation token accuracy",
+    }
+    for key, name in (("loss", "loss"), ("nll", "nll (nats a token)"), ("token_accuracy", "token accuracy")):
+        if f"first_{key}" in summary:
+            table.add_row(f"{name}, first to last log", f"{summary[f'first_{key}']:.4f} -> {summary[f'last_{key}']:.4f}")
+    for key, name in names.items():
+        value = summary.get(key)
+        if value is not None:
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    console = Console()
+    console.print(table)
+    for warning in summary["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    console.print(Text(f"saved to {output} (model, tokenizer, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True)
