@@ -59,6 +59,6 @@ def sequence_means(
 
 def keep_top(scores: Float[Tensor, " tokens"], fraction: float) -> Float[Tensor, " tokens"]:
     """1 for the highest ``ceil(fraction * tokens)`` scores (of equal ones the first), else 0."""
-    kept = math.ceil(fraction * scores.numel())
+    kept = math.ceil(round(fraction * scores.numel(), 6))  # 0.28 x 25 is 7.000000000000001
     order = scores.argsort(descending=True, stable=True)
     return torch.zeros_like(scores).index_fill(0, order[:kept], 1.0)

@@ -15,10 +15,17 @@ from qtarget.shapes import Float, Tensor
 from qtarget.types import Outcomes, Reference
 
 
+FLOOR = -1e30
+"""Log-prob that stands for minus infinity inside ``logaddexp``, whose gradient at two infinities is NaN."""
+
+
 def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:
-    """``sum exp(log_probs) values`` where an outcome of probability zero counts zero, whatever its value."""
+    """``sum exp(log_probs) values`` where an outcome of probability zero counts zero, whatever its value.
+
+    The values are masked before the product, so that such an outcome's gradient is zero too and not ``0 x inf``.
+    """
     probs = log_probs.exp()
-    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
+    return (probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
 def cross_entropy(
@@ -42,6 +49,8 @@ def geometric_mixture(pair: Outcomes, teacher_weight: float) -> Float[Tensor, "t
     model = pair.model.detach()
     if teacher_weight == 0:
         return model - model.logsumexp(-1, keepdim=True)
+    if teacher_weight == 1:  # 0 x minus infinity: a token that the live model bans
+        return pair.frozen.log_softmax(-1)
     return ((1 - teacher_weight) * model + teacher_weight * pair.frozen).log_softmax(-1)
 
 
@@ -59,6 +68,7 @@ def log_mixture(first: Tensor, second: Tensor, second_weight: float) -> Float[Te
     """``log((1 - w) exp(first) + w exp(second))``; exact at ``w = 0`` and ``w = 1``."""
     if second_weight in (0, 1):
         return second if second_weight else first
+    first, second = first.clamp(min=FLOOR), second.clamp(min=FLOOR)
     return torch.logaddexp(first + math.log1p(-second_weight), second + math.log(second_weight))
 
 

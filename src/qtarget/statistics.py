@@ -81,7 +81,7 @@ def frozen_outcomes(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: T
         tail = torch.full_like(kept[:, :1], ABSENT)
         return torch.cat([kept - kept.logsumexp(-1, keepdim=True), tail], dim=-1)
     assert frozen.tail_log_mass is not None
-    tail = frozen.tail_log_mass.to(like.dtype)[:, None].clamp(min=ABSENT)
+    tail = frozen.tail_log_mass.to(like.dtype)[:, None]
     joined = torch.cat([kept, tail], dim=-1)
     return joined - joined.logsumexp(-1, keepdim=True)
 

@@ -156,10 +156,8 @@ def project(
     ``exact=True`` multiplies in float32 too: near its teacher a model's soft-target gradient is a difference of close
     numbers, and logits rounded to bfloat16 lose 20 to 200 % of it. The head is then widened a block of rows at a time.
     """
-    if exact and hidden.dtype in (torch.bfloat16, torch.float16):
-        block = 8192  # rows of the head widened at once: 8192 x 4096 x 4 bytes = 128 MiB
-        wide = hidden.float()
-        logits = torch.cat([wide @ rows.float().T for rows in weight.split(block)], dim=-1)
+    if exact:
+        logits = _exact_product(hidden, weight)
     else:
         logits = hidden @ weight.T.to(hidden.dtype)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -168,6 +166,16 @@ def project(
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _exact_product(hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "tokens vocab"]:
+    """``h W^T`` in float32 at least, whatever the inputs' dtype and the caller's autocast."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.dtype not in (torch.bfloat16, torch.float16):
+            return hidden @ weight.T.to(hidden.dtype)
+        block = 8192  # rows of the head widened at once: 8192 x 4096 x 4 bytes = 128 MiB
+        wide = hidden.float()
+        return torch.cat([wide @ rows.float().T for rows in weight.split(block)], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-import textwrap
 
 from qtarget.benchmarks.seeds import over_seeds
 
@@ -38,7 +38,13 @@ def comparison_figure(
         axes.plot(accuracies[name], [height] * summary.count, "o", color=colour, markersize=4, alpha=0.6)
         axes.plot(summary.mean, height, "o", color=colour, markersize=9)
         axes.annotate(
-            f"{summary.mean:.1f}", (summary.mean, height), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9, color=colour
+            f"{summary.mean:.1f}",
+            (summary.mean, height),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            fontsize=9,
+            color=colour,
         )
     axes.axvline(untrained, color=REST_COLOUR, linestyle="--", linewidth=1)
     axes.annotate(

@@ -45,7 +45,9 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Ran
         Range(mean=3.0, low=2.0, high=4.0, count=2)
     """
     if len(values) != len(baseline):
-        raise ShapeError(f"{len(values)} seeds against {len(baseline)}; a paired difference needs the same seeds on both sides")
+        raise ShapeError(
+            f"{len(values)} seeds against {len(baseline)}; a paired difference needs the same seeds on both sides"
+        )
     return over_seeds([value - base for value, base in zip(values, baseline, strict=True)])
 
 

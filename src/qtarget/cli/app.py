@@ -25,5 +25,7 @@ app.command("demo")(demo.demo)
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False,
+) -> None:
     """Choose, per token, what distribution a language model is pulled towards."""

@@ -13,7 +13,7 @@ from qtarget.cli.settings import Setting, coerce, read_settings
 from qtarget.errors import ConfigError, QTargetError
 
 if TYPE_CHECKING:
-    from trl import ModelConfig
+    from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.trl_sft import QTargetConfig
 
@@ -102,7 +102,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     settings = read_settings(path, overrides)
-    from trl import ModelConfig
+    from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.trl_sft import QTargetConfig
 
@@ -130,7 +130,10 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> Non
         return
     chosen = settings.get("target")
     parts = [f"{key!r} ({settings[key].origin}{_hint(key, known, chosen)})" for key in unknown]
-    raise ConfigError(f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's SFTConfig and ModelConfig and qtarget's")
+    raise ConfigError(
+        f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's SFTConfig and "
+        "ModelConfig and qtarget's"
+    )
 
 
 def _hint(key: str, known: list[str], target: Setting | None) -> str:

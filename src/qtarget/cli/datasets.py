@@ -29,7 +29,10 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
         if data.validation_file is not None:
             return train, load_dataset_file(data.validation_file, text_field=text_field)
         if evaluates:
-            raise ConfigError(f"eval_strategy is {str(training.eval_strategy)!r} without validation_file; set it, or eval_strategy: no")
+            raise ConfigError(
+                f"eval_strategy is {str(training.eval_strategy)!r} without validation_file; set it, or "
+                "eval_strategy: no"
+            )
         return train, None
     return _split(config, data.dataset_train_split), _split(config, data.dataset_test_split) if evaluates else None
 

@@ -33,7 +33,9 @@ def _app():
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "qtarget":
             raise
-        raise MissingDependencyError(f"the command line needs {error.name}; run `pip install 'qtarget[train]'`") from error
+        raise MissingDependencyError(
+            f"the command line needs {error.name}; run `pip install 'qtarget[train]'`"
+        ) from error
     return app
 
 

@@ -35,7 +35,10 @@ def noise(
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)
     touched = sum(bool(row["noise_spans"]) for row in noisy)
     spans = sum(len(row["noise_spans"]) for row in noisy)
-    typer.echo(f"{destination}: {len(noisy)} rows, {touched} with noise, {spans} marked spans ({kind}, rate {rate}, seed {seed})")
+    typer.echo(
+        f"{destination}: {len(noisy)} rows, {touched} with noise, {spans} marked spans ({kind}, rate {rate}, seed "
+        f"{seed})"
+    )
 
 
 def _tokenizer(name: str | None):

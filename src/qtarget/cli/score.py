@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 def score(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
-    top_k: Annotated[int, typer.Option("--top_k", "--top-k", min=0, help="Log-probs a token; anchors and teachers need them.")] = 0,
+    top_k: Annotated[
+        int, typer.Option("--top_k", "--top-k", min=0, help="Log-probs a token; anchors and teachers need them.")
+    ] = 0,
     tail_policy: Annotated[
-        Literal["bucket", "spread", "renormalize"], typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest.")
+        Literal["bucket", "spread", "renormalize"],
+        typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
     ] = "bucket",
-    output: Annotated[Path | None, typer.Option(help="Folder of the cache; default: the config's reference_cache.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the cache; default: the config's reference_cache.")
+    ] = None,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
@@ -36,7 +41,9 @@ def score(
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
-def run_scoring(config: RunConfig, directory: Path, top_k: int, tail_policy: Literal["bucket", "spread", "renormalize"]) -> Manifest:
+def run_scoring(
+    config: RunConfig, directory: Path, top_k: int, tail_policy: Literal["bucket", "spread", "renormalize"]
+) -> Manifest:
     """Score training and validation rows with the config's own model, tokenised exactly as training does."""
     from qtarget.cli.datasets import load_datasets
     from qtarget.cli.train import set_model_arguments
@@ -62,6 +69,7 @@ def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
     typer.echo(
-        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, {per_token}, "
+        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, "
+        f"{per_token}, "
         f"{seconds:.1f} s"
     )

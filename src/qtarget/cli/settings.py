@@ -34,7 +34,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -45,11 +47,15 @@ _RESOLVERS = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.yaml_implicit_resolvers = _RESOLVERS
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -114,7 +120,7 @@ def coerce(key: str, setting: Setting, hint: Any, choices: Sequence[Any] | None 
     """The value as the annotated type, or an error that names key, value and type. Lossless conversions only.
 
     Args:
-        hint: a resolved annotation: scalars, ``None``, ``list[...]``, ``dict``, ``Literal``, enums, and unions of these.
+        hint: a resolved annotation: scalars, ``None``, ``list[...]``, ``dict``, ``Literal``, enums and unions.
         choices: the allowed values, where the field lists them.
 
     Raises:
@@ -140,7 +146,14 @@ def describe(hint: Any) -> str:
         >>> describe(int | None)
         'an integer, or null'
     """
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping", type(None): "null"}
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        dict: "a mapping",
+        type(None): "null",
+    }
     described: list[str] = []
     for option in _options(hint):
         if option is str and any(word.startswith("one of") for word in described):
@@ -180,7 +193,11 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
         if isinstance(value, list) and (typing.get_origin(option) or option) is list:
             inner = (typing.get_args(option) or (Any,))[0]
             return [_fit(Setting(item, setting.origin), _options(inner)) for item in value]
-    if isinstance(value, str) and any((typing.get_origin(o) or o) is dict for o in options) and value.lstrip()[:1] == "{":
+    if (
+        isinstance(value, str)
+        and any((typing.get_origin(o) or o) is dict for o in options)
+        and value.lstrip()[:1] == "{"
+    ):
         return json.loads(value)  # json.JSONDecodeError is a ValueError
     return _scalar(setting, scalars)
 

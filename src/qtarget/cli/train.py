@@ -21,7 +21,9 @@ CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
 
 def train(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Keys of TRL's SFTConfig and ModelConfig, and qtarget's.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="Keys of TRL's SFTConfig and ModelConfig, and qtarget's.")
+    ],
 ) -> None:
     """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
@@ -67,7 +69,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
 
 def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> Any:
     """The trainer that ``trl sft`` would build, with our loss."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.trl_sft import QTargetTrainer
 
@@ -104,9 +106,13 @@ def starting_point(config: RunConfig) -> str | None:
     output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
     if explicit is not None:
         if config.data.resume:
-            raise ConfigError("resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them")
+            raise ConfigError(
+                "resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them"
+            )
         if not Path(explicit).is_dir():
-            raise ConfigError(f"resume_from_checkpoint: {explicit} is not a folder; expected something like {output}/checkpoint-100")
+            raise ConfigError(
+                f"resume_from_checkpoint: {explicit} is not a folder; expected something like {output}/checkpoint-100"
+            )
         return explicit
     found = sorted(path.name for path in output.glob("checkpoint-*"))
     newest = last_complete_checkpoint(output)
@@ -114,7 +120,8 @@ def starting_point(config: RunConfig) -> str | None:
         return newest
     if found and not config.data.resume:
         raise ConfigError(
-            f"output_dir {output} holds checkpoints of an earlier run ({', '.join(found[-3:])}); go on with --resume true, or "
+            f"output_dir {output} holds checkpoints of an earlier run ({', '.join(found[-3:])}); go on with --resume "
+            "true, or "
             "choose another --output_dir"
         )
     if not found and (output / SUMMARY_FILE).exists():
@@ -172,7 +179,9 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     }
     for key, name in (("loss", "loss"), ("nll", "nll (nats a token)"), ("token_accuracy", "token accuracy")):
         if f"first_{key}" in summary:
-            table.add_row(f"{name}, first to last log", f"{summary[f'first_{key}']:.4f} -> {summary[f'last_{key}']:.4f}")
+            table.add_row(
+                f"{name}, first to last log", f"{summary[f'first_{key}']:.4f} -> {summary[f'last_{key}']:.4f}"
+            )
     for key, name in names.items():
         value = summary.get(key)
         if value is not None:

@@ -120,11 +120,15 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None) -> 
 def _supervision(index: int, row: Mapping[str, Any], max_length: int | None) -> tuple[int, int, int]:
     """Tokens kept, supervised tokens kept, supervised tokens cut off."""
     if "input_ids" not in row:
-        raise DataError(f"row {index} has no input_ids (columns: {', '.join(row) or 'none'}); audit rows after tokenisation")
+        raise DataError(
+            f"row {index} has no input_ids (columns: {', '.join(row) or 'none'}); audit rows after tokenisation"
+        )
     length = len(row["input_ids"])
     labels = row["labels"] if row.get("labels") is not None else row["input_ids"]
     if len(labels) != length:
-        raise DataError(f"row {index} has {length} input_ids but {len(labels)} labels; expected one label a token, -100 to ignore")
+        raise DataError(
+            f"row {index} has {length} input_ids but {len(labels)} labels; expected one label a token, -100 to ignore"
+        )
     end = length if max_length is None else min(length, max_length)
     kept = sum(label != IGNORE_INDEX for label in labels[1:end])
     beyond = sum(label != IGNORE_INDEX for label in labels[max(end, 1) :])

@@ -60,8 +60,10 @@ def message_token_weights(
     whole = render(plain)
     if common_prefix_length(whole, input_ids) < len(input_ids):
         raise DataError(
-            f"input_ids ({len(input_ids)} tokens) are not the rendered conversation ({len(whole)} tokens): they differ from token "
-            f"{common_prefix_length(whole, input_ids)} on; pass the chat template and the options they were rendered with"
+            f"input_ids ({len(input_ids)} tokens) are not the rendered conversation ({len(whole)} tokens): they "
+            "differ from token "
+            f"{common_prefix_length(whole, input_ids)} on; pass the chat template and the options they were rendered "
+            "with"
         )
     out: list[float] = []
     for i in borders:
@@ -86,7 +88,9 @@ def row_loss_weights(row: Mapping[str, Any], length: int) -> list[float]:
     """
     values = row.get("loss_weights")
     if values is None:
-        raise DataError(f"the row has no `loss_weights` (columns: {', '.join(row) or 'none'}); expected {length} numbers")
+        raise DataError(
+            f"the row has no `loss_weights` (columns: {', '.join(row) or 'none'}); expected {length} numbers"
+        )
     if isinstance(values, str) or not hasattr(values, "__len__"):
         raise DataError(f"`loss_weights` is {values!r}; expected a list of {length} numbers, one a token")
     if len(values) != length:
@@ -110,7 +114,8 @@ def _border(tokenizer: Any, render: Any, messages: list[dict], whole: list[int],
         alone = render(messages[:i])
     except Exception as error:  # a template raises what it likes (jinja2.TemplateError, TypeError)
         raise DataError(
-            f"the chat template cannot render the first {i} messages alone ({error}), so where message {i} begins cannot be "
+            f"the chat template cannot render the first {i} messages alone ({error}), so where message {i} begins "
+            "cannot be "
             f"told; give messages {i - 1} and {i} equal weights, or use a template without this check"
         ) from error
     border = common_prefix_length(alone, whole)
@@ -121,7 +126,8 @@ def _border(tokenizer: Any, render: Any, messages: list[dict], whole: list[int],
     in_alone, in_whole = _end_of_text(render, messages[:i], i - 1, alone), _end_of_text(render, messages, i - 1, whole)
     if in_alone is None or in_whole is None:
         raise DataError(
-            f"the chat template renders message {i - 1} differently when message {i} follows, so the border between them "
+            f"the chat template renders message {i - 1} differently when message {i} follows, so the border between "
+            "them "
             "cannot be told; give them equal weights, or use a template that renders turns independently"
         )
     return in_whole + common_prefix_length(alone[in_alone:], whole[in_whole:])
@@ -146,5 +152,7 @@ def _weight(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise DataError(f"{what} is {value!r}; expected a number >= 0 (0 trains on nothing of it, 1 is the default)")
     if not math.isfinite(value) or value < 0:
-        raise DataError(f"{what} is {value}; expected a finite number >= 0 (0 trains on nothing of it, 1 is the default)")
+        raise DataError(
+            f"{what} is {value}; expected a finite number >= 0 (0 trains on nothing of it, 1 is the default)"
+        )
     return float(value)

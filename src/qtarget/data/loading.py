@@ -83,7 +83,9 @@ def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
             shape, first = found, where
         rows.append(row)
     if not rows:
-        raise DataError(f"{path} holds no rows; expected one training example a line (or array element). Check the export.")
+        raise DataError(
+            f"{path} holds no rows; expected one training example a line (or array element). Check the export."
+        )
     return rows
 
 
@@ -105,7 +107,8 @@ def load_dataset_file(path: str | Path, *, text_field: str = "text") -> Dataset:
         except pa.ArrowException as error:
             index = _first_of_other_type(values)
             raise DataError(
-                f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, whose "
+                f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, "
+                "whose "
                 f"type differs from the rows above ({error}); give the column one type, or remove it"
             ) from error
     return Dataset.from_dict(table)
@@ -155,7 +158,9 @@ def _text(path: Path) -> str:
         raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") and raw else raw
         return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); if its name ends in .gz, it must be a complete gzip file") from error
+        raise DataError(
+            f"{path} cannot be read ({error}); if its name ends in .gz, it must be a complete gzip file"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8, for instance with "
@@ -171,7 +176,9 @@ def _json_lines(path: Path, text: str) -> Iterator[Located]:
         try:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
-            hint = "the file is a JSON array, name it .json" if line.strip() == "[" else "expected one JSON object a line"
+            hint = (
+                "the file is a JSON array, name it .json" if line.strip() == "[" else "expected one JSON object a line"
+            )
             raise DataError(
                 f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}): {_excerpt(line)}; {hint}"
             ) from error
@@ -185,12 +192,17 @@ def _json_array(path: Path, text: str) -> Iterator[Located]:
     except json.JSONDecodeError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
-        hint = "it looks like JSON Lines: name it .jsonl" if error.msg == "Extra data" else "expected an array of objects"
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}): {_excerpt(line)}; {hint}") from error
+        hint = (
+            "it looks like JSON Lines: name it .jsonl" if error.msg == "Extra data" else "expected an array of objects"
+        )
+        raise DataError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}): {_excerpt(line)}; {hint}"
+        ) from error
     if not isinstance(values, list):
         keys = f" with keys {', '.join(list(values)[:5])}" if isinstance(values, dict) else ""
         raise DataError(
-            f"{path}: the top level is {_kind(values)}{keys}, expected an array of objects; put the rows into one array, or "
+            f"{path}: the top level is {_kind(values)}{keys}, expected an array of objects; put the rows into one "
+            "array, or "
             "one object a line in a .jsonl file"
         )
     yield from ((f"row {number}", value) for number, value in enumerate(values, start=1))
@@ -204,12 +216,15 @@ def _csv(path: Path, text: str) -> Iterator[Located]:
             where = f"line {reader.line_num}"
             if None in row:
                 raise DataError(
-                    f"{path}, {where}: {len(row[None])} more values than the {len(reader.fieldnames or [])} columns of the "
+                    f"{path}, {where}: {len(row[None])} more values than the {len(reader.fieldnames or [])} columns "
+                    "of the "
                     "header; quote fields that contain commas"
                 )
             yield where, row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); quote fields that contain commas") from error
+        raise DataError(
+            f"{path}, line {reader.line_num}: not valid CSV ({error}); quote fields that contain commas"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -228,7 +243,7 @@ def _parquet(path: Path) -> Iterator[Located]:
 def _object(path: Path, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise DataError(
-            f"{path}, {where}: expected an object such as {{\"prompt\": ..., \"completion\": ...}}, found {_kind(value)}: "
+            f'{path}, {where}: expected an object such as {{"prompt": ..., "completion": ...}}, found {_kind(value)}: '
             f"{_excerpt(json.dumps(value, ensure_ascii=False))}"
         )
     return value
@@ -240,7 +255,8 @@ def _shape(path: Path, where: str, row: Row, text_field: str) -> tuple[str, ...]
         if all(row.get(name) is not None for name in shape):
             if "prompt" in row and shape in (("messages",), (text_field,)):
                 raise DataError(
-                    f"{path}, {where}: {_names(shape)} stands beside `prompt` without `completion`, and TRL would read the "
+                    f"{path}, {where}: {_names(shape)} stands beside `prompt` without `completion`, and TRL would "
+                    "read the "
                     "row as prompt and completion; remove the column `prompt`"
                 )
             return shape
@@ -275,18 +291,23 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
         elif name == "input_ids":
             good, expected = _is_ids(value), "a list of token ids (integers)"
         elif name in ("prompt", "completion"):
-            good, expected = isinstance(value, str) or _is_messages(value), "text, or a list of messages with role and content"
+            good, expected = (
+                isinstance(value, str) or _is_messages(value),
+                "text, or a list of messages with role and content",
+            )
         else:
             good, expected = isinstance(value, str), "text"
         if not good:
             csv_hint = "; CSV holds text only, use .jsonl" if path.suffix == ".csv" else ""
             raise DataError(
-                f"{path}, {where}: column {name!r} is {_kind(value)} {_excerpt(json.dumps(value, default=str))}; expected "
+                f"{path}, {where}: column {name!r} is {_kind(value)} {_excerpt(json.dumps(value, default=str))}; "
+                "expected "
                 f"{expected}{csv_hint}"
             )
     if len(shape) == 2 and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
         raise DataError(
-            f"{path}, {where}: prompt is {_kind(row['prompt'])} and completion {_kind(row['completion'])}; make both text, or "
+            f"{path}, {where}: prompt is {_kind(row['prompt'])} and completion {_kind(row['completion'])}; make both "
+            "text, or "
             "both lists of messages"
         )
 

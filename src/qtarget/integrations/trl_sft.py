@@ -117,6 +117,9 @@ class QTargetTrainer(SFTTrainer):
         for name in ("compute_loss_func", "data_collator"):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} would bypass the target; leave it out, or use TRL's SFTTrainer")
+        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
+            if isinstance(dataset, Dataset) and not len(dataset):
+                raise DataError(f"the {name} data has no rows; check the path and the split")
         self.target = args.build_target()
         self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
@@ -186,8 +189,6 @@ class QTargetTrainer(SFTTrainer):
             )
         if "row_ids" in dataset.column_names:
             return dataset
-        if not len(dataset):
-            raise DataError(f"the {dataset_name} data has no rows; check the path and the split")
         cuts_rows = packing and args.packing_strategy != "bfd"
         if cuts_rows and self.caches:
             raise ConfigError(

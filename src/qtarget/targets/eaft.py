@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qtarget.residuals import expectation
 from qtarget.shapes import Float, Tensor
 from qtarget.checks import in_range
 from qtarget.types import LabelWeight, Needs, TokenView
@@ -46,5 +47,5 @@ class EAFT(LabelWeight):
     def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
         assert x.top_log_probs is not None
         log_probs = x.top_log_probs.log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        entropy = -expectation(log_probs, log_probs)
         return (entropy / math.log(self.top_k)).clamp(min=0.0) ** self.alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qtarget.checks import in_range
@@ -42,5 +43,5 @@ class PSFT(Target):
 
     def losses(self, x: TokenView) -> Terms:
         old_log_probs = require(x.reference, "label_log_probs", self.name)
-        ratio = (x.label_log_probs - old_log_probs).exp()
-        return Terms(label=-ratio.clamp(max=1 + self.clip_high))
+        log_ratio = x.label_log_probs - old_log_probs
+        return Terms(label=-log_ratio.clamp(max=math.log1p(self.clip_high)).exp())  # clipped first: exp may overflow

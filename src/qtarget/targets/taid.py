@@ -35,7 +35,8 @@ def next_interpolation(
     """
     relative_fall = (previous_loss - loss) / (previous_loss + 1e-15)
     momentum = decay * momentum + (1 - decay) * relative_fall
-    step = step_size / (1 + math.exp(-momentum)) * (1 - interpolation)
+    sigmoid = (1 + math.tanh(momentum / 2)) / 2  # exp(-momentum) overflows after a loss of about 0
+    step = step_size * sigmoid * (1 - interpolation)
     linear = start + (end - start) * progress
     return min(end, max(linear, interpolation + step)), momentum
 

@@ -1,0 +1,143 @@
+"""Files as users have them: every way of being broken is named with its place and the next step."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from qtarget.data.loading import load_dataset_file, load_rows
+from qtarget.errors import DataError
+
+ROWS = [{"prompt": "2+2=", "completion": "4", "id": 1}, {"prompt": "Grüße, “you”\u2028:", "completion": "ok", "id": 2}]
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def json_lines(rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet"])
+def test_every_format_gives_the_rows_that_were_written(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        text = (json_lines(ROWS) if "jsonl" in suffix else json.dumps(ROWS)).encode()
+        path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    assert load_rows(path) == ROWS
+    assert load_dataset_file(path).to_list() == ROWS
+
+
+def test_csv_fields_are_text_and_may_hold_line_breaks(tmp_path):
+    path = write(tmp_path / "rows.csv", '\ufeffprompt,completion\n"a, b","1\n2"\nc,3\n')
+    assert load_rows(path) == [{"prompt": "a, b", "completion": "1\n2"}, {"prompt": "c", "completion": "3"}]
+
+
+def test_long_csv_fields_are_read(tmp_path):
+    path = write(tmp_path / "rows.csv", "text\n" + "x" * 200_000 + "\n")
+    assert len(load_rows(path)[0]["text"]) == 200_000
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path):
+    assert load_rows(write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\r\n\r\n{"text": "b"}')) == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
+
+
+def test_columns_that_only_later_rows_have_are_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines([{"text": "a"}, {"text": "b", "weight": 0.5}]))
+    assert load_dataset_file(path).to_list() == [{"text": "a", "weight": None}, {"text": "b", "weight": 0.5}]
+
+
+def test_another_text_column_by_name(tmp_path):
+    assert load_rows(write(tmp_path / "a.jsonl", '{"body": "a"}'), text_field="body") == [{"body": "a"}]
+
+
+BROKEN = {
+    "empty.jsonl": ("", ["no rows", "one training example a line"]),
+    "empty.json": (" \n", ["no rows"]),
+    "none.json": ("[]", ["no rows"]),
+    "header.csv": ("prompt,completion\n", ["no rows"]),
+    "cut.jsonl": ('{"text": "a"}\n\n{"text": "b\n', ["line 3", '{"text": "b', "one JSON object a line"]),
+    "pretty.jsonl": ('[\n{"text": "a"}\n]', ["line 1", "name it .json"]),
+    "lines.json": ('{"text": "a"}\n{"text": "b"}', ["line 2", '{"text": "b"}', "name it .jsonl"]),
+    "wrapped.json": ('{"data": [{"text": "a"}]}', ["an object with keys data", "expected an array"]),
+    "list.jsonl": ('{"text": "a"}\n["b"]\n', ["line 2", "expected an object", 'a list: ["b"]']),
+    "null.json": ('[{"text": "a"}, null]', ["row 2", "null"]),
+    "alpaca.jsonl": (
+        '{"instruction": "a", "output": "b"}',
+        ["line 1", "'instruction' to 'prompt'", "'output' to 'completion'"],
+    ),
+    "typo.jsonl": ('{"promt": "a", "completions": "b"}', ["'promt' to 'prompt'", "'completions' to 'completion'"]),
+    "share.jsonl": ('{"conversations": []}', ["'conversations' to 'messages'"]),
+    "half.jsonl": ('{"prompt": "a"}', ["line 1", "'prompt' needs its other half"]),
+    "nothing.jsonl": ('{"prompt": "a", "completion": null}', ["'completion' is there but holds no value"]),
+    "mixed.jsonl": ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', ["line 2", "line 1", "`text`", "one shape"]),
+    "both.jsonl": ('{"prompt": "a", "messages": [{"role": "user"}]}', ["line 1", "remove the column `prompt`"]),
+    "number.jsonl": ('{"text": 5}', ["line 1", "'text' is a int 5", "expected text"]),
+    "uneven.jsonl": ('{"prompt": "a", "completion": [{"role": "assistant"}]}', ["make both text"]),
+    "rolefree.jsonl": ('{"messages": [{"content": "a"}]}', ["role"]),
+    "unmessaged.jsonl": ('{"messages": []}', ["'messages' is a list []"]),
+    "words.jsonl": ('{"input_ids": ["a"]}', ["token ids"]),
+    "short.csv": ("prompt,completion\na\n", ["line 2", "'completion' is there but holds no value"]),
+    "long.csv": ("prompt,completion\na,b,c\n", ["line 2", "1 more values", "quote"]),
+    "quote.csv": ('prompt,completion\n"a,b\n', ["not valid CSV"]),
+    "chat.csv": ('messages\n"[{}]"\n', ["use .jsonl"]),
+    "latin.jsonl": ('{"text": "Grüße"}'.encode("latin1"), ["byte 12", "iconv"]),
+    "fake.jsonl.gz": ('{"text": "a"}', ["gzip"]),
+    "fake.parquet": ("text", ["Parquet"]),
+    "rows.xlsx": ("", [".parquet", "convert"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named_with_its_place(tmp_path, name):
+    text, expected = BROKEN[name]
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError) as raised:
+        load_rows(path)
+    for part in [str(path), *expected]:
+        assert part in str(raised.value)
+
+
+def test_a_truncated_gzip_file_is_named(tmp_path):
+    whole = gzip.compress(json_lines(ROWS * 50).encode())
+    with pytest.raises(DataError, match="complete gzip"):
+        load_rows(write(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2]))
+
+
+def test_a_missing_file_names_its_likely_neighbour(tmp_path):
+    write(tmp_path / "train.jsonl", '{"text": "a"}')
+    with pytest.raises(DataError, match=r"trian\.jsonl is not a file; did you mean .*train\.jsonl"):
+        load_rows(tmp_path / "trian.jsonl")
+
+
+def test_a_column_whose_type_changes_is_named_with_its_row(tmp_path):
+    rows = [
+        {"text": "a", "meta": 1},
+        {"text": "b", "meta": 2},
+        {"text": "c", "meta": "three"},
+        {"text": "d", "meta": 4},
+    ]
+    path = write(tmp_path / "a.jsonl", json_lines(rows))
+    assert load_rows(path) == rows
+    with pytest.raises(DataError, match=r'row 3: column \'meta\' holds "three"'):
+        load_dataset_file(path)
+
+
+def test_excerpts_of_long_lines_stay_short(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "' + "x" * 10_000)
+    with pytest.raises(DataError) as raised:
+        load_rows(path)
+    assert len(str(raised.value)) < 500 + len(str(path))
