@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from qtarget import divergences, targets
@@ -51,18 +51,18 @@ def _outside_class(name: str) -> type[Target]:
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UnknownTargetError(
             f"target {name!r} cannot be imported ({error}); expected package.module:Class"
         ) from error
-    if not (inspect.isclass(found) and issubclass(found, Target)):
-        raise UnknownTargetError(f"{name!r} is not a subclass of qtarget.Target")
+    if not (inspect.isclass(found) and issubclass(found, Target)) or inspect.isabstract(found):
+        raise UnknownTargetError(f"{name!r} is not a concrete subclass of qtarget.Target")
     return found
 
 
 def hyperparameters(cls: type[Target]) -> dict[str, Any]:
     """Names and defaults of a target's hyper-parameters."""
-    return {f.name: f.default for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    return {f.name: f.default for f in fields(cls)} if is_dataclass(cls) else {}
 
 
 def get_target(name: str, **hyperparameters_: Any) -> Target:

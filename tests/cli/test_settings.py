@@ -11,7 +11,7 @@ from qtarget.cli.settings import Setting, coerce, parse_overrides, parse_yaml, r
 from qtarget.errors import ConfigError
 
 
-class Colour(str, enum.Enum):
+class Colour(enum.StrEnum):
     RED = "red"
     NO = "no"
 
@@ -20,9 +20,12 @@ class Colour(str, enum.Enum):
     ("text", "value"),
     [
         ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("5.", 5.0), ("-1", -1), ("007", 7),
-        ("1_000", "1_000"), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("0x1f", "0x1f"), ("1.2.3", "1.2.3"), ("-", "-"),
-        ("no", "no"), ("on", "on"), ("y", "y"), ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
-        ("'1'", "1"), ("[q_proj, 1e-2]", ["q_proj", 0.01]), ('{"a": {"b": 1}}', {"a": {"b": 1}}), ("-.inf", float("-inf")),
+        ("1_000", "1_000"),
+        ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("0x1f", "0x1f"), ("1.2.3", "1.2.3"),
+        ("no", "no"),
+        ("on", "on"), ("y", "y"), ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
+        ("'1'", "1"),
+        ("[q_proj, 1e-2]", ["q_proj", 0.01]), ('{"a": {"b": 1}}', {"a": {"b": 1}}), ("-.inf", float("-inf")),
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text, value):
@@ -45,8 +48,12 @@ def test_overrides_in_all_their_forms():
     ("value", "hint", "expected"),
     [
         (3, int, 3), (3, float, 3.0), (0.5, float, 0.5), (True, bool, True), ("yes", bool, True), ("off", bool, False),
-        ("x", str, "x"), (None, int | None, None), (4, int | None, 4), ("no", Colour | str, "no"), (["a"], None | str | list[str], ["a"]),
-        ({"a": 1}, dict | str | None, {"a": 1}), ('{"a": 1}', dict[str, Any] | str | None, {"a": 1}), ("z.json", dict | str | None, "z.json"),
+        ("x", str, "x"),
+        (None, int | None, None), (4, int | None, 4), ("no", Colour | str, "no"),
+        (["a"], None | str | list[str], ["a"]),
+        ({"a": 1}, dict | str | None, {"a": 1}),
+        ('{"a": 1}', dict[str, Any] | str | None, {"a": 1}),
+        ("z.json", dict | str | None, "z.json"),
         ("a", Literal["a", "b"], "a"), (False, str | Literal[False] | None, False), ([1, 2], list[int], [1, 2]),
     ],
 )  # fmt: skip
@@ -59,10 +66,15 @@ def test_values_that_fit(value, hint, expected):
 @pytest.mark.parametrize(
     ("value", "hint", "words"),
     [
-        ("many", int, "an integer"), (1.5, int, "an integer"), (True, int, "an integer"), ("1e-4x", float, "a number"),
-        (True, float, "a number"), (1, bool, "true or false"), ("maybe", bool, "true or false"), (None, int, "an integer"),
-        (1.10, str, "text (put the value in quotes)"), ([1], str, "text"), ({"a": 1}, list[str], "a list (text)"), (["a", 1], list[str], "a list"),
-        ("blue", Colour | str, "one of red, no"), ("{a:", dict | str | None, "a mapping"), ("c", Literal["a", "b"], "one of a, b"),
+        ("many", int, "an integer"), (1.5, int, "an integer"), (True, int, "an integer"),
+        ("1e-4x", float, "a number"),
+        (True, float, "a number"), (1, bool, "true or false"),
+        ("maybe", bool, "true or false"), (None, int, "an integer"),
+        (1.10, str, "text (put the value in quotes)"),
+        ([1], str, "text"), ({"a": 1}, list[str], "a list (text)"),
+        (["a", 1], list[str], "a list"),
+        ("blue", Colour | str, "one of red, no"),
+        ("{a:", dict | str | None, "a mapping"), ("c", Literal["a", "b"], "one of a, b"),
         (1, int | None, None),
     ],
 )  # fmt: skip
@@ -91,7 +103,8 @@ def test_choices_are_listed():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: [1,\nc: 2\n", "line 3"), ("a: 1\na: 2\n", "'a' stands there twice"), ("- a\n", "holds list"), ("", "holds NoneType"),
+        ("a: 1\nb: [1,\nc: 2\n", "line 2, column 4"), ("a: 1\na: 2\n", "'a' stands there twice"),
+        ("- a\n", "holds list"), ("", "holds NoneType"),
     ],
 )  # fmt: skip
 def test_broken_files_say_where(tmp_path, text, words):

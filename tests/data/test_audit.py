@@ -49,7 +49,7 @@ def test_only_the_first_few_rows_are_named_but_all_are_counted():
 
 
 def test_a_data_set_that_trains_on_nothing_is_refused():
-    with pytest.raises(DataError, match="no row .* trains on anything: 2 of 3 .* 1 of 3"):
+    with pytest.raises(DataError, match=r"no row .* trains on anything: 2 of 3 .* 1 of 3"):
         audit_rows([PROMPT_ONLY, LATE, PROMPT_ONLY], max_length=3).raise_if_unusable()
     with pytest.raises(DataError, match="no rows"):
         audit_rows([], max_length=3).raise_if_unusable()

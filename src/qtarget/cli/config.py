@@ -193,8 +193,8 @@ def resolved_settings(config: RunConfig) -> dict[str, Any]:
         for f in fields(part):  # pyright: ignore[reportArgumentType]
             if f.name in SECRET_KEYS or not f.init:
                 continue
-            default = f.default if f.default is not MISSING else None
             # __post_init__ rewrites some fields into what it would not accept again, so a default is kept as written
+            default = f.default if f.default_factory is MISSING else f.default_factory()
             value = config.given.get(f.name, default)
             if _is_plain(value):
                 out[f.name] = value

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qtarget.registry import available_targets, get_target, hyperparameters, target_class
 from qtarget.types import Needs
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NARROW_WIDTH, PIPED_WIDTH = 130, 200  # characters
 
 
 def target_rows() -> list[dict[str, Any]]:
@@ -46,14 +51,28 @@ def targets(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(targets_table(rows, narrow=console.width < NARROW_WIDTH))
+
+
+def targets_table(rows: list[dict[str, Any]], narrow: bool) -> Table:
+    """One line a target; on a narrow terminal two columns, the second with a line a fact."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(caption="needs: numbers of a frozen model, from `qtarget score` or a model run live")
-    for column in ("name", "formula", "needs", "scope", "hyper-parameters", "paper"):
+    table = Table(
+        caption="needs: numbers of a frozen model, from `qtarget score` or a model run live", show_lines=narrow
+    )
+    facts = ("formula", "needs", "scope", "hyper-parameters", "paper")
+    for column in ("name", "facts") if narrow else ("name", *facts):
         table.add_column(column, no_wrap=column == "name", overflow="fold")
     for row in rows:
         defaults = ", ".join(f"{key}={value}" for key, value in row["hyperparameters"].items())
-        cells = (row["name"], row["formula"], "\n".join(row["needs"]), row["scope"], defaults, row["paper"])
-        table.add_row(*(Text(cell) for cell in cells))  # Text: formulas hold brackets, which are markup otherwise
-    Console().print(table)
+        cells = [row["formula"], ", ".join(row["needs"]), row["scope"], defaults, row["paper"]]
+        if narrow:
+            cells = ["\n".join([cells[0], *(f"{fact}: {cell}" for fact, cell in zip(facts[1:], cells[1:]) if cell)])]
+        table.add_row(*(Text(cell) for cell in (row["name"], *cells)))  # Text: brackets in formulas are not markup
+    return table

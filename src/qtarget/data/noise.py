@@ -107,9 +107,14 @@ def _vocabulary_texts(tokenizer: Any) -> list[str]:
 
 
 def _random_token_edits(rows: Sequence[Row], rate: float, rng: Random, tokenizer: Any | None) -> dict[int, list[Edit]]:
-    """Replace exactly ``round(rate * tokens)`` of all response tokens, each by one that also has (or lacks) a leading space."""
+    """Replace exactly ``round(rate * tokens)`` of all response tokens.
+
+    A token with a leading space gives way to one with a leading space, so that its neighbours keep their tokenisation.
+    """
     if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
-        raise DataError("random_tokens needs token offsets, which only a fast tokenizer has; pass one, or tokenizer=None")
+        raise DataError(
+            "random_tokens needs token offsets, which only a fast tokenizer has; pass one, or tokenizer=None"
+        )
     responses = [response_text(row) for row in rows]
     spans = [_token_spans(text, tokenizer) for text in responses]
     if tokenizer is None:
@@ -133,7 +138,7 @@ def _random_token_edits(rows: Sequence[Row], rate: float, rng: Random, tokenizer
 
 
 def _answer_span(row: Row) -> Span | None:
-    """Where the response states the answer: its last occurrence as a whole word, or the whole response without ``answer``."""
+    """Where the answer last stands as a whole word, None if nowhere; the whole response for rows without ``answer``."""
     text = response_text(row)
     if "answer" not in row:
         return 0, len(text)
@@ -142,7 +147,7 @@ def _answer_span(row: Row) -> Span | None:
 
 
 def _wrong_answer_edits(rows: Sequence[Row], rate: float, rng: Random, kind: str) -> dict[int, list[Edit]]:
-    """For ``round(rate * rows)`` rows, another row's answer (or response) of the same skill, different from their own."""
+    """For ``round(rate * rows)`` rows, a different answer (or response) of another row with the same skill."""
     stated = [str(row["answer"]) if "answer" in row else response_text(row) for row in rows]
     groups = [("answer" in row, row.get("skill")) for row in rows]
     answers: dict[tuple[bool, Any], list[str]] = {}
@@ -188,18 +193,18 @@ def inject_noise(
 
     Args:
         rows: with ``completion`` (string or messages) or ``messages``; ``answer`` and ``skill`` are used where present.
-        kind: ``random_tokens`` replaces response tokens by other vocabulary tokens (words by other words of the data when
+        kind: ``random_tokens`` replaces response tokens by other vocabulary tokens (words by other words of the data if
             there is no ``tokenizer``); ``wrong_answer`` states another row's answer of the same skill, or another row's
-            whole response where rows have no ``answer``; ``boilerplate`` puts a preamble in front; and
-            ``contradictory_duplicate`` follows a row by a copy that states a wrong answer.
+            whole response where rows have no ``answer``; ``boilerplate`` puts a preamble in front;
+            ``contradictory_duplicate`` follows a row by a copy that states a wrong answer, and marks the copy.
         rate: in [0, 1]: the share of all response tokens for ``random_tokens``, of the given rows for the other kinds.
         seed: the same seed and rows give the same noise.
         tokenizer: a fast Hugging Face tokenizer; only ``random_tokens`` looks at it.
 
     Returns:
         New rows with ``noise_spans: list[[start, end, kind]]``, character positions in the *new* response, empty where
-        nothing was touched. ``answer`` stays the right answer. Where a kind fits fewer rows than asked for, all that fit
-        are changed and a warning is logged with the counts.
+        nothing was touched. ``answer`` stays the right answer. Where a kind fits fewer rows than asked for, all that
+        fit are changed, and a warning is logged with the counts.
 
     Raises:
         ConfigError: unknown kind, or a rate outside [0, 1].
@@ -208,7 +213,7 @@ def inject_noise(
     Example:
         >>> rows = [{"prompt": "1+1?", "completion": "It is 2.", "answer": "2"},
         ...         {"prompt": "2+3?", "completion": "It is 5.", "answer": "5"}]
-        >>> inject_noise(rows, kind="wrong_answer", rate=0.5, seed=0)[1]
+        >>> inject_noise(rows, kind="wrong_answer", rate=1, seed=0)[1]
         {'prompt': '2+3?', 'completion': 'It is 2.', 'answer': '5', 'noise_spans': [[6, 7, 'wrong_answer']]}
     """
     if kind not in NOISE_KINDS:

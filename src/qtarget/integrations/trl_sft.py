@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.api import label_weights
 from qtarget.data.audit import audit_rows
-from qtarget.errors import ConfigError, DataError, MissingStatisticError, NonFiniteLossError
+from qtarget.errors import CacheMismatchError, ConfigError, DataError, MissingStatisticError, NonFiniteLossError
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
 from qtarget.integrations.progress import TokenSums
 from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference
@@ -51,8 +51,9 @@ class QTargetConfig(SFTConfig):
         target_kwargs: its hyper-parameters.
         reference_cache: folder written by ``qtarget score`` with the frozen base.
         teacher_cache: folder written by ``qtarget score`` with the teacher.
-        reference_model_name_or_path: a frozen base run live at each step instead of the cache.
-        teacher_model_name_or_path: a teacher run live at each step.
+        reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
+            cache was made with, when it is not the model that is trained.
+        teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache``, who made the cache.
     """
 
     target: str = field(default="sft", metadata={"help": "What distribution each token is pulled towards."})
@@ -72,9 +73,6 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
             )
-        for role in ROLES:
-            if getattr(self, f"{role}_cache") and getattr(self, f"{role}_model_name_or_path"):
-                raise ConfigError(f"give {role}_cache or {role}_model_name_or_path, not both")
 
     def build_target(self) -> Target:
         """The target that ``target`` and ``target_kwargs`` name."""
@@ -163,11 +161,18 @@ class QTargetTrainer(SFTTrainer):
         )
 
     def _check_caches(self, base: PreTrainedModel) -> None:
-        if "reference" in self.caches:
-            self.caches["reference"].require(model_fingerprint=fingerprint_model(base))
+        """A reference is the model that training starts from, unless the configuration names another."""
         head: Any = base.get_output_embeddings()
-        for cache in self.caches.values():
+        for role, cache in self.caches.items():
             cache.require(vocab_size=head.weight.shape[0])
+            named = getattr(self.args, f"{role}_model_name_or_path")
+            if named is not None and cache.manifest.model_id != named:
+                raise CacheMismatchError(
+                    f"{role}_cache was made with model {cache.manifest.model_id!r}, {role}_model_name_or_path says {named!r}; "
+                    "score again with that model, or correct the name"
+                )
+            if named is None and role == "reference":
+                cache.require(model_fingerprint=fingerprint_model(base))
 
     def _load_frozen(self, given: dict[str, PreTrainedModel | None]) -> dict[str, tuple[PreTrainedModel, HeadSpec]]:
         loaded: dict[str, tuple[PreTrainedModel, HeadSpec]] = {}

@@ -1,0 +1,278 @@
+"""Score rows with a model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
+from qtarget.scoring.plan import tool_versions
+from qtarget.scoring.progress import TokenMeter
+from qtarget.scoring.rows import Row, ScoredRow
+from qtarget.scoring.schema import Manifest, Provenance, fingerprint_model
+from qtarget.scoring.writer import write_cache
+from qtarget.shapes import Tensor
+from qtarget.statistics import token_statistics
+from qtarget.types import Reference, TailPolicy
+
+LOGITS_AT_ONCE = 2**25
+"""Logits that exist at once, 128 MiB in float32; softmax and top-k need a few times that."""
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group rows of similar length; longest first, so that a lack of memory shows in the first batch.
+
+    Args:
+        lengths: tokens of each row.
+        tokens_per_batch: rows times longest length stays within it; a longer row is a batch by itself.
+
+    Returns:
+        Indices into ``lengths``; the same for the same lengths.
+
+    Example:
+        >>> plan_batches([2, 9, 3, 2], tokens_per_batch=6)
+        [[1], [2, 0], [3]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class LocalSource:
+    """A causal language model in this process: its backbone on whole rows, its head on supervised tokens only.
+
+    Rows are batched by length and padded on the right; a row's numbers depend on its batch by float rounding only
+    (a model whose rotary frequencies follow the longest row of a batch, such as dynamic NTK or longrope beyond its
+    original context, is the exception: give it ``tokens_per_batch=1``).
+
+    Args:
+        model: with ``base_model(...).last_hidden_state`` and output embeddings; on its device, in its dtype.
+        top_k: log-probs a token to keep; 0 for none.
+        logit_scale, logit_softcap: ``logits = softcap(scale (h W^T + b))``.
+        tokens_per_batch: padded tokens a forward pass.
+        on_tokens: called with the number of supervised tokens after each batch.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, or a head that is missing, quantised or wrapped by an adapter.
+        HyperparameterError: ``top_k`` or ``tokens_per_batch`` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        top_k: int = 0,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        tokens_per_batch: int = 8192,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        self._weight, self._bias = head_of(model)
+        if not 0 <= top_k <= self.vocab_size:
+            raise HyperparameterError(f"top_k={top_k}; expected 0 to {self.vocab_size}, the model's vocabulary")
+        if tokens_per_batch < 1:
+            raise HyperparameterError(f"tokens_per_batch={tokens_per_batch}; expected at least 1")
+        self._model = model
+        self._top_k = top_k
+        self._scale, self._softcap = logit_scale, logit_softcap
+        self._tokens_per_batch = tokens_per_batch
+        self._on_tokens = on_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self._weight.shape[0]
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
+        """The model's numbers at the supervised tokens of each row, in the order given.
+
+        Raises:
+            UnsupportedModelError: the backbone returns no ``last_hidden_state``.
+        """
+        supervised = [i for i, row in enumerate(rows) if len(row.positions)]
+        out = [self._empty() for _ in rows]
+        with evaluating(self._model):
+            for batch in plan_batches([len(rows[i].input_ids) for i in supervised], self._tokens_per_batch):
+                members = [supervised[i] for i in batch]
+                numbers = self._score_batch([rows[i] for i in members])
+                for i, scored in zip(members, numbers, strict=True):
+                    out[i] = scored
+                if self._on_tokens:
+                    self._on_tokens(sum(len(rows[i].positions) for i in members))
+        return out
+
+    def _score_batch(self, rows: Sequence[Row]) -> list[ScoredRow]:
+        hidden, labels = self._hidden(rows)
+        statistics = token_statistics(
+            hidden=hidden,
+            labels=labels,
+            lm_head_weight=self._weight,
+            bias=self._bias,
+            logit_scale=self._scale,
+            logit_softcap=self._softcap,
+            top_k=self._top_k,
+            chunk_size=max(1, LOGITS_AT_ONCE // self.vocab_size),
+        )
+        return split_rows(statistics, [len(row.positions) for row in rows])
+
+    def _hidden(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[tokens, width]`` that predict the supervised tokens, and those tokens ``[tokens]``."""
+        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for b, row in enumerate(rows):
+            ids[b, : len(row.input_ids)] = torch.from_numpy(row.input_ids)
+            mask[b, : len(row.input_ids)] = 1
+        device = self._model.device
+        output = self._model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        states = getattr(output, "last_hidden_state", None)
+        if states is None:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}.base_model returns no last_hidden_state; expected a plain causal "
+                "language model; of a PEFT model merge the adapter first, or score its base model"
+            )
+        batch = np.concatenate([np.full(len(row.positions), b) for b, row in enumerate(rows)])
+        place = np.concatenate([row.positions for row in rows])
+        at = torch.from_numpy(batch), torch.from_numpy(place)
+        hidden = states[at[0].to(states.device), at[1].to(states.device) - 1]
+        return hidden.to(self._weight.device), ids[at].to(self._weight.device)
+
+    def _empty(self) -> ScoredRow:
+        none = np.zeros(0, np.float32)
+        if not self._top_k:
+            return ScoredRow(none, none)
+        wide = np.zeros((0, self._top_k), np.float32)
+        return ScoredRow(none, none, wide.astype(np.int32), wide, none)
+
+
+def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[vocab, width]`` and bias of the output embeddings.
+
+    Raises:
+        UnsupportedModelError: see ``LocalSource``.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; expected a causal language model (alignment 'causal')"
+        )
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.dim() != 2:
+        raise UnsupportedModelError(
+            f"{name} has no floating-point output embeddings; expected a causal language model with an unquantised lm_head"
+        )
+    if hasattr(head, "base_layer"):
+        raise UnsupportedModelError(f"the lm_head of {name} carries an adapter; merge it, or score the base model")
+    return weight, getattr(head, "bias", None)
+
+
+def split_rows(statistics: Reference, counts: Sequence[int]) -> list[ScoredRow]:
+    """Cut flat statistics into rows of so many tokens."""
+    ends = np.cumsum(counts)[:-1]
+    types = {"topk_ids": np.int32}
+    parts: dict[str, list[np.ndarray]] = {}
+    for name in ScoredRow.__dataclass_fields__:
+        value = getattr(statistics, name)
+        if value is not None:
+            parts[name] = np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends)
+    return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
+
+
+def score_rows(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    directory: str | Path,
+    *,
+    model_id: str,
+    tokenizer_fingerprint: str,
+    chat_template_fingerprint: str,
+    model_fingerprint: str | None = None,
+    top_k: int = 0,
+    tail_policy: TailPolicy = "bucket",
+    shard_rows: int = 2000,
+    tokens_per_batch: int = 8192,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Write the reference cache of a model over some rows, or go on with one that was interrupted.
+
+    Args:
+        model: the frozen causal language model; its modules' train/eval modes are restored.
+        rows: ``input_ids`` and ``labels`` each, unpadded and unshifted, -100 where not trained on.
+        directory: the cache's folder.
+        model_id: name or path, for people.
+        tokenizer_fingerprint, chat_template_fingerprint: from ``qtarget.scoring.schema``.
+        model_fingerprint: computed if absent.
+        top_k: log-probs a token to keep; 0 keeps the label's and the entropy alone.
+        tail_policy: what training lets stand for the unlisted tokens.
+        shard_rows: rows a shard.
+        tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
+        logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The manifest of the finished cache.
+
+    Raises:
+        IncompatibleError: ``tail_policy`` is unknown.
+        ConfigError, CacheMismatchError, DataError, NonFiniteLossError: see ``write_cache``.
+        UnsupportedModelError, HyperparameterError: see ``LocalSource``.
+    """
+    if tail_policy not in get_args(TailPolicy):
+        raise IncompatibleError(
+            f"tail_policy {tail_policy!r} is unknown; expected one of {', '.join(get_args(TailPolicy))}"
+        )
+    with TokenMeter(enabled=progress) as meter:
+        source = LocalSource(
+            model,
+            top_k=top_k,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            tokens_per_batch=tokens_per_batch,
+            on_tokens=meter.advance,
+        )
+        provenance = Provenance(
+            model_id=model_id,
+            model_fingerprint=model_fingerprint or fingerprint_model(model),
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            chat_template_fingerprint=chat_template_fingerprint,
+            vocab_size=source.vocab_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            top_k=top_k,
+            tail_policy=tail_policy,
+            versions=tool_versions(),
+        )
+        return write_cache(
+            directory,
+            rows,
+            source,
+            provenance,
+            shard_rows=shard_rows,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            meter=meter,
+        )

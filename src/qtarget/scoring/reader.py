@@ -1,0 +1,197 @@
+"""Look up what the frozen model said: by checksum once, by row number ever after."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qtarget.errors import CacheMismatchError
+from qtarget.scoring.files import digest_file
+from qtarget.scoring.schema import Manifest, ShardRecord
+
+NAMED = 5
+"""How many missing rows a message names."""
+
+
+@dataclass(frozen=True)
+class LoadedShard:
+    """The columns of a shard as flat arrays; tokens of row i are ``offsets[i] : offsets[i + 1]``."""
+
+    offsets: list[int]
+    columns: dict[str, np.ndarray]
+
+
+class ReferenceCache:
+    """A finished reference cache, opened with ``ReferenceCache.open``.
+
+    Shards are read when a row of theirs is first asked for, and kept in memory, uncompressed: 6 bytes a supervised
+    token, and 4 + 6k more with top-k. Pickling sends path and manifest; a data loader's worker opens the folder again.
+
+    Attributes:
+        path: the folder.
+        manifest: what the cache is of.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._starts = [0, *accumulate(shard.rows for shard in manifest.shards)]
+        self._loaded: dict[int, LoadedShard] = {}
+        self._index: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> ReferenceCache:
+        """Open a cache and make sure that it is whole.
+
+        Args:
+            path: its folder.
+            verify: compare every shard's hash (about a second a gigabyte); presence and size are checked in any case.
+
+        Raises:
+            CacheMismatchError: the manifest is unusable, or a shard is missing, truncated or altered.
+        """
+        path = Path(path).absolute()
+        manifest = Manifest.read(path)
+        for shard in manifest.shards:
+            check_shard(path, shard, verify)
+        return cls(path, manifest)
+
+    @property
+    def has_topk(self) -> bool:
+        """Whether top-k ids, log-probs and tail mass are stored."""
+        return self.manifest.top_k > 0
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def require(
+        self,
+        *,
+        model_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+        chat_template_fingerprint: str | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Refuse to go on when the cache is of something else; an argument left out is not checked.
+
+        Raises:
+            CacheMismatchError: names each field that differs, found and expected, and the next step.
+        """
+        wanted = {
+            "model_fingerprint": model_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "chat_template_fingerprint": chat_template_fingerprint,
+            "vocab_size": vocab_size,
+        }
+        differing = [
+            f"{name} is {getattr(self.manifest, name)} in the cache, expected {value}"
+            for name, value in wanted.items()
+            if value is not None and getattr(self.manifest, name) != value
+        ]
+        if differing:
+            raise CacheMismatchError(
+                f"{self.path} (of model {self.manifest.model_id!r}) does not fit: {'; '.join(differing)}; train with "
+                "what was scored, or run `qtarget score CONFIG.yaml` into another folder and set it in the config"
+            )
+
+    def locate(self, checksums: Sequence[str]) -> list[int]:
+        """Row numbers of some rows.
+
+        Args:
+            checksums: ``row_checksum`` of each.
+
+        Raises:
+            CacheMismatchError: rows that were never scored, by their number in ``checksums``, with the command.
+        """
+        if not len(checksums):
+            return []
+        ordered, numbers = self._checksums()
+        wanted = np.array([checksum.encode() for checksum in checksums])
+        place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
+        missing = np.flatnonzero(ordered[place] != wanted)
+        if len(missing):
+            named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            raise CacheMismatchError(
+                f"{len(missing)} of {len(wanted)} rows are not in the cache {self.path}: rows {named}; their tokens or "
+                "their mask differ from every scored row; choose another folder, or delete this one, and run "
+                "`qtarget score CONFIG.yaml`"
+            )
+        return numbers[place].tolist()
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """The numbers of one row at its supervised tokens (``supervised_mask``), in nats; the caller owns the arrays.
+
+        Returns:
+            ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k ``topk_ids [tokens, k]`` int32,
+            ``topk_log_probs [tokens, k]`` float16 and ``tail_log_mass [tokens]`` float32.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a cache of {len(self)} rows; use locate(checksums)")
+        number = bisect_right(self._starts, index) - 1
+        shard = self._loaded.get(number) or self._load(number)
+        local = index - self._starts[number]
+        begin, end = shard.offsets[local], shard.offsets[local + 1]
+        return {name: values[begin:end].copy() for name, values in shard.columns.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # hashes were compared by the process that pickled; another manifest means that the cache was written anew since
+        opened = ReferenceCache.open(state["path"], verify=False)
+        if opened.manifest != state["manifest"]:
+            raise CacheMismatchError(f"{state['path']} was written again since it was opened; open it again")
+        self.__dict__.update(opened.__dict__)
+
+    def _checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Checksums, sorted, and the row number of each."""
+        if self._index is None:
+            found = [
+                value.hex().encode()
+                for shard in self.manifest.shards
+                for value in pq.read_table(self.path / shard.name, columns=["checksum"])["checksum"].to_pylist()
+            ]
+            checksums = np.array(found)
+            order = np.argsort(checksums)
+            self._index = checksums[order], order
+        return self._index
+
+    def _load(self, number: int) -> LoadedShard:
+        table = pq.read_table(self.path / self.manifest.shards[number].name, use_threads=False)
+        offsets: list[int] = []
+        columns: dict[str, np.ndarray] = {}
+        for name in table.column_names[1:]:
+            lists: Any = pa.concat_arrays(table[name].chunks)
+            flat = lists.flatten().to_numpy(zero_copy_only=True)
+            if name == "label_log_probs":
+                offsets = lists.offsets.to_numpy().tolist()
+            columns[name] = flat.reshape(-1, self.manifest.top_k) if name.startswith("topk") else flat
+        self._loaded[number] = LoadedShard(offsets, columns)
+        return self._loaded[number]
+
+
+def check_shard(directory: Path, shard: ShardRecord, verify: bool) -> None:
+    """Make sure that a shard's file is the one the manifest was written for.
+
+    Raises:
+        CacheMismatchError: it is missing, of another size, or of another content.
+    """
+    path = directory / shard.name
+    again = "run `qtarget score CONFIG.yaml` again: it scores this shard alone and keeps the others"
+    if not path.exists():
+        raise CacheMismatchError(f"{path} is missing; {again}")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise CacheMismatchError(f"{path} has {size} bytes, expected {shard.bytes}; {again}")
+    if verify and (found := digest_file(path)) != shard.blake2b:
+        raise CacheMismatchError(f"{path} has the hash {found}, expected {shard.blake2b}; {again}")

@@ -1,0 +1,272 @@
+"""What a reference cache promises: the convention of its rows, the fingerprints of what made it, its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qtarget.errors import CacheMismatchError, DataError, UnsupportedModelError
+from qtarget.scoring.files import digest, write_json
+from qtarget.types import TailPolicy
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+IGNORE_INDEX = -100
+SAMPLED_ABOVE = 2**20
+"""Tensors of more elements than this are fingerprinted by a sample of at most this many."""
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def supervised_mask(labels: Sequence[int]) -> list[bool]:
+    """Which positions of one row have a log-prob in the cache: the one place for that convention.
+
+    Position ``t`` is supervised when ``labels[t] != -100`` and ``t >= 1``: a causal model predicts the token at ``t``
+    from those before it (the shift), so nothing predicts position 0. ``labels`` are as long as ``input_ids``.
+
+    Example:
+        >>> supervised_mask([5, -100, 7])
+        [False, False, True]
+    """
+    mask = (np.asarray(labels) != IGNORE_INDEX).tolist()
+    return [False, *mask[1:]] if mask else []
+
+
+def row_checksum(input_ids: Sequence[int], supervised: Sequence[bool]) -> str:
+    """The name of a row: BLAKE2b (16 bytes, hexadecimal) over its little-endian int32 ids, then its mask, a byte each.
+
+    Args:
+        input_ids: token ids of one row, unpadded.
+        supervised: ``supervised_mask(labels)`` of the same row.
+
+    Raises:
+        DataError: lengths differ, an id is no int32, or position 0 is marked.
+
+    Example:
+        >>> row_checksum([1, 2], [False, True])
+        '853a09f25106683678f67e7e94785e9c'
+    """
+    ids, mask = np.asarray(input_ids, dtype=np.int64), np.asarray(supervised, dtype=bool)
+    if ids.ndim != 1 or ids.shape != mask.shape:
+        raise DataError(
+            f"a row has input_ids of shape {ids.shape} and a mask of shape {mask.shape}; expected equal lengths"
+        )
+    if len(mask) and mask[0]:
+        raise DataError(
+            "position 0 of a row is marked supervised, but nothing predicts it; use supervised_mask(labels)"
+        )
+    if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
+        raise DataError(f"token ids span {ids.min()} to {ids.max()}; expected 0 to {2**31 - 1}")
+    return digest(ids.astype("<i4").tobytes() + mask.tobytes())
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------
+
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Module names that ``torch.compile`` and others insert; they are left out of canonical names."""
+
+ADAPTED = ("base_layer", "original_module")
+"""Where PEFT keeps the layer that it wrapped; everything beside it belongs to the adapter."""
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """BLAKE2b over the canonical names, shapes and float32 values of a model's parameters and persistent buffers.
+
+    The same weights give the same fingerprint whether plain, inside PEFT (adapters are skipped, wrapped layers keep
+    their own names), compiled, or in another dtype that holds the same values. Tied weights count once. Buffers that
+    are not saved (rotary frequencies) are left out: they follow from the config and change with the dtype.
+
+    Of a tensor of more than 2**20 elements only a fixed strided sample (at most 2**20 elements, odd stride) is read: it
+    tells models, checkpoints and trained weights apart, and would miss an edit confined to a few single elements. Two
+    models that differ in their config alone (rope theta) have the same fingerprint.
+
+    Raises:
+        UnsupportedModelError: a tensor has no values (meta device).
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(_canonical_tensors(_unwrapped(model)).items()):
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device and has no values; load the weights first")
+        state.update(f"{name}{tuple(tensor.shape)}".encode())
+        state.update(_sample(tensor).to(torch.float32).cpu().numpy().astype("<f4").tobytes())
+    return state.hexdigest()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    stride = -(-flat.numel() // SAMPLED_ABOVE)
+    # an even stride divides the usual widths and would read the same few columns of every row
+    return flat if stride <= 1 else flat[:: stride | 1]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    base = getattr(model, "get_base_model", None)
+    return base() if base is not None and hasattr(model, "peft_config") else model
+
+
+def _canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in _walk(model, ()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            named[name] = tensor
+    return named
+
+
+def _walk(module: nn.Module, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    wrapped = next((module._modules[name] for name in ADAPTED if module._modules.get(name) is not None), None)
+    if wrapped is not None:
+        yield from _walk(wrapped, path)
+        return
+    saved = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+    for name, tensor in {**module._parameters, **saved}.items():
+        if tensor is not None:
+            yield ".".join((*path, name)), tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, path if name in WRAPPERS else (*path, name))
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """BLAKE2b over all that decides which ids a text becomes: vocabulary, size, special tokens, a fast one's pipeline.
+
+    Padding and truncation are left out, the padding token's name too: trainers set them, and rows are stored unpadded.
+    A processor counts as its tokenizer.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    state: dict[str, Any] = {"vocab": tokenizer.get_vocab(), "size": len(tokenizer), "special": special}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        pipeline = json.loads(backend.to_str())
+        state["pipeline"] = {k: v for k, v in pipeline.items() if k not in ("padding", "truncation")}
+    return digest(json.dumps(state, sort_keys=True, default=str).encode())
+
+
+def fingerprint_chat_template(tokenizer_or_template: Any) -> str:
+    """BLAKE2b of a chat template: the text, a tokenizer's ``chat_template``, named templates, or none at all.
+
+    Example:
+        >>> fingerprint_chat_template(None) == fingerprint_chat_template("{{ messages }}")
+        False
+    """
+    template = tokenizer_or_template
+    if template is not None and not isinstance(template, str | dict | list):
+        template = getattr(template, "chat_template", None)
+    return digest(json.dumps(template, sort_keys=True).encode())
+
+
+# -- manifest ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What made the numbers.
+
+    Attributes:
+        model_id: name or path of the frozen model, for people; the fingerprint decides.
+        vocab_size: rows of the head, padding rows included (not the tokenizer's length).
+        dtype: of the forward pass, ``float32``, ``bfloat16`` ...; log-softmax is float32 always.
+        top_k: how many log-probs a token are kept; 0 for the label's alone.
+        tail_policy: what stands for the unlisted tokens, see ``qtarget.Reference``.
+        versions: of qtarget, torch, transformers, pyarrow.
+        temperature: of the stored log-probs; always 1.
+        alignment: ``causal``: position t holds the log-prob of token t given those before it.
+    """
+
+    model_id: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    chat_template_fingerprint: str
+    vocab_size: int
+    dtype: str
+    top_k: int
+    tail_policy: TailPolicy
+    versions: dict[str, str]
+    temperature: float = 1.0
+    alignment: str = "causal"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: its file, what it holds, and its size and BLAKE2b."""
+
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+    """``manifest.json``: written last, so a folder that has it is a finished cache.
+
+    Attributes:
+        rows, tokens: distinct rows, and supervised tokens in them.
+        shards: in row order.
+    """
+
+    rows: int
+    tokens: int
+    shards: tuple[ShardRecord, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, directory: str | Path) -> None:
+        """Write ``manifest.json``, atomically."""
+        write_json(Path(directory) / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Manifest:
+        """Read and check ``manifest.json`` of a cache folder.
+
+        Raises:
+            CacheMismatchError: no such folder, no manifest (an unfinished cache), broken JSON, another schema version,
+                missing or unknown fields.
+        """
+        path = Path(directory) / MANIFEST
+        if not path.parent.is_dir():
+            raise CacheMismatchError(f"there is no cache folder {path.parent}; run `qtarget score CONFIG.yaml` once")
+        if not path.exists():
+            raise CacheMismatchError(
+                f"{path.parent} has no {MANIFEST}, so scoring is unfinished or this is no cache; run "
+                "`qtarget score CONFIG.yaml` again: it goes on where it stopped"
+            )
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            version = value.get("schema_version")
+            if version == SCHEMA_VERSION:
+                return cls._parse(value)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            reason = f"broken JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise CacheMismatchError(
+                f"{path} is unusable ({reason}); delete it and run `qtarget score CONFIG.yaml` again: "
+                "finished shards are kept"
+            ) from error
+        raise CacheMismatchError(
+            f"{path} has schema_version {version!r}, this qtarget reads {SCHEMA_VERSION}; install the qtarget that wrote it, or "
+            "run `qtarget score CONFIG.yaml` into another folder"
+        )
+
+    @classmethod
+    def _parse(cls, value: dict[str, Any]) -> Manifest:
+        known = {field.name for field in fields(cls)}
+        if differing := sorted(known ^ set(value)):
+            raise ValueError(f"missing or unknown fields: {', '.join(differing)}")
+        if value["tail_policy"] not in get_args(TailPolicy):
+            raise ValueError(f"tail_policy {value['tail_policy']!r}, expected one of {', '.join(get_args(TailPolicy))}")
+        shards = tuple(ShardRecord(**shard) for shard in value["shards"])
+        counts = (sum(s.rows for s in shards), sum(s.tokens for s in shards))
+        if counts != (value["rows"], value["tokens"]):
+            raise ValueError(f"shards hold {counts} rows and tokens, expected {(value['rows'], value['tokens'])}")
+        return cls(**{**value, "shards": shards})

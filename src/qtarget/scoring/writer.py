@@ -1,0 +1,208 @@
+"""Shards on disk: a run that is killed goes on where it stopped, and ends with the bytes of an undisturbed one.
+
+A shard is finished when its Parquet file matches its receipt (``shard-00000.json``: counts, size, hash). The receipt is
+written first, the Parquet file renamed last, so no order of events makes half a shard look whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qtarget.errors import ConfigError, NonFiniteLossError
+from qtarget.scoring.files import TEMPORARY, digest, digest_file, write_atomic, write_json
+from qtarget.scoring.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
+from qtarget.scoring.progress import TokenMeter
+from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
+from qtarget.scoring.schema import Manifest, Provenance, ShardRecord
+
+COLUMNS: dict[str, np.dtype] = {
+    "label_log_probs": np.dtype(np.float32),
+    "entropy": np.dtype(np.float16),
+    "topk_ids": np.dtype(np.int32),
+    "topk_log_probs": np.dtype(np.float16),
+    "tail_log_mass": np.dtype(np.float32),
+}
+"""Stored types. The label's log-prob enters losses and ratios as it is: float32. Half precision rounds entropy and
+top-k log-probs by at most 2**-11 of their value (0.004 nats at the entropy of a uniform 150,000-token vocabulary, below
+the 8e-3 by which bfloat16 scoring moves log-probs), and the KL it causes is second order in that (below 1e-6 nats)."""
+
+LOWEST = float(np.finfo(np.float16).min)
+"""Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
+
+LOCK = ".lock"
+logger = logging.getLogger(__name__)
+
+
+def write_cache(
+    directory: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    source: Source,
+    provenance: Provenance,
+    *,
+    shard_rows: int = 2000,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    meter: TokenMeter | None = None,
+) -> Manifest:
+    """Score all rows that no finished shard holds, and write the manifest last.
+
+    Args:
+        directory: the cache's folder; made if absent.
+        rows: each with ``input_ids`` and ``labels`` (see ``read_row``); repeated rows are stored once.
+        source: what scores them.
+        provenance: what the manifest will say of the source.
+        shard_rows: rows a shard, and the most work a kill can lose.
+        logit_scale, logit_softcap: what the source was given; a run may only go on with the same.
+        meter: is told of progress, in supervised tokens.
+
+    Returns:
+        The manifest of the finished cache.
+
+    Raises:
+        ConfigError: another process is scoring into the folder.
+        CacheMismatchError: the folder was begun with another plan.
+        DataError: a row is unusable.
+        NonFiniteLossError: the source returned NaN or infinite numbers.
+    """
+    directory, meter = Path(directory), meter or TokenMeter(enabled=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        kept = distinct_rows(rows, provenance.vocab_size)
+        plan = Plan(
+            **_shared_fields(provenance),
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            shard_rows=shard_rows,
+            shards=plan_shards(kept, shard_rows),
+        )
+        adopt_plan(directory, plan)
+        for leftover in directory.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
+        meter.start(plan.tokens)
+        records = []
+        for number, shard in enumerate(plan.shards):
+            record = finished_shard(directory, shard)
+            if record is None:
+                part = kept[number * shard_rows : (number + 1) * shard_rows]
+                record = write_shard(directory, shard, read_again(rows, part, plan.vocab_size), source, plan.top_k)
+            else:
+                meter.skip(shard.tokens)
+            records.append(record)
+        manifest = Manifest(**_shared_fields(provenance), rows=len(kept), tokens=plan.tokens, shards=tuple(records))
+        manifest.write(directory)
+    return manifest
+
+
+def _shared_fields(provenance: Provenance) -> dict[str, Any]:
+    return {field.name: getattr(provenance, field.name) for field in fields(Provenance)}
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (directory / LOCK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is scoring into {directory}; expected one scorer a folder; wait for it, "
+                "or choose another folder"
+            ) from error
+        yield
+
+
+def read_again(rows: Sequence[Mapping[str, Any]], part: Sequence[KeptRow], vocab_size: int) -> list[Row]:
+    """The planned rows themselves."""
+    return [read_row(rows[kept.index], kept.index, vocab_size) for kept in part]
+
+
+def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
+    """The receipt of a shard whose file is whole, else nothing; damage is logged, for the shard is scored again."""
+    path = directory / shard.name
+    receipt = path.with_suffix(".json")
+    if not (path.exists() and receipt.exists()):
+        return None
+    try:
+        record = ShardRecord(**json.loads(receipt.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is unreadable (%s); scoring its shard again", receipt, error)
+        return None
+    whole = path.stat().st_size == record.bytes and digest_file(path) == record.blake2b
+    if whole and (record.name, record.rows, record.tokens) == (shard.name, shard.rows, shard.tokens):
+        return record
+    logger.warning("%s does not match its receipt (%s bytes, %s); scoring it again", path, record.bytes, record.blake2b)
+    return None
+
+
+def write_shard(directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, top_k: int) -> ShardRecord:
+    """Score the rows of one shard and put it into place.
+
+    Raises:
+        NonFiniteLossError: a number is NaN or infinite.
+    """
+    scored = source.score(rows)
+    check_finite(rows, scored)
+    content = shard_bytes(rows, scored, top_k)
+    record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
+    path = directory / shard.name
+    write_json(path.with_suffix(".json"), asdict(record))
+    write_atomic(path, content)
+    return record
+
+
+def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
+    """Refuse log-probs and entropies that are no numbers, before they are stored.
+
+    Raises:
+        NonFiniteLossError: names the row's checksum and the first position.
+    """
+    for row, numbers in zip(rows, scored, strict=True):
+        good = np.isfinite(numbers.label_log_probs) & np.isfinite(numbers.entropy)
+        if not good.all():
+            t = int(row.positions[np.flatnonzero(~good)[0]])
+            raise NonFiniteLossError(
+                f"the frozen model gives a log-prob or entropy that is NaN or infinite at position {t} of row "
+                f"{row.checksum}; expected finite numbers; load the model in float32 or bfloat16 and check its weights"
+            )
+
+
+def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int) -> memoryview:
+    """The Parquet file of a shard: one row group, the same bytes for the same numbers."""
+    counts = [len(numbers.label_log_probs) for numbers in scored]
+    columns: dict[str, pa.Array] = {
+        "checksum": pa.array([bytes.fromhex(row.checksum) for row in rows], pa.binary(16)),
+    }
+    for name in list(COLUMNS)[: None if top_k else 2]:
+        flat = np.concatenate([getattr(numbers, name).reshape(-1) for numbers in scored])
+        flat = (flat.clip(min=LOWEST) if name == "topk_log_probs" else flat).astype(COLUMNS[name])
+        width = top_k if name.startswith("topk") else 1
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) * width
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        row_group_size=max(1, len(rows)),
+        use_dictionary=False,
+        write_statistics=False,
+        # bytes of one significance together: a third smaller than plain, and read as fast
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names[1:]},
+    )
+    return memoryview(sink.getvalue())
