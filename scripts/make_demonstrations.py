@@ -3,8 +3,8 @@
     python scripts/make_demonstrations.py --seed 0 --output src/qtarget/data/embedded/demonstrations
 
 `train.jsonl` and `test.jsonl` hold rows in the instruction format; `base_format_test.jsonl` asks for every skill in the
-base model's own format, and `heldout_skills_test.jsonl` only for those that no demonstration shows. The same seed writes
-the same bytes. Test problems are in neither the training rows nor the base model's corpus.
+base model's own format, and `heldout_skills_test.jsonl` only for those that no demonstration shows. The same seed
+writes the same bytes. Test problems are in neither the training rows nor the base model's corpus.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_rows(
         problem = tasks.sample_problem_in(skill, split, rng)
         draws_in_vain = draws_in_vain + 1 if problem in seen else 0
         if draws_in_vain > 10_000:
-            raise DataError(f"{skill} has no more {split} problems after {len(rows)} of {count} rows; ask for fewer rows")
+            raise DataError(f"{skill} has no more {split} problems after {len(rows)} of {count} rows; ask for fewer")
         if problem not in seen:
             seen.add(problem)
             rows.append(render(problem, rng))

@@ -9,6 +9,7 @@ model folder plus `training_log.jsonl` and a `README.md` with the accuracy of ev
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -18,8 +19,9 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qtarget.data import tasks
 
@@ -58,8 +60,37 @@ CHAT_TEMPLATE = """\
 """
 
 
+README = """\
+# Embedded base model
+
+A Llama language model with {parameters} parameters and a byte-level BPE tokenizer of {vocabulary} tokens, trained
+from scratch on documents that `qtarget.data.tasks` generates. It knows twelve small skills in its own format
+(`reverse: KDQF = FQDK`) and has never seen the instruction format of the demonstrations next to it.
+
+Made by (about half an hour on one thread of a server processor):
+
+    python scripts/train_base_model.py --seed {seed} --steps {steps} --threads {threads} \\
+        --output src/qtarget/data/embedded/base_model
+
+with torch {torch} and transformers {transformers}. `training_log.jsonl` is the log of that run: losses in nats per
+token, `answer_loss` over answer tokens, `accuracy` on a few test problems per skill. Other processors and versions
+round differently, so their weights differ in the last digits and their accuracies slightly.
+
+SHA-256 of `model.safetensors`: `{sha256}`
+
+Greedy accuracy on {per_skill} test problems of every skill, none of them in the training corpus:
+
+| skill | own format | instruction format, untrained |
+|---|---|---|
+{table}
+
+The chat template renders a user message as `Instruction: ...` and an assistant message as `Response:`, its text and
+end-of-text, which are the tokens of the demonstrations' `prompt` and `completion`.
+"""
+
+
 def train_tokenizer(seed: int, examples_per_skill: int = 400) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over texts of both formats, so that the words of an instruction are whole tokens from the start."""
+    """Byte-level BPE over texts of both formats, so that the words of an instruction are whole tokens already."""
     rng = Random(f"tokenizer-{seed}")
     texts = []
     for skill in tasks.SKILLS:
@@ -119,8 +150,8 @@ def documents(rng: Random, count: int) -> list[dict[str, str]]:
 class Batch(NamedTuple):
     """Packed documents, all `[BATCH_SIZE, SEQUENCE_LENGTH]`.
 
-    ``position_ids`` restart with every document, which also keeps attention inside it. ``weights`` are 0 on the first token
-    of a document and on padding, 1 on answers and end-of-text, `QUESTION_WEIGHT` elsewhere.
+    ``position_ids`` restart with every document, which also keeps attention inside it. ``weights`` are 0 on the first
+    token of a document and on padding, 1 on answers and end-of-text, `QUESTION_WEIGHT` elsewhere.
     """
 
     input_ids: torch.Tensor
@@ -232,11 +263,11 @@ def accuracy_by_skill(
 
 
 def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, log_path: Path) -> LlamaForCausalLM:
-    """Train from scratch; writes one JSON line per `--log-every` steps and the accuracy per skill at each evaluation."""
+    """Train from scratch; logs one JSON line per `--log-every` steps, with accuracies every `--evaluate-every`."""
     torch.manual_seed(arguments.seed)
     model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    validation = heldout_rows(arguments.seed + 1, 20, own_format=True)
+    validation = heldout_rows(arguments.seed + 1, arguments.problems_per_skill, own_format=True)
     batches = packed_batches(tokenizer, arguments.seed)
     started = time.perf_counter()
     losses: list[tuple[float, float]] = []
@@ -264,6 +295,30 @@ def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, log
     return model
 
 
+def write_readme(folder: Path, seed: int, steps: int, threads: int, per_skill: int = 100) -> None:
+    """Evaluate the saved model on ``per_skill`` test problems of every skill and describe it in ``README.md``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    known = accuracy_by_skill(model, tokenizer, heldout_rows(seed, per_skill, own_format=True), own_format=True)
+    instructed = accuracy_by_skill(model, tokenizer, heldout_rows(seed, per_skill, own_format=False), own_format=False)
+    table = "\n".join(f"| {name} | {known[name]:.1%} | {instructed[name]:.1%} |" for name in known)
+    (folder / "README.md").write_text(
+        README.format(
+            parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            vocabulary=len(tokenizer),
+            sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            seed=seed,
+            steps=steps,
+            threads=threads,
+            per_skill=per_skill,
+            table=table,
+        ),
+        encoding="utf-8",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -271,7 +326,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--evaluate-every", type=int, default=250)
+    parser.add_argument("--problems-per-skill", type=int, default=20, help="for the accuracies in the log")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
@@ -280,6 +336,7 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.output)
     model = train(arguments, tokenizer, arguments.output / "training_log.jsonl")
     model.save_pretrained(arguments.output)
+    write_readme(arguments.output, arguments.seed, arguments.steps, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,6 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
 
     install_import_hook([f"qtarget.{name}" for name in CHECKED], "core_typechecker.checked")
 
-import torch
+import torch  # noqa: E402 - after the hook
 
 torch.set_num_threads(1)

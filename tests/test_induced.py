@@ -46,9 +46,7 @@ def test_a_mean_over_the_batch_does_not_scale_the_answer() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.7])
 def test_label_smoothing(smoothing: float) -> None:
-    seen = qtarget.induced_target(
-        lambda z, y: F.cross_entropy(z, y, label_smoothing=smoothing), LOGITS.float(), LABELS
-    )
+    seen = qtarget.induced_target(lambda z, y: F.cross_entropy(z, y, label_smoothing=smoothing), LOGITS.float(), LABELS)
     close(seen.target, (1 - smoothing) * ONE_HOT + smoothing / 11, 1e-6)
     close(seen.label_weight, 1 - smoothing, 1e-6)
     close(seen.residual_weight, smoothing, 1e-6)

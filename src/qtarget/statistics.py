@@ -14,7 +14,7 @@ coefficients to ``logit_gradient``, which needs no knowledge of any method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -231,10 +231,26 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
 LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_reference", "on_teacher")
 
 
+def savable(view: TokenView) -> TokenView:
+    """The same view in tensors that autograd may save: those made under ``torch.inference_mode`` are copied."""
+    if not view.label_log_probs.is_inference():
+        return view
+
+    def copy(value):
+        if isinstance(value, Outcomes):
+            return Outcomes(value.model.clone(), value.frozen.clone())
+        if isinstance(value, Reference):
+            return value.map_tensors(lambda _, tensor: tensor.clone())
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return replace(view, **{f.name: copy(getattr(view, f.name)) for f in fields(view)})
+
+
 def leaf_view(view: TokenView) -> tuple[TokenView, dict[str, Tensor]]:
     """Cut the view from the logits: each live statistic becomes a leaf that autograd differentiates by."""
     leaves: dict[str, Tensor] = {}
     cut: dict[str, Tensor | Outcomes] = {}
+    view = savable(view)
     for name in LEAVES:
         value = getattr(view, name)
         if isinstance(value, Outcomes):
@@ -314,7 +330,7 @@ def pull_weights(target: Target, view: TokenView, loss_weights: Tensor | None) -
     A log-prob's coefficient is minus its pull. ``a`` sums those of the label term, ``b`` those of the residual term;
     a pull of negative weight (gem's) comes out negative.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # under either, all coefficients would be zero
         cut, leaves = leaf_view(view)
         terms = target.losses(cut)
         zero = torch.zeros_like(view.label_log_probs)

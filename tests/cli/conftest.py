@@ -47,7 +47,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path, tiny_model):
-    """Write ``rows.jsonl`` (12 rows) and ``held_out.jsonl`` (4); returns a writer of ``run.yaml`` that returns its path."""
+    """Twelve rows in ``rows.jsonl``, four in ``held_out.jsonl``, and a function that writes ``run.yaml`` there."""
     for name, start, count in (("rows", 0, 12), ("held_out", 50, 4)):
         rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(start, start + count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

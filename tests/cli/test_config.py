@@ -84,7 +84,6 @@ def test_a_hyperparameter_at_the_top_is_sent_to_target_kwargs(config):
         ({"train_file": ..., "dataset_name": "a/b", "validation_file": "x.jsonl"}, "use dataset_test_split"),
         ({"model_name_or_path": ...}, "model_name_or_path is missing"),
         ({"model_name_or_path": "./nowhere"}, "is neither in .*check the path"),
-        ({"reference_cache": "a", "reference_model_name_or_path": "b"}, "not both"),
         ({"target_kwargs": "{alpha"}, "target_kwargs"),
     ],
 )

@@ -313,12 +313,12 @@ ROWS: dict[str, Callable[..., Row | None]] = {
 # -- what to hand to each method, and which hyper-parameters to try ------------------------------------------------
 
 FROZEN: dict[str, tuple[str, str]] = {
-    **{name: ("reference", "label") for name in ("prior_surprise", "inverse_likelihood", "iw_sft", "rho1")},
-    **{name: ("reference", "label") for name in ("token_cleaning", "psft")},
-    **{name: ("reference", "distribution") for name in ("sft_kl", "asft", "gift")},
-    **{name: ("teacher", "distribution") for name in ("distillation", "hybrid_distillation", "taid", "target_sft")},
-    **{name: ("teacher", "distribution") for name in ("forward_kl", "reverse_kl", "generalized_jsd")},
-    **{name: ("teacher", "distribution") for name in ("skew_kl", "skew_reverse_kl")},
+    **dict.fromkeys(("prior_surprise", "inverse_likelihood", "iw_sft", "rho1"), ("reference", "label")),
+    **dict.fromkeys(("token_cleaning", "psft"), ("reference", "label")),
+    **dict.fromkeys(("sft_kl", "asft", "gift"), ("reference", "distribution")),
+    **dict.fromkeys(("distillation", "hybrid_distillation", "taid", "target_sft"), ("teacher", "distribution")),
+    **dict.fromkeys(("forward_kl", "reverse_kl", "generalized_jsd"), ("teacher", "distribution")),
+    **dict.fromkeys(("skew_kl", "skew_reverse_kl"), ("teacher", "distribution")),
 }
 """The frozen model a method needs: its role, and whether one number a token is enough."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from conformance import formulas
-from conformance.cases import VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient
 from torch import Tensor
 
 import qtarget
+from conformance import formulas
+from conformance.cases import VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient
 from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.types import Needs
 
@@ -116,7 +117,9 @@ def test_spread_is_full_with_a_uniform_tail(name: str, settings: dict[str, Any])
         left = 1 - sum(float(row[j]) for j in ids)
         for j in range(VOCAB):
             full.view(-1, VOCAB)[i, j] = row[j] if j in ids else left / (VOCAB - len(ids))
-    expected_loss, expected = oracle_gradient(name, settings, Batch(batch.hidden, batch.weight, batch.labels, full.log()))
+    expected_loss, expected = oracle_gradient(
+        name, settings, Batch(batch.hidden, batch.weight, batch.labels, full.log())
+    )
     for loss, ours in both_forms(name, settings, batch, known):
         close(loss, expected_loss)
         close(ours, expected @ batch.weight)
@@ -132,18 +135,18 @@ def test_renormalize_is_full_with_the_tail_cut_off(name: str, settings: dict[str
     kept = torch.zeros_like(batch.frozen).scatter(-1, known.topk_ids, 1.0)  # pyright: ignore[reportArgumentType]
     cut = torch.where(kept > 0, batch.frozen, -torch.inf)
     expected_loss, expected = oracle_gradient(name, settings, Batch(batch.hidden, batch.weight, batch.labels, cut))
-    no_tail = qtarget.Reference(
-        topk_ids=known.topk_ids, topk_log_probs=known.topk_log_probs, tail_policy="renormalize"
-    )
+    no_tail = qtarget.Reference(topk_ids=known.topk_ids, topk_log_probs=known.topk_log_probs, tail_policy="renormalize")
     for given in (known, no_tail):
         for loss, ours in both_forms(name, settings, batch, given):
-            if settings.get("eta") != 0.0:  # then the residual is the model itself, and its entropy that of k + 1 outcomes
+            if (
+                settings.get("eta") != 0.0
+            ):  # then the residual is the model itself, and its entropy that of k + 1 outcomes
                 close(loss, expected_loss)
             close(ours, expected @ batch.weight)
 
 
 def test_renormalize_inflates_the_optimum() -> None:
-    """Distillation towards a renormalised teacher is stationary at the cut and scaled-up teacher, not at the teacher."""
+    """A renormalised teacher is imitated when the model is the cut and scaled-up teacher, not the teacher."""
     batch = make_batch()
     known = top_k(batch, 6, "renormalize")
     listed = torch.zeros_like(batch.frozen).scatter(-1, known.topk_ids, 1.0) > 0  # pyright: ignore[reportArgumentType]
@@ -159,7 +162,7 @@ def test_renormalize_inflates_the_optimum() -> None:
 )
 def test_renormalize_refuses_reverse_divergences(name: str, settings: dict[str, Any]) -> None:
     batch = make_batch()
-    with pytest.raises(IncompatibleError, match="renormalize.*use tail_policy 'bucket' or 'spread'"):
+    with pytest.raises(IncompatibleError, match=r"renormalize.*use tail_policy 'bucket' or 'spread'"):
         both_forms(name, settings, batch, top_k(batch, 6, "renormalize"))
 
 
@@ -235,7 +238,7 @@ def test_mass_moved_outside_the_top_k_raises_the_loss(name: str) -> None:
     for push in (0.0, 0.5, 1.0, 2.0, 4.0):  # starting at the teacher, favour everything that it does not list
         moved = batch.frozen + push * ~listed
         losses.append(float(qtarget.target_loss(moved, batch.labels, name, teacher=known)))
-    assert all(late > early + 1e-4 for early, late in zip(losses, losses[1:], strict=False)), losses
+    assert all(late > early + 1e-4 for early, late in pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "skew_reverse_kl"])
@@ -274,7 +277,7 @@ NEAR = [case for case in SOFT if case.values[0] not in ("sft_kl", "asft", "gift"
 @pytest.mark.parametrize("k", [6, None])
 @pytest.mark.parametrize("mode", ["float32", "autocast"])
 def test_float32_gradient_near_the_teacher(name: str, settings: dict[str, Any], k: int | None, mode: str) -> None:
-    """Logit distance 0.01: relative gradient error below 1e-3, also when the caller's autocast would round to bfloat16."""
+    """Logit distance 0.01: relative gradient error below 1e-3; autocast must not round the logits to bfloat16."""
     if name == "target_sft" and settings["eta"] == 0.0:
         pytest.skip("no teacher left")
     far = make_batch()
@@ -312,7 +315,7 @@ def test_malformed_sparse_references_raise() -> None:
         known = qtarget.Reference(**{"topk_ids": ids, "topk_log_probs": log_probs, **fields})
         qtarget.target_loss(batch.logits, batch.labels, "forward_kl", teacher=known)
 
-    with pytest.raises(MissingStatisticError, match="'forward_kl' needs teacher.distribution"):
+    with pytest.raises(MissingStatisticError, match=r"'forward_kl' needs teacher\.distribution"):
         loss()
     with pytest.raises(ShapeError, match="sum to one"):
         loss(tail_log_mass=torch.zeros_like(log_probs[..., 0]))
@@ -322,8 +325,8 @@ def test_malformed_sparse_references_raise() -> None:
         loss(topk_log_probs=None)
     with pytest.raises(ShapeError, match="equal"):
         loss(topk_ids=ids[..., 1:])
+    target = qtarget.get_target("distillation", temperature=2.0)
     with pytest.raises(MissingStatisticError, match=r"'distillation' needs teacher\.log_probs"):
-        target = qtarget.get_target("distillation", temperature=2.0)
         qtarget.target_loss(batch.logits, batch.labels, target, teacher=good)
 
 

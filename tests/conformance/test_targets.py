@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import formulas
-from conformance.cases import IGNORE, VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, tokens
 from torch import Tensor
 
 import qtarget
+from conformance import formulas
+from conformance.cases import IGNORE, VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, tokens
 from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
 
 CASES = [
@@ -18,9 +18,7 @@ CASES = [
     for name in qtarget.available_targets()
     for settings in formulas.SETTINGS.get(name, [{}])
 ]
-FIRST = [
-    pytest.param(name, formulas.SETTINGS.get(name, [{}])[0], id=name) for name in qtarget.available_targets()
-]
+FIRST = [pytest.param(name, formulas.SETTINGS.get(name, [{}])[0], id=name) for name in qtarget.available_targets()]
 NEEDY = [name for name in qtarget.available_targets() if name in formulas.FROZEN]
 
 
@@ -257,7 +255,10 @@ def test_token_order_does_not_matter(name: str, settings: dict[str, Any]) -> Non
     loss, gradient = oracle_gradient(name, settings, batch)
     order = torch.randperm(batch.labels.numel(), generator=torch.Generator().manual_seed(1))
     shuffled = Batch(
-        batch.hidden.flatten(0, 1)[order], batch.weight, batch.labels.flatten()[order], batch.frozen.flatten(0, 1)[order]
+        batch.hidden.flatten(0, 1)[order],
+        batch.weight,
+        batch.labels.flatten()[order],
+        batch.frozen.flatten(0, 1)[order],
     )
     sequence_ids = batch.sequence_ids().flatten()[order]
     ours, ours_gradient = dense(name, settings, shuffled, sequence_ids=sequence_ids)
@@ -429,7 +430,7 @@ def test_report_against_brute_force(name: str, settings: dict[str, Any], form: s
 
 
 def test_report_of_gift() -> None:
-    """``Q = (w + (e^beta - 1) w_y d_y) / Z`` by hand: two tokens, ``p_ref = (1/4, 3/4)``, no smoothing, ``e^beta = 5``."""
+    """``Q = (w + (e^beta - 1) w_y d_y) / Z`` by hand: ``p_ref = (1/4, 3/4)``, no smoothing, ``e^beta = 5``."""
     reference = qtarget.Reference.from_logits(torch.tensor([[0.25, 0.75]]).double().log(), torch.tensor([0]))
     target = qtarget.get_target("gift", beta=torch.log(torch.tensor(5.0).double()).item(), smoothing=0.0)
     logits = torch.zeros(1, 2, dtype=torch.float64)
@@ -466,12 +467,12 @@ def test_misaligned_inputs_raise() -> None:
         qtarget.target_loss(batch.logits[:, 1:], batch.labels, "sft")
     with pytest.raises(ShapeError, match="vocabulary"):
         qtarget.target_loss(batch.logits, batch.labels.masked_fill(batch.kept, VOCAB), "sft")
+    known = qtarget.Reference(label_log_probs=torch.zeros(3, 6))
     with pytest.raises(ShapeError, match="aligned"):
-        known = qtarget.Reference(label_log_probs=torch.zeros(3, 6))
         qtarget.target_loss(batch.logits, batch.labels, "prior_surprise", reference=known)
+    known = qtarget.Reference.from_logits(batch.frozen[..., :-1], batch.labels.clamp(max=VOCAB - 2))
     with pytest.raises(ShapeError, match="vocabulary"):
-        known = qtarget.Reference.from_logits(batch.frozen[..., :-1], batch.labels.clamp(max=VOCAB - 2))
         qtarget.target_loss(batch.logits, batch.labels, "forward_kl", teacher=known)
+    wrong = batch.labels.masked_fill(batch.kept, VOCAB)
     with pytest.raises(ShapeError, match="vocabulary"):
-        wrong = batch.labels.masked_fill(batch.kept, VOCAB)
         qtarget.target_loss(batch.logits, wrong, "forward_kl", teacher_logits=batch.frozen)

@@ -124,16 +124,17 @@ def test_a_missing_file_names_its_likely_neighbour(tmp_path):
 
 
 def test_a_column_whose_type_changes_is_named_with_its_row(tmp_path):
-    rows = [
-        {"text": "a", "meta": 1},
-        {"text": "b", "meta": 2},
-        {"text": "c", "meta": "three"},
-        {"text": "d", "meta": 4},
-    ]
+    rows = [{"text": letter, "weight": weight} for letter, weight in zip("abcd", (1, 2, "three", 4))]
     path = write(tmp_path / "a.jsonl", json_lines(rows))
     assert load_rows(path) == rows
-    with pytest.raises(DataError, match=r'row 3: column \'meta\' holds "three"'):
+    with pytest.raises(DataError, match=r'row 3: column \'weight\' holds "three"'):
         load_dataset_file(path)
+
+
+def test_notes_of_mixed_types_are_kept_as_json_text(tmp_path):
+    rows = [{"text": "a", "noise_spans": [[0, 1, "random_tokens"]]}, {"text": "b", "noise_spans": []}, {"text": "c"}]
+    kept = load_dataset_file(write(tmp_path / "a.jsonl", json_lines(rows)))["noise_spans"]
+    assert list(kept) == ['[[0, 1, "random_tokens"]]', "[]", None]
 
 
 def test_excerpts_of_long_lines_stay_short(tmp_path):

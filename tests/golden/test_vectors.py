@@ -178,7 +178,9 @@ def test_tempered_distillation_by_finite_differences(temperature: float) -> None
     def value(z: Tensor) -> float:
         return float(qtarget.target_loss(z, Y, target, teacher_logits=Z_TEACHER))
 
-    slopes = [(value(Z + step * e) - value(Z - step * e)) / (2 * step) for e in torch.eye(6, dtype=torch.float64)[:, None]]
+    slopes = [
+        (value(Z + step * e) - value(Z - step * e)) / (2 * step) for e in torch.eye(6, dtype=torch.float64)[:, None]
+    ]
     close(gradient_of("distillation", temperature=temperature)[0], torch.tensor(slopes, dtype=torch.float64), 1e-8)
     q, p = torch.softmax(Z_TEACHER / temperature, -1), torch.softmax(Z / temperature, -1)
     assert value(Z) == pytest.approx(float(-(temperature**2) * (q * p.log()).sum()), rel=1e-12)
@@ -193,7 +195,9 @@ def test_talr_median_of_sequence_means() -> None:
     close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("fraction", "tokens", "kept"), [(0.28, 25, 7), (0.6, 5, 3), (0.55, 100, 55), (0.1, 3, 1), (1, 4, 4)])
+@pytest.mark.parametrize(
+    ("fraction", "tokens", "kept"), [(0.28, 25, 7), (0.6, 5, 3), (0.55, 100, 55), (0.1, 3, 1), (1, 4, 4)]
+)
 def test_the_share_of_kept_tokens_is_exact(fraction: float, tokens: int, kept: int) -> None:
     """0.28 x 25 is 7.000000000000001 in floating point, and still seven tokens."""
     scores = torch.linspace(0, 1, tokens)
@@ -329,7 +333,9 @@ def test_combined_needs_are_those_of_both() -> None:
 # -- names and hyper-parameters ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "near"), [("labelsmoothing", "label_smoothing"), ("taid2", "taid"), ("reverse-kl", "reverse_kl")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("labelsmoothing", "label_smoothing"), ("taid2", "taid"), ("reverse-kl", "reverse_kl")]
+)
 def test_unknown_names_suggest_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UnknownTargetError, match=f"'{name}' is unknown; did you mean .*{near}.*qtarget targets"):
         qtarget.get_target(name)
@@ -337,7 +343,9 @@ def test_unknown_names_suggest_the_nearest(name: str, near: str) -> None:
         qtarget.get_target(name)
 
 
-@pytest.mark.parametrize("name", ["", "+", "dft+", "dft+sft+sft", "nowhere:Class", ":Class", "qtarget:Nothing", "math:pi"])
+@pytest.mark.parametrize(
+    "name", ["", "+", "dft+", "dft+sft+sft", "nowhere:Class", ":Class", "qtarget:Nothing", "math:pi"]
+)
 def test_malformed_names_raise(name: str) -> None:
     with pytest.raises(UnknownTargetError):
         qtarget.get_target(name)
@@ -345,7 +353,7 @@ def test_malformed_names_raise(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qtarget:Reference", "qtarget:Target", "qtarget.types:LabelWeight"])
 def test_classes_that_are_no_targets_raise(name: str) -> None:
-    with pytest.raises(UnknownTargetError, match="not a.*subclass"):
+    with pytest.raises(UnknownTargetError, match=r"not a.*subclass"):
         qtarget.get_target(name)
 
 

@@ -22,6 +22,7 @@ from qtarget.errors import ConfigError
 from qtarget.registry import get_target
 
 BASELINE = "sft"
+SPARE_TOKENS = 4  # beyond the longest right answer: the end-of-text token, and room to be wrong in
 CAPTION = (
     "Large points: mean over seeds; small points: each seed; lines: smallest to largest seed (no confidence "
     "interval). A seed "
@@ -39,6 +40,7 @@ class DemoConfig:
         seeds: number of seeds, 0, 1, ...; each sets the noise and the order of the rows.
         kind, rate: of the noise injector.
         train_rows, test_rows: how many demonstrations to train on and held-out prompts to answer.
+        kept_rows: prompts, in the base's own format, of skills that no demonstration shows: what training forgets.
         top_k: log-probs a token in the reference cache.
     """
 
@@ -48,17 +50,22 @@ class DemoConfig:
     rate: float = 0.2
     train_rows: int = 600
     test_rows: int = 270
+    kept_rows: int = 90
     learning_rate: float = 1e-3
     epochs: int = 2
     batch_size: int = 16
-    max_new_tokens: int = 32
+    evaluation_batch_size: int = 300
     top_k: int = 32
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.train_rows < 1 or self.test_rows < 1:
-            raise ConfigError(
-                f"seeds, train_rows and test_rows are at least 1; got {self.seeds}, {self.train_rows}, {self.test_rows}"
-            )
+        counts = {
+            "seeds": self.seeds,
+            "train_rows": self.train_rows,
+            "test_rows": self.test_rows,
+            "kept_rows": self.kept_rows,
+        }
+        if min(counts.values()) < 1:
+            raise ConfigError(f"expected at least 1 each: {', '.join(f'{name} {n}' for name, n in counts.items())}")
         if BASELINE not in self.targets:
             raise ConfigError(
                 f"targets {', '.join(self.targets)} lack {BASELINE}, which the others are compared with; add it"
@@ -71,7 +78,7 @@ class DemoConfig:
 
 def quick(config: DemoConfig) -> DemoConfig:
     """A few seconds' worth: one seed, two targets, few rows. For tests, not for conclusions."""
-    return replace(config, targets=("sft", "asft"), seeds=1, train_rows=48, test_rows=18, epochs=1)
+    return replace(config, targets=("sft", "asft"), seeds=1, train_rows=48, test_rows=18, kept_rows=6, epochs=1)
 
 
 def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
     results = {
         "benchmark": "demo",
         "config": asdict(config),
-        "untrained_accuracy_percent": untrained,
+        "untrained": untrained,
         "runs": runs,
         "summary": summarize(runs),
         "finding": finding(accuracies(runs), noise_words(config)),
@@ -113,7 +120,10 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
         "versions": versions(),
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    save_figure(comparison_figure(accuracies(runs), untrained, results["finding"], CAPTION), output / "results.png")
+    save_figure(
+        comparison_figure(accuracies(runs), untrained["accuracy_percent"], results["finding"], CAPTION),
+        output / "results.png",
+    )
     return results
 
 
@@ -127,8 +137,11 @@ class _Bench:
 
         self.config, self.folder, self.path = config, folder, str(base_model_path())
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        rows = {"train": config.train_rows, "test": config.test_rows}
-        self.rows = {split: sample_rows(load_demonstrations(split), count, split) for split, count in rows.items()}
+        self.rows = {
+            "train": sample_rows(load_demonstrations("train"), config.train_rows, "train"),
+            "test": sample_rows(load_demonstrations("test"), config.test_rows, "test"),
+            "kept": sample_rows(load_demonstrations("heldout_skills_test"), config.kept_rows, "kept"),
+        }
 
     def base_model(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -163,7 +176,8 @@ class _Bench:
             warmup_steps=0.1,
             seed=seed,
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
+            dataloader_pin_memory=False,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
@@ -209,23 +223,31 @@ class _Bench:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = time.perf_counter()
-        accuracy = self.evaluate(trainer.model)
-        return {
-            "accuracy_percent": accuracy,
+        scores = self.evaluate(trainer.model)
+        return scores | {
             "steps": trainer.state.global_step,
             "training_seconds": round(trained - begin, 2),
             "evaluation_seconds": round(time.perf_counter() - trained, 2),
         }
 
-    def evaluate(self, model: Any) -> float:
-        """Percent of the clean held-out prompts whose greedy completion passes its checker."""
-        from qtarget.data.tasks import check
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Percent of clean held-out prompts answered right, and of skills that were not demonstrated."""
+        from qtarget.data.tasks import check, check_pretraining
 
-        prompts = [row["prompt"] for row in self.rows["test"]]
-        texts = greedy_completions(
-            model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=len(prompts)
-        )
-        return accuracy_percent(self.rows["test"], texts, check)
+        checks = {"accuracy_percent": ("test", check), "kept_percent": ("kept", check_pretraining)}
+        out = {}
+        for name, (split, checker) in checks.items():
+            rows = self.rows[split]
+            longest = max(len(self.tokenizer(row["completion"])["input_ids"]) for row in rows)
+            texts = greedy_completions(
+                model,
+                self.tokenizer,
+                [row["prompt"] for row in rows],
+                max_new_tokens=longest + SPARE_TOKENS,
+                batch_size=self.config.evaluation_batch_size,
+            )
+            out[name] = round(accuracy_percent(rows, texts, checker), 2)
+        return out
 
 
 def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, split: str) -> list[Mapping[str, Any]]:
@@ -251,6 +273,7 @@ def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
         name: {
             "accuracy_percent": asdict(over_seeds(values[name])),
             "difference_to_sft_points": asdict(paired_difference(values[name], values[BASELINE])),
+            "kept_percent": asdict(over_seeds([run["kept_percent"] for run in found])),
             "training_seconds": round(over_seeds([run["training_seconds"] for run in found]).mean, 2),
         }
         for name, found in runs.items()
@@ -293,12 +316,16 @@ def quiet_libraries() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    dataset_bars = not datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if not bars:
+        if bars:
+            logging.enable_progress_bar()
+        if dataset_bars:
             datasets.enable_progress_bars()

@@ -58,7 +58,7 @@ def comparison_figure(
     )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-1)
     axes.set_xlabel("clean held-out prompts answered exactly (%)")
     axes.set_title(textwrap.fill(title, 78), loc="left", fontsize=11)
     axes.grid(axis="x", color="#e5e7eb")

@@ -28,6 +28,9 @@ PATH_KEYS = (
     "chat_template_path",
 )
 SECRET_KEYS = ("hub_token",)
+COUNTED = {
+    "include_num_input_tokens_seen": "non_padding"
+}  # the one default that is not TRL's: the summary states tokens
 # What other tools call it; too far from our spelling for difflib.
 OTHER_NAMES = {
     "model": "model_name_or_path",
@@ -109,7 +112,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     classes = (QTargetConfig, ModelConfig, DataConfig)
     hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
     refuse_unknown(settings, hints)
-    given = {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
+    given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
     for key in PATH_KEYS:
         if given.get(key) is not None:
             given[key] = find_path(key, given[key], path.parent)

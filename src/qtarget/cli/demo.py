@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.benchmarks.demo import CAPTION, DemoConfig, noise_words, quick, run_demo
+from qtarget.benchmarks.demo import DemoConfig, noise_words, quick, run_demo
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,19 +61,26 @@ def results_table(results: dict[str, Any], noise: str) -> Table:
     table = Table(
         title=f"{config['train_rows']} demonstrations with {noise}, {config['epochs']} epochs, "
         f"learning rate {config['learning_rate']:g}",
-        caption=f"exact match of greedy completions on {config['test_rows']} clean held-out prompts, %. {CAPTION}",
+        caption=f"answered: exact match of greedy completions on {config['test_rows']} clean prompts. Means over "
+        f"{config['seeds']} seeds; in brackets and under 'seeds', smallest to largest seed (no confidence interval). "
+        "kept: skills "
+        f"of the base that no demonstration shows, in its own format, {config['kept_rows']} prompts.",
     )
-    for column in ("target", "mean", "smallest to largest seed", "against sft, points", "training s"):
+    columns = ("target", "answered, %", "seeds", "against sft, points", "other skills kept, %", "training s")
+    for column in columns:
         table.add_column(column, justify="left" if column == "target" else "right")
-    ordered = sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"])
-    for name, row in ordered:
-        accuracy, difference = row["accuracy_percent"], row["difference_to_sft_points"]
-        against = (
+    for name, row in sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"]):
+        accuracy, difference, kept = row["accuracy_percent"], row["difference_to_sft_points"], row["kept_percent"]
+        table.add_row(
+            name,
+            f"{accuracy['mean']:.1f}",
+            f"{accuracy['low']:.1f} .. {accuracy['high']:.1f}",
             ""
             if name == "sft"
-            else f"{difference['mean']:+.1f} ({difference['low']:+.1f} .. {difference['high']:+.1f})"
+            else f"{difference['mean']:+.1f} ({difference['low']:+.1f} .. {difference['high']:+.1f})",
+            f"{kept['mean']:.1f} ({kept['low']:.1f} .. {kept['high']:.1f})",
+            f"{row['training_seconds']:.1f}",
         )
-        spread = f"{accuracy['low']:.1f} .. {accuracy['high']:.1f}"
-        table.add_row(name, f"{accuracy['mean']:.1f}", spread, against, f"{row['training_seconds']:.1f}")
-    table.add_row("(untrained)", f"{results['untrained_accuracy_percent']:.1f}", "", "", "")
+    untrained = results["untrained"]
+    table.add_row("(untrained)", f"{untrained['accuracy_percent']:.1f}", "", "", f"{untrained['kept_percent']:.1f}", "")
     return table

@@ -39,6 +39,11 @@ OTHER_NAMES = {
     "content": "text",
     "tokens": "input_ids",
 }
+# Columns that TRL or qtarget reads; all others are the user's notes.
+TRAINING_COLUMNS = {
+    *("input_ids", "labels", "prompt", "completion", "messages", "text", "weight", "loss_weights"),
+    *("completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
+}
 EXCERPT_CHARACTERS = 80
 
 
@@ -92,8 +97,11 @@ def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
 def load_dataset_file(path: str | Path, *, text_field: str = "text") -> Dataset:
     """The same rows as a ``datasets.Dataset``; columns absent in a row are ``None`` there.
 
+    Columns that training does not read and that mix types (``noise_spans``) become JSON text, since Arrow
+    has one type a column.
+
     Raises:
-        DataError: as ``load_rows``, and a column whose type changes between rows.
+        DataError: as ``load_rows``, and a column that training reads whose type changes between rows.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -105,19 +113,24 @@ def load_dataset_file(path: str | Path, *, text_field: str = "text") -> Dataset:
         try:
             pa.array(values)
         except pa.ArrowException as error:
-            index = _first_of_other_type(values)
-            raise DataError(
-                f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, "
-                "whose "
-                f"type differs from the rows above ({error}); give the column one type, or remove it"
-            ) from error
+            if name in TRAINING_COLUMNS | {text_field}:
+                raise _mixed_column(path, name, values, error) from error
+            table[name] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     return Dataset.from_dict(table)
+
+
+def _mixed_column(path: str | Path, name: str, values: list[Any], error: Exception) -> DataError:
+    index = _first_of_other_type(values)
+    return DataError(
+        f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, of another "
+        f"type than the rows above ({error}); give the column one type, or remove it"
+    )
 
 
 def _first_of_other_type(values: list[Any]) -> int:
     import pyarrow as pa
 
-    low, high = 1, len(values)  # invariant: values[:low] converts, values[:high] does not
+    low, high = 0, len(values)  # invariant: values[:low] converts, values[:high] does not
     while high - low > 1:
         middle = (low + high) // 2
         try:

@@ -95,15 +95,19 @@ def _token_spans(text: str, tokenizer: Any | None) -> list[Span]:
 
 
 def _vocabulary_texts(tokenizer: Any) -> list[str]:
-    """The texts of all printable, non-special tokens, leading space included."""
+    """The texts of all printable, non-special tokens that tokenise to themselves, leading space included."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     ids = [i for i in range(len(tokenizer)) if i not in special]
     # Some tokenizers drop the leading space of a first token, so each is decoded behind an anchor.
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     cut = len(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
     decoded = tokenizer.batch_decode([[*anchor, i] for i in ids], clean_up_tokenization_spaces=False)
-    texts = {text[cut:] for text in decoded}
-    return sorted(text for text in texts if text.strip() and text.isprintable() and "\ufffd" not in text)
+    texts = sorted({text[cut:] for text in decoded})
+    texts = [text for text in texts if text.strip() and text.isprintable() and "\ufffd" not in text]
+    alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    behind = tokenizer(["a" + text for text in texts], add_special_tokens=False)["input_ids"]
+    kept = [len(one) == 1 or len(two) == len(anchor) + 1 for one, two in zip(alone, behind, strict=True)]
+    return [text for text, keep in zip(texts, kept, strict=True) if keep]
 
 
 def _random_token_edits(rows: Sequence[Row], rate: float, rng: Random, tokenizer: Any | None) -> dict[int, list[Edit]]:
@@ -173,9 +177,10 @@ def _wrong_answer_edits(rows: Sequence[Row], rate: float, rng: Random, kind: str
 
 
 def _boilerplate_edits(rows: Sequence[Row], rate: float, rng: Random) -> dict[int, list[Edit]]:
-    """Put one of `PREAMBLES` in front of ``round(rate * rows)`` responses."""
+    """Put one of `PREAMBLES`, as a line of its own, in front of ``round(rate * rows)`` responses."""
     chosen = rng.sample(range(len(rows)), round(rate * len(rows)))
-    return {index: [Edit(0, 0, rng.choice(PREAMBLES) + " ")] for index in chosen}
+    # Behind a space, the first clean word would become one token with it and count as noise.
+    return {index: [Edit(0, 0, rng.choice(PREAMBLES) + "\n")] for index in chosen}
 
 
 def _edits(rows: Sequence[Row], kind: str, rate: float, rng: Random, tokenizer: Any | None) -> dict[int, list[Edit]]:

@@ -182,7 +182,8 @@ def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
     weight = getattr(head, "weight", None)
     if weight is None or not weight.is_floating_point() or weight.dim() != 2:
         raise UnsupportedModelError(
-            f"{name} has no floating-point output embeddings; expected a causal language model with an unquantised lm_head"
+            f"{name} has no floating-point output embeddings; expected a causal language model with an "
+            "unquantised lm_head"
         )
     if hasattr(head, "base_layer"):
         raise UnsupportedModelError(f"the lm_head of {name} carries an adapter; merge it, or score the base model")

@@ -130,8 +130,8 @@ class ReferenceCache:
         """The numbers of one row at its supervised tokens (``supervised_mask``), in nats; the caller owns the arrays.
 
         Returns:
-            ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k ``topk_ids [tokens, k]`` int32,
-            ``topk_log_probs [tokens, k]`` float16 and ``tail_log_mass [tokens]`` float32.
+            ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k ``topk_ids [tokens, k]``
+            int32, ``topk_log_probs [tokens, k]`` float16 and ``tail_log_mass [tokens]`` float32.
 
         Raises:
             IndexError: no such row.

@@ -78,8 +78,8 @@ def read_row(raw: Mapping[str, Any], index: int, vocab_size: int) -> Row:
         )
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise DataError(
-            f"row {index} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; tokenise "
-            "with the model's own tokenizer"
+            f"row {index} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "
+            "tokenise with the model's own tokenizer"
         )
     mask = supervised_mask(raw["labels"])
     positions = np.flatnonzero(mask)

@@ -73,9 +73,6 @@ def row_checksum(input_ids: Sequence[int], supervised: Sequence[bool]) -> str:
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Module names that ``torch.compile`` and others insert; they are left out of canonical names."""
 
-ADAPTED = ("base_layer", "original_module")
-"""Where PEFT keeps the layer that it wrapped; everything beside it belongs to the adapter."""
-
 
 def fingerprint_model(model: nn.Module) -> str:
     """BLAKE2b over the canonical names, shapes and float32 values of a model's parameters and persistent buffers.
@@ -124,8 +121,16 @@ def _canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
+def _wrapped_by_peft(module: nn.Module) -> nn.Module | None:
+    """The layer inside one of PEFT's; everything beside it belongs to the adapter."""
+    inside = module._modules
+    if "original_module" in inside:  # emptied when trainable tokens wrap the layer once more
+        return inside["original_module"] or inside.get("token_adapter")
+    return inside.get("base_layer")
+
+
 def _walk(module: nn.Module, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    wrapped = next((module._modules[name] for name in ADAPTED if module._modules.get(name) is not None), None)
+    wrapped = _wrapped_by_peft(module)
     if wrapped is not None:
         yield from _walk(wrapped, path)
         return
@@ -254,8 +259,8 @@ class Manifest(Provenance):
                 "finished shards are kept"
             ) from error
         raise CacheMismatchError(
-            f"{path} has schema_version {version!r}, this qtarget reads {SCHEMA_VERSION}; install the qtarget that wrote it, or "
-            "run `qtarget score CONFIG.yaml` into another folder"
+            f"{path} has schema_version {version!r}, this qtarget reads {SCHEMA_VERSION}; install the qtarget that "
+            "wrote it, or run `qtarget score CONFIG.yaml` into another folder"
         )
 
     @classmethod

@@ -27,8 +27,8 @@ def load_demonstrations(split: str) -> list[dict[str, str]]:
 
     Args:
         split: ``"train"`` or ``"test"`` in the instruction format (checked by ``tasks.check``);
-            ``"base_format_test"`` (every skill) or ``"heldout_skills_test"`` (the skills that no demonstration shows) in
-            the base model's own format (checked by ``tasks.check_pretraining``).
+            ``"base_format_test"`` (every skill) or ``"heldout_skills_test"`` (the skills that no demonstration shows)
+            in the base model's own format (checked by ``tasks.check_pretraining``).
 
     Raises:
         DataError: no such split.

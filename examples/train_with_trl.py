@@ -1,0 +1,30 @@
+"""Fine-tune the embedded base model on noisy demonstrations with TRL's trainer and a target of your choice."""
+
+import tempfile
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.data.noise import inject_noise
+from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+
+base = str(base_model_path())
+tokenizer = AutoTokenizer.from_pretrained(base)
+rows = inject_noise(load_demonstrations("train")[:256], kind="random_tokens", rate=0.2, seed=0, tokenizer=tokenizer)
+train = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+clean = Dataset.from_list(load_demonstrations("test")[:64])
+
+args = QTargetConfig(
+    target="asft",  # any name that `qtarget targets` lists, "weight+base", or "package.module:Class"
+    reference_model_name_or_path=base,  # run live; `qtarget score` and reference_cache save its memory
+    output_dir=tempfile.mkdtemp(),
+    learning_rate=1e-3,
+    num_train_epochs=1,
+    save_strategy="no",
+    bf16=False,
+)
+trainer = QTargetTrainer(base, args, train, clean)
+before = trainer.evaluate()["eval_nll"]
+trainer.train()
+print(f"clean held-out nll, nats a token: {before:.3f} -> {trainer.evaluate()['eval_nll']:.3f}")

@@ -1,0 +1,155 @@
+"""The light verbs, the errors of the program itself, and the examples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+import qtarget
+from qtarget.cli.app import app
+from qtarget.cli.main import run
+from qtarget.cli.targets import targets_table
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE_ROWS = 64
+
+
+def test_the_table_of_targets_as_json_is_the_registry():
+    result = CliRunner().invoke(app, ["targets", "--json"])
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert sorted(rows) == qtarget.available_targets()
+    assert rows["dft"] | {"paper": "", "formula": ""} == {
+        "name": "dft", "formula": "", "needs": [], "scope": "token", "hyperparameters": {}, "paper": "",
+    }  # fmt: skip
+    assert rows["asft"]["needs"] == ["reference.distribution"]
+    assert rows["asft"]["hyperparameters"] == {"kl_weight": 0.05}
+    assert rows["target_sft"]["needs"] == ["teacher.distribution"]
+    assert rows["iw_sft"]["scope"] == "sequence"
+
+
+def test_the_table_prints_formulas_as_they_are():
+    printed = CliRunner().invoke(app, ["targets"]).stdout
+    for name in qtarget.available_targets():
+        assert f" {name} " in printed
+    assert "-1[p_y > tau] log p_y" in printed  # brackets are not taken for markup
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_both_layouts_hold_every_fact(narrow):
+    from rich.console import Console
+
+    row = {
+        "name": "n",
+        "formula": "f[1]",
+        "needs": ["a.b"],
+        "scope": "token",
+        "hyperparameters": {"k": 0.5},
+        "paper": "p1",
+    }
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(targets_table([row], narrow))
+    text = console.export_text()
+    assert all(fact in text for fact in ("n", "f[1]", "a.b", "token", "k=0.5", "p1"))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_noise_marks_what_it_touched_and_leaves_the_rest(tmp_path, tiny_model):
+    clean = [{"prompt": f"{i}?", "completion": "alpha beta gamma", "id": i} for i in range(20)]
+    source, out = tmp_path / "clean.jsonl", tmp_path / "new" / "noisy.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in clean))
+    arguments = ["noise", str(source), str(out), "--kind", "random_tokens", "--rate", "0.25", "--seed", "3"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    noisy = rows_of(out)
+    assert sum(len(row["noise_spans"]) for row in noisy) == 15  # a quarter of 60 words
+    assert "15 marked spans" in result.stdout
+    for before, after in zip(clean, noisy, strict=True):
+        text, position = after["completion"], 0
+        kept = ""
+        for start, end, _ in after["noise_spans"]:
+            kept += text[position:start] + "*"
+            position = end
+        words = (kept + text[position:]).split()
+        assert all(new in ("*", old) for new, old in zip(words, before["completion"].split(), strict=True))
+        assert after["id"] == before["id"]
+    again = CliRunner().invoke(app, arguments)
+    assert "exists" in str(again.exception)
+    assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+    assert rows_of(out) == noisy
+    characters = CliRunner().invoke(app, [*arguments, "--overwrite", "--tokenizer", str(tiny_model)])
+    assert characters.exit_code == 0, characters.output
+    assert sum(len(row["noise_spans"]) for row in rows_of(out)) == 20 * 16 // 4  # one token a character
+
+
+def test_an_unknown_kind_and_a_bad_tokenizer_say_so(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for extra, words in (
+        (["--kind", "static"], "unknown noise kind 'static'; known kinds: random_tokens"),
+        (["--kind", "boilerplate", "--tokenizer", str(tmp_path)], "expected a folder or a hub name"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(["noise", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--rate", "0.5", *extra])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    for name in [module for module in sys.modules if module.startswith("qtarget.cli.app")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as ended:
+        run(["targets"])
+    assert ended.value.code == 2
+    assert "needs typer; run `pip install 'qtarget[train]'`" in capsys.readouterr().err
+
+
+def test_help_and_the_light_verbs_load_no_trainer():
+    code = (
+        "import sys; from qtarget.cli.main import run\n"
+        "try: run(['targets', '--json'])\nexcept SystemExit: pass\n"
+        "assert not {'transformers', 'trl', 'datasets', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_yaml_example_noise_score_train(tmp_path, monkeypatch, capsys):
+    from qtarget.data.embedded import base_model_path, load_demonstrations
+
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in load_demonstrations("train")[:EXAMPLE_ROWS])
+    )
+    config = str(ROOT / "examples" / "noisy.yaml")
+    commands = [
+        ["noise", "rows.jsonl", "runs/noisy/train.jsonl", "--kind", "random_tokens", "--rate", "0.2",
+         "--tokenizer", str(base_model_path())],
+        ["score", config, "--top_k", "32"],
+        ["train", config, "--num_train_epochs", "1", "--logging_steps", "1"],
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            run(command)
+        assert ended.value.code == 0
+    summary = json.loads((tmp_path / "runs/noisy/asft/train_summary.json").read_text())
+    assert summary["steps"] == EXAMPLE_ROWS // 16
+    assert summary["eval_nll"] > 0
+    assert (tmp_path / "runs/noisy/reference_cache/manifest.json").exists()
+
+
+def test_the_python_example_learns_from_noisy_rows():
+    ended = subprocess.run([sys.executable, ROOT / "examples" / "train_with_trl.py"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    before, after = ended.stdout.rsplit(": ", 1)[1].split(" -> ")
+    assert float(after) < float(before)

@@ -1,0 +1,123 @@
+"""Shared by the tests of the reference cache: tiny models, ragged rows, a source without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtarget.scoring.local import LocalSource
+from qtarget.scoring.rows import Row, ScoredRow
+from qtarget.scoring.schema import Provenance
+from qtarget.scoring.writer import write_cache
+
+VOCAB = 61
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Children that start in milliseconds: the server has imported what is slow to import, and nothing else runs in it."""
+PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "qtarget.scoring.local"])
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama of a few thousand parameters, with logits far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.5,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def ragged_rows(count: int, seed: int = 0, longest: int = 40) -> list[dict[str, list[int]]]:
+    """Distinct rows of 1 to ``longest`` tokens under random masks; some start supervised, some have no label at all."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        length = int(rng.integers(1, longest + 1))
+        ids = rng.integers(0, VOCAB, length).tolist()
+        keep = rng.random(length) < (0.0 if index % 7 == 3 else 0.6)
+        rows.append({"input_ids": ids, "labels": [t if k else -100 for t, k in zip(ids, keep, strict=True)]})
+    return rows
+
+
+def provenance(top_k: int = 0, **changes: Any) -> Provenance:
+    """What a manifest says of a source, with names instead of fingerprints."""
+    return Provenance(
+        **{
+            "model_id": "tiny",
+            "model_fingerprint": "model",
+            "tokenizer_fingerprint": "tokenizer",
+            "chat_template_fingerprint": "template",
+            "vocab_size": VOCAB,
+            "dtype": "float32",
+            "top_k": top_k,
+            "tail_policy": "bucket",
+            "versions": {"qtarget": "0"},
+            **changes,
+        }
+    )
+
+
+class HashSource:
+    """Numbers that follow from a row's checksum alone; counts the rows that it scored."""
+
+    def __init__(self, top_k: int = 0) -> None:
+        self.top_k = top_k
+        self.scored: list[str] = []
+
+    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
+        self.scored += [row.checksum for row in rows]
+        return [self.numbers(row) for row in rows]
+
+    def numbers(self, row: Row) -> ScoredRow:
+        seed = int.from_bytes(hashlib.sha256(row.checksum.encode()).digest()[:8], "little")
+        rng = np.random.default_rng(seed)
+        n = len(row.positions)
+        label, entropy = -rng.random(n).astype(np.float32), rng.random(n).astype(np.float32)
+        if not self.top_k:
+            return ScoredRow(label, entropy)
+        ids = rng.integers(0, VOCAB, (n, self.top_k)).astype(np.int32)
+        top = -rng.random((n, self.top_k)).astype(np.float32)
+        return ScoredRow(label, entropy, ids, top, -rng.random(n).astype(np.float32))
+
+
+class LoggingSource:
+    """A local model that notes each call in a file, before it scores: the note outlives a kill."""
+
+    def __init__(self, log: Path, top_k: int) -> None:
+        self._log = log
+        self._source = LocalSource(tiny_model(), top_k=top_k, tokens_per_batch=128)
+
+    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
+        with self._log.open("a") as handle:
+            handle.write(rows[0].checksum + "\n")
+        return self._source.score(rows)
+
+
+def score_and_log(directory: Path, log: Path, rows: list[dict[str, list[int]]], top_k: int) -> None:
+    """What the killed process runs."""
+    torch.set_num_threads(1)
+    write_cache(directory, rows, LoggingSource(log, top_k), provenance(top_k), shard_rows=4)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}

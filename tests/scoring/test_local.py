@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
+from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
+from qtarget.scoring.rows import read_row
+from scoring.helpers import VOCAB, ragged_rows, tiny_model
+
+FINGERPRINTS = {"model_id": "tiny", "tokenizer_fingerprint": "t", "chat_template_fingerprint": "c"}
+
+
+@torch.no_grad()
+def oracle(model, row, scale=1.0, softcap=None):
+    """float64 log-softmax of one unpadded, unbatched forward: log-probs ``[tokens, vocab]`` and the labels there."""
+    ids = torch.tensor(row["input_ids"])
+    logits = model(input_ids=ids[None]).logits[0].double() * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    places = [t for t in range(1, len(ids)) if row["labels"][t] != -100]
+    return logits.log_softmax(-1)[[t - 1 for t in places]].numpy(), ids[places].numpy()
+
+
+def read(rows):
+    return [read_row(row, i, VOCAB) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"scale": 2.0, "softcap": 3.0}])
+@pytest.mark.parametrize("tokens_per_batch", [1, 100, 10_000])
+def test_numbers_are_those_of_an_unbatched_forward_in_float64(head, tokens_per_batch):
+    model, rows = tiny_model(), ragged_rows(24)
+    names = {"scale": "logit_scale", "softcap": "logit_softcap"}
+    source = LocalSource(
+        model, top_k=5, tokens_per_batch=tokens_per_batch, **{names[key]: value for key, value in head.items()}
+    )
+    total = 0
+    for row, scored in zip(rows, source.score(read(rows)), strict=True):
+        log_probs, labels = oracle(model, row, **head)
+        total += len(labels)
+        rank = np.argsort(-log_probs, axis=-1)
+        at_label = np.take_along_axis(log_probs, labels[:, None], -1)[:, 0]
+        np.testing.assert_allclose(scored.label_log_probs, at_label, atol=1e-5)
+        np.testing.assert_allclose(scored.entropy, -(np.exp(log_probs) * log_probs).sum(-1), atol=1e-5)
+        np.testing.assert_array_equal(scored.topk_ids, rank[:, :5])
+        np.testing.assert_allclose(scored.topk_log_probs, np.take_along_axis(log_probs, rank[:, :5], -1), atol=1e-5)
+        tail = np.log(np.exp(np.take_along_axis(log_probs, rank[:, 5:], -1)).sum(-1))
+        np.testing.assert_allclose(scored.tail_log_mass, tail, atol=1e-5)
+        assert scored.topk_ids.shape == (len(labels), 5)
+    assert total > 150
+
+
+def test_a_bfloat16_model_is_read_in_float32():
+    model, row = tiny_model().to(torch.bfloat16), ragged_rows(1, seed=3)[0]
+    (scored,) = LocalSource(model).score(read([row]))
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0].double()
+        log_probs = (hidden @ model.lm_head.weight.double().T).log_softmax(-1).numpy()
+    places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+    expected = [log_probs[t - 1, row["labels"][t]] for t in places]
+    np.testing.assert_allclose(scored.label_log_probs, expected, atol=1e-5)
+
+
+def test_top_k_of_the_whole_vocabulary_leaves_no_tail():
+    (scored,) = LocalSource(tiny_model(), top_k=VOCAB).score(read(ragged_rows(1, seed=3)))
+    assert (np.exp(scored.tail_log_mass) == 0).all()
+    np.testing.assert_allclose(np.exp(scored.topk_log_probs.astype(np.float64)).sum(-1), 1, atol=1e-5)
+
+
+def test_scoring_twice_gives_the_same_bits():
+    rows = read(ragged_rows(16))
+    once, again = (LocalSource(tiny_model(), top_k=3, tokens_per_batch=200).score(rows) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        np.testing.assert_array_equal(a.label_log_probs, b.label_log_probs)
+        np.testing.assert_array_equal(a.topk_log_probs, b.topk_log_probs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
+def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    widest = [max(lengths[i] for i in batch) for batch in batches]
+    assert widest == sorted(widest, reverse=True)
+
+
+def test_every_module_returns_to_its_mode():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(1, 1)))
+    model.train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    with contextlib.suppress(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_is_off_while_scoring_and_the_model_trains_on():
+    rows = read(ragged_rows(4))
+    quiet, noisy = tiny_model(attention_dropout=0.5), tiny_model(attention_dropout=0.5).train()
+    for a, b in zip(LocalSource(quiet).score(rows), LocalSource(noisy).score(rows), strict=True):
+        np.testing.assert_array_equal(a.label_log_probs, b.label_log_probs)
+    assert noisy.training
+    assert noisy.model.layers[0].training
+
+
+def test_progress_counts_supervised_tokens():
+    rows, seen = read(ragged_rows(9)), []
+    LocalSource(tiny_model(), tokens_per_batch=64, on_tokens=seen.append).score(rows)
+    assert sum(seen) == sum(len(row.positions) for row in rows)
+    assert len(seen) > 1
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path):
+    model = tiny_model()
+    with pytest.raises(HyperparameterError, match="top_k=62; expected 0 to 61"):
+        LocalSource(model, top_k=62)
+    with pytest.raises(HyperparameterError, match="tokens_per_batch=0"):
+        LocalSource(model, tokens_per_batch=0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="NaN or infinite at position"):
+        score_rows(model, ragged_rows(3), tmp_path, progress=False, **FINGERPRINTS)
+    assert not list(tmp_path.glob("shard*"))
+    model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        LocalSource(model)
+    headless = tiny_model()
+    headless.lm_head = None
+    with pytest.raises(UnsupportedModelError, match="no floating-point output embeddings"):
+        LocalSource(headless)

@@ -1,0 +1,100 @@
+"""A run that is stopped anywhere, and gone on with, ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from multiprocessing.connection import wait
+
+import pytest
+
+from qtarget.errors import CacheMismatchError
+from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.schema import row_checksum, supervised_mask
+from qtarget.scoring.writer import write_cache
+from scoring.helpers import PROCESSES, HashSource, contents, provenance, ragged_rows, score_and_log
+
+ROWS = ragged_rows(26)
+SHARD_ROWS = 4
+FIRST_ROWS = [
+    row_checksum(row["input_ids"], supervised_mask(row["labels"])) for row in ROWS[::SHARD_ROWS]
+]  # a shard is known by its first row
+
+
+class Stopped(BaseException):
+    """Stands for a kill between two system calls."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_stopped_at_every_rename(tmp_path, monkeypatch, moment):
+    undisturbed = tmp_path / "undisturbed"
+    write_cache(undisturbed, ROWS, HashSource(2), provenance(2), shard_rows=SHARD_ROWS)
+    expected = contents(undisturbed)
+    replace = os.replace
+    renames = len(expected) - 1  # all but the lock
+    for stop_at in range(renames):
+        directory, calls = tmp_path / f"stopped-{stop_at}", []
+
+        def stopping(source, target, calls=calls, stop_at=stop_at):
+            calls.append(target)
+            if moment == "before" and len(calls) > stop_at:
+                raise Stopped
+            replace(source, target)
+            if len(calls) > stop_at:
+                raise Stopped
+
+        monkeypatch.setattr(os, "replace", stopping)
+        with pytest.raises(Stopped):
+            write_cache(directory, ROWS, HashSource(2), provenance(2), shard_rows=SHARD_ROWS)
+        monkeypatch.setattr(os, "replace", replace)
+        if not (directory / "manifest.json").exists():
+            with pytest.raises(CacheMismatchError, match="unfinished"):
+                ReferenceCache.open(directory)
+        finished = len(list(directory.glob("*.parquet")))
+        source = HashSource(2)
+        write_cache(directory, ROWS, source, provenance(2), shard_rows=SHARD_ROWS)
+        assert contents(directory) == expected
+        assert len(source.scored) == len(ROWS) - min(finished * SHARD_ROWS, len(ROWS))
+
+
+def test_killed_at_random_moments(tmp_path):
+    log = tmp_path / "scored.log"
+
+    def start(name):
+        log.write_text("")
+        process = PROCESSES.Process(target=score_and_log, args=(tmp_path / name, log, ROWS, 3))
+        process.start()
+        return process
+
+    start("warm-up").join()
+    begin = time.monotonic()
+    start("undisturbed").join()
+    whole = time.monotonic() - begin
+    expected = contents(tmp_path / "undisturbed")
+    assert log.read_text().split() == FIRST_ROWS
+    moments, kills, landed = random.Random(0), 0, set()
+    for attempt in range(6):
+        name = f"killed-{attempt}"
+        while True:
+            before = finished_shards(tmp_path / name)
+            process = start(name)
+            wait([process.sentinel], timeout=moments.uniform(0, whole))
+            process.kill()
+            process.join()
+            assert not before & set(log.read_text().split()), "a finished shard was scored again"
+            if process.exitcode == 0:
+                break
+            kills += 1
+            landed.add(len(finished_shards(tmp_path / name)))
+            if kills % 4 == 0:
+                start(name).join()
+                break
+        assert contents(tmp_path / name) == expected
+    assert kills >= 8
+    assert len(landed) > 2, "kills landed at too few places to mean anything"
+
+
+def finished_shards(directory):
+    """First rows of the shards whose file is in place: the rename is the last thing that happens to a shard."""
+    return {FIRST_ROWS[int(path.stem[-5:])] for path in directory.glob("shard-*.parquet")}
