@@ -120,14 +120,20 @@ def test_a_finished_run_without_checkpoints_is_kept_and_resume_may_start_anew(wo
 
 
 def test_lora_trains_the_adapter_alone(workspace, tmp_path):
-    qtarget("train", workspace(max_steps=1), "--use_peft", "--lora_r", "2", "--lora_target_modules", "[q_proj, v_proj]")
+    qtarget("train", workspace(max_steps=1), "--use_peft", "--lora_r", "2", "--lora_target_modules", "[q_proj]")
     names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+    assert {name.split(".")[-3] for name in names} == {"q_proj"}
     assert {name.split(".")[-2] for name in names} == {"lora_A", "lora_B"}
 
 
 def test_what_is_wrong_with_config_or_data_is_one_block(workspace, tmp_path, capsys):
     assert "did you mean learning_rate" in refused(capsys, "train", workspace(), "--learning_rte", "1")
     assert "validation_file" in refused(capsys, "train", workspace(), "--eval_strategy", "steps")
+    (tmp_path / "config.json").write_text("{}")
+    for name in (tmp_path, "nobody/nothing"):
+        assert f"model_name_or_path {name} cannot be loaded" in refused(
+            capsys, "train", workspace(model_name_or_path=str(name))
+        )
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     errors = refused(capsys, "train", workspace())
     assert errors.startswith("DataError: ")

@@ -24,6 +24,8 @@ SOFT = [
 ]
 GROUPED = [case for case in SOFT if case.values[0] != "gift"]
 """gift mixes the uniform distribution into its anchor, so it has no formula on grouped outcomes; see its own test."""
+ONCE = [c for c in GROUPED if c.values[1] == formulas.SETTINGS.get(str(c.values[0]), [{}])[0]]
+"""Each method with its first settings, where the outcomes are tested and not the formula."""
 DIVERGENCES = ["forward_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "taid"]
 
 
@@ -92,9 +94,11 @@ def test_bucket_is_the_formula_on_k_and_one_outcomes(name: str, settings: dict[s
         close(ours, gradient)
 
 
-@pytest.mark.parametrize(("name", "settings"), SOFT)
-@pytest.mark.parametrize("policy", ["bucket", "spread"])
-@pytest.mark.parametrize("k", [VOCAB - 1, VOCAB])
+@pytest.mark.parametrize(
+    ("name", "settings", "policy", "k"),
+    [pytest.param(*c.values, "bucket", k, id=f"{c.id}-bucket-{k}") for c in SOFT for k in (VOCAB - 1, VOCAB)]
+    + [pytest.param(*c.values, "spread", k, id=f"{c.id}-spread-{k}") for c in ONCE for k in (VOCAB - 1, VOCAB)],
+)
 def test_all_or_all_but_one_listed_equals_full(name: str, settings: dict[str, Any], policy: str, k: int) -> None:
     batch = make_batch()
     known = top_k(batch, k, policy)  # k = V has the tail mass 0: its log is minus infinity
@@ -169,7 +173,7 @@ def test_renormalize_refuses_reverse_divergences(name: str, settings: dict[str, 
 # -- labels, padding, duplicates -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "settings"), GROUPED)
+@pytest.mark.parametrize(("name", "settings"), ONCE)
 @pytest.mark.parametrize("inside", [True, False])
 def test_label_inside_or_outside_the_listed_ids(name: str, settings: dict[str, Any], inside: bool) -> None:
     batch = make_batch()
@@ -185,7 +189,7 @@ def test_label_inside_or_outside_the_listed_ids(name: str, settings: dict[str, A
         close(ours, gradient)
 
 
-@pytest.mark.parametrize(("name", "settings"), GROUPED)
+@pytest.mark.parametrize(("name", "settings"), ONCE)
 @pytest.mark.parametrize("policy", ["bucket", "spread", "renormalize"])
 def test_padded_and_duplicate_ids_change_nothing(name: str, settings: dict[str, Any], policy: str) -> None:
     batch = make_batch()

@@ -118,6 +118,26 @@ def test_finite_and_right_wherever_dense_float64_is(problem: Drawn, choice: tupl
     assert bool(narrow.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [pytest.param(*c, id="-".join(map(str, (c[0], *c[1].values())))) for c in TARGETS if c[0] not in UNIFORM],
+)
+def test_tokens_banned_by_both_models(name: str, values: dict[str, Any]) -> None:
+    """Minus infinity in live and frozen logits: as if the vocabulary were smaller."""
+    rng = torch.Generator().manual_seed(0)
+    logits, frozen = torch.randn(2, 2, 4, 30, generator=rng, dtype=torch.float64)
+    off = torch.arange(30) % 4 == 1
+    allowed = (~off).nonzero()[:, 0]
+    labels = allowed[torch.randint(len(allowed), (2, 4), generator=rng)]
+    problem = Drawn(logits.masked_fill(off, -torch.inf), labels, frozen.masked_fill(off, -torch.inf), allowed)
+    expected_loss, expected = oracle(name, values, problem)
+    for form in ("dense", "linear"):
+        loss, gradient = run(name, values, problem, torch.float64, form)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+        assert bool((gradient[..., off] == 0).all())
+
+
 @settings(max_examples=30, deadline=None)
 @given(problem=problems((1e2, 1e4), bans=False), choice=st.sampled_from(TARGETS))
 def test_any_finite_logits_give_finite_float32_gradients(problem: Drawn, choice: tuple[str, dict]) -> None:

@@ -33,7 +33,7 @@ def cache(tmp_path, rows):
     return tmp_path / "cache"
 
 
-def test_from_model_to_row(tmp_path, rows):
+def test_from_model_to_row(tmp_path, rows, capfd):
     """All the way, against a float64 log-softmax of the plain model."""
     model = tiny_model().train()
     doubled = [*rows, *rows[::-1]]
@@ -49,6 +49,7 @@ def test_from_model_to_row(tmp_path, rows):
         shard_rows=3,
         tokens_per_batch=96,
     )
+    assert capfd.readouterr() == ("", ""), "no terminal, no bar"
     assert model.training
     model.eval()
     cache = ReferenceCache.open(tmp_path)
@@ -88,16 +89,27 @@ def test_rows_come_back_as_written(cache, rows):
         np.testing.assert_array_equal(found["label_log_probs"], expected.label_log_probs)
         np.testing.assert_array_equal(found["entropy"], expected.entropy.astype(np.float16))
         np.testing.assert_array_equal(found["topk_ids"], expected.topk_ids)
-        np.testing.assert_array_equal(found["topk_log_probs"], expected.topk_log_probs.astype(np.float16))
+        np.testing.assert_array_equal(found["topk_log_probs"], expected.topk_log_probs)
         np.testing.assert_array_equal(found["tail_log_mass"], expected.tail_log_mass)
         types = {name: str(values.dtype) for name, values in found.items()}
         assert types == {
             "label_log_probs": "float32",
             "entropy": "float16",
             "topk_ids": "int32",
-            "topk_log_probs": "float16",
+            "topk_log_probs": "float32",
             "tail_log_mass": "float32",
         }
+
+
+def test_half_precision_is_a_choice(rows, tmp_path):
+    """Two thirds of the raw size of an (id, log-prob) pair, each within half a unit in the last place."""
+    source = HashSource(3)
+    write_cache(tmp_path, rows, source, provenance(3, log_probs_dtype="float16"))
+    opened = ReferenceCache.open(tmp_path)
+    for i in range(len(rows)):
+        expected = source.numbers(read_row(rows[i], i, VOCAB)).topk_log_probs.astype(np.float16)
+        np.testing.assert_array_equal(opened.row(i)["topk_log_probs"], expected)
+        assert opened.row(i)["topk_log_probs"].dtype == np.float16
 
 
 def test_writing_into_a_row_leaves_the_cache_alone(cache):

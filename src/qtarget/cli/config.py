@@ -118,7 +118,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             given[key] = find_path(key, given[key], path.parent)
     if not given.get("model_name_or_path"):
         raise ConfigError(f"{path}: model_name_or_path is missing; set it to a folder or a hub name")
-    return RunConfig(*(_build(cls, given, path) for cls in classes), given=given)  # pyright: ignore[reportArgumentType]
+    training, model, data = (_build(cls, given, path) for cls in classes)
+    if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
+        model.lora_target_modules = (
+            modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
+        )
+    return RunConfig(training, model, data, given)
 
 
 def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.benchmarks.demo import DemoConfig, noise_words, quick, run_demo
+from qtarget.benchmarks.demo import noise_words, quick, run_demo
+from qtarget.benchmarks.demo_runs import DemoConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,9 @@ def demo(
     rate: Annotated[
         float, typer.Option(min=0, max=1, help="Share of response tokens (random_tokens) or rows.")
     ] = DEFAULTS.rate,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
+    ] = DEFAULTS.workers,
     is_quick: Annotated[bool, typer.Option("--quick", help="One seed, two targets, few rows: a smoke test.")] = False,
 ) -> None:
     """Train the embedded base on noisy rows with several targets; count exact answers on clean held-out prompts."""
@@ -35,7 +39,7 @@ def demo(
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
-    config = replace(DEFAULTS, seeds=seeds, targets=names, kind=kind, rate=rate)
+    config = replace(DEFAULTS, seeds=seeds, targets=names, kind=kind, rate=rate, workers=workers)
     config = quick(config) if is_quick else config
     console = Console()
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())

@@ -85,8 +85,24 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
 
 
 def set_model_arguments(config: RunConfig) -> None:
-    """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does."""
+    """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoConfig
+
     model, training = config.model, config.training
+    try:
+        AutoConfig.from_pretrained(
+            str(model.model_name_or_path), revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path {model.model_name_or_path} cannot be loaded: {error}; expected a folder with "
+            "config.json and "
+            "weights, or a hub name"
+        ) from error
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

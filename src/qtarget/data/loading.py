@@ -122,8 +122,8 @@ def load_dataset_file(path: str | Path, *, text_field: str = "text") -> Dataset:
 def _mixed_column(path: str | Path, name: str, values: list[Any], error: Exception) -> DataError:
     index = _first_of_other_type(values)
     return DataError(
-        f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, of another "
-        f"type than the rows above ({error}); give the column one type, or remove it"
+        f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, of "
+        f"another type than the rows above ({error}); give the column one type, or remove it"
     )
 
 

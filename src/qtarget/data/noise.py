@@ -36,11 +36,16 @@ class Edit(NamedTuple):
     text: str
 
 
-def _message_index(messages: Sequence[Mapping[str, Any]]) -> int | None:
-    return next((i for i in reversed(range(len(messages))) if messages[i].get("role") == "assistant"), None)
+def _response_field(row: Row) -> tuple[Row, str]:
+    """The dict that holds the response, and its key there."""
+    holder = row.get("completion", row.get("messages"))
+    if not isinstance(holder, list):
+        return row, "completion"
+    assistant = [message for message in holder if message.get("role") == "assistant"]
+    return (assistant[-1], "content") if assistant else ({}, "content")
 
 
-def response_text(row: Mapping[str, Any]) -> str:
+def response_text(row: Row) -> str:
     """The response of a row: its ``completion``, or the last assistant message of ``completion`` or ``messages``.
 
     Raises:
@@ -50,19 +55,17 @@ def response_text(row: Mapping[str, Any]) -> str:
         >>> response_text({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
         'Hello'
     """
-    holder = row.get("completion", row.get("messages"))
-    if isinstance(holder, list):
-        index = _message_index(holder)
-        holder = None if index is None else holder[index].get("content")
-    if not isinstance(holder, str) or not holder:
+    holder, key = _response_field(row)
+    text = holder.get(key)
+    if not isinstance(text, str) or not text:
         raise DataError(
             f"row with columns {sorted(row)} has no response; expected a non-empty 'completion' string, "
             "or 'messages' (or a 'completion' list) with an assistant message"
         )
-    return holder
+    return text
 
 
-def _edited_copy(row: Mapping[str, Any], edits: Iterable[Edit], kind: str) -> Row:
+def _edited_copy(row: Row, edits: Iterable[Edit], kind: str) -> Row:
     """A deep copy of ``row`` with ``edits`` made in its response, and one mark per edit."""
     text, pieces, spans, position, length = response_text(row), [], [], 0, 0
     for edit in sorted(edits):
@@ -72,15 +75,10 @@ def _edited_copy(row: Mapping[str, Any], edits: Iterable[Edit], kind: str) -> Ro
         length += len(edit.text)
         pieces += [kept, edit.text]
         position = edit.end
-    edited = copy.deepcopy(dict(row))
-    edited["noise_spans"] = spans
-    noisy = "".join([*pieces, text[position:]])
-    holder = edited.get("completion", edited.get("messages"))
-    if isinstance(holder, list):
-        holder[_message_index(holder)]["content"] = noisy
-    else:
-        edited["completion"] = noisy
-    return edited
+    edited = copy.deepcopy(row)
+    holder, key = _response_field(edited)
+    holder[key] = "".join([*pieces, text[position:]])
+    return {**edited, "noise_spans": spans}
 
 
 def _token_spans(text: str, tokenizer: Any | None) -> list[Span]:

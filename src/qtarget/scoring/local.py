@@ -213,6 +213,7 @@ def score_rows(
     model_fingerprint: str | None = None,
     top_k: int = 0,
     tail_policy: TailPolicy = "bucket",
+    log_probs_dtype: str = "float32",
     shard_rows: int = 2000,
     tokens_per_batch: int = 8192,
     logit_scale: float = 1.0,
@@ -230,6 +231,7 @@ def score_rows(
         model_fingerprint: computed if absent.
         top_k: log-probs a token to keep; 0 keeps the label's and the entropy alone.
         tail_policy: what training lets stand for the unlisted tokens.
+        log_probs_dtype: of the stored top-k log-probs, ``float32`` or ``float16``.
         shard_rows: rows a shard.
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
@@ -247,6 +249,8 @@ def score_rows(
         raise IncompatibleError(
             f"tail_policy {tail_policy!r} is unknown; expected one of {', '.join(get_args(TailPolicy))}"
         )
+    if log_probs_dtype not in ("float32", "float16"):
+        raise IncompatibleError(f"log_probs_dtype {log_probs_dtype!r} is unknown; expected float32 or float16")
     with TokenMeter(enabled=progress) as meter:
         source = LocalSource(
             model,
@@ -265,6 +269,7 @@ def score_rows(
             dtype=str(model.dtype).removeprefix("torch."),
             top_k=top_k,
             tail_policy=tail_policy,
+            log_probs_dtype=log_probs_dtype,
             versions=tool_versions(),
         )
         return write_cache(

@@ -131,7 +131,7 @@ class ReferenceCache:
 
         Returns:
             ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k ``topk_ids [tokens, k]``
-            int32, ``topk_log_probs [tokens, k]`` float16 and ``tail_log_mass [tokens]`` float32.
+            int32, ``topk_log_probs [tokens, k]`` (the manifest's ``log_probs_dtype``) and ``tail_log_mass [tokens]`` float32.
 
         Raises:
             IndexError: no such row.

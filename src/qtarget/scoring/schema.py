@@ -184,6 +184,7 @@ class Provenance:
         dtype: of the forward pass, ``float32``, ``bfloat16`` ...; log-softmax is float32 always.
         top_k: how many log-probs a token are kept; 0 for the label's alone.
         tail_policy: what stands for the unlisted tokens, see ``qtarget.Reference``.
+        log_probs_dtype: of the stored top-k log-probs: ``float32``, or ``float16`` at two thirds of the size.
         versions: of qtarget, torch, transformers, pyarrow.
         temperature: of the stored log-probs; always 1.
         alignment: ``causal``: position t holds the log-prob of token t given those before it.
@@ -198,6 +199,7 @@ class Provenance:
     top_k: int
     tail_policy: TailPolicy
     versions: dict[str, str]
+    log_probs_dtype: str = "float32"
     temperature: float = 1.0
     alignment: str = "causal"
 

@@ -30,12 +30,13 @@ COLUMNS: dict[str, np.dtype] = {
     "label_log_probs": np.dtype(np.float32),
     "entropy": np.dtype(np.float16),
     "topk_ids": np.dtype(np.int32),
-    "topk_log_probs": np.dtype(np.float16),
+    "topk_log_probs": np.dtype(np.float32),
     "tail_log_mass": np.dtype(np.float32),
 }
-"""Stored types. The label's log-prob enters losses and ratios as it is: float32. Half precision rounds entropy and
-top-k log-probs by at most 2**-11 of their value (0.004 nats at the entropy of a uniform 150,000-token vocabulary, below
-the 8e-3 by which bfloat16 scoring moves log-probs), and the KL it causes is second order in that (below 1e-6 nats)."""
+"""Stored types; those of top-k log-probs are a choice (``log_probs_dtype``). Log-probs enter losses as they are: float32
+keeps a cached loss within 1e-5 of a live one. Half precision rounds entropy and, where chosen, top-k log-probs by at most
+2**-11 of their value (below the 8e-3 by which bfloat16 scoring moves log-probs); the KL it causes is second order in that
+(below 1e-6 nats), the loss value moves by some 1e-5."""
 
 LOWEST = float(np.finfo(np.float16).min)
 """Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
@@ -95,7 +96,7 @@ def write_cache(
             record = finished_shard(directory, shard)
             if record is None:
                 part = kept[number * shard_rows : (number + 1) * shard_rows]
-                record = write_shard(directory, shard, read_again(rows, part, plan.vocab_size), source, plan.top_k)
+                record = write_shard(directory, shard, read_again(rows, part, plan.vocab_size), source, plan)
             else:
                 meter.skip(shard.tokens)
             records.append(record)
@@ -149,7 +150,7 @@ def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
     return None
 
 
-def write_shard(directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, top_k: int) -> ShardRecord:
+def write_shard(directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, plan: Provenance) -> ShardRecord:
     """Score the rows of one shard and put it into place.
 
     Raises:
@@ -157,7 +158,7 @@ def write_shard(directory: Path, shard: PlannedShard, rows: Sequence[Row], sourc
     """
     scored = source.score(rows)
     check_finite(rows, scored)
-    content = shard_bytes(rows, scored, top_k)
+    content = shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
     record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
     path = directory / shard.name
     write_json(path.with_suffix(".json"), asdict(record))
@@ -181,7 +182,9 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
             )
 
 
-def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int) -> memoryview:
+def shard_bytes(
+    rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str
+) -> memoryview:
     """The Parquet file of a shard: one row group, the same bytes for the same numbers."""
     counts = [len(numbers.label_log_probs) for numbers in scored]
     columns: dict[str, pa.Array] = {
@@ -189,7 +192,7 @@ def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int) ->
     }
     for name in list(COLUMNS)[: None if top_k else 2]:
         flat = np.concatenate([getattr(numbers, name).reshape(-1) for numbers in scored])
-        flat = (flat.clip(min=LOWEST) if name == "topk_log_probs" else flat).astype(COLUMNS[name])
+        flat = flat.clip(min=LOWEST).astype(log_probs_dtype) if name == "topk_log_probs" else flat.astype(COLUMNS[name])
         width = top_k if name.startswith("topk") else 1
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) * width
         columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))

@@ -17,7 +17,7 @@ class DFT(LabelWeight):
         >>> qtarget.target_loss(torch.zeros(1, 4), torch.tensor([0]), qtarget.get_target("dft"))  # log(4) / 4
         tensor(0.3466)
 
-    Reference: arXiv 2508.05629, equation 9. Deviations: none.
+    Reference: arXiv 2508.05629 (the token-level loss). Deviations: none.
     """
 
     name = "dft"

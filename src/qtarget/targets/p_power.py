@@ -22,7 +22,7 @@ class PPower(Target):
         >>> qtarget.target_loss(torch.zeros(1, 4), torch.tensor([0]), qtarget.get_target("p_power", alpha=0.5))  # 2 (1 - 1/2)
         tensor(1.)
 
-    Reference: arXiv 2510.00526, equation 3. Deviations: none.
+    Reference: arXiv 2510.00526. Deviations: none.
     """
 
     alpha: float = 0.5

@@ -1,0 +1,282 @@
+"""The demo's runs: one noisy data set a seed, one budget for all targets, several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.errors import ConfigError
+from qtarget.registry import get_target
+
+BASELINE = "sft"
+SPARE_TOKENS = 4  # beyond the longest right answer: the end-of-text token, and room to be wrong in
+Job = tuple[str, int]
+"""Target and seed."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One budget for all targets. Defaults were chosen on plain sft with clean rows, before any target was compared.
+
+    Attributes:
+        targets: names, with default hyper-parameters.
+        seeds: number of seeds, 0, 1, ...; each sets the noise and the order of the rows.
+        kind, rate: of the noise injector.
+        train_rows, test_rows: how many demonstrations to train on and held-out prompts to answer.
+        kept_rows: prompts, in the base's own format, of skills that no demonstration shows: what training forgets.
+        top_k: log-probs a token in the reference cache.
+        workers: processes of one thread each; the numbers do not depend on how many.
+    """
+
+    targets: tuple[str, ...] = ("sft", "prior_surprise", "dft", "p_power", "asft", "target_sft")
+    seeds: int = 3
+    kind: str = "random_tokens"
+    rate: float = 0.2
+    train_rows: int = 600
+    test_rows: int = 270
+    kept_rows: int = 90
+    learning_rate: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 16
+    evaluation_batch_size: int = 300
+    top_k: int = 32
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        counts = {
+            "seeds": self.seeds,
+            "train_rows": self.train_rows,
+            "test_rows": self.test_rows,
+            "kept_rows": self.kept_rows,
+            "workers": self.workers,
+        }
+        if min(counts.values()) < 1:
+            raise ConfigError(f"expected at least 1 each: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+        if BASELINE not in self.targets:
+            raise ConfigError(
+                f"targets {', '.join(self.targets)} lack {BASELINE}, which the others are compared with; add it"
+            )
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"targets {', '.join(self.targets)} name one twice; expected each once")
+        for name in self.targets:
+            get_target(name)
+
+
+class DemoRuns:
+    """The embedded model and rows, and the two things done with them."""
+
+    def __init__(self, config: DemoConfig, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        from qtarget.data.embedded import base_model_path, load_demonstrations
+
+        self.config, self.folder, self.path = config, folder, str(base_model_path())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.rows = {
+            "train": sample_rows(load_demonstrations("train"), config.train_rows, "train"),
+            "test": sample_rows(load_demonstrations("test"), config.test_rows, "test"),
+            "kept": sample_rows(load_demonstrations("heldout_skills_test"), config.kept_rows, "kept"),
+        }
+
+    def base_model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype="float32")
+
+    def noisy_rows(self, seed: int) -> Any:
+        """The training rows of a seed, as prompt and completion."""
+        from datasets import Dataset
+
+        from qtarget.data.noise import inject_noise
+
+        noisy = inject_noise(
+            self.rows["train"], kind=self.config.kind, rate=self.config.rate, seed=seed, tokenizer=self.tokenizer
+        )
+        return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in noisy])
+
+    def arguments(self, target: str, seed: int) -> Any:
+        from qtarget.integrations.trl_sft import QTargetConfig
+
+        config, cache = self.config, str(self.folder / "reference_cache")
+        needs = get_target(target).needs
+        return QTargetConfig(
+            target=target,
+            reference_cache=cache if needs.reference else None,
+            teacher_cache=cache if needs.teacher else None,
+            output_dir=str(self.folder / f"{target}-{seed}"),
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.epochs,
+            lr_scheduler_type="linear",
+            warmup_steps=0.1,
+            seed=seed,
+            bf16=False,
+            activation_checkpointing=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def score_base(self) -> dict[str, float]:
+        """One cache for the rows of all seeds; rows are found by the checksum of their tokens."""
+        from datasets import concatenate_datasets
+
+        from qtarget.integrations.trl_score import score
+
+        begin, directory = time.perf_counter(), self.folder / "reference_cache"
+        rows = concatenate_datasets([self.noisy_rows(seed) for seed in range(self.config.seeds)])
+        manifest = score(
+            self.base_model(),
+            self.arguments(BASELINE, 0),
+            rows,
+            processing_class=self.tokenizer,
+            directory=directory,
+            top_k=self.config.top_k,
+            model_id="embedded base model",
+            progress=False,
+        )
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        return {
+            "rows": manifest.rows,
+            "tokens": manifest.tokens,
+            "top_k": self.config.top_k,
+            "bytes_per_token": round(size / manifest.tokens, 1),
+            "seconds": round(time.perf_counter() - begin, 2),
+        }
+
+    def train_and_evaluate(self, target: str, seed: int) -> dict[str, float]:
+        from transformers import PrinterCallback
+
+        from qtarget.integrations.trl_sft import QTargetTrainer
+
+        begin = time.perf_counter()
+        trainer = QTargetTrainer(
+            self.base_model(), self.arguments(target, seed), self.noisy_rows(seed), processing_class=self.tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trained = time.perf_counter()
+        scores = self.evaluate(trainer.model)
+        return scores | {
+            "steps": trainer.state.global_step,
+            "training_seconds": round(trained - begin, 2),
+            "evaluation_seconds": round(time.perf_counter() - trained, 2),
+        }
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Percent of clean held-out prompts answered right, and of skills that were not demonstrated."""
+        from qtarget.data.tasks import check, check_pretraining
+
+        checks = {"accuracy_percent": ("test", check), "kept_percent": ("kept", check_pretraining)}
+        out = {}
+        for name, (split, checker) in checks.items():
+            rows = self.rows[split]
+            longest = max(len(self.tokenizer(row["completion"])["input_ids"]) for row in rows)
+            texts = greedy_completions(
+                model,
+                self.tokenizer,
+                [row["prompt"] for row in rows],
+                max_new_tokens=longest + SPARE_TOKENS,
+                batch_size=self.config.evaluation_batch_size,
+            )
+            out[name] = round(accuracy_percent(rows, texts, checker), 2)
+        return out
+
+
+def run_jobs(bench: DemoRuns, jobs: Sequence[Job], on_done: Callable[[int, Job], None]) -> dict[Job, dict[str, float]]:
+    """Train and evaluate every job, in ``config.workers`` processes (in this one if it is 1).
+
+    Args:
+        on_done: called after each job with how many are done.
+    """
+    found: dict[Job, dict[str, float]] = {}
+    if bench.config.workers == 1:
+        for job in jobs:
+            found[job] = bench.train_and_evaluate(*job)
+            on_done(len(found), job)
+        return found
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
+    count = min(bench.config.workers, len(jobs))
+    with ProcessPoolExecutor(count, spawn, _start_worker, (bench.config, bench.folder)) as pool:
+        futures = {pool.submit(_work, job): job for job in jobs}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            on_done(len(found), futures[future])
+    return found
+
+
+_worker: DemoRuns | None = None
+
+
+def _start_worker(config: DemoConfig, folder: Path) -> None:
+    global _worker
+    import torch
+
+    torch.set_num_threads(1)
+    silence = quiet_libraries()
+    silence.__enter__()  # for the life of the process
+    _worker = DemoRuns(config, folder)
+
+
+def _work(job: Job) -> dict[str, float]:
+    assert _worker is not None, "the pool's initializer ran"
+    return _worker.train_and_evaluate(*job)
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, split: str) -> list[Mapping[str, Any]]:
+    """The same ``count`` rows for every seed and target.
+
+    Raises:
+        ConfigError: more are asked for than there are.
+    """
+    if count > len(rows):
+        raise ConfigError(f"{count} {split} rows asked for, {len(rows)} are embedded; lower {split}_rows")
+    return Random(0).sample(list(rows), count)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread: the same sums in the same order whatever the machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Progress bars of datasets and notes of transformers off, then as they were: eighteen trainings would fill a "
+    "screen."""
+    import datasets
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    dataset_bars = not datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if dataset_bars:
+            datasets.enable_progress_bars()
