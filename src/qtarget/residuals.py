@@ -14,7 +14,6 @@ from qtarget.errors import IncompatibleError
 from qtarget.shapes import Float, Tensor
 from qtarget.types import Outcomes, Reference
 
-
 FLOOR = -1e30
 """Log-prob that stands for minus infinity inside ``logaddexp``, whose gradient at two infinities is NaN."""
 

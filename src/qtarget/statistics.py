@@ -195,9 +195,9 @@ def token_view(
     frozen = {"reference": reference, "teacher": teacher}
     resolved = {role: None if m is None else m.resolve(labels) for role, m in frozen.items()}
     outcomes: dict[str, Outcomes | None] = {"reference": None, "teacher": None}
-    for role, fields in (("reference", needs.reference), ("teacher", needs.teacher)):
+    for role, wanted in (("reference", needs.reference), ("teacher", needs.teacher)):
         model = resolved[role]
-        if model is not None and {"distribution", "log_probs"} & fields:
+        if model is not None and {"distribution", "log_probs"} & wanted:
             outcomes[role] = shared_outcomes(logits, lse, align(model, logits))
     return TokenView(
         label_log_probs=logits.gather(-1, labels[:, None])[:, 0] - lse,

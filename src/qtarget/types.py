@@ -156,10 +156,7 @@ def project(
     ``exact=True`` multiplies in float32 too: near its teacher a model's soft-target gradient is a difference of close
     numbers, and logits rounded to bfloat16 lose 20 to 200 % of it. The head is then widened a block of rows at a time.
     """
-    if exact:
-        logits = _exact_product(hidden, weight)
-    else:
-        logits = hidden @ weight.T.to(hidden.dtype)
+    logits = _exact_product(hidden, weight) if exact else hidden @ weight.T.to(hidden.dtype)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         logits = logits + bias
@@ -168,7 +165,9 @@ def project(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _exact_product(hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "tokens vocab"]:
+def _exact_product(
+    hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocab width"]
+) -> Float[Tensor, "tokens vocab"]:
     """``h W^T`` in float32 at least, whatever the inputs' dtype and the caller's autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.dtype not in (torch.bfloat16, torch.float16):

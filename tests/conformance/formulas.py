@@ -106,7 +106,7 @@ def iw_weight(x: Tokens, temperature: float, max_weight: float) -> Tensor:
     out = torch.zeros_like(ratio)
     for s in set(x.sequence.tolist()):
         mine = x.sequence == s
-        out[mine] = min(max(math.exp(temperature * float(ratio[mine].mean())), 0.0), max_weight)
+        out[mine] = torch.exp(temperature * ratio[mine].mean()).clamp(0.0, max_weight)
     return out
 
 
