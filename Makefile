@@ -11,7 +11,7 @@ demo: $(VENV)/installed ## train several targets on noisy rows, compare, draw a 
 	$(BIN)/qtarget demo --output runs/demo
 
 test: $(VENV)/installed ## all tests and doctests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed ## formatting, lint, types, layers
 	$(BIN)/ruff check .

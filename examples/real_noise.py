@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def read(path: Path) -> list[dict]:
     """Rows of a gzipped JSON array or of JSON lines."""
-    text = gzip.open(path, "rt", encoding="utf-8").read()
+    text = gzip.decompress(path.read_bytes()).decode()
     return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
 
 
@@ -52,7 +52,9 @@ def row(question: str, answer: str, **marks) -> dict:
 
 def dolly(data: Path, count: int) -> dict[str, list[dict]]:
     """Training rows, rows for the teacher, and held-out rows; all human answers."""
-    rows = [row(f"{r['instruction']} {r['input']}".strip(), r["output"]) for r in read(data / "dolly_3k/dolly_3k.json.gz")]
+    rows = [
+        row(f"{r['instruction']} {r['input']}".strip(), r["output"]) for r in read(data / "dolly_3k/dolly_3k.json.gz")
+    ]
     return {"train": rows[:count], "teacher": rows[count : 2 * count], "clean": rows[-200:]}
 
 
@@ -150,7 +152,11 @@ def main() -> None:
     results = {
         "command": f"python examples/real_noise.py --rows {options.rows} --steps {options.steps}",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "qtarget": qtarget.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "qtarget": qtarget.__version__,
+        },
         "runs": [
             run(name, load(options.data, options.rows), model, options.output / name, options.steps)
             for name, load in (("dolly_3k", dolly), ("gsm8k_model_solutions", gsm8k))

@@ -13,10 +13,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,25 +26,21 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from qtarget.data import tasks
 
+Row = dict[str, str]
+
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY_SIZE = 512
 SEQUENCE_LENGTH, BATCH_SIZE = 128, 8
-PEAK_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.1
+WARMUP_STEPS, WEIGHT_DECAY = 100, 0.1
 # The usual 0.02 is meant for wide models; at width 144 it costs hundreds of steps before attention learns anything.
 INITIALIZER_RANGE = 0.06
 # Questions are random and cannot be predicted: at full weight their noise would drown what can be learnt.
 QUESTION_WEIGHT = 0.1
-# Skills with more to learn are drawn more often; the rest have weight 1.
-SKILL_WEIGHTS = {
-    "reverse": 3,
-    "sort": 2,
-    "count": 2,
-    "add": 3,
-    "subtract": 3,
-    "lookup": 2,
-    "join": 1.5,
-    "zero_pad": 1.5,
-}
+# Skills with more to learn are drawn more often.
+BARE_WEIGHTS = {
+    "reverse": 3, "sort": 2, "count": 2, "add": 3, "subtract": 3, "lookup": 2, "join": 1.5, "zero_pad": 1.5,
+}  # fmt: skip
+FRAMED_WEIGHTS = {"reverse": 2, "sort": 1.5, "count": 1.5, "add": 2, "subtract": 2, "lookup": 4, "join": 1.5}
 # Upper-case runs and digits stay single characters; words keep their leading space.
 PRE_TOKENIZER = r"[0-9]| ?[A-Z][a-z]+| ?[a-z]+|[A-Z]| ?[^\sA-Za-z0-9]|\s"
 CHAT_TEMPLATE = """\
@@ -64,13 +61,14 @@ README = """\
 # Embedded base model
 
 A Llama language model with {parameters} parameters and a byte-level BPE tokenizer of {vocabulary} tokens, trained
-from scratch on documents that `qtarget.data.tasks` generates. It knows twelve small skills in its own format
-(`reverse: KDQF = FQDK`) and has never seen the instruction format of the demonstrations next to it.
+from scratch on documents that `qtarget.data.tasks` generates: first bare ones (`reverse: KDQF = FQDK`), then the same
+skills framed by other words, the sentences of the instructions among them. It knows twelve small skills, and has never
+seen the marks of the demonstrations next to it: `Instruction:`, `Response:`, the response sentences and the brackets.
 
-Made by (about half an hour on one thread of a server processor):
+Made by (40 minutes on one thread of an idle server processor with AVX2):
 
-    python scripts/train_base_model.py --seed {seed} --steps {steps} --threads {threads} \\
-        --output src/qtarget/data/embedded/base_model
+    python scripts/train_base_model.py --seed {seed} --steps {steps} --framed-steps {framed_steps} \\
+        --threads {threads} --output src/qtarget/data/embedded/base_model
 
 with torch {torch} and transformers {transformers}. `training_log.jsonl` is the log of that run: losses in nats per
 token, `answer_loss` over answer tokens, `accuracy` on a few test problems per skill. Other processors and versions
@@ -139,12 +137,48 @@ def build_model(vocabulary_size: int, end_of_text: int, pad: int) -> LlamaForCau
     return model
 
 
-def documents(rng: Random, count: int) -> list[dict[str, str]]:
-    """``count`` train problems in the base model's own format, skills drawn by `SKILL_WEIGHTS`."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own corpus, warm-up and decay.
+
+    ``framed_share`` of the documents are `tasks.framed_example`, the rest the base model's bare format; skills are
+    drawn by ``skill_weights`` (1 where not named).
+    """
+
+    name: str
+    steps: int
+    peak_learning_rate: float
+    framed_share: float
+    skill_weights: Mapping[str, float]
+
+
+def training_phases(steps: int, framed_steps: int) -> tuple[Phase, ...]:
+    """Bare documents are short, so a skill is learnt there first; frames then teach to find the answer in any text."""
+    return (
+        Phase("corpus", steps, 3e-3, 0.0, BARE_WEIGHTS),
+        Phase("framed", framed_steps, 1.5e-3, 0.75, FRAMED_WEIGHTS),
+    )
+
+
+def documents(phase: Phase, rng: Random, count: int) -> list[Row]:
+    """``count`` train problems worded as ``phase`` says."""
     skills = list(tasks.SKILLS)
-    weights = [SKILL_WEIGHTS.get(skill, 1) for skill in skills]
-    chosen = rng.choices(skills, weights, k=count)
-    return [tasks.pretraining_example(tasks.sample_problem_in(skill, "train", rng), rng) for skill in chosen]
+    chosen = rng.choices(skills, [phase.skill_weights.get(skill, 1) for skill in skills], k=count)
+    rows = []
+    for skill in chosen:
+        problem = tasks.sample_problem_in(skill, "train", rng)
+        framed = phase.framed_share and rng.random() < phase.framed_share
+        rows.append(tasks.framed_example(problem, rng) if framed else tasks.pretraining_example(problem, rng))
+    return rows
+
+
+class Settings(NamedTuple):
+    """What the whole run shares."""
+
+    seed: int
+    log_every: int
+    evaluate_every: int
+    problems_per_skill: int
 
 
 class Batch(NamedTuple):
@@ -159,11 +193,13 @@ class Batch(NamedTuple):
     weights: torch.Tensor
 
 
-def tokenized_documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[float]]]:
+def tokenized_documents(
+    tokenizer: PreTrainedTokenizerFast, phase: Phase, seed: int
+) -> Iterator[tuple[list[int], list[float]]]:
     """Endless stream of documents: token ids with end-of-text, and the loss weight of every token."""
-    rng = Random(f"corpus-{seed}")
+    rng = Random(f"{phase.name}-{seed}")
     while True:
-        rows = documents(rng, 64)
+        rows = documents(phase, rng, 64)
         prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
         answers = tokenizer([row["completion"] for row in rows])["input_ids"]
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -171,10 +207,10 @@ def tokenized_documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterat
             yield [*prompt, *answer, tokenizer.eos_token_id], weights
 
 
-def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+def packed_batches(tokenizer: PreTrainedTokenizerFast, phase: Phase, seed: int) -> Iterator[Batch]:
     """Rows filled with whole documents; a document that no longer fits opens the next row."""
     rows: list[tuple[list[int], list[int], list[float]]] = [([], [], [])]
-    for ids, weights in tokenized_documents(tokenizer, seed):
+    for ids, weights in tokenized_documents(tokenizer, phase, seed):
         if len(rows[-1][0]) + len(ids) > SEQUENCE_LENGTH:
             if len(rows) == BATCH_SIZE:
                 yield _pad(rows, tokenizer.pad_token_id)
@@ -195,12 +231,12 @@ def _pad(rows: list[tuple[list[int], list[int], list[float]]], pad: int) -> Batc
     )
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, phase: Phase) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     if step < WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-    return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+        return phase.peak_learning_rate * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, phase.steps - WARMUP_STEPS)
+    return phase.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train_step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch) -> tuple[float, float]:
@@ -240,20 +276,18 @@ def greedy_completions(
     return texts
 
 
-def heldout_rows(seed: int, per_skill: int, own_format: bool) -> list[dict[str, str]]:
-    """``per_skill`` test problems of every skill, in the base model's own or in the instruction format."""
+def heldout_rows(seed: int, per_skill: int, render: Callable[[tasks.Problem, Random], Row]) -> list[Row]:
+    """``per_skill`` test problems of every skill, in the format of ``render``."""
     rng = Random(f"heldout-{seed}")
-    render = tasks.pretraining_example if own_format else tasks.demonstration
     return [
         render(tasks.sample_problem_in(skill, "test", rng), rng) for skill in tasks.SKILLS for _ in range(per_skill)
     ]
 
 
 def accuracy_by_skill(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]], own_format: bool
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], checker: Callable[[Row, str], bool]
 ) -> dict[str, float]:
-    """Share of right greedy answers per skill, and over all rows under ``"overall"``."""
-    checker = tasks.check_pretraining if own_format else tasks.check
+    """Share of greedy answers that ``checker`` accepts, per skill, and over all rows under ``"overall"``."""
     texts = greedy_completions(model, tokenizer, [row["prompt"] for row in rows])
     right: dict[str, list[bool]] = {}
     for row, text in zip(rows, texts, strict=True):
@@ -262,45 +296,63 @@ def accuracy_by_skill(
     return {"overall": sum(map(sum, right.values())) / len(rows), **accuracy}
 
 
-def train(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, log_path: Path) -> LlamaForCausalLM:
-    """Train from scratch; logs one JSON line per `--log-every` steps, with accuracies every `--evaluate-every`."""
-    torch.manual_seed(arguments.seed)
-    model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+def train_phase(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: Phase, earlier_steps: int, settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """Train ``model`` in place; yields a log line every ``log_every`` steps, sometimes with accuracies."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    validation = heldout_rows(arguments.seed + 1, arguments.problems_per_skill, own_format=True)
-    batches = packed_batches(tokenizer, arguments.seed)
-    started = time.perf_counter()
+    validation = heldout_rows(settings.seed + 1, settings.problems_per_skill, tasks.pretraining_example)
+    batches = packed_batches(tokenizer, phase, settings.seed)
     losses: list[tuple[float, float]] = []
+    for step in range(phase.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, phase)
+        losses.append(train_step(model, optimizer, next(batches)))
+        last = step + 1 == phase.steps
+        done = earlier_steps + step + 1
+        if done % settings.log_every and not last:
+            continue
+        loss, answer_loss = (round(sum(column) / len(losses), 5) for column in zip(*losses, strict=True))
+        losses.clear()
+        line = {
+            "phase": phase.name,
+            "step": done,
+            "tokens": done * BATCH_SIZE * SEQUENCE_LENGTH,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "answer_loss": answer_loss,
+        }
+        if done % settings.evaluate_every == 0 or last:
+            line["accuracy"] = accuracy_by_skill(model, tokenizer, validation, tasks.check_pretraining)
+        yield line
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, phases: Sequence[Phase], settings: Settings, log_path: Path
+) -> LlamaForCausalLM:
+    """Train from scratch through all phases, and write the log."""
+    torch.manual_seed(settings.seed)
+    model = build_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    started = time.perf_counter()
+    earlier_steps = 0
     with log_path.open("w") as log:
-        for step in range(arguments.steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, arguments.steps)
-            losses.append(train_step(model, optimizer, next(batches)))
-            done = step + 1
-            if done % arguments.log_every and done != arguments.steps:
-                continue
-            loss, answer_loss = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-            losses.clear()
-            line = {
-                "step": done,
-                "tokens": done * BATCH_SIZE * SEQUENCE_LENGTH,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "loss": round(loss, 5),
-                "answer_loss": round(answer_loss, 5),
-            }
-            if done % arguments.evaluate_every == 0 or done == arguments.steps:
-                line["accuracy"] = accuracy_by_skill(model, tokenizer, validation, own_format=True)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            print(f"{time.perf_counter() - started:6.0f} s  {json.dumps(line)}", flush=True)
+        for phase in phases:
+            for line in train_phase(model, tokenizer, phase, earlier_steps, settings):
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                print(f"{time.perf_counter() - started:6.0f} s  {json.dumps(line)}", flush=True)
+            earlier_steps += phase.steps
     return model
 
 
-def write_readme(folder: Path, seed: int, steps: int, threads: int, per_skill: int = 100) -> None:
+def write_readme(folder: Path, seed: int, steps: int, framed_steps: int, threads: int, per_skill: int = 100) -> None:
     """Evaluate the saved model on ``per_skill`` test problems of every skill and describe it in ``README.md``."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
-    known = accuracy_by_skill(model, tokenizer, heldout_rows(seed, per_skill, own_format=True), own_format=True)
-    instructed = accuracy_by_skill(model, tokenizer, heldout_rows(seed, per_skill, own_format=False), own_format=False)
+    own, instruction = (
+        heldout_rows(seed, per_skill, render) for render in (tasks.pretraining_example, tasks.demonstration)
+    )
+    known = accuracy_by_skill(model, tokenizer, own, tasks.check_pretraining)
+    instructed = accuracy_by_skill(model, tokenizer, instruction, tasks.check)
     table = "\n".join(f"| {name} | {known[name]:.1%} | {instructed[name]:.1%} |" for name in known)
     (folder / "README.md").write_text(
         README.format(
@@ -311,6 +363,7 @@ def write_readme(folder: Path, seed: int, steps: int, threads: int, per_skill: i
             transformers=transformers.__version__,
             seed=seed,
             steps=steps,
+            framed_steps=framed_steps,
             threads=threads,
             per_skill=per_skill,
             table=table,
@@ -322,7 +375,8 @@ def write_readme(folder: Path, seed: int, steps: int, threads: int, per_skill: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=4500, help="on bare documents")
+    parser.add_argument("--framed-steps", type=int, default=1600, help="then, on framed documents")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=50)
@@ -334,9 +388,11 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(arguments.seed)
     tokenizer.save_pretrained(arguments.output)
-    model = train(arguments, tokenizer, arguments.output / "training_log.jsonl")
+    settings = Settings(arguments.seed, arguments.log_every, arguments.evaluate_every, arguments.problems_per_skill)
+    phases = training_phases(arguments.steps, arguments.framed_steps)
+    model = train(tokenizer, phases, settings, arguments.output / "training_log.jsonl")
     model.save_pretrained(arguments.output)
-    write_readme(arguments.output, arguments.seed, arguments.steps, arguments.threads)
+    write_readme(arguments.output, arguments.seed, arguments.steps, arguments.framed_steps, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -27,5 +27,10 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
     install_import_hook([f"qtarget.{name}" for name in CHECKED], "core_typechecker.checked")
 
 import torch  # noqa: E402 - after the hook
+from hypothesis import settings  # noqa: E402
+
+# The same examples on every run: a red suite is never a matter of luck. To explore: `--hypothesis-profile=default`.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qtarget.errors import IncompatibleError
-from qtarget.statistics import pull_weights
 from qtarget.shapes import Float, Tensor
+from qtarget.statistics import differentiate
 from qtarget.types import Needs, Target, Terms, TokenView
 
 
@@ -80,7 +80,7 @@ class Combined(Target):
 
     def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
         """The weight part's ``a``, detached."""
-        return pull_weights(self.weight, x, None)[0]
+        return differentiate(self.weight, x).pulls(None)[0]
 
     def losses(self, x: TokenView) -> Terms:
         weights = self.label_weights(x) if x.label_weights is None else x.label_weights

@@ -21,7 +21,7 @@ import torch
 
 from qtarget.errors import HyperparameterError, MissingStatisticError, ShapeError
 from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.types import FrozenHead, Needs, Outcomes, Reference, Target, TokenView, missing_message, project
+from qtarget.types import FrozenHead, Needs, Outcomes, Reference, Target, Terms, TokenView, missing_message, project
 
 ABSENT = -1e30
 """Log-prob of an outcome that does not exist: finite, so that absent minus absent is 0 and not NaN."""
@@ -266,7 +266,7 @@ def coefficients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Derivative of a summed target loss by each statistic; statistics without influence are left out."""
     if not loss.requires_grad:
         return {}
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
@@ -324,23 +324,46 @@ def scatter_outcomes(
     return c[:, :-1].sum(-1) + tail
 
 
-def pull_weights(target: Target, view: TokenView, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``a`` and ``b`` of each token, read off the target's coefficients.
+@dataclass(frozen=True)
+class Differentiated:
+    """A target's terms (detached) and their coefficients, statistic by statistic."""
 
-    A log-prob's coefficient is minus its pull. ``a`` sums those of the label term, ``b`` those of the residual term;
-    a pull of negative weight (gem's) comes out negative.
-    """
+    terms: Terms
+    label: dict[str, Tensor]
+    residual: dict[str, Tensor]
+
+    def combined(self, loss_weights: Tensor | None) -> dict[str, Tensor]:
+        """Coefficients of ``loss_weights * label + residual``."""
+        weighted = dict(self.label)
+        if loss_weights is not None:
+            weighted = {n: c * (loss_weights if c.dim() == 1 else loss_weights[:, None]) for n, c in self.label.items()}
+        for name, c in self.residual.items():
+            weighted[name] = weighted[name] + c if name in weighted else c
+        return weighted
+
+    def pulls(self, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of each token: minus the sum of the log-probs' coefficients, label term and residual term.
+
+        A pull of negative weight (gem's) comes out negative; entropy pulls towards nothing and is left out.
+        """
+        zero = torch.zeros_like(next(v for v in (self.terms.label, self.terms.residual) if v is not None))
+        label, residual = (
+            sum((-(c if c.dim() == 1 else c.sum(-1)) for n, c in part.items() if n != "entropy"), zero)
+            for part in (self.label, self.residual)
+        )
+        return (label if loss_weights is None else label * loss_weights), residual
+
+
+def differentiate(target: Target, view: TokenView) -> Differentiated:
+    """Let autograd differentiate a target on its small tensors."""
     with torch.inference_mode(False), torch.enable_grad():  # under either, all coefficients would be zero
         cut, leaves = leaf_view(view)
         terms = target.losses(cut)
-        zero = torch.zeros_like(view.label_log_probs)
-        pulls = []
-        for term in (terms.label, terms.residual):
-            weights = {} if term is None else coefficients(term.sum(), leaves)
-            weights.pop("entropy", None)  # entropy pulls towards nothing
-            pulls.append(sum((-(c if c.dim() == 1 else c.sum(-1)) for c in weights.values()), zero))
-    label, residual = pulls
-    return (label if loss_weights is None else label * loss_weights), residual
+        label, residual = (
+            {} if term is None else coefficients(term.sum(), leaves) for term in (terms.label, terms.residual)
+        )
+    detached = Terms(*(None if term is None else term.detach() for term in (terms.label, terms.residual)))
+    return Differentiated(detached, label, residual)
 
 
 # -- public ------------------------------------------------------------------------------------------------------

@@ -47,12 +47,11 @@ class Reference:
             )
         if (self.topk_ids is None) != (self.topk_log_probs is None):
             raise ShapeError("topk_ids and topk_log_probs go together; give both or neither")
-        if self.topk_ids is not None and self.topk_log_probs is not None:
-            if self.topk_ids.shape != self.topk_log_probs.shape:
-                raise ShapeError(
-                    f"topk_ids has shape {tuple(self.topk_ids.shape)}, topk_log_probs {tuple(self.topk_log_probs.shape)}; "
-                    "they must be equal"
-                )
+        ids, log_probs = self.topk_ids, self.topk_log_probs
+        if ids is not None and log_probs is not None and ids.shape != log_probs.shape:
+            raise ShapeError(
+                f"topk_ids has shape {tuple(ids.shape)}, topk_log_probs {tuple(log_probs.shape)}; they must be equal"
+            )
 
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "... vocab"], labels: Int[Tensor, "..."]) -> Reference:

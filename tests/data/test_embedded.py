@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import sys
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +25,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def _script(name: str):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
@@ -93,8 +93,8 @@ def test_training_twice_gives_the_same_weights(tmp_path, tokenizer):
     script = _script("train_base_model")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    arguments = Namespace(seed=1, steps=3, log_every=1, evaluate_every=10**6, problems_per_skill=1)
-    runs = [script.train(arguments, tokenizer, tmp_path / f"{run}.jsonl") for run in range(2)]
+    phases, settings = script.training_phases(2, 2), script.Settings(1, 1, 10**6, 1)
+    runs = [script.train(tokenizer, phases, settings, tmp_path / f"{run}.jsonl") for run in range(2)]
     torch.set_num_threads(threads)
     first, second = (run.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -102,7 +102,8 @@ def test_training_twice_gives_the_same_weights(tmp_path, tokenizer):
 
 
 def test_packed_attention_stays_inside_the_document(model, tokenizer):
-    batch = next(_script("train_base_model").packed_batches(tokenizer, seed=0))
+    script = _script("train_base_model")
+    batch = next(script.packed_batches(tokenizer, script.training_phases(1, 1)[1], seed=0))
     packed = model(input_ids=batch.input_ids[:1], position_ids=batch.position_ids[:1], use_cache=False).logits[0]
     starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
     assert len(starts) > 3

@@ -93,6 +93,20 @@ def test_the_two_formats_share_no_phrasing_and_each_has_several(skill):
     assert not any("[" in phrasing or "Instruction" in phrasing for phrasing in spec.phrasings)
 
 
+@pytest.mark.parametrize("skill", SKILLS)
+def test_framed_documents_hold_question_and_answer_but_no_mark_of_the_demonstrations(skill):
+    rng = Random(1)
+    for _ in range(200):
+        problem = tasks.sample_problem(skill, rng)
+        row = tasks.framed_example(problem, rng)
+        assert all(field in row["prompt"] for field in problem.question)
+        assert problem.answer in row["completion"]
+        text = row["prompt"] + row["completion"]
+        assert not any(mark in text for mark in ("Instruction", "Response", "[", "]"))
+        assert not any(response.split("[")[0].strip() in text for response in SKILLS[skill].responses)
+        assert not tasks.check(row, row["completion"])
+
+
 def test_splits_are_disjoint_and_a_tenth_is_test():
     rng = Random(5)
     problems = {tasks.sample_problem("lookup", rng) for _ in range(4000)}

@@ -90,7 +90,13 @@ def make_trainer(tmp_path, tokenizer, rows):
         peft = settings.pop("peft_config", None)
         args = QTargetConfig(str(tmp_path / "out"), target=target, **{**SETTINGS, **settings})
         return QTargetTrainer(
-            model or make_model(), args, rows if data is None else data, evals, make_tokenizer(), peft_config=peft, **(models or {})
+            model or make_model(),
+            args,
+            rows if data is None else data,
+            evals,
+            make_tokenizer(),
+            peft_config=peft,
+            **(models or {}),
         )
 
     return make

@@ -17,8 +17,21 @@ RUN = {"max_steps": 9, "save_strategy": "steps", "save_steps": 2, "optim": "adam
 
 def work(output: Path, settings: dict, *options: str, ranks: int = 1) -> int:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "tests.integrations.worker", str(output), json.dumps(settings), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:" + os.environ.get("EXTRA", "")}
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "tests.integrations.worker",
+        str(output),
+        json.dumps(settings),
+        *options,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT}:" + os.environ.get("EXTRA", ""),
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stdout + done.stderr)
@@ -60,7 +73,11 @@ def test_two_ranks_equal_one(tmp_path, target):
     common = {"target": target, "max_steps": 3, "optim": "sgd", "learning_rate": 0.5}
     one, two = tmp_path / "one", tmp_path / "two"
     work(one, {**common, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
-    work(two, {**common, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}, ranks=2)
+    work(
+        two,
+        {**common, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"},
+        ranks=2,
+    )
     a, b = torch.load(one / "final.pt"), torch.load(two / "final.pt")
     worst = max(float((a[name] - b[name]).abs().max()) for name in a)
     assert worst < 2e-5

@@ -28,7 +28,12 @@ def test_sft_is_trls_own_trainer(make_trainer, rows, tmp_path):
     ours = make_trainer("sft", gradient_accumulation_steps=2)
     ours.train()
     theirs = SFTTrainer(
-        make_model(), SFTConfig(str(tmp_path / "trl"), gradient_accumulation_steps=2, **SETTINGS), None, rows, None, make_tokenizer()
+        make_model(),
+        SFTConfig(str(tmp_path / "trl"), gradient_accumulation_steps=2, **SETTINGS),
+        None,
+        rows,
+        None,
+        make_tokenizer(),
     )
     theirs.train()
     torch.testing.assert_close(weights_of(ours), weights_of(theirs), rtol=1e-4, atol=1e-6)
@@ -65,7 +70,12 @@ def test_loss_equals_full_logits(make_trainer, target, packing):
     y = torch.cat(labels)
     frozen = qtarget.Reference.from_logits(torch.cat(reference), y)
     expected = qtarget.target_loss(
-        torch.cat(logits), y, qtarget.get_target(target, **kwargs), reference=frozen, teacher=frozen, sequence_ids=torch.cat(ids)
+        torch.cat(logits),
+        y,
+        qtarget.get_target(target, **kwargs),
+        reference=frozen,
+        teacher=frozen,
+        sequence_ids=torch.cat(ids),
     )
     assert float(loss) == pytest.approx(float(expected), rel=2e-5)
 
@@ -125,8 +135,14 @@ def test_logged_statistics_against_full_logits(make_trainer):
 
 def test_message_weights_scale_the_loss_of_their_message(make_trainer):
     def chat(weight):
-        messages = [{"role": "user", "content": "abc", "weight": None}, {"role": "assistant", "content": "de", "weight": weight}]
-        messages += [{"role": "user", "content": "f", "weight": None}, {"role": "assistant", "content": "gh", "weight": None}]
+        messages = [
+            {"role": "user", "content": "abc", "weight": None},
+            {"role": "assistant", "content": "de", "weight": weight},
+        ]
+        messages += [
+            {"role": "user", "content": "f", "weight": None},
+            {"role": "assistant", "content": "gh", "weight": None},
+        ]
         return Dataset.from_list([{"messages": messages}] * 4)
 
     losses = {}

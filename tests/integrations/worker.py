@@ -1,6 +1,6 @@
 """A training run in a process of its own, to be killed, resumed, or run twice side by side.
 
-    python -m tests.integrations.worker OUTPUT '{"target": "dft", ...}' [--die-at STEP] [--resume]
+python -m tests.integrations.worker OUTPUT '{"target": "dft", ...}' [--die-at STEP] [--resume]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(options.output) if options.resume else None)
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save({k: v for k, v in model.state_dict().items()}, f"{options.output}/final.pt")
+        torch.save(dict(model.state_dict()), f"{options.output}/final.pt")
         with open(f"{options.output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
 

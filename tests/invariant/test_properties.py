@@ -103,6 +103,8 @@ def test_finite_and_right_wherever_dense_float64_is(problem: Drawn, choice: tupl
     scale = float(problem.logits[..., problem.allowed].abs().max())
     if (name in RANKED and scale > 30) or (name in UNIFORM and len(problem.allowed) < problem.logits.shape[-1]):
         return  # equal scores have no order; a uniform pull towards a banned token is infinite by definition
+    if name in FULL_SUPPORT and scale > 300:
+        return  # the oracle works on probabilities, which underflow; the next test covers these
     expected_loss, expected = oracle(name, values, problem)
     loss, gradient = run(name, values, problem, torch.float64, form)
     if not (bool(expected_loss.isfinite()) and bool(expected.isfinite().all())):
@@ -148,8 +150,10 @@ def test_any_finite_logits_give_finite_float32_gradients(problem: Drawn, choice:
         assert bool(loss.isfinite())
         assert bool(gradient.isfinite().all())
         off_balance = gradient.sum(-1).abs() / gradient.abs().sum(-1).clamp(min=1.0)
-        # a log-prob of size 1e4 is rounded by 2e-3, and with it the probabilities that must sum to one
-        assert float(off_balance.max()) < 1e-6 * float(problem.logits.abs().max()) + 1e-5
+        # a log-prob of size 1e4 is rounded by 2e-3, and with it the probabilities that must sum to one; a reverse
+        # divergence multiplies them by log-ratios as large as its value
+        rounding = 1e-6 * float(problem.logits.abs().max()) * max(1.0, float(loss.abs()))
+        assert float(off_balance.max()) < rounding + 1e-5
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,6 @@
 """A real 151,646-entry tokenizer on a random Qwen-shaped model with LoRA and packing; prints peak memory and loss.
 
-    python -m tests.real.large_vocabulary TOKENIZER_FOLDER OUTPUT
+python -m tests.real.large_vocabulary TOKENIZER_FOLDER OUTPUT
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def main(tokenizer_folder: str, output: str) -> None:
         tie_word_embeddings=True,
     )
     chats = [
-        {"messages": [{"role": "user", "content": f"Was ist {i}?"}, {"role": "assistant", "content": f"数字 {i}, d'accord. " * 12}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Was ist {i}?"},
+                {"role": "assistant", "content": f"数字 {i}, d'accord. " * 12},
+            ]
+        }
         for i in range(40)
     ]
     args = QTargetConfig(
@@ -58,7 +63,9 @@ def main(tokenizer_folder: str, output: str) -> None:
         bf16=False,
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = QTargetTrainer(Qwen2ForCausalLM(config), args, Dataset.from_list(chats), None, tokenizer, peft_config=lora)
+    trainer = QTargetTrainer(
+        Qwen2ForCausalLM(config), args, Dataset.from_list(chats), None, tokenizer, peft_config=lora
+    )
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     trainer.train()
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.residuals import expectation, forward_kl, log_mixture, refuse_renormalize, reverse_kl
 from qtarget.checks import in_range
+from qtarget.residuals import expectation, forward_kl, log_mixture, refuse_renormalize, reverse_kl
 from qtarget.types import Needs, Target, Terms, TokenView
 
 

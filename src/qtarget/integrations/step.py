@@ -13,7 +13,7 @@ from qtarget.api import linear_target_loss
 from qtarget.integrations.heads import HeadSpec
 from qtarget.loss.result import TokenReport
 from qtarget.shapes import Tensor
-from qtarget.types import FrozenHead, Reference, Target, TailPolicy
+from qtarget.types import FrozenHead, Reference, TailPolicy, Target
 
 ROLES = ("reference", "teacher")
 REFERENCE_FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -96,7 +96,7 @@ class QTargetTrainer(SFTTrainer):
         UnsupportedModelError: a head that the loss cannot rebuild.
     """
 
-    _tag_names = ["trl", "sft", "qtarget"]
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "qtarget"]
 
     def __init__(
         self,

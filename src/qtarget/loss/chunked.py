@@ -13,7 +13,7 @@ import torch
 
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import coefficients, leaf_view, logit_gradient, token_view
+from qtarget.statistics import differentiate, logit_gradient, token_view
 from qtarget.types import project
 
 LOGIT_BYTES = 64 * 2**20
@@ -82,11 +82,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, head: Head, request: LossRequest, chunk_size: int, out: list):
         grads = Gradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        differentiate = any(ctx.needs_input_grad[:3])
+        differentiable = any(ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, max(len(hidden), 1), chunk_size):  # an empty batch runs once: its report is empty too
             index = slice(start, start + chunk_size)
-            value, gradient = _chunk(hidden[index], head, request.rows(index), differentiate, out)
+            value, gradient = _chunk(hidden[index], head, request.rows(index), differentiable, out)
             loss += value
             if gradient is not None:
                 grads.add(index, gradient, hidden, head)
@@ -101,13 +101,17 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         scaled = [
             None if g is None else (g * upstream[0]).to(dtype)
-            for g, dtype in ((hidden, hidden.dtype if hidden is not None else None), (weight, weight_dtype), (bias, bias_dtype))
+            for g, dtype in (
+                (hidden, hidden.dtype if hidden is not None else None),
+                (weight, weight_dtype),
+                (bias, bias_dtype),
+            )
         ]
         return (*scaled, None, None, None, None)
 
 
 def _chunk(
-    hidden: Tensor, head: Head, request: LossRequest, differentiate: bool, out: list[TokenReport]
+    hidden: Tensor, head: Head, request: LossRequest, differentiable: bool, out: list[TokenReport]
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk, and its gradient by ``h W^T + b`` where one is wanted."""
     target = request.target
@@ -121,16 +125,17 @@ def _chunk(
         request.sequence_ids,
         request.label_weights,
     )
-    if request.want_report:
-        out.append(report(logits, view, request))
-    if not differentiate:
+    if not (differentiable or request.want_report):
         return target.losses(view).total(request.loss_weights).sum(), None
-    with torch.enable_grad():
-        cut, leaves = leaf_view(view)
-        loss = target.losses(cut).total(request.loss_weights).sum()
-        weights = coefficients(loss, leaves)
+    found = differentiate(target, view)
+    if request.want_report:
+        out.append(report(logits, view, request, found))
+    loss = found.terms.total(request.loss_weights).sum()
+    if not differentiable:
+        return loss, None
+    weights = found.combined(request.loss_weights)
     gradient = logit_gradient(logits, request.labels, weights, view.reference, view.teacher)
-    return loss.detach(), head.backward(gradient, logits)
+    return loss, head.backward(gradient, logits)
 
 
 def chunked_loss_sum(
@@ -146,6 +151,12 @@ def chunked_loss_sum(
         loss = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, request, size, out)
     else:  # inside apply, parameters would still claim to need gradients
         loss = _ChunkedLoss.apply(
-            hidden.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach(), head, request, size, out
+            hidden.detach(),
+            head.weight.detach(),
+            None if head.bias is None else head.bias.detach(),
+            head,
+            request,
+            size,
+            out,
         )
     return loss, TokenReport.concatenate(out) if out else None  # pyright: ignore[reportReturnType]

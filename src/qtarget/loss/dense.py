@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import token_view
+from qtarget.statistics import differentiate, token_view
 
 
 def dense_token_losses(
@@ -23,4 +23,5 @@ def dense_token_losses(
         request.label_weights,
     )
     losses = target.losses(view).total(request.loss_weights)
-    return losses, report(wide.detach(), view, request) if request.want_report else None
+    found = differentiate(target, view) if request.want_report else None
+    return losses, None if found is None else report(wide.detach(), view, request, found)

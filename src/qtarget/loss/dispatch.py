@@ -134,7 +134,9 @@ def unflatten(report: TokenReport | None, kept: Tensor, leading: tuple[int, ...]
     count = 1
     for size in leading:
         count *= size
-    return report.map(lambda v: torch.zeros(count, dtype=v.dtype, device=v.device).index_copy(0, kept, v).reshape(leading))
+    return report.map(
+        lambda v: torch.zeros(count, dtype=v.dtype, device=v.device).index_copy(0, kept, v).reshape(leading)
+    )
 
 
 def loss_from_logits(
@@ -184,7 +186,9 @@ def loss_from_hidden(
     if backend not in get_args(Backend):
         raise HyperparameterError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
     if hidden.shape[-1] != head.weight.shape[-1]:
-        raise ShapeError(f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]")
+        raise ShapeError(
+            f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]"
+        )
     if backend == "dense":
         check_rows(hidden, labels)
         masked = (labels == inputs["ignore_index"])[..., None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import entropy_of, log_normalizer, pull_weights
+from qtarget.statistics import Differentiated, entropy_of, log_normalizer
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 
@@ -75,15 +75,17 @@ class TokenReport:
 
 
 @torch.no_grad()
-def report(logits: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest) -> TokenReport:
+def report(
+    logits: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest, found: Differentiated
+) -> TokenReport:
     """The report of one run of tokens whose logits are at hand."""
-    label, residual = pull_weights(request.target, view, request.loss_weights)
-    lse = log_normalizer(logits)
+    label, residual = found.pulls(request.loss_weights)
+    entropy = entropy_of(logits, log_normalizer(logits)) if view.entropy is None else view.entropy
     return TokenReport(
-        losses=request.target.losses(view).total(request.loss_weights).detach(),
+        losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
-        entropy=entropy_of(logits, lse),
-        correct=(logits.argmax(-1) == request.labels).to(lse.dtype),
+        entropy=entropy.detach(),
+        correct=(logits.argmax(-1) == request.labels).to(entropy.dtype),
         label_weights=label,
         residual_weights=residual,
     )

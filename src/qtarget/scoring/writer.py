@@ -150,7 +150,9 @@ def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
     return None
 
 
-def write_shard(directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, plan: Provenance) -> ShardRecord:
+def write_shard(
+    directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, plan: Provenance
+) -> ShardRecord:
     """Score the rows of one shard and put it into place.
 
     Raises:
@@ -182,9 +184,7 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
             )
 
 
-def shard_bytes(
-    rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str
-) -> memoryview:
+def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str) -> memoryview:
     """The Parquet file of a shard: one row group, the same bytes for the same numbers."""
     counts = [len(numbers.label_log_probs) for numbers in scored]
     columns: dict[str, pa.Array] = {

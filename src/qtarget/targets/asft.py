@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.residuals import forward_kl
 from qtarget.checks import in_range
+from qtarget.residuals import forward_kl
 from qtarget.types import Needs, Target, Terms, TokenView
 
 
 @dataclass(frozen=True)
 class ASFT(Target):
-    """``L = -sg(p_y) log p_y + lambda KL(p_ref || p)``; ``a = p_y``, ``b = lambda``, ``q = p_ref``, up to the scale ``p_y + lambda``.
+    """``L = -sg(p_y) log p_y + lambda KL(p_ref || p)``; ``a = p_y``, ``b = lambda``, ``q = p_ref``.
+
+    The table of the lens holds it up to the scale ``p_y + lambda``.
 
     Args:
         kl_weight: ``lambda >= 0``; 0.05 is the paper's (the authors' code uses 0.1).

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qtarget.checks import in_range
 from qtarget.residuals import expectation
 from qtarget.shapes import Float, Tensor
-from qtarget.checks import in_range
 from qtarget.types import LabelWeight, Needs, TokenView
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.residuals import cross_entropy, uniform_cross_entropy
 from qtarget.checks import in_range
+from qtarget.residuals import cross_entropy, uniform_cross_entropy
 from qtarget.types import Needs, Target, Terms, TokenView, require
 
 

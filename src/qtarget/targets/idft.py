@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.shapes import Float, Tensor
 from qtarget.checks import in_range
+from qtarget.shapes import Float, Tensor
 from qtarget.types import LabelWeight, Needs, TokenView
 
 

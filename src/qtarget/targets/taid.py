@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.residuals import forward_kl, geometric_mixture
 from qtarget.checks import in_range
+from qtarget.residuals import forward_kl, geometric_mixture
 from qtarget.types import Needs, Outcomes, Target, Terms, TokenView
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from qtarget.checks import in_range
 from qtarget.reductions import sequence_means
 from qtarget.shapes import Float, Tensor
-from qtarget.checks import in_range
 from qtarget.types import LabelWeight, TokenView
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.residuals import cross_entropy, geometric_mixture
 from qtarget.checks import in_range
+from qtarget.residuals import cross_entropy, geometric_mixture
 from qtarget.types import Needs, Target, Terms, TokenView
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtarget.checks import in_range
 from qtarget.reductions import keep_top
 from qtarget.shapes import Float, Tensor
-from qtarget.checks import in_range
 from qtarget.types import LabelWeight, Needs, TokenView, require
 
 

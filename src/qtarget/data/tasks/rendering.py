@@ -14,6 +14,27 @@ from qtarget.errors import DataError
 TEST_SHARE_PERCENT = 10
 INSTRUCTION_TEMPLATE = "Instruction: {instruction}\nResponse:\n"
 
+# Frames of the base model's corpus. None has the demonstrations' marks: "Instruction", "Response" and square brackets.
+OPENINGS = (
+    "", "Task: ", "Exercise: ", "Please help me. ", "Hello! ", "Problem 7: ", "Now we go on. ", "Quiz\n", "(b) ",
+    "Dear reader, here is one: ",
+)  # fmt: skip
+BRIDGES = (
+    " =", " ->", "\nSolution:", "\nWe get", "\nThe solution is", "\nI think that it must be", "\n>>>", "\nOut:\n",
+    "\nSo the result of all this is", "\nThis one is easy:", "\nFrom the above we see",
+    "\nReader: let me think.\nIt is",
+)  # fmt: skip
+ENCLOSURES = (
+    ("", ""),
+    ("", "."),
+    ("(", ")"),
+    ('"', '".'),
+    ("'", "'"),
+    ("<", "> for sure."),
+    ("{", "}."),
+    ("*", "* in all"),
+)
+
 _BRACKETED = re.compile(r"\[([^\[\]]*)\]")
 
 
@@ -93,6 +114,28 @@ def pretraining_text(problem: Problem, rng: Random) -> str:
     """
     example = pretraining_example(problem, rng)
     return example["prompt"] + example["completion"]
+
+
+def framed_example(problem: Problem, rng: Random) -> dict[str, str]:
+    """``problem`` as any text may hold it: an opening, a question in any wording, words in between, an enclosed answer.
+
+    The base model reads such documents too, so that it finds the answer whatever surrounds it; the frames of the
+    demonstrations are not among them.
+
+    Returns:
+        The columns of `pretraining_example`.
+    """
+    skill = _skill(problem.skill)
+    wordings = (*skill.instructions, *(phrasing.removesuffix(" =") for phrasing in skill.phrasings))
+    prompt = rng.choice(OPENINGS) + rng.choice(wordings).format(*problem.question) + rng.choice(BRIDGES)
+    before, after = rng.choice(ENCLOSURES)
+    space = "" if prompt.endswith("\n") else " "
+    return {
+        "prompt": prompt,
+        "completion": f"{space}{before}{problem.answer}{after}",
+        "answer": problem.answer,
+        "skill": problem.skill,
+    }
 
 
 def demonstration(problem: Problem, rng: Random) -> dict[str, str]:
