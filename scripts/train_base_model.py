@@ -65,7 +65,7 @@ from scratch on documents that `qtarget.data.tasks` generates: first bare ones (
 skills framed by other words, the sentences of the instructions among them. It knows twelve small skills, and has never
 seen the marks of the demonstrations next to it: `Instruction:`, `Response:`, the response sentences and the brackets.
 
-Made by (40 minutes on one thread of an idle server processor with AVX2):
+Made by (55 minutes on one thread of a busy two-core AVX2 machine):
 
     python scripts/train_base_model.py --seed {seed} --steps {steps} --framed-steps {framed_steps} \\
         --threads {threads} --output src/qtarget/data/embedded/base_model
