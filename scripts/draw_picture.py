@@ -27,10 +27,9 @@ OBSERVED = 3
 TARGETS = {
     "sft": {},
     "prior_surprise": {},
-    "label_smoothing": {"smoothing": 0.2},
+    "label_smoothing": {"smoothing": 0.1},
+    "sft_kl": {},
     "dft": {},
-    "p_power": {},
-    "asft": {"kl_weight": 0.05},
     "target_sft": {},
 }
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
@@ -82,7 +81,7 @@ def draw_results(axes, results: dict) -> None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("exact completion on clean held-out prompts, % (line: range over seeds)", fontsize=8)
     config = results["config"]
-    axes.set_title(textwrap.fill(results["finding"], 64), fontsize=10)
+    axes.set_title(textwrap.fill(results["finding"], 60), fontsize=10)
     setting = (
         f"{config['train_rows']} rows, {100 * config['rate']:.0f} % of their tokens random, {config['seeds']} seeds"
     )
