@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CHECKED = (
     "statistics",
+    "outcomes",
+    "coefficients",
     "loss",
     "types",
     "residuals",

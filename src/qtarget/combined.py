@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qtarget.coefficients import differentiate
 from qtarget.errors import IncompatibleError
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import differentiate
 from qtarget.types import Needs, Target, Terms, TokenView
 
 

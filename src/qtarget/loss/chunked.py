@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from qtarget.coefficients import differentiate, logit_gradient
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import differentiate, logit_gradient, token_view
+from qtarget.statistics import token_view
 from qtarget.types import project
 
 LOGIT_BYTES = 64 * 2**20

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from qtarget.coefficients import differentiate
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import differentiate, token_view
+from qtarget.statistics import token_view
 
 
 def dense_token_losses(

@@ -11,9 +11,10 @@ from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatis
 from qtarget.loss.chunked import Head, chunked_loss_sum
 from qtarget.loss.dense import dense_token_losses
 from qtarget.loss.result import LossRequest, TokenReport
+from qtarget.outcomes import check_outcomes
 from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen, check_outcomes, token_statistics
+from qtarget.statistics import check_frozen, token_statistics
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 Backend = Literal["auto", "chunked", "dense"]

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from qtarget.coefficients import Differentiated
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import Differentiated, entropy_of, log_normalizer
+from qtarget.statistics import entropy_of, log_normalizer
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 

@@ -1,0 +1,160 @@
+"""From a target to the gradient of its loss by the logits, without knowing the target.
+
+Autograd differentiates the target on its small tensors (one coefficient for each statistic); one row operation turns
+coefficients into the gradient:
+
+| statistic | derivative by logit j |
+|---|---|
+| ``log p_k`` | ``[j = k] - p_j`` |
+| ``log s``, ``s`` the mass outside some ids | ``p_j [j outside] / s - p_j`` |
+| entropy ``H`` | ``-p_j (log p_j + H)`` |
+| mean log-prob | ``1/V - p_j`` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from qtarget.outcomes import align, outside
+from qtarget.shapes import Bool, Float, Int, Tensor
+from qtarget.statistics import entropy_of, log_normalizer
+from qtarget.types import Outcomes, Reference, Target, Terms, TokenView
+
+LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_reference", "on_teacher")
+
+
+def savable(view: TokenView) -> TokenView:
+    """The same view in tensors that autograd may save: those made under ``torch.inference_mode`` are copied."""
+    if not view.label_log_probs.is_inference():
+        return view
+
+    def copy(value):
+        if isinstance(value, Outcomes):
+            return Outcomes(value.model.clone(), value.frozen.clone())
+        if isinstance(value, Reference):
+            return value.map_tensors(lambda _, tensor: tensor.clone())
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return replace(view, **{f.name: copy(getattr(view, f.name)) for f in fields(view)})
+
+
+def leaf_view(view: TokenView) -> tuple[TokenView, dict[str, Tensor]]:
+    """Cut the view from the logits: each live statistic becomes a leaf that autograd differentiates by."""
+    leaves: dict[str, Tensor] = {}
+    cut: dict[str, Tensor | Outcomes] = {}
+    view = savable(view)
+    for name in LEAVES:
+        value = getattr(view, name)
+        if isinstance(value, Outcomes):
+            leaves[name] = value.model.detach().requires_grad_()
+            cut[name] = Outcomes(leaves[name], value.frozen)
+        elif value is not None:
+            leaves[name] = value.detach().requires_grad_()
+            cut[name] = leaves[name]
+    return replace(view, **cut), leaves  # pyright: ignore[reportArgumentType]
+
+
+def coefficients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Derivative of a summed target loss by each statistic; statistics without influence are left out."""
+    if not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+
+def logit_gradient(
+    logits: Float[Tensor, "tokens vocab"],
+    labels: Int[Tensor, " tokens"],
+    weights: dict[str, Tensor],
+    reference: Reference | None = None,
+    teacher: Reference | None = None,
+) -> Float[Tensor, "tokens vocab"]:
+    """Gradient by the logits of a loss with these coefficients: the table at the top of this file, summed."""
+    lse = log_normalizer(logits)
+    log_probs = logits - lse[:, None]
+    probs = log_probs.exp()
+    on_p = torch.zeros_like(lse)  # everything that multiplies p alone
+    gradient = torch.zeros_like(logits)
+    if (c := weights.get("label_log_probs")) is not None:
+        gradient.scatter_add_(-1, labels[:, None], c[:, None])
+        on_p -= c
+    if (c := weights.get("mean_log_prob")) is not None:
+        gradient += (c / logits.shape[-1])[:, None]
+        on_p -= c
+    if (c := weights.get("log_probs")) is not None:
+        gradient += c
+        on_p -= c.sum(-1)
+    if (c := weights.get("entropy")) is not None:
+        finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
+        gradient -= c[:, None] * probs * (finite + entropy_of(logits, lse)[:, None])
+    for name, frozen in (("on_reference", reference), ("on_teacher", teacher)):
+        if (c := weights.get(name)) is not None:
+            assert frozen is not None
+            at = align(frozen, logits)
+            if at.ids is None or at.listed is None:
+                gradient += c
+                on_p -= c.sum(-1)
+            else:
+                on_p -= scatter_outcomes(gradient, logits, c, at.ids, at.listed)
+    return gradient.addcmul_(probs, on_p[:, None])
+
+
+def scatter_outcomes(
+    gradient: Float[Tensor, "tokens vocab"],
+    logits: Float[Tensor, "tokens vocab"],
+    c: Float[Tensor, "tokens k_1"],
+    ids: Int[Tensor, "tokens k"],
+    listed: Bool[Tensor, "tokens k"],
+) -> Float[Tensor, " tokens"]:
+    """Add the coefficients of k listed log-probs and the tail to ``gradient``; return what they take from ``p``."""
+    c = c.masked_fill(torch.cat([~listed, torch.zeros_like(listed[:, :1])], dim=-1), 0.0)
+    gradient.scatter_add_(-1, ids, c[:, :-1])
+    rest = outside(logits, ids, listed)
+    empty = (rest == -torch.inf).all(-1)
+    tail = c[:, -1].masked_fill(empty, 0.0)
+    gradient += tail[:, None] * torch.where(empty[:, None], 0.0, rest).softmax(-1)
+    return c[:, :-1].sum(-1) + tail
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """A target's terms (detached) and their coefficients, statistic by statistic."""
+
+    terms: Terms
+    label: dict[str, Tensor]
+    residual: dict[str, Tensor]
+
+    def combined(self, loss_weights: Tensor | None) -> dict[str, Tensor]:
+        """Coefficients of ``loss_weights * label + residual``."""
+        weighted = dict(self.label)
+        if loss_weights is not None:
+            weighted = {n: c * (loss_weights if c.dim() == 1 else loss_weights[:, None]) for n, c in self.label.items()}
+        for name, c in self.residual.items():
+            weighted[name] = weighted[name] + c if name in weighted else c
+        return weighted
+
+    def pulls(self, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of each token: minus the sum of the log-probs' coefficients, label term and residual term.
+
+        A pull of negative weight (gem's) comes out negative; entropy pulls towards nothing and is left out.
+        """
+        zero = torch.zeros_like(next(v for v in (self.terms.label, self.terms.residual) if v is not None))
+        label, residual = (
+            sum((-(c if c.dim() == 1 else c.sum(-1)) for n, c in part.items() if n != "entropy"), zero)
+            for part in (self.label, self.residual)
+        )
+        return (label if loss_weights is None else label * loss_weights), residual
+
+
+def differentiate(target: Target, view: TokenView) -> Differentiated:
+    """Let autograd differentiate a target on its small tensors."""
+    with torch.inference_mode(False), torch.enable_grad():  # under either, all coefficients would be zero
+        cut, leaves = leaf_view(view)
+        terms = target.losses(cut)
+        label, residual = (
+            {} if term is None else coefficients(term.sum(), leaves) for term in (terms.label, terms.residual)
+        )
+    detached = Terms(*(None if term is None else term.detach() for term in (terms.label, terms.residual)))
+    return Differentiated(detached, label, residual)

@@ -1,0 +1,138 @@
+"""Outcomes shared by the live and a frozen model: the whole vocabulary, or k listed tokens and one tail.
+
+Which of the two depends on what is known of the frozen model and on its tail policy; formulas need not care.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from qtarget.errors import ShapeError
+from qtarget.shapes import Bool, Float, Int, Tensor
+from qtarget.types import FrozenHead, Outcomes, Reference
+
+ABSENT = -1e30
+"""Log-prob of an outcome that does not exist: finite, so that absent minus absent is 0 and not NaN."""
+
+
+def listed_once(ids: Int[Tensor, "tokens k"]) -> Bool[Tensor, "tokens k"]:
+    """Which slots name a token that no earlier slot of the row names (``-1`` marks an unused slot)."""
+    order = ids.argsort(dim=-1, stable=True)
+    ascending = ids.gather(-1, order)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    return torch.zeros_like(repeated).scatter(-1, order, ~repeated) & (ids >= 0)
+
+
+def outside(
+    logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], listed: Bool[Tensor, "tokens k"]
+) -> Float[Tensor, "tokens vocab"]:
+    """The logits with those at the listed ids set to minus infinity."""
+    vocab = logits.shape[-1]
+    hit = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    hit.scatter_(-1, torch.where(listed, ids, vocab), True)  # unlisted slots hit a last column that is cut off
+    return logits.masked_fill(hit[:, :vocab], -torch.inf)
+
+
+def tail_log_mass(
+    logits: Float[Tensor, "tokens vocab"],
+    lse: Float[Tensor, " tokens"],
+    ids: Int[Tensor, "tokens k"],
+    listed: Bool[Tensor, "tokens k"],
+) -> Float[Tensor, " tokens"]:
+    """Log of the probability outside ``ids``, summed over the rest and never as ``1 - sum``: nothing cancels."""
+    rest = outside(logits, ids, listed)
+    empty = (rest == -torch.inf).all(-1)
+    mass = torch.where(empty[:, None], 0.0, rest).logsumexp(-1) - lse
+    return mass.masked_fill(empty, ABSENT)
+
+
+def frozen_outcomes(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: Tensor) -> Float[Tensor, "tokens k_1"]:
+    """Frozen log-probs of the k listed tokens and, last, of everything else, under the reference's tail policy."""
+    assert frozen.topk_log_probs is not None
+    kept = frozen.topk_log_probs.to(like.dtype).masked_fill(~listed, ABSENT)
+    if frozen.tail_policy == "renormalize":
+        tail = torch.full_like(kept[:, :1], ABSENT)
+        return torch.cat([kept - kept.logsumexp(-1, keepdim=True), tail], dim=-1)
+    assert frozen.tail_log_mass is not None
+    tail = frozen.tail_log_mass.to(like.dtype)[:, None]
+    joined = torch.cat([kept, tail], dim=-1)
+    return joined - joined.logsumexp(-1, keepdim=True)
+
+
+def spread_log_probs(
+    frozen: Reference, listed: Bool[Tensor, "tokens k"], like: Tensor
+) -> Float[Tensor, "tokens vocab"]:
+    """A full distribution with the tail mass uniform over the tokens that are not listed."""
+    assert frozen.topk_ids is not None
+    bucket = frozen_outcomes(replace(frozen, tail_policy="bucket"), listed, like)
+    unlisted = like.shape[-1] - listed.sum(-1)
+    level = bucket[:, -1] - unlisted.clamp(min=1).to(like.dtype).log()
+    full = level[:, None].expand_as(like).contiguous()
+    trash = torch.cat([full, full[:, :1]], dim=-1)  # unused slots write into a last column that is cut off
+    column = torch.where(listed, frozen.topk_ids, like.shape[-1])
+    return trash.scatter(-1, column, bucket[:, :-1])[:, :-1]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the outcomes shared with a frozen model lie: everywhere (``ids`` absent), or at k ids and a tail."""
+
+    frozen: Tensor
+    ids: Tensor | None = None
+    listed: Tensor | None = None
+
+
+def align(frozen: Reference, logits: Float[Tensor, "tokens vocab"]) -> Alignment:
+    """Choose the outcomes on which live and frozen model are compared."""
+    if frozen.log_probs is not None:
+        return Alignment(frozen.log_probs.to(logits.dtype))
+    assert frozen.topk_ids is not None
+    listed = listed_once(frozen.topk_ids)
+    if frozen.tail_policy == "spread":
+        return Alignment(spread_log_probs(frozen, listed, logits))
+    return Alignment(frozen_outcomes(frozen, listed, logits), frozen.topk_ids.clamp(min=0), listed)
+
+
+def shared_outcomes(logits: Float[Tensor, "tokens vocab"], lse: Float[Tensor, " tokens"], at: Alignment) -> Outcomes:
+    """Live log-probs on the aligned outcomes."""
+    if at.ids is None or at.listed is None:
+        return Outcomes(logits - lse[:, None], at.frozen)
+    log_probs = (logits.gather(-1, at.ids) - lse[:, None]).masked_fill(~at.listed, ABSENT)
+    tail = tail_log_mass(logits, lse, at.ids, at.listed)
+    return Outcomes(torch.cat([log_probs, tail[:, None]], dim=-1), at.frozen)
+
+
+def check_outcomes(frozen: Reference | FrozenHead | None, vocab: int) -> None:
+    """Raise when a frozen distribution cannot be one over the live vocabulary (call it on supervised tokens only).
+
+    Raises:
+        ShapeError: vocabularies differ, an id lies outside the live one, or the listed mass and the tail do not sum
+            to one within 2 %.
+    """
+    if isinstance(frozen, FrozenHead) or (frozen is not None and frozen.log_probs is not None):
+        size = frozen.lm_head_weight.shape[0] if isinstance(frozen, FrozenHead) else frozen.log_probs.shape[-1]  # pyright: ignore[reportOptionalMemberAccess]
+        if size != vocab:
+            raise ShapeError(
+                f"the frozen model has {size} vocabulary entries, the live model {vocab}; compare the tokenizers, and "
+                "cut padding rows of the larger head before calling"
+            )
+        return
+    if frozen is None or frozen.topk_ids is None or frozen.topk_log_probs is None or not frozen.topk_ids.numel():
+        return
+    if int(frozen.topk_ids.max()) >= vocab:
+        raise ShapeError(
+            f"reference.topk_ids holds id {int(frozen.topk_ids.max())}, the live vocabulary ends at {vocab - 1}; "
+            "score again with the tokenizer and model that are trained"
+        )
+    if frozen.tail_policy == "renormalize" or frozen.tail_log_mass is None:
+        return
+    kept = frozen.topk_log_probs.double().masked_fill(~listed_once(frozen.topk_ids), -torch.inf).exp().sum(-1)
+    error = float((kept + frozen.tail_log_mass.double().exp() - 1).abs().max())
+    if not error < 0.02:  # bf16 storage moves log-probs by up to 8e-3
+        raise ShapeError(
+            f"top-k probabilities and tail mass sum to one only within {error:.3g}; expected log-probs at "
+            "temperature 1 and tail_log_mass = log(1 - listed mass)"
+        )
