@@ -43,11 +43,15 @@ def demo(
     config = quick(config) if is_quick else config
     console = Console()
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting")
-        results = run_demo(
-            config, output, lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
-        )
+
+        def advance(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+            if not console.is_terminal:
+                typer.echo(f"{done}/{total} {text}")
+
+        results = run_demo(config, output, advance)
     console.print(results_table(results, noise_words(config)))
     console.print(results["finding"], soft_wrap=True, highlight=False)
     console.print(
