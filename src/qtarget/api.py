@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qtarget.combined import Combined
 from qtarget.errors import ShapeError
 from qtarget.loss.chunked import Head
 from qtarget.loss.dispatch import Backend, batch_label_weights, loss_from_hidden, loss_from_logits
@@ -175,7 +176,8 @@ def label_weights(
         MissingStatisticError: the reference lacks what the target needs, or sequences cannot be told apart.
     """
     target = get_target(target) if isinstance(target, str) else target
-    check_frozen(reference, target.needs.reference, target.name, "reference")
+    rule = target.weight if isinstance(target, Combined) else target
+    check_frozen(reference, rule.needs.reference, target.name, "reference")
     leading = tuple(label_log_probs.shape)
     if sequence_ids is None and len(leading) == 2:
         sequence_ids = _row_ids(label_log_probs)

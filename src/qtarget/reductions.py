@@ -34,7 +34,7 @@ def denominator(token_count: int, num_items: int | Tensor | None, reduction: Red
     if num_items is None:
         return float(max(token_count, 1))
     if isinstance(num_items, Tensor):
-        return num_items
+        return num_items.clamp(min=1)  # a batch without a supervised token: its sum is zero, and so is its mean
     if num_items <= 0:
         raise HyperparameterError(f"num_items={num_items}; expected the positive number of supervised tokens")
     return float(num_items)

@@ -346,8 +346,8 @@ def require(reference: Reference | None, field: str, target: str, role: str = "r
 def missing_message(target: str, role: str, field: str) -> str:
     """One wording for every absent statistic."""
     argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
-    option = " --top_k 32" if field in ("distribution", "log_probs") else ""
+    option = (" --role teacher" if role == "teacher" else "") + (" --top_k 32" if field == "distribution" else "")
     return (
         f"target {target!r} needs {role}.{field}, which was not given; pass {argument}, "
-        f"or in training run `qtarget score CONFIG.yaml{option}` once and set `reference_cache`"
+        f"or in training run `qtarget score CONFIG.yaml{option}` once and set `{role}_cache`"
     )

@@ -197,3 +197,41 @@ def test_template_without_generation_marks(make_trainer, rows):
     chats = Dataset.from_list([{"messages": [{"role": "user", "content": "abc"}]}] * 4)
     with pytest.raises(DataError, match="assistant"):
         make_trainer("sft", data=chats, assistant_only_loss=True)
+
+
+def test_a_batch_without_a_supervised_token_is_a_zero(make_trainer):
+    rows = Dataset.from_list([{"text": "a b c"}, {"text": ""}] * 2)
+    trainer = make_trainer("sft", data=rows, per_device_train_batch_size=1, max_steps=4)
+    trainer.train()
+    assert sorted(loss == 0 for loss in losses_of(trainer)) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("target", ["rho1+sft_kl", "talr+asft"])
+def test_batch_scope_combinations_under_accumulation(make_trainer, target):
+    runs = []
+    for size, steps in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            target,
+            models={"reference_model": make_model(seed=3)},
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_ids_in_the_users_own_column_are_left_alone(make_trainer, rows):
+    named = rows.add_column("row_id", ["same"] * len(rows))
+    a, b = (make_trainer("talr", data=data, max_steps=1) for data in (named, rows))
+    a.train()
+    b.train()
+    assert losses_of(a) == losses_of(b)
+
+
+def test_keep_end_counts_what_is_really_cut(make_trainer):
+    rows = Dataset.from_list([{"prompt": "a" * 30, "completion": "bcd"}] * 4)
+    trainer = make_trainer("sft", data=rows, max_length=8, truncation_mode="keep_end")
+    assert trainer.audits["train"] == []
+    with pytest.raises(DataError):
+        make_trainer("sft", data=rows, max_length=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -50,6 +51,8 @@ OTHER_NAMES = {
     "torch_dtype": "dtype",
     "resume_from": "resume_from_checkpoint",
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             contradict each other.
     """
     path = Path(path)
-    settings = read_settings(path, overrides)
+    settings = drop_other_targets_kwargs(read_settings(path, overrides))
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.trl_sft import QTargetConfig
@@ -124,6 +127,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
         )
     return RunConfig(training, model, data, given)
+
+
+def drop_other_targets_kwargs(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Without the file's ``target_kwargs`` where the command line chose another target: they belong to the file's."""
+    kept = dict(settings)
+    chosen, kwargs = kept.get("target"), kept.get("target_kwargs")
+    if chosen is not None and kwargs is not None and chosen.text is not None and kwargs.text is None:
+        del kept["target_kwargs"]
+        if kwargs.value:
+            logger.warning("target %s: the file's target_kwargs %s are another target's", chosen.value, kwargs.value)
+    return kept
 
 
 def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> None:
@@ -167,7 +181,8 @@ def find_path(key: str, value: str, folder: Path) -> str:
     Raises:
         ConfigError: a model that can only be a path is nowhere.
     """
-    found = next((c.resolve() for c in (folder / value, Path(value)) if c.expanduser().exists()), None)
+    relative = Path(value).expanduser()
+    found = next((c.resolve() for c in (folder / relative, relative) if c.exists()), None)
     if found is not None:
         return str(found)
     if key.endswith("model_name_or_path") and (value.startswith((".", "/", "~")) or value.count("/") > 1):

@@ -25,38 +25,57 @@ def score(
         Literal["bucket", "spread", "renormalize"],
         typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
     ] = "bucket",
+    role: Annotated[
+        Literal["reference", "teacher"],
+        typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
+    ] = "reference",
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default: the config's reference_cache.")
+        Path | None, typer.Option(help="Folder of the cache; default: the config's {role}_cache.")
     ] = None,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
 
     run = load_config(config, context.args)
-    directory = output or run.training.reference_cache
+    directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
-        raise ConfigError("where to write: set reference_cache in the config, or pass --output DIR")
+        raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    manifest = run_scoring(run, Path(directory), top_k, tail_policy)
+    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
 def run_scoring(
-    config: RunConfig, directory: Path, top_k: int, tail_policy: Literal["bucket", "spread", "renormalize"]
+    config: RunConfig,
+    directory: Path,
+    top_k: int,
+    tail_policy: Literal["bucket", "spread", "renormalize"],
+    role: Literal["reference", "teacher"] = "reference",
 ) -> Manifest:
-    """Score training and validation rows with the config's own model, tokenised exactly as training does."""
+    """Score training and validation rows, tokenised exactly as training does.
+
+    Raises:
+        ConfigError: a teacher is to be scored and the config names none.
+    """
+    from transformers import AutoTokenizer
+
     from qtarget.cli.datasets import load_datasets
     from qtarget.cli.train import set_model_arguments
     from qtarget.integrations.trl_score import score as score_config
 
     train_rows, validation_rows = load_datasets(config)
     set_model_arguments(config)
-    name = str(config.model.model_name_or_path)
+    student = str(config.model.model_name_or_path)
+    named = getattr(config.training, f"{role}_model_name_or_path")
+    if named is None and role == "teacher":
+        raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
+    name = str(named or student)
     return score_config(
         name,
         config.training,
         train_rows,
         validation_rows,
+        AutoTokenizer.from_pretrained(student, trust_remote_code=config.training.trust_remote_code),
         directory=directory,
         top_k=top_k,
         tail_policy=tail_policy,

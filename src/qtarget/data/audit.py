@@ -82,7 +82,7 @@ class AuditReport:
             raise DataError("no row of the data set trains on anything: " + ". ".join(self.messages()))
 
 
-def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None) -> AuditReport:
+def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None, keep_end: bool = False) -> AuditReport:
     """Look through tokenised rows, before they are cut, for those that would train on nothing.
 
     A causal model predicts token ``t`` from the tokens before it, so a label on the first token is no supervision.
@@ -90,7 +90,8 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None) -> 
     Args:
         rows: each with ``input_ids`` ``[length]`` and ``labels`` ``[length]`` (not shifted, -100 is ignored); without
             ``labels`` every token is supervised.
-        max_length: tokens that training keeps from the start of a row; None keeps all.
+        max_length: tokens that training keeps of a row; None keeps all.
+        keep_end: whether it keeps the last ones instead of the first.
 
     Raises:
         DataError: a row has other numbers of labels and tokens, or no ``input_ids``.
@@ -106,7 +107,7 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None) -> 
     first: dict[str, list[int]] = {name: [] for name in FINDINGS}
     total = tokens = supervised = lost = 0
     for index, row in enumerate(rows):
-        length, kept, beyond = _supervision(index, row, max_length)
+        length, kept, beyond = _supervision(index, row, max_length, keep_end)
         total, tokens, supervised, lost = total + 1, tokens + length, supervised + kept, lost + beyond
         name = _finding(length, kept, beyond)
         if name is not None:
@@ -117,7 +118,7 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None) -> 
     return AuditReport(total, tokens, supervised, lost, max_length, findings)
 
 
-def _supervision(index: int, row: Mapping[str, Any], max_length: int | None) -> tuple[int, int, int]:
+def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, keep_end: bool) -> tuple[int, int, int]:
     """Tokens kept, supervised tokens kept, supervised tokens cut off."""
     if "input_ids" not in row:
         raise DataError(
@@ -130,9 +131,10 @@ def _supervision(index: int, row: Mapping[str, Any], max_length: int | None) -> 
             f"row {index} has {length} input_ids but {len(labels)} labels; expected one label a token, -100 to ignore"
         )
     end = length if max_length is None else min(length, max_length)
-    kept = sum(label != IGNORE_INDEX for label in labels[1:end])
-    beyond = sum(label != IGNORE_INDEX for label in labels[max(end, 1) :])
-    return end, kept, beyond
+    first = length - end + 1 if keep_end else 1  # the first token that is kept is predicted by nothing
+    total = sum(label != IGNORE_INDEX for label in labels[1:])
+    kept = sum(label != IGNORE_INDEX for label in labels[first : first + end - 1]) if end else 0
+    return end, kept, total - kept
 
 
 def _finding(length: int, kept: int, beyond: int) -> str | None:

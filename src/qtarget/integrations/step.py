@@ -57,6 +57,7 @@ class TargetStep:
     num_items: Tensor | int | None = None
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> TargetOutput:
+        self.move_to(hidden.device)
         if self.labels.shape != hidden.shape[:2]:
             raise RuntimeError(
                 f"labels {tuple(self.labels.shape)} and hidden states {tuple(hidden.shape)} do not line up; prompt-learning "
@@ -65,7 +66,7 @@ class TargetStep:
         loss, report = linear_target_loss(
             hidden[:, :-1],
             weight,
-            self.labels[:, 1:].to(hidden.device),
+            self.labels[:, 1:],
             self.target,
             bias=bias,
             logit_scale=spec.scale,
@@ -79,6 +80,16 @@ class TargetStep:
             return_report=True,
         )
         return output_of(loss, report, self.labels[:, 1:])
+
+    def move_to(self, device: torch.device) -> None:
+        """Follow the head: a model split over devices may end on another one than its inputs."""
+        for name in ("labels", "sequence_ids", "loss_weights", "label_weights", "num_items"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        for role, frozen in self.frozen.items():
+            if isinstance(frozen, Reference):
+                self.frozen[role] = frozen.map_tensors(lambda _, value: value.to(device))
 
 
 def output_of(loss: Tensor, report: TokenReport | None, labels: Tensor) -> TargetOutput:

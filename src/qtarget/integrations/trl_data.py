@@ -6,6 +6,7 @@ that a padded and a packed batch look up the same numbers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +26,15 @@ TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows")
 """Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
 
 
+ROW = "qtarget_row"
+"""Reserved column: the row's number in the user's data, whatever ids the data has of its own."""
+
+
 def with_row_ids(dataset: Dataset) -> Dataset:
     """Number the rows of the user's data; every later message names rows by these numbers."""
-    return dataset if "row_id" in dataset.column_names else dataset.add_column("row_id", list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
+    if ROW in dataset.column_names:
+        return dataset
+    return dataset.add_column(ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
 
 
 def has_weights(dataset: Dataset) -> bool:
@@ -52,14 +59,22 @@ def token_weights(row: dict[str, Any], tokenizer: Any, chat_template: str | None
     weights = [1.0] * length
     messages = row.get("messages") or [*_first_messages(row.get("prompt")), *_first_messages(row.get("completion"))]
     if messages and any(m.get("weight") is not None for m in messages):
-        weights = message_token_weights(tokenizer, messages, row["input_ids"], chat_template=chat_template)
+        tools = row.get("tools")
+        weights = message_token_weights(
+            tokenizer,
+            messages,
+            row["input_ids"],
+            chat_template=chat_template,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            **(row.get("chat_template_kwargs") or {}),
+        )
     if row.get("loss_weights") is not None:
         weights = [a * b for a, b in zip(weights, row_loss_weights(row, length), strict=True)]
     whole = row.get("weight")
     if whole is None:
         return weights
     if not isinstance(whole, int | float) or not 0 <= whole < float("inf"):
-        raise DataError(f"row {row['row_id']}: weight={whole!r}; expected a finite number of at least 0")
+        raise DataError(f"row {row[ROW]}: weight={whole!r}; expected a finite number of at least 0")
     return [w * whole for w in weights]
 
 
@@ -68,7 +83,7 @@ def add_token_columns(dataset: Dataset, tokenizer: Any, chat_template: str | Non
     weighted = has_weights(dataset)
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {"row_ids": [row["row_id"]] * len(row["input_ids"])}
+        out: dict[str, Any] = {"row_ids": [row[ROW]] * len(row["input_ids"])}
         if weighted:
             out["loss_weights"] = token_weights(row, tokenizer, chat_template)
         return out

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
@@ -118,6 +119,12 @@ class QTargetTrainer(SFTTrainer):
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if isinstance(dataset, Dataset) and not len(dataset):
                 raise DataError(f"the {name} data has no rows; check the path and the split")
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ConfigError(
+                "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError("DeepSpeed ZeRO-3 shards the head that the loss reads; use ZeRO-2, FSDP2 or DDP")
         self.target = args.build_target()
         self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
@@ -138,7 +145,8 @@ class QTargetTrainer(SFTTrainer):
         )
         self.data_collator = self._collator()
         base = self._base_model()
-        add_target_head(base, probe_head(base))
+        with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
+            add_target_head(base, probe_head(base))
         self._check_caches(base)
         self.frozen_models = self._load_frozen({"reference": reference_model, "teacher": teacher_model})
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
@@ -173,6 +181,10 @@ class QTargetTrainer(SFTTrainer):
                 )
             if named is None and role == "reference":
                 cache.require(model_fingerprint=fingerprint_model(base))
+            elif named is None and cache.manifest.model_fingerprint == fingerprint_model(base):
+                logger.warning(
+                    "teacher_cache was made with the very model that is trained: the teacher is the base itself"
+                )
 
     def _load_frozen(self, given: dict[str, PreTrainedModel | None]) -> dict[str, tuple[PreTrainedModel, HeadSpec]]:
         loaded: dict[str, tuple[PreTrainedModel, HeadSpec]] = {}
@@ -183,7 +195,8 @@ class QTargetTrainer(SFTTrainer):
             if model is None:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=self._base_model().dtype)
             model = model.to(self.accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
-            loaded[role] = (model, probe_head(model))
+            with self.accelerator.autocast():
+                loaded[role] = (model, probe_head(model))
         return loaded
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -201,7 +214,7 @@ class QTargetTrainer(SFTTrainer):
             )
         whole = changed(args, max_length=None, shuffle_dataset=False)
         tokens = self._tokenise(with_row_ids(dataset), processing_class, whole, formatting_func, dataset_name)
-        self._audit(tokens, None if cuts_rows else args.max_length, dataset_name)
+        self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, dataset_name)
         tokens = add_token_columns(tokens, processing_class, self.chat_template)
         fitting = whole if cuts_rows else args
         tokens: Any = super()._prepare_dataset(tokens, processing_class, fitting, False, None, dataset_name)
@@ -231,8 +244,9 @@ class QTargetTrainer(SFTTrainer):
                 "text with {% generation %} ... {% endgeneration %} in the chat template, or drop those rows"
             ) from error
 
-    def _audit(self, tokens: Dataset, max_length: int | None, dataset_name: str) -> None:
-        report = audit_rows(tokens, max_length=max_length)  # pyright: ignore[reportArgumentType]
+    def _audit(self, tokens: Dataset, args: Any, dataset_name: str) -> None:
+        rows: Any = tokens
+        report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
         self.audits[dataset_name] = report.messages()
         for message in self.audits[dataset_name]:
             logger.warning(f"{dataset_name} data: {message}")
@@ -296,7 +310,8 @@ class QTargetTrainer(SFTTrainer):
             frozen[role] = pop_reference(inputs, role, cache.manifest.tail_policy)
         extra = {name: inputs.pop(name, None) for name in ("labels", "row_ids", "loss_weights", "label_weights")}
         for role, (model, spec) in self.frozen_models.items():
-            frozen[role] = live_head(model, spec, inputs)
+            with self.accelerator.autocast():
+                frozen[role] = live_head(model, spec, inputs)
         if extra["loss_weights"] is not None and not self.target.has_label_term:
             raise ConfigError(
                 f"the data has loss weights, but target {self.target.name!r} has no label term to weight; drop the weights"
@@ -321,6 +336,7 @@ class QTargetTrainer(SFTTrainer):
         self._refuse_non_finite(loss, output, step)
         mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
         self._sums[mode].add(output, step.labels[:, 1:] != -100)
+        loss = loss.to(self.args.device)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, num_items counts every rank's tokens
         return (loss, output) if return_outputs else loss
@@ -391,7 +407,8 @@ def _open_caches(
                 raise MissingStatisticError(missing_message(target.name, role, field_name))
         elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
             raise MissingStatisticError(
-                f"target {target.name!r} needs a frozen {role}: run `qtarget score CONFIG.yaml` once and set {role}_cache, "
+                f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
+                f"`qtarget score CONFIG.yaml --role {role}` once, "
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
