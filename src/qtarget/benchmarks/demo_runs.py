@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,9 +226,17 @@ def _start_worker(config: DemoConfig, folder: Path) -> None:
     global _worker
     import torch
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a pool's worker"
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _silence.enter_context(quiet_libraries())
     _worker = DemoRuns(config, folder)
+
+
+def _follow(parent: Any) -> None:
+    parent.join()
+    os._exit(1)  # a killed parent would leave its workers waiting for ever
 
 
 def _work(job: Job) -> dict[str, float]:

@@ -63,32 +63,27 @@ def demo(
 
 def results_table(results: dict[str, Any], noise: str) -> Table:
     """Targets from best to worst, the untrained model last."""
+    from rich import box
     from rich.table import Table
 
     config = results["config"]
+    epochs = f"{config['epochs']} epoch{'s' if config['epochs'] > 1 else ''}"
     table = Table(
-        title=f"{config['train_rows']} demonstrations with {noise}, {config['epochs']} epochs, "
-        f"learning rate {config['learning_rate']:g}",
+        title=f"{config['train_rows']} demonstrations with {noise}, {epochs}, learning rate {config['learning_rate']:g}",
         caption=f"answered: exact match of greedy completions on {config['test_rows']} clean prompts. Means over "
-        f"{config['seeds']} seeds; in brackets and under 'seeds', smallest to largest seed (no confidence interval). "
-        "kept: skills "
+        f"{config['seeds']} seeds; in brackets, smallest..largest seed (no confidence interval). kept: skills "
         f"of the base that no demonstration shows, in its own format, {config['kept_rows']} prompts.",
+        box=box.SIMPLE,
     )
-    columns = ("target", "answered, %", "seeds", "against sft, points", "other skills kept, %", "training s")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "target" else "right")
+    for column in ("target", "answered, %", "against sft, points", "other skills kept, %"):
+        table.add_column(column, justify="left" if column == "target" else "right", no_wrap=column == "target")
     for name, row in sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"]):
-        accuracy, difference, kept = row["accuracy_percent"], row["difference_to_sft_points"], row["kept_percent"]
-        table.add_row(
-            name,
-            f"{accuracy['mean']:.1f}",
-            f"{accuracy['low']:.1f} .. {accuracy['high']:.1f}",
-            ""
-            if name == "sft"
-            else f"{difference['mean']:+.1f} ({difference['low']:+.1f} .. {difference['high']:+.1f})",
-            f"{kept['mean']:.1f} ({kept['low']:.1f} .. {kept['high']:.1f})",
-            f"{row['training_seconds']:.1f}",
-        )
+        difference = "" if name == "sft" else _with_range(row["difference_to_sft_points"], "+.1f")
+        table.add_row(name, _with_range(row["accuracy_percent"]), difference, _with_range(row["kept_percent"]))
     untrained = results["untrained"]
-    table.add_row("(untrained)", f"{untrained['accuracy_percent']:.1f}", "", "", f"{untrained['kept_percent']:.1f}", "")
+    table.add_row("(untrained)", f"{untrained['accuracy_percent']:.1f}", "", f"{untrained['kept_percent']:.1f}")
     return table
+
+
+def _with_range(row: dict[str, float], form: str = ".1f") -> str:
+    return f"{row['mean']:{form}} ({row['low']:{form}}..{row['high']:{form}})"
