@@ -75,8 +75,8 @@ def results_table(results: dict[str, Any], noise: str) -> Table:
         f"of the base that no demonstration shows, in its own format, {config['kept_rows']} prompts.",
         box=box.SIMPLE,
     )
-    for column in ("target", "answered, %", "against sft, points", "other skills kept, %"):
-        table.add_column(column, justify="left" if column == "target" else "right", no_wrap=column == "target")
+    for column in ("target", "answered, %", "vs sft, points", "kept, %"):
+        table.add_column(column, justify="left" if column == "target" else "right", no_wrap=True)
     for name, row in sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"]):
         difference = "" if name == "sft" else _with_range(row["difference_to_sft_points"], "+.1f")
         table.add_row(name, _with_range(row["accuracy_percent"]), difference, _with_range(row["kept_percent"]))
