@@ -36,6 +36,9 @@ def test_numbers_in_the_text_are_those_of_the_raw_results():
     assert mean["dft"] == mean["target_sft"] == 0
     assert abs(mean["sft_kl"] - mean["sft"]) < 2 > abs(mean["label_smoothing"] - mean["sft"])
     assert kept["sft_kl"] > kept["sft"]
+    dropped = json.loads((ROOT / "benchmarks/results/demo_dropped_targets.json").read_text())
+    assert all(run["accuracy_percent"] == 0 for name in ("p_power", "asft") for run in dropped["runs"][name])
+    assert [r["accuracy_percent"] for r in dropped["runs"]["sft"]] == by_seed["sft"]  # the same budget and seeds
     assert (results["config"]["train_rows"], results["config"]["rate"], results["config"]["seeds"]) == (600, 0.2, 3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_help_and_the_light_verbs_load_no_trainer():
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_the_yaml_example_noise_score_train(tmp_path, monkeypatch, capsys):
     from qtarget.data.embedded import base_model_path, load_demonstrations
 
@@ -148,8 +150,10 @@ def test_the_yaml_example_noise_score_train(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/noisy/reference_cache/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_the_python_example_learns_from_noisy_rows():
-    ended = subprocess.run([sys.executable, ROOT / "examples" / "train_with_trl.py"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "examples" / "train_with_trl.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr[-2000:]
     before, after = ended.stdout.rsplit(": ", 1)[1].split(" -> ")
     assert float(after) < float(before)

@@ -78,12 +78,12 @@ def results_table(results: dict[str, Any], noise: str) -> Table:
     for column in ("target", "answered, %", "vs sft, points", "kept, %"):
         table.add_column(column, justify="left" if column == "target" else "right", no_wrap=True)
     for name, row in sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"]):
-        difference = "" if name == "sft" else _with_range(row["difference_to_sft_points"], "+.1f")
+        difference = "" if name == "sft" else _with_range(row["difference_to_sft_points"], "+.1f", "+.0f")
         table.add_row(name, _with_range(row["accuracy_percent"]), difference, _with_range(row["kept_percent"]))
     untrained = results["untrained"]
     table.add_row("(untrained)", f"{untrained['accuracy_percent']:.1f}", "", f"{untrained['kept_percent']:.1f}")
     return table
 
 
-def _with_range(row: dict[str, float], form: str = ".1f") -> str:
-    return f"{row['mean']:{form}} ({row['low']:{form}}..{row['high']:{form}})"
+def _with_range(row: dict[str, float], mean: str = ".1f", ends: str = ".1f") -> str:
+    return f"{row['mean']:{mean}} ({row['low']:{ends}}..{row['high']:{ends}})"
