@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class TargetStep:
             bias=bias,
             logit_scale=spec.scale,
             logit_softcap=spec.softcap,
-            reference=_shifted(self.frozen.get("reference")),
-            teacher=_shifted(self.frozen.get("teacher")),
+            reference=shifted(self.frozen.get("reference")),
+            teacher=shifted(self.frozen.get("teacher")),
             sequence_ids=_tail(self.sequence_ids),
             loss_weights=_tail(self.loss_weights),
             label_weights=_tail(self.label_weights),
@@ -103,12 +103,10 @@ def _tail(value: Tensor | None) -> Tensor | None:
     return None if value is None else value[:, 1:]
 
 
-def _shifted(frozen: Reference | FrozenHead | None) -> Reference | FrozenHead | None:
+def shifted(frozen: Reference | FrozenHead | None) -> Reference | FrozenHead | None:
     """Numbers about labels move with the labels; hidden states that predict them stay one behind."""
     if isinstance(frozen, FrozenHead):
-        return FrozenHead(
-            frozen.hidden[:, :-1], frozen.lm_head_weight, frozen.bias, frozen.logit_scale, frozen.logit_softcap
-        )
+        return replace(frozen, hidden=frozen.hidden[:, :-1])
     if frozen is None:
         return None
     return frozen.map_tensors(lambda _, value: value[:, 1:])

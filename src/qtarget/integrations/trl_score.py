@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.errors import ConfigError
-from qtarget.integrations.heads import probe_head
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
@@ -58,7 +57,6 @@ def score(
     ]
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for part in sets for row in part]
     base = trainer._base_model()
-    spec = probe_head(base)
     tokenizer = trainer.processing_class
     return score_rows(
         base,
@@ -70,7 +68,7 @@ def score(
         top_k=top_k,
         tail_policy=tail_policy,
         log_probs_dtype=log_probs_dtype,
-        logit_scale=spec.scale,
-        logit_softcap=spec.softcap,
+        logit_scale=trainer.head_spec.scale,
+        logit_softcap=trainer.head_spec.softcap,
         progress=progress,
     )

@@ -22,7 +22,7 @@ from qtarget.data.audit import audit_rows
 from qtarget.errors import CacheMismatchError, ConfigError, DataError, MissingStatisticError, NonFiniteLossError
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
 from qtarget.integrations.progress import TokenSums
-from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference
+from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference, shifted
 from qtarget.integrations.trl_data import (
     TOKEN_COLUMNS,
     TargetCollator,
@@ -35,6 +35,7 @@ from qtarget.registry import get_target
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.shapes import Tensor
+from qtarget.statistics import head_statistics
 from qtarget.types import FrozenHead, Reference, Target, missing_message
 
 logger = logging.get_logger(__name__)
@@ -140,13 +141,13 @@ class QTargetTrainer(SFTTrainer):
             raise ConfigError(
                 "mixture-of-experts load balancing is not part of the target loss; set router_aux_loss_coef: 0"
             )
-        self.model_accepts_loss_kwargs = (
-            True  # compute_loss divides by num_items_in_batch whatever the model's forward takes
-        )
+        # compute_loss divides by num_items_in_batch whatever the model's forward takes
+        self.model_accepts_loss_kwargs = True
         self.data_collator = self._collator()
         base = self._base_model()
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
-            add_target_head(base, probe_head(base))
+            self.head_spec = probe_head(base)
+        add_target_head(base, self.head_spec)
         self._check_caches(base)
         self.frozen_models = self._load_frozen({"reference": reference_model, "teacher": teacher_model})
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
@@ -171,6 +172,8 @@ class QTargetTrainer(SFTTrainer):
     def _check_caches(self, base: PreTrainedModel) -> None:
         """A reference is the model that training starts from, unless the configuration names another."""
         head: Any = base.get_output_embeddings()
+        unnamed = [role for role in self.caches if getattr(self.args, f"{role}_model_name_or_path") is None]
+        ours = fingerprint_model(base) if unnamed else None
         for role, cache in self.caches.items():
             cache.require(vocab_size=head.weight.shape[0])
             named = getattr(self.args, f"{role}_model_name_or_path")
@@ -180,8 +183,8 @@ class QTargetTrainer(SFTTrainer):
                     "score again with that model, or correct the name"
                 )
             if named is None and role == "reference":
-                cache.require(model_fingerprint=fingerprint_model(base))
-            elif named is None and cache.manifest.model_fingerprint == fingerprint_model(base):
+                cache.require(model_fingerprint=ours)
+            elif named is None and cache.manifest.model_fingerprint == ours:
                 logger.warning(
                     "teacher_cache was made with the very model that is trained: the teacher is the base itself"
                 )
@@ -292,13 +295,14 @@ class QTargetTrainer(SFTTrainer):
         output = wrapped(**model_inputs, target_loss=step)
         mask = step.labels[:, 1:] != -100
         live = output.label_log_probs[mask]
-        if isinstance(frozen, FrozenHead):
-            frozen = FrozenHead(frozen.hidden[:, :-1][mask], *_head_fields(frozen)).resolve(step.labels[:, 1:][mask])
-            reference = frozen.label_log_probs
-        else:
-            known = None if frozen is None else frozen.label_log_probs
-            reference = torch.zeros_like(live) if known is None else known[:, 1:][mask]
-        assert step.sequence_ids is not None and reference is not None
+        reference = torch.zeros_like(live)  # for rules that look at the live model alone
+        moved = shifted(frozen)
+        if moved is not None:
+            kept = moved.flatten(tuple(mask.shape)).rows(mask.reshape(-1).nonzero()[:, 0])
+            known = head_statistics(kept, step.labels[:, 1:][mask]) if isinstance(kept, FrozenHead) else kept
+            assert known.label_log_probs is not None
+            reference = known.label_log_probs
+        assert step.sequence_ids is not None
         return live, reference.to(live), step.sequence_ids[:, 1:][mask]
 
     def _step(self, inputs: dict[str, Any], num_items: Any) -> tuple[TargetStep, dict[str, Any]]:
@@ -412,10 +416,6 @@ def _open_caches(
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
-
-
-def _head_fields(head: FrozenHead) -> tuple[Any, ...]:
-    return head.lm_head_weight, head.bias, head.logit_scale, head.logit_softcap
 
 
 def _gather_ragged(accelerator: Any, values: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from qtarget.coefficients import differentiate, logit_gradient
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import token_view
 from qtarget.types import project
 
 LOGIT_BYTES = 64 * 2**20
@@ -117,15 +116,7 @@ def _chunk(
     """Summed loss of one chunk, and its gradient by ``h W^T + b`` where one is wanted."""
     target = request.target
     logits = head.logits(hidden, exact=target.needs.soft)
-    view = token_view(
-        logits,
-        request.labels,
-        target.needs,
-        request.reference,
-        request.teacher,
-        request.sequence_ids,
-        request.label_weights,
-    )
+    view = request.view(logits)
     if not (differentiable or request.want_report):
         return target.losses(view).total(request.loss_weights).sum(), None
     found = differentiate(target, view)
@@ -148,16 +139,8 @@ def chunked_loss_sum(
     """
     out: list[TokenReport] = []
     size = chunk_size or default_chunk_size(head.weight.shape[0])
-    if torch.is_grad_enabled():
-        loss = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, request, size, out)
-    else:  # inside apply, parameters would still claim to need gradients
-        loss = _ChunkedLoss.apply(
-            hidden.detach(),
-            head.weight.detach(),
-            None if head.bias is None else head.bias.detach(),
-            head,
-            request,
-            size,
-            out,
-        )
+    inputs = (hidden, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # inside apply, parameters would still claim to need gradients
+        inputs = tuple(None if value is None else value.detach() for value in inputs)
+    loss = _ChunkedLoss.apply(*inputs, head, request, size, out)
     return loss, TokenReport.concatenate(out) if out else None  # pyright: ignore[reportReturnType]

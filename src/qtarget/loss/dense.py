@@ -5,7 +5,6 @@ from __future__ import annotations
 from qtarget.coefficients import differentiate
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.shapes import Float, Tensor
-from qtarget.statistics import token_view
 
 
 def dense_token_losses(
@@ -14,15 +13,7 @@ def dense_token_losses(
     """The loss at each supervised token, with its graph, and the report when the request asks for one."""
     wide = logits if logits.dtype.itemsize >= 4 else logits.float()
     target = request.target
-    view = token_view(
-        wide,
-        request.labels,
-        target.needs,
-        request.reference,
-        request.teacher,
-        request.sequence_ids,
-        request.label_weights,
-    )
+    view = request.view(wide)
     losses = target.losses(view).total(request.loss_weights)
     found = differentiate(target, view) if request.want_report else None
     return losses, None if found is None else report(wide.detach(), view, request, found)

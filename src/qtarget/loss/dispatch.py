@@ -14,7 +14,7 @@ from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.outcomes import check_outcomes
 from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen, token_statistics
+from qtarget.statistics import check_frozen, head_statistics, token_statistics
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 Backend = Literal["auto", "chunked", "dense"]
@@ -116,14 +116,7 @@ def batch_label_weights(
         )
     if isinstance(reference, FrozenHead):
         assert labels is not None
-        reference = token_statistics(
-            hidden=reference.hidden,
-            lm_head_weight=reference.lm_head_weight,
-            bias=reference.bias,
-            logit_scale=reference.logit_scale,
-            logit_softcap=reference.logit_softcap,
-            labels=labels,
-        )
+        reference = head_statistics(reference, labels)
     view = TokenView(label_log_probs.detach(), vocab, reference=reference, sequence_ids=sequence_ids)
     return rule(view).detach()
 
@@ -150,15 +143,14 @@ def loss_from_logits(
     **inputs,
 ) -> tuple[Tensor, Tensor, TokenReport | None]:
     """Reduced loss, detached per-token losses and report, through full logits."""
-    divide_by = None
     vocab = logits.shape[-1]
     kept, request = build_request(logits, labels, target, vocab, **inputs)
     divide_by = denominator(len(kept), num_items, reduction)
     rows = logits.reshape(-1, vocab)[kept]
     if target.scope != "token" and request.label_weights is None:
-        log_probs = rows.detach().double() if rows.dtype == torch.float64 else rows.detach().float()
-        at_label = log_probs.gather(-1, request.labels[:, None])[:, 0] - log_probs.logsumexp(-1)
-        request = with_batch_weights(request, at_label, vocab)
+        live = token_statistics(rows.detach(), request.labels)
+        assert live.label_log_probs is not None
+        request = with_batch_weights(request, live.label_log_probs, vocab)
     losses, report = dense_token_losses(rows, request)
     full = torch.zeros(labels.numel(), dtype=losses.dtype, device=losses.device).index_copy(0, kept, losses)
     full = full.reshape(labels.shape)
@@ -207,14 +199,7 @@ def loss_from_hidden(
     divide_by = denominator(len(kept), num_items, reduction)
     rows = hidden.reshape(-1, hidden.shape[-1])[kept]
     if target.scope != "token" and request.label_weights is None:
-        live = token_statistics(
-            hidden=rows.detach(),
-            lm_head_weight=head.weight.detach(),
-            bias=head.bias,
-            logit_scale=head.scale,
-            logit_softcap=head.softcap,
-            labels=request.labels,
-        )
+        live = head_statistics(FrozenHead(rows, head.weight, head.bias, head.scale, head.softcap), request.labels)
         assert live.label_log_probs is not None
         request = with_batch_weights(request, live.label_log_probs, head.weight.shape[0])
     total, report = chunked_loss_sum(rows, head, request, chunk_size)

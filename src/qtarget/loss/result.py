@@ -8,7 +8,7 @@ import torch
 
 from qtarget.coefficients import Differentiated
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import entropy_of, log_normalizer
+from qtarget.statistics import entropy_of, log_normalizer, token_view
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 
@@ -33,6 +33,18 @@ class LossRequest:
     label_weights: Tensor | None = None
     loss_weights: Tensor | None = None
     want_report: bool = False
+
+    def view(self, logits: Float[Tensor, "tokens vocab"]) -> TokenView:
+        """What the target gets to see of these tokens' logits."""
+        return token_view(
+            logits,
+            self.labels,
+            self.target.needs,
+            self.reference,
+            self.teacher,
+            self.sequence_ids,
+            self.label_weights,
+        )
 
     def rows(self, index: slice) -> LossRequest:
         """The same request for some of its tokens."""
