@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from qtarget.combined import Combined
 from qtarget.errors import ShapeError
-from qtarget.loss.chunked import Head
 from qtarget.loss.dispatch import Backend, batch_label_weights, loss_from_hidden, loss_from_logits
+from qtarget.loss.head import Head
 from qtarget.reductions import Reduction
 from qtarget.registry import get_target
 from qtarget.shapes import Float, Int, Tensor
@@ -102,6 +104,7 @@ def linear_target_loss(
     ignore_index: int = -100,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_report: bool = False,
     loss_weights: Float[Tensor, "..."] | None = None,
     label_weights: Float[Tensor, "..."] | None = None,
@@ -118,6 +121,8 @@ def linear_target_loss(
         reference, teacher: known numbers, or a ``FrozenHead`` whose logits are made chunk by chunk as well.
         backend: ``auto`` and ``chunked`` are the chunked PyTorch loss; ``dense`` holds all logits (the oracle).
         chunk_size: tokens whose logits exist at once; the default fits a memory budget.
+        logits_dtype: ``torch.bfloat16`` accepts rounded logits for soft targets too, which costs 20 to 200 % of their
+            gradient near the teacher; the default keeps them float32 there, and in the model's dtype for hard labels.
 
     The other arguments, returns and errors are those of ``target_loss``; ``reduction="none"`` needs ``backend="dense"``.
 
@@ -137,6 +142,7 @@ def linear_target_loss(
         reduction=reduction,
         backend=backend,
         chunk_size=chunk_size,
+        logits_dtype=logits_dtype,
         reference=reference,
         teacher=teacher,
         sequence_ids=sequence_ids,

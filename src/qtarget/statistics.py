@@ -157,18 +157,6 @@ def token_statistics(
     return Reference(**shaped, tail_policy=tail_policy)
 
 
-def head_statistics(head: FrozenHead, labels: Int[Tensor, " tokens"]) -> Reference:
-    """``token_statistics`` of a model given by hidden states and head, a chunk of logits at a time."""
-    return token_statistics(
-        hidden=head.hidden.detach(),
-        lm_head_weight=head.lm_head_weight.detach(),
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        labels=labels,
-    )
-
-
 def statistics_of(
     logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"], top_k: int
 ) -> dict[str, Tensor]:

@@ -31,11 +31,11 @@ from qtarget.integrations.trl_data import (
     locate_rows,
     with_row_ids,
 )
+from qtarget.loss.chunked import frozen_label_statistics
 from qtarget.registry import get_target
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.shapes import Tensor
-from qtarget.statistics import head_statistics
 from qtarget.types import FrozenHead, Reference, Target, missing_message
 
 logger = logging.get_logger(__name__)
@@ -299,7 +299,7 @@ class QTargetTrainer(SFTTrainer):
         moved = shifted(frozen)
         if moved is not None:
             kept = moved.flatten(tuple(mask.shape)).rows(mask.reshape(-1).nonzero()[:, 0])
-            known = head_statistics(kept, step.labels[:, 1:][mask]) if isinstance(kept, FrozenHead) else kept
+            known = frozen_label_statistics(kept, step.labels[:, 1:][mask]) if isinstance(kept, FrozenHead) else kept
             assert known.label_log_probs is not None
             reference = known.label_log_probs
         assert step.sequence_ids is not None

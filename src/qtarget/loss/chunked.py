@@ -1,146 +1,367 @@
 """The same loss from hidden states, a chunk of logits at a time, with the gradient computed in the forward pass.
 
 The loss is a sum over tokens, so an upstream gradient only scales it: each chunk's logits are turned into their
-gradient at once and multiplied back onto the hidden states and the head. Nothing of vocabulary size outlives a chunk.
+gradient at once, in place, and multiplied back onto the hidden states and the head. Three matrix products a chunk, two
+with a frozen head, one without gradients; nothing of vocabulary size outlives a chunk.
+
+Two ways from logits to gradient. Most targets see the vocabulary through a few columns and sums (``columns.py``): two
+passes over the logits, whatever the target. A target that needs a second distribution over the whole vocabulary, or
+the whole log-softmax, is differentiated by autograd, a few tokens at a time (``coefficients.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from qtarget.coefficients import differentiate, logit_gradient
+from qtarget.loss import rows
+from qtarget.loss.columns import ChunkStatistics, Columns, RestSums
+from qtarget.loss.head import Head, HeadProducts, Precision
 from qtarget.loss.result import LossRequest, TokenReport, report
-from qtarget.shapes import Float, Tensor
-from qtarget.types import project
+from qtarget.shapes import Float, Int, Tensor
+from qtarget.types import FrozenHead, Needs, Reference
 
-LOGIT_BYTES = 64 * 2**20
-"""Memory one chunk of float32 logits may take; chunks below 128 tokens starve the matrix products."""
+LOGIT_BYTES = {"cpu": 48 * 2**20}
+"""Memory for one chunk's logits, live and frozen; 640 MiB on other devices."""
+
+FEWEST_TOKENS = {"cpu": 160}
+"""A chunk with fewer starves the matrix products (1,024 on other devices), so it may exceed the memory."""
+
+PIECE_BYTES = 2**21
+"""Logits that autograd differentiates at once where a target needs the whole vocabulary."""
+
+
+def default_chunk_size(vocab: int, heads: int, itemsize: int, device_type: str) -> int:
+    """Tokens a chunk: what fits the memory for logits, but not too few.
+
+    Args:
+        vocab: V.
+        heads: how many logits of a token exist at once.
+        itemsize: bytes a logit.
+        device_type: ``cpu``, ``cuda``, ...
+    """
+    fit = LOGIT_BYTES.get(device_type, 640 * 2**20) // (vocab * heads * itemsize)
+    return max(FEWEST_TOKENS.get(device_type, 1024) // heads, fit // 16 * 16)
 
 
 @dataclass(frozen=True)
-class Head:
-    """The live model's head: ``logits = softcap(scale (h W^T + b))``."""
+class Plan:
+    """How a request is computed; what ``explain_backend`` tells.
 
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    Attributes:
+        kernels: module with ``rest_sums`` and ``overwrite_with_gradient``.
+        precision: of the live head's products.
+        chunk_size: tokens whose logits exist at once.
+        whole_vocabulary: why autograd must see whole rows of logits, or empty.
+    """
 
-    def logits(self, hidden: Float[Tensor, "tokens width"], exact: bool) -> Float[Tensor, "tokens vocab"]:
-        """Logits of one chunk, at least float32."""
-        return project(hidden, self.weight, self.bias, self.scale, self.softcap, exact=exact)
+    kernels: ModuleType
+    precision: Precision
+    chunk_size: int
+    whole_vocabulary: str
 
-    def backward(self, gradient: Tensor, logits: Tensor) -> Float[Tensor, "tokens vocab"]:
-        """From the gradient by the logits to that by ``h W^T + b``."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits / self.softcap) ** 2)
-        return gradient if self.scale == 1.0 else gradient * self.scale
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        head: Head,
+        request: LossRequest,
+        chunk_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        kernels: ModuleType = rows,
+    ) -> Plan:
+        """Decide for these inputs."""
+        precision = Precision.of(hidden, head.weight, request.target.needs.soft, logits_dtype)
+        heads = 1 + len(frozen_heads(request))
+        if chunk_size is None:
+            chunk_size = default_chunk_size(head.vocab, heads, precision.logits.itemsize, hidden.device.type)
+        return cls(kernels, precision, chunk_size, whole_vocabulary(request))
 
 
-def default_chunk_size(vocab: int) -> int:
-    """Tokens a chunk: what fits the logit budget, at least 128."""
-    return max(128, LOGIT_BYTES // (4 * vocab))
+def wanted(needs: Needs, role: str) -> bool:
+    """Whether the target compares the live distribution with this frozen one."""
+    return bool({"distribution", "log_probs"} & getattr(needs, role))
+
+
+def frozen_heads(request: LossRequest) -> dict[str, FrozenHead]:
+    """The frozen models whose logits must be made chunk by chunk."""
+    both = {"reference": request.reference, "teacher": request.teacher}
+    return {r: m for r, m in both.items() if isinstance(m, FrozenHead) and wanted(request.target.needs, r)}
+
+
+def whole_vocabulary(request: LossRequest) -> str:
+    """Why a few columns and sums are not enough for this request; empty if they are."""
+    needs = request.target.needs
+    if needs.log_probs:
+        return f"{request.target.name} reads the whole log-softmax"
+    for role, model in (("reference", request.reference), ("teacher", request.teacher)):
+        if model is None or not wanted(needs, role):
+            continue
+        if isinstance(model, FrozenHead) or model.log_probs is not None:
+            return f"the {role} is a distribution over the whole vocabulary"
+        if model.tail_policy == "spread":
+            return f"the {role}'s tail is spread over the whole vocabulary"
+    return ""
 
 
 @dataclass
 class Gradients:
-    """Running gradients of the summed loss; the head's are accumulated in float32 whatever the model's dtype."""
+    """Running gradients of the summed loss; the head's are float32 at least, whatever the model's dtype.
+
+    Attributes:
+        hidden: ``[all tokens, width]``, zero where masked.
+        weight, bias: like the head's.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, head: Head, needs_grad: tuple[bool, bool, bool]) -> Gradients:
+    def empty(cls, hidden: Tensor, head: Head, needs_grad: tuple[bool, bool, bool]) -> Gradients:
         """Buffers for the inputs that require a gradient."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-
-        def like(tensor: Tensor | None, wanted: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=wide) if wanted and tensor is not None else None
-
         return cls(
             torch.zeros_like(hidden) if needs_grad[0] else None,
-            like(head.weight, needs_grad[1]),
-            like(head.bias, needs_grad[2]),
+            torch.zeros_like(head.weight, dtype=wide) if needs_grad[1] else None,
+            torch.zeros_like(head.bias, dtype=wide) if needs_grad[2] and head.bias is not None else None,
         )
 
-    def add(self, index: slice, gradient: Float[Tensor, "tokens vocab"], hidden: Tensor, head: Head) -> None:
+    def add(
+        self,
+        index: Int[Tensor, " chunk"] | slice,
+        gradient: Float[Tensor, "tokens vocab"],
+        hidden: Float[Tensor, "tokens width"],
+        products: HeadProducts,
+    ) -> None:
         """Add one chunk, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
             self.bias += gradient.sum(0)
-        narrow = gradient.to(hidden.dtype)
         if self.hidden is not None:
-            self.hidden[index] = narrow @ head.weight.to(hidden.dtype)
+            self.hidden[index] = products.hidden_gradient(gradient).to(self.hidden.dtype)
         if self.weight is not None:
-            self.weight += narrow.T @ hidden[index]
+            products.add_weight_gradient(self.weight, gradient, hidden)
+
+    def hand_out(self, upstream: Float[Tensor, ""], dtypes: tuple[Any, Any, Any], keep: bool) -> list[Tensor | None]:
+        """Scaled by the upstream gradient, in place unless they must be kept for another backward pass."""
+        scaled: list[Tensor | None] = []
+        for value, dtype in zip((self.hidden, self.weight, self.bias), dtypes, strict=True):
+            if value is not None:
+                value = (value * upstream if keep else value.mul_(upstream)).to(dtype)
+            scaled.append(value)
+        if not keep:
+            self.hidden = self.weight = self.bias = None
+        return scaled
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, head: Head, request: LossRequest, chunk_size: int, out: list):
-        grads = Gradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        differentiable = any(ctx.needs_input_grad[:3])
-        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, max(len(hidden), 1), chunk_size):  # an empty batch runs once: its report is empty too
-            index = slice(start, start + chunk_size)
-            value, gradient = _chunk(hidden[index], head, request.rows(index), differentiable, out)
-            loss += value
-            if gradient is not None:
-                grads.add(index, gradient, hidden, head)
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+    def forward(ctx: Any, hidden, weight, bias, run: _Run):
+        grads = Gradients.empty(hidden, run.head, ctx.needs_input_grad[:3])
+        loss = run(hidden, grads if any(ctx.needs_input_grad[:3]) else None)
+        ctx.grads, ctx.dtypes = grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream):
-        hidden, weight, bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        scaled = [
-            None if g is None else (g * upstream[0]).to(dtype)
-            for g, dtype in (
-                (hidden, hidden.dtype if hidden is not None else None),
-                (weight, weight_dtype),
-                (bias, bias_dtype),
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the chunked loss hands its gradients out once; call backward(retain_graph=True) before a second "
+                "backward pass, or compute the loss again"
             )
-        ]
-        return (*scaled, None, None, None, None)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = ctx.grads.hand_out(upstream[0], ctx.dtypes, keep)
+        if not keep:
+            ctx.grads = None
+        return (*grads, None)
 
 
-def _chunk(
-    hidden: Tensor, head: Head, request: LossRequest, differentiable: bool, out: list[TokenReport]
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk, and its gradient by ``h W^T + b`` where one is wanted."""
-    target = request.target
-    logits = head.logits(hidden, exact=target.needs.soft)
-    view = request.view(logits)
-    if not (differentiable or request.want_report):
-        return target.losses(view).total(request.loss_weights).sum(), None
-    found = differentiate(target, view)
-    if request.want_report:
-        out.append(report(logits, view, request, found))
-    loss = found.terms.total(request.loss_weights).sum()
-    if not differentiable:
-        return loss, None
-    weights = found.combined(request.loss_weights)
-    gradient = logit_gradient(logits, request.labels, weights, view.reference, view.teacher)
-    return loss, head.backward(gradient, logits)
+class _Run:
+    """One pass over all chunks.
+
+    Args:
+        head: detached.
+        request: for the supervised tokens.
+        kept: their indices among the hidden states' rows, or absent when all are.
+        known: sums of an earlier pass over the same tokens.
+    """
+
+    def __init__(self, plan: Plan, head: Head, request: LossRequest, kept: Tensor | None, known: RestSums | None):
+        self.plan, self.head, self.request, self.kept, self.known = plan, head, request, kept, known
+        self.reports: list[TokenReport] = []
+
+    def __call__(self, hidden: Float[Tensor, "all width"], grads: Gradients | None) -> Float[Tensor, ""]:
+        count, size = len(self.request.labels), self.plan.chunk_size
+        hidden = hidden.detach()
+        by_rows = False if self.plan.whole_vocabulary else None  # autograd wants a token's logits side by side
+        products = HeadProducts(self.head, self.plan.precision, min(count, size), by_rows)
+        frozen = {
+            role: HeadProducts(frozen_head(model), Precision.of(model.hidden, model.lm_head_weight, True), min(count, size), False)
+            for role, model in frozen_heads(self.request).items()
+        }
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, max(count, 1), size):  # an empty batch runs once: its report is empty too
+                part = slice(start, min(start + size, count))
+                index = part if self.kept is None else self.kept[part]
+                request, rows_of = self.request.rows(part), hidden[index]
+                logits = products.logits(rows_of)
+                if self.plan.whole_vocabulary:
+                    others = {r: p.logits(frozen_heads(request)[r].hidden) for r, p in frozen.items()}
+                    loss += self._whole(logits, others, request, grads is not None)
+                else:
+                    known = None if self.known is None else self.known.rows(part)
+                    loss += self._columns(logits, request, known, grads is not None)
+                if grads is not None:
+                    grads.add(index, logits, rows_of, products)
+        return loss
+
+    def _columns(
+        self, logits: Float[Tensor, "tokens vocab"], request: LossRequest, known: RestSums | None, write: bool
+    ) -> Float[Tensor, ""]:
+        """Loss of one chunk through special columns and sums; with ``write`` the logits become their gradient."""
+        target, needs, vocab = request.target, request.target.needs, self.head.vocab
+        models: dict[str, Any] = {"on_reference": request.reference, "on_teacher": request.teacher}
+        compared = {r: m if wanted(needs, r.removeprefix("on_")) else None for r, m in models.items()}
+        top = rows.largest(logits, needs.top_k) if needs.top_k else None
+        entropy = needs.entropy or request.want_report
+        seen = chunk_statistics(
+            logits, request.labels, compared, self.plan.kernels, entropy, needs.mean_log_prob, known
+        )
+        view = seen.view(
+            vocab, top, models, needs, sequence_ids=request.sequence_ids, label_weights=request.label_weights
+        )
+        if not (write or request.want_report):
+            return target.losses(view).total(request.loss_weights).sum()
+        found = differentiate(target, view)
+        losses = found.terms.total(request.loss_weights)
+        if request.want_report:
+            a, b = found.pulls(request.loss_weights)
+            self.reports.append(
+                TokenReport(losses, view.label_log_probs, seen.entropy(), seen.correct(), a, b)
+            )
+        if write:
+            at_columns, rest = seen.gradient(found.combined(request.loss_weights), vocab)
+            if self.head.scale != 1.0:
+                rest = rest.scaled(self.head.scale)
+            self.plan.kernels.overwrite_with_gradient(logits, rest, self.head.softcap)
+            value = at_columns * self.head.chain(seen.logits)
+            logits.scatter_(-1, seen.columns.ids, value.to(logits.dtype))
+        return losses.sum()
+
+    def _whole(
+        self, logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, write: bool
+    ) -> Float[Tensor, ""]:
+        """The same through whole rows of logits, a few tokens at a time."""
+        step = max(1, PIECE_BYTES // (logits.dtype.itemsize * self.head.vocab))
+        loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        for start in range(0, max(len(logits), 1), step):
+            part = slice(start, start + step)
+            piece = request.rows(part)
+            models = {r: Reference.from_logits(z[part], piece.labels) for r, z in frozen.items()}
+            piece = replace(piece, **models)
+            z = logits[part].to(loss.dtype)
+            view = piece.view(z)
+            if not (write or request.want_report):
+                loss += request.target.losses(view).total(piece.loss_weights).sum()
+                continue
+            found = differentiate(request.target, view)
+            loss += found.terms.total(piece.loss_weights).sum()
+            if request.want_report:
+                self.reports.append(report(z, view, piece, found))
+            if write:
+                weights = found.combined(piece.loss_weights)
+                gradient = logit_gradient(z, piece.labels, weights, view.reference, view.teacher)
+                logits[part] = gradient.mul_(self.head.chain(z))
+        return loss
+
+
+def frozen_head(model: FrozenHead) -> Head:
+    """The head of a frozen model."""
+    return Head(model.lm_head_weight, model.bias, model.logit_scale, model.logit_softcap).detach()
+
+
+def chunk_statistics(
+    logits: Float[Tensor, "tokens vocab"],
+    labels: Int[Tensor, " tokens"],
+    compared: dict[str, Reference | None],
+    kernels: ModuleType,
+    entropy: bool,
+    plain: bool = False,
+    known: RestSums | None = None,
+) -> ChunkStatistics:
+    """Read one chunk of logits; its special columns are left at minus infinity."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    columns = Columns.of(labels, compared, wide)
+    at_columns = logits.gather(-1, columns.ids).to(wide)
+    total = logits.sum(-1, dtype=wide) if plain else None
+    logits.scatter_(-1, columns.ids, -torch.inf)
+    rest = kernels.rest_sums(logits, entropy=entropy) if known is None else known
+    return ChunkStatistics.of(columns, at_columns, replace(rest, plain=total))
+
+
+@torch.no_grad()
+def label_statistics(
+    hidden: Float[Tensor, "all width"],
+    head: Head,
+    labels: Int[Tensor, " tokens"],
+    kept: Tensor | None = None,
+    *,
+    precision: Precision | None = None,
+    kernels: ModuleType = rows,
+) -> tuple[Reference, RestSums]:
+    """Label log-probs and entropies of a model given by hidden states and head, and the sums behind them.
+
+    Args:
+        hidden: ``[all, width]``.
+        head: of the same model.
+        labels: ``[tokens]`` of the supervised ones.
+        kept: ``[tokens]`` their indices in ``hidden``; absent when all are.
+        precision: the default is exact (float32 logits).
+        kernels: see ``Plan``.
+    """
+    precision = precision or Precision.of(hidden, head.weight, True)
+    head, hidden = head.detach(), hidden.detach()
+    size = default_chunk_size(head.vocab, 1, precision.logits.itemsize, hidden.device.type)
+    products = HeadProducts(head, precision, min(size, len(labels)))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            logits = products.logits(hidden[part if kept is None else kept[part]])
+            seen = chunk_statistics(logits, labels[part], {}, kernels, entropy=True)
+            numbers = (seen.label_log_probs(), seen.entropy(), seen.rest.maximum, seen.rest.exp, seen.rest.exp_x)
+            for whole, value in zip(out, numbers, strict=True):
+                whole[part] = value
+    return Reference(label_log_probs=out[0], entropy=out[1]), RestSums(*out[2:])
+
+
+def frozen_label_statistics(model: FrozenHead, labels: Int[Tensor, " tokens"]) -> Reference:
+    """What a frozen model says about each label: log-prob and entropy."""
+    return label_statistics(model.hidden, frozen_head(model), labels)[0]
 
 
 def chunked_loss_sum(
-    hidden: Float[Tensor, "tokens width"], head: Head, request: LossRequest, chunk_size: int | None = None
+    hidden: Float[Tensor, "all width"],
+    head: Head,
+    request: LossRequest,
+    plan: Plan,
+    kept: Int[Tensor, " tokens"] | None = None,
+    known: RestSums | None = None,
 ) -> tuple[Float[Tensor, ""], TokenReport | None]:
     """Summed loss of the supervised tokens, differentiable once in hidden states, head weight and bias.
 
     Frozen heads (``requires_grad=False``) skip the weight gradient; where nothing requires a gradient, none is computed.
     """
-    out: list[TokenReport] = []
-    size = chunk_size or default_chunk_size(head.weight.shape[0])
+    run = _Run(plan, head.detach(), request, kept, known)
     inputs = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled():  # inside apply, parameters would still claim to need gradients
         inputs = tuple(None if value is None else value.detach() for value in inputs)
-    loss = _ChunkedLoss.apply(*inputs, head, request, size, out)
-    return loss, TokenReport.concatenate(out) if out else None  # pyright: ignore[reportReturnType]
+    loss = _ChunkedLoss.apply(*inputs, run)
+    return loss, TokenReport.concatenate(run.reports) if run.reports else None  # pyright: ignore[reportReturnType]

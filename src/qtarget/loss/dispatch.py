@@ -8,14 +8,15 @@ from typing import Literal, get_args
 import torch
 
 from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
-from qtarget.loss.chunked import Head, chunked_loss_sum
+from qtarget.loss.chunked import Plan, chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
 from qtarget.loss.dense import dense_token_losses
+from qtarget.loss.head import Head
 from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.outcomes import check_outcomes
 from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen, head_statistics, token_statistics
-from qtarget.types import FrozenHead, Reference, Target, TokenView
+from qtarget.statistics import check_frozen, token_statistics
+from qtarget.types import FrozenHead, Reference, Target, TokenView, project
 
 Backend = Literal["auto", "chunked", "dense"]
 
@@ -116,7 +117,7 @@ def batch_label_weights(
         )
     if isinstance(reference, FrozenHead):
         assert labels is not None
-        reference = head_statistics(reference, labels)
+        reference = frozen_label_statistics(reference, labels)
     view = TokenView(label_log_probs.detach(), vocab, reference=reference, sequence_ids=sequence_ids)
     return rule(view).detach()
 
@@ -169,6 +170,7 @@ def loss_from_hidden(
     reduction: Reduction,
     backend: Backend,
     chunk_size: int | None,
+    logits_dtype: torch.dtype | None,
     **inputs,
 ) -> tuple[Tensor, TokenReport | None]:
     """Reduced loss and report from hidden states.
@@ -186,7 +188,7 @@ def loss_from_hidden(
         check_rows(hidden, labels)
         masked = (labels == inputs["ignore_index"])[..., None]
         rows = hidden.masked_fill(masked, 0.0).reshape(-1, hidden.shape[-1])  # else 0 x NaN reaches the head's gradient
-        logits = head.logits(rows, exact=target.needs.soft)
+        logits = project(rows, head.weight, head.bias, head.scale, head.softcap, exact=target.needs.soft)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         loss, _, report = loss_from_logits(logits, labels, target, num_items=num_items, reduction=reduction, **inputs)
         return loss, report
@@ -195,12 +197,20 @@ def loss_from_hidden(
             "linear_target_loss computes gradients in its forward pass, so losses cannot be weighted afterwards; "
             "pass loss_weights=..., use return_report=True to look at them, or backend='dense'"
         )
-    kept, request = build_request(hidden, labels, target, head.weight.shape[0], **inputs)
+    kept, request = build_request(hidden, labels, target, head.vocab, **inputs)
     divide_by = denominator(len(kept), num_items, reduction)
-    rows = hidden.reshape(-1, hidden.shape[-1])[kept]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    index = None if len(kept) == len(rows) else kept
+    plan = Plan.of(rows, head, request, chunk_size, logits_dtype)
+    for role in ("reference", "teacher"):
+        model = getattr(request, role)
+        if isinstance(model, FrozenHead) and not wanted(target.needs, role):
+            request = replace(request, **{role: frozen_label_statistics(model, request.labels)})
+    known = None
     if target.scope != "token" and request.label_weights is None:
-        live = head_statistics(FrozenHead(rows, head.weight, head.bias, head.scale, head.softcap), request.labels)
+        live, sums = label_statistics(rows, head, request.labels, index, precision=plan.precision)
         assert live.label_log_probs is not None
-        request = with_batch_weights(request, live.label_log_probs, head.weight.shape[0])
-    total, report = chunked_loss_sum(rows, head, request, chunk_size)
+        request = with_batch_weights(request, live.label_log_probs, head.vocab)
+        known = None if target.needs.soft else sums  # other special columns leave another rest
+    total, report = chunked_loss_sum(rows, head, request, plan, index, known)
     return total / divide_by, unflatten(report, kept, tuple(labels.shape))
