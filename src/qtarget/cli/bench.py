@@ -1,0 +1,101 @@
+"""``qtarget bench``: measurements that anyone can repeat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from qtarget.benchmarks.speed import SpeedConfig, run_memory, run_speed
+from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULTS = SpeedConfig()
+
+app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+
+
+@app.callback()
+def options() -> None:
+    """Measurements that anyone can repeat."""
+
+
+@app.command("speed")
+def speed(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/speed.json"),
+    tokens: Annotated[int, typer.Option(min=1, help="Supervised tokens.")] = DEFAULTS.tokens,
+    width: Annotated[int, typer.Option(min=1, help="Width of the hidden states.")] = DEFAULTS.width,
+    vocab: Annotated[int, typer.Option(min=128, help="Size of the vocabulary.")] = DEFAULTS.vocab,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULTS.device,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = DEFAULTS.rounds,
+    top_k: Annotated[int, typer.Option(min=1, help="k of the cached teacher.")] = DEFAULTS.top_k,
+    suite: Annotated[str, typer.Option(help="short, or all targets.")] = DEFAULTS.suite,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory instead of time.")] = False,
+) -> None:
+    """Time the loss of every target against the bare matrix products, naive cross entropy and other libraries."""
+    from rich.console import Console
+
+    for name, value, known in (("dtype", dtype, ("float32", "bfloat16")), ("device", device, ("cpu", "cuda")),
+                               ("suite", suite, ("short", "all"))):  # fmt: skip
+        if value not in known:
+            raise ConfigError(f"--{name} {value!r} is unknown; expected {' or '.join(known)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
+    torch.set_num_threads(threads)
+    config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, min(top_k, vocab), suite)
+    if memory:
+        results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
+    else:
+        results = run_speed(config, typer.echo)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(memory_table(results) if memory else speed_table(results))
+    typer.echo(str(output))
+
+
+def speed_table(results: dict[str, Any]) -> Table:
+    """Contenders in the order they ran."""
+    from rich import box
+    from rich.table import Table
+
+    config = results["config"]
+    table = Table(
+        title=f"N={config['tokens']} D={config['width']} V={config['vocab']} {config['dtype']}, {config['device']}",
+        caption=f"median of {config['rounds']} interleaved rounds; in brackets, lowest..highest round. A live teacher's "
+        "floor has four products, all others' three",
+        box=box.SIMPLE,
+    )
+    for column in ("loss", "seconds", "x floor"):
+        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
+    for name, row in results["rows"].items():
+        ratio = row["ratio"]
+        text = f"{ratio['median']:.2f} ({ratio['low']:.2f}..{ratio['high']:.2f})"
+        table.add_row(name, f"{row['median']:.3g}", text)
+    return table
+
+
+def memory_table(results: dict[str, Any]) -> Table:
+    """Peak beyond the inputs, and what of it are gradients."""
+    from rich import box
+    from rich.table import Table
+
+    config = results["config"]
+    table = Table(
+        title=f"D={config['width']} V={config['vocab']} {config['dtype']}, {config['device']}: peak MB",
+        caption="gradients: of hidden states, and of the head in the dtype it is accumulated in (float32)",
+        box=box.SIMPLE,
+    )
+    for column in ("loss", "tokens", "beyond inputs", "gradients", "beyond both"):
+        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
+    for name, by_tokens in results["rows"].items():
+        for tokens, row in by_tokens.items():
+            total, gradients = row["beyond_inputs"], row["gradients"]
+            table.add_row(name, tokens, f"{total:.0f}", f"{gradients:.0f}", f"{total - gradients:.0f}")
+    return table
