@@ -10,8 +10,8 @@ import torch
 
 from qtarget.shapes import Float, Tensor
 
-WIDENED_ROWS = 2048
-"""Rows of the head widened to float32 at once, where that is needed."""
+BLOCK_ROWS = 1024
+"""Rows of the head in one product where the head is widened, or a CPU stores logits by token."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Head:
 
 def blocks(vocab: int) -> Iterator[slice]:
     """The vocabulary, a block at a time."""
-    return (slice(start, start + WIDENED_ROWS) for start in range(0, vocab, WIDENED_ROWS))
+    return (slice(start, start + BLOCK_ROWS) for start in range(0, vocab, BLOCK_ROWS))
 
 
 @functools.cache
@@ -110,7 +110,7 @@ class HeadProducts:
             out.copy_(torch.mm(hidden, head.weight.to(hidden.dtype).T, out_dtype=dtype))
         else:
             hidden = hidden.to(dtype)
-            for rows, weight in self._weight_blocks(dtype):
+            for rows, weight in self._weight_blocks(dtype, cut=hidden.device.type == "cpu" and not self.by_vocabulary):
                 if self.by_vocabulary:
                     torch.mm(weight, hidden.T, out=out.T[rows])
                 else:
@@ -123,10 +123,10 @@ class HeadProducts:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
 
-    def _weight_blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The head in ``dtype``: whole where it is stored so, else a block of rows at a time."""
+    def _weight_blocks(self, dtype: torch.dtype, cut: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """The head in ``dtype``: whole where it is stored so, else (or with ``cut``) a block of rows at a time."""
         weight, inputs = self.head.weight, self.precision.inputs
-        if weight.dtype == dtype == inputs:
+        if weight.dtype == dtype == inputs and not cut:
             yield slice(0, len(weight)), weight
             return
         for rows in blocks(len(weight)):
