@@ -8,7 +8,8 @@ import torch
 
 from qtarget.combined import Combined
 from qtarget.errors import ShapeError
-from qtarget.loss.dispatch import Backend, batch_label_weights, loss_from_hidden, loss_from_logits
+from qtarget.loss.backends import Backend, BackendChoice, explain
+from qtarget.loss.dispatch import batch_label_weights, loss_from_hidden, loss_from_logits
 from qtarget.loss.head import Head
 from qtarget.reductions import Reduction
 from qtarget.registry import get_target
@@ -105,6 +106,7 @@ def linear_target_loss(
     backend: Backend = "auto",
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     return_report: bool = False,
     loss_weights: Float[Tensor, "..."] | None = None,
     label_weights: Float[Tensor, "..."] | None = None,
@@ -119,10 +121,14 @@ def linear_target_loss(
         hidden: ``[..., width]`` last hidden states of the live model.
         lm_head_weight: ``[vocab, width]``; ``logits = softcap(scale (h W^T + bias))``.
         reference, teacher: known numbers, or a ``FrozenHead`` whose logits are made chunk by chunk as well.
-        backend: ``auto`` and ``chunked`` are the chunked PyTorch loss; ``dense`` holds all logits (the oracle).
+        backend: ``chunked`` (PyTorch), ``triton`` (the same with fused kernels, on a GPU), ``dense`` (holds all logits,
+            differentiable twice: the oracle). ``auto`` takes ``triton`` where it can and ``chunked`` elsewhere;
+            ``qtarget.explain_backend`` says which, and why.
         chunk_size: tokens whose logits exist at once; the default fits a memory budget.
         logits_dtype: ``torch.bfloat16`` accepts rounded logits for soft targets too, which costs 20 to 200 % of their
             gradient near the teacher; the default keeps them float32 there, and in the model's dtype for hard labels.
+        vocab_group: the head is split by rows over this process group (tensor parallelism): ``lm_head_weight`` and
+            ``bias`` are this rank's rows, everything else is the same on every rank.
 
     The other arguments, returns and errors are those of ``target_loss``; ``reduction="none"`` needs ``backend="dense"``.
 
@@ -143,6 +149,7 @@ def linear_target_loss(
         backend=backend,
         chunk_size=chunk_size,
         logits_dtype=logits_dtype,
+        vocab_group=vocab_group,
         reference=reference,
         teacher=teacher,
         sequence_ids=sequence_ids,
@@ -152,6 +159,33 @@ def linear_target_loss(
         want_report=return_report,
     )
     return (loss, report) if return_report else loss
+
+
+def explain_backend(
+    hidden: Float[Tensor, "... width"],
+    lm_head_weight: Float[Tensor, "vocab width"],
+    target: Target | str,
+    *,
+    reference: Reference | FrozenHead | None = None,
+    teacher: Reference | FrozenHead | None = None,
+    backend: Backend = "auto",
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> BackendChoice:
+    """What ``linear_target_loss`` would do with these arguments, and why; computes nothing.
+
+    Raises:
+        HyperparameterError: no such backend.
+        IncompatibleError: the backend that was asked for cannot compute this loss.
+
+    Example:
+        >>> import torch, qtarget
+        >>> print(qtarget.explain_backend(torch.zeros(8, 3), torch.ones(4, 3), "dft").backend)
+        chunked
+    """
+    target = get_target(target) if isinstance(target, str) else target
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return explain(backend, rows, Head(lm_head_weight), target, reference, teacher, chunk_size, logits_dtype)
 
 
 def label_weights(

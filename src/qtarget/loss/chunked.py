@@ -22,6 +22,7 @@ from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestSums
 from qtarget.loss.head import Head, HeadProducts, Precision
 from qtarget.loss.result import LossRequest, TokenReport, report
+from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.types import FrozenHead, Needs, Reference
 
@@ -53,7 +54,7 @@ class Plan:
     """How a request is computed; what ``explain_backend`` tells.
 
     Attributes:
-        kernels: module with ``rest_sums`` and ``overwrite_with_gradient``.
+        kernels: module with ``rest_sums``, ``overwrite_with_gradient`` and the layout they want (``BY_VOCABULARY``).
         precision: of the live head's products.
         chunk_size: tokens whose logits exist at once.
         whole_vocabulary: why autograd must see whole rows of logits, or empty.
@@ -137,12 +138,13 @@ class Gradients:
         gradient: Float[Tensor, "tokens vocab"],
         hidden: Float[Tensor, "tokens width"],
         products: HeadProducts,
+        vocabulary: Vocabulary,
     ) -> None:
         """Add one chunk, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
             self.bias += gradient.sum(0)
         if self.hidden is not None:
-            self.hidden[index] = products.hidden_gradient(gradient).to(self.hidden.dtype)
+            self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
         if self.weight is not None:
             products.add_weight_gradient(self.weight, gradient, hidden)
 
@@ -186,20 +188,30 @@ class _Run:
 
     Args:
         head: detached.
+        vocabulary: which of its rows are here.
         request: for the supervised tokens.
         kept: their indices among the hidden states' rows, or absent when all are.
         known: sums of an earlier pass over the same tokens.
     """
 
-    def __init__(self, plan: Plan, head: Head, request: LossRequest, kept: Tensor | None, known: RestSums | None):
-        self.plan, self.head, self.request, self.kept, self.known = plan, head, request, kept, known
+    def __init__(
+        self,
+        plan: Plan,
+        head: Head,
+        vocabulary: Vocabulary,
+        request: LossRequest,
+        kept: Tensor | None,
+        known: RestSums | None,
+    ) -> None:
+        self.plan, self.head, self.vocabulary = plan, head, vocabulary
+        self.request, self.kept, self.known = request, kept, known
         self.reports: list[TokenReport] = []
 
     def __call__(self, hidden: Float[Tensor, "all width"], grads: Gradients | None) -> Float[Tensor, ""]:
         count, size = len(self.request.labels), self.plan.chunk_size
         hidden = hidden.detach()
-        by_rows = False if self.plan.whole_vocabulary else None  # autograd wants a token's logits side by side
-        products = HeadProducts(self.head, self.plan.precision, min(count, size), by_rows)
+        layout = False if self.plan.whole_vocabulary else self.plan.kernels.BY_VOCABULARY
+        products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
         frozen = {
             role: HeadProducts(frozen_head(model), Precision.of(model.hidden, model.lm_head_weight, True), min(count, size), False)
             for role, model in frozen_heads(self.request).items()
@@ -218,20 +230,21 @@ class _Run:
                     known = None if self.known is None else self.known.rows(part)
                     loss += self._columns(logits, request, known, grads is not None)
                 if grads is not None:
-                    grads.add(index, logits, rows_of, products)
+                    grads.add(index, logits, rows_of, products, self.vocabulary)
         return loss
 
     def _columns(
         self, logits: Float[Tensor, "tokens vocab"], request: LossRequest, known: RestSums | None, write: bool
     ) -> Float[Tensor, ""]:
         """Loss of one chunk through special columns and sums; with ``write`` the logits become their gradient."""
-        target, needs, vocab = request.target, request.target.needs, self.head.vocab
+        target, needs, vocab = request.target, request.target.needs, self.vocabulary.size
         models: dict[str, Any] = {"on_reference": request.reference, "on_teacher": request.teacher}
         compared = {r: m if wanted(needs, r.removeprefix("on_")) else None for r, m in models.items()}
-        top = rows.largest(logits, needs.top_k) if needs.top_k else None
+        top = self.vocabulary.largest(logits, needs.top_k) if needs.top_k else None
         entropy = needs.entropy or request.want_report
+        columns = Columns.of(request.labels, compared, torch.promote_types(logits.dtype, torch.float32))
         seen = chunk_statistics(
-            logits, request.labels, compared, self.plan.kernels, entropy, needs.mean_log_prob, known
+            logits, columns, self.vocabulary, self.plan.kernels, entropy, needs.mean_log_prob, known
         )
         view = seen.view(
             vocab, top, models, needs, sequence_ids=request.sequence_ids, label_weights=request.label_weights
@@ -250,8 +263,7 @@ class _Run:
             if self.head.scale != 1.0:
                 rest = rest.scaled(self.head.scale)
             self.plan.kernels.overwrite_with_gradient(logits, rest, self.head.softcap)
-            value = at_columns * self.head.chain(seen.logits)
-            logits.scatter_(-1, seen.columns.ids, value.to(logits.dtype))
+            self.vocabulary.put(logits, columns.ids, at_columns * self.head.chain(seen.logits))
         return losses.sum()
 
     def _whole(
@@ -288,8 +300,8 @@ def frozen_head(model: FrozenHead) -> Head:
 
 def chunk_statistics(
     logits: Float[Tensor, "tokens vocab"],
-    labels: Int[Tensor, " tokens"],
-    compared: dict[str, Reference | None],
+    columns: Columns,
+    vocabulary: Vocabulary,
     kernels: ModuleType,
     entropy: bool,
     plain: bool = False,
@@ -297,11 +309,9 @@ def chunk_statistics(
 ) -> ChunkStatistics:
     """Read one chunk of logits; its special columns are left at minus infinity."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    columns = Columns.of(labels, compared, wide)
-    at_columns = logits.gather(-1, columns.ids).to(wide)
-    total = logits.sum(-1, dtype=wide) if plain else None
-    logits.scatter_(-1, columns.ids, -torch.inf)
-    rest = kernels.rest_sums(logits, entropy=entropy) if known is None else known
+    total = vocabulary.total(logits.sum(-1, dtype=wide)) if plain else None
+    at_columns = vocabulary.take(logits, columns.ids).to(wide)
+    rest = vocabulary.join(kernels.rest_sums(logits, entropy=entropy)) if known is None else known
     return ChunkStatistics.of(columns, at_columns, replace(rest, plain=total))
 
 
@@ -314,6 +324,7 @@ def label_statistics(
     *,
     precision: Precision | None = None,
     kernels: ModuleType = rows,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Reference, RestSums]:
     """Label log-probs and entropies of a model given by hidden states and head, and the sums behind them.
 
@@ -324,18 +335,20 @@ def label_statistics(
         kept: ``[tokens]`` their indices in ``hidden``; absent when all are.
         precision: the default is exact (float32 logits).
         kernels: see ``Plan``.
+        vocabulary: which rows of the head are here; all by default.
     """
+    vocabulary = vocabulary or Vocabulary(head.vocab)
     precision = precision or Precision.of(hidden, head.weight, True)
     head, hidden = head.detach(), hidden.detach()
     size = default_chunk_size(head.vocab, 1, precision.logits.itemsize, hidden.device.type)
-    products = HeadProducts(head, precision, min(size, len(labels)))
+    products = HeadProducts(head, precision, min(size, len(labels)), kernels.BY_VOCABULARY)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             logits = products.logits(hidden[part if kept is None else kept[part]])
-            seen = chunk_statistics(logits, labels[part], {}, kernels, entropy=True)
+            seen = chunk_statistics(logits, Columns.of(labels[part], {}, wide), vocabulary, kernels, entropy=True)
             numbers = (seen.label_log_probs(), seen.entropy(), seen.rest.maximum, seen.rest.exp, seen.rest.exp_x)
             for whole, value in zip(out, numbers, strict=True):
                 whole[part] = value
@@ -350,6 +363,7 @@ def frozen_label_statistics(model: FrozenHead, labels: Int[Tensor, " tokens"]) -
 def chunked_loss_sum(
     hidden: Float[Tensor, "all width"],
     head: Head,
+    vocabulary: Vocabulary,
     request: LossRequest,
     plan: Plan,
     kept: Int[Tensor, " tokens"] | None = None,
@@ -359,7 +373,7 @@ def chunked_loss_sum(
 
     Frozen heads (``requires_grad=False``) skip the weight gradient; where nothing requires a gradient, none is computed.
     """
-    run = _Run(plan, head.detach(), request, kept, known)
+    run = _Run(plan, head.detach(), vocabulary, request, kept, known)
     inputs = (hidden, head.weight, head.bias)
     if not torch.is_grad_enabled():  # inside apply, parameters would still claim to need gradients
         inputs = tuple(None if value is None else value.detach() for value in inputs)

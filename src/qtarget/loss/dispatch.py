@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
-
+from typing import Any
 import torch
 
 from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
-from qtarget.loss.chunked import Plan, chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
+from qtarget.loss.backends import Backend, choose, plan_of
+from qtarget.loss.chunked import chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
 from qtarget.loss.dense import dense_token_losses
 from qtarget.loss.head import Head
 from qtarget.loss.result import LossRequest, TokenReport
+from qtarget.loss.vocabulary import vocabulary_of
 from qtarget.outcomes import check_outcomes
 from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.statistics import check_frozen, token_statistics
 from qtarget.types import FrozenHead, Reference, Target, TokenView, project
-
-Backend = Literal["auto", "chunked", "dense"]
-
 
 def check_rows(rows: Tensor, labels: Tensor) -> None:
     """Raise unless there is one row for each label."""
@@ -171,6 +169,7 @@ def loss_from_hidden(
     backend: Backend,
     chunk_size: int | None,
     logits_dtype: torch.dtype | None,
+    vocab_group: Any,
     **inputs,
 ) -> tuple[Tensor, TokenReport | None]:
     """Reduced loss and report from hidden states.
@@ -178,14 +177,15 @@ def loss_from_hidden(
     Raises:
         HyperparameterError: unknown backend, or ``reduction="none"``, whose gradient cannot be made in the forward pass.
     """
-    if backend not in get_args(Backend):
-        raise HyperparameterError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
     if hidden.shape[-1] != head.weight.shape[-1]:
         raise ShapeError(
             f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]"
         )
-    if backend == "dense":
-        check_rows(hidden, labels)
+    vocabulary = vocabulary_of(head.weight, vocab_group)
+    kept, request = build_request(hidden, labels, target, vocabulary.size, **inputs)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    name, _ = choose(backend, rows, request, sharded=vocab_group is not None)
+    if name == "dense":
         masked = (labels == inputs["ignore_index"])[..., None]
         rows = hidden.masked_fill(masked, 0.0).reshape(-1, hidden.shape[-1])  # else 0 x NaN reaches the head's gradient
         logits = project(rows, head.weight, head.bias, head.scale, head.softcap, exact=target.needs.soft)
@@ -197,20 +197,26 @@ def loss_from_hidden(
             "linear_target_loss computes gradients in its forward pass, so losses cannot be weighted afterwards; "
             "pass loss_weights=..., use return_report=True to look at them, or backend='dense'"
         )
-    kept, request = build_request(hidden, labels, target, head.vocab, **inputs)
     divide_by = denominator(len(kept), num_items, reduction)
-    rows = hidden.reshape(-1, hidden.shape[-1])
     index = None if len(kept) == len(rows) else kept
-    plan = Plan.of(rows, head, request, chunk_size, logits_dtype)
+    plan = plan_of(name, rows, head, request, chunk_size, logits_dtype)
     for role in ("reference", "teacher"):
         model = getattr(request, role)
         if isinstance(model, FrozenHead) and not wanted(target.needs, role):
             request = replace(request, **{role: frozen_label_statistics(model, request.labels)})
     known = None
     if target.scope != "token" and request.label_weights is None:
-        live, sums = label_statistics(rows, head, request.labels, index, precision=plan.precision)
+        live, sums = label_statistics(
+            rows,
+            head,
+            request.labels,
+            index,
+            precision=plan.precision,
+            kernels=plan.kernels,
+            vocabulary=vocabulary,
+        )
         assert live.label_log_probs is not None
-        request = with_batch_weights(request, live.label_log_probs, head.vocab)
+        request = with_batch_weights(request, live.label_log_probs, vocabulary.size)
         known = None if target.needs.soft else sums  # other special columns leave another rest
-    total, report = chunked_loss_sum(rows, head, request, plan, index, known)
+    total, report = chunked_loss_sum(rows, head, vocabulary, request, plan, index, known)
     return total / divide_by, unflatten(report, kept, tuple(labels.shape))

@@ -91,13 +91,14 @@ class HeadProducts:
         head: detached.
         precision: see ``Precision``.
         chunk_size: the most tokens a chunk will have.
-        by_vocabulary: store the vocabulary as the slow dimension; the default suits the device.
+        by_vocabulary: whether a CPU may do so; whole-row autograd and the Triton kernels want a token's logits side by
+            side.
     """
 
-    def __init__(self, head: Head, precision: Precision, chunk_size: int, by_vocabulary: bool | None = None) -> None:
+    def __init__(self, head: Head, precision: Precision, chunk_size: int, by_vocabulary: bool) -> None:
         self.head, self.precision = head, precision
         device = head.weight.device
-        self.by_vocabulary = device.type == "cpu" if by_vocabulary is None else by_vocabulary
+        self.by_vocabulary = by_vocabulary and device.type == "cpu"
         self._buffer = torch.empty(chunk_size * head.vocab, dtype=precision.logits, device=device)
 
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:

@@ -14,6 +14,9 @@ from qtarget.errors import HyperparameterError
 from qtarget.loss.columns import RestGradient, RestSums
 from qtarget.shapes import Float, Tensor
 
+BY_VOCABULARY = True
+"""These operations take logits stored ``[vocab, tokens]`` as well (see ``head.HeadProducts``)."""
+
 NOTHING = -1e30
 """Maximum of an empty set of logits: finite, so that ``-inf - NOTHING`` is not NaN."""
 

@@ -1,0 +1,136 @@
+"""Which backend computes a loss, and why: chosen in one place, told by ``explain_backend``, never changed silently."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from qtarget.errors import HyperparameterError, IncompatibleError
+from qtarget.loss.chunked import Plan, whole_vocabulary
+from qtarget.loss.head import Head, Precision, multiplies_bfloat16
+from qtarget.loss.result import LossRequest
+from qtarget.shapes import Tensor
+from qtarget.types import FrozenHead, Reference, Target
+
+Backend = Literal["auto", "chunked", "triton", "dense"]
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend of a loss and the reasons for it; ``print`` it.
+
+    Attributes:
+        backend: ``chunked`` (PyTorch, any device), ``triton`` (chunked, with fused kernels) or ``dense`` (the oracle).
+        reasons: one sentence each.
+        chunk_size: tokens whose logits exist at once; absent for ``dense``.
+        logits_dtype, multiply_dtype: in what logits are stored, and the backward products run.
+    """
+
+    backend: str
+    reasons: tuple[str, ...]
+    chunk_size: int | None
+    logits_dtype: torch.dtype
+    multiply_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        size = "all logits at once" if self.chunk_size is None else f"{self.chunk_size} tokens a chunk"
+        dtypes = f"logits in {self.logits_dtype}, backward products in {self.multiply_dtype}"
+        return f"{self.backend}: {size}, {dtypes}\n" + "\n".join(f"- {reason}" for reason in self.reasons)
+
+
+def triton_obstacle(hidden: Tensor, whole: str) -> str:
+    """Why the Triton kernels cannot serve; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (`pip install triton`)"
+    if hidden.dtype == torch.float64:
+        return "the Triton kernels have no float64"
+    if whole:
+        return f"{whole}, and the Triton kernels see a few columns and sums"
+    if hidden.device.type != "cuda":
+        from qtarget.loss import triton_rows
+
+        if not triton_rows.INTERPRETED:
+            return f"Triton needs a GPU, and the hidden states are on {hidden.device.type}"
+    return ""
+
+
+def choose(
+    backend: Backend,
+    hidden: Tensor,
+    request: LossRequest,
+    sharded: bool = False,
+) -> tuple[str, tuple[str, ...]]:
+    """The backend's name and the reasons for it.
+
+    Raises:
+        HyperparameterError: no such backend.
+        IncompatibleError: the backend that was asked for cannot compute this loss.
+    """
+    if backend not in get_args(Backend):
+        raise HyperparameterError(f"backend {backend!r} is unknown; expected one of {', '.join(get_args(Backend))}")
+    whole = whole_vocabulary(request)
+    if sharded and (whole or backend == "dense"):
+        raise IncompatibleError(
+            f"a head split over vocab_group cannot compute this loss: {whole or 'the dense backend needs all logits'}; use "
+            "top-k numbers of the frozen model (tail_policy 'bucket' or 'renormalize'), or gather the head"
+        )
+    path = (
+        f"whole rows of logits are differentiated by autograd, a few tokens at a time: {whole}"
+        if whole
+        else "two passes over each chunk of logits: the target sees the vocabulary through a few columns and sums"
+    )
+    if backend == "dense":
+        return "dense", ("asked for; holds all logits, and is differentiable twice",)
+    obstacle = triton_obstacle(hidden, whole)
+    if backend == "triton":
+        if obstacle:
+            raise IncompatibleError(f"backend='triton' cannot compute this loss: {obstacle}; use backend='auto'")
+        return "triton", ("asked for", path)
+    if backend == "auto" and not obstacle and hidden.device.type == "cuda":
+        return "triton", ("the hidden states are on a GPU and Triton is installed", path)
+    return "chunked", ("asked for" if backend == "chunked" else obstacle or "the hidden states are on a CPU", path)
+
+
+def plan_of(name: str, hidden: Tensor, head: Head, request: LossRequest, chunk_size, logits_dtype) -> Plan:
+    """The chunked plan behind ``chunked`` or ``triton``."""
+    if name == "triton":
+        from qtarget.loss import triton_rows
+
+        return Plan.of(hidden, head, request, chunk_size, logits_dtype, triton_rows)
+    return Plan.of(hidden, head, request, chunk_size, logits_dtype)
+
+
+def precision_reason(precision: Precision, hidden: Tensor, soft: bool) -> str:
+    """Why the logits have their dtype."""
+    if hidden.dtype.itemsize >= 4 and precision.multiply == hidden.dtype:
+        return "everything in the dtype of the hidden states"
+    if precision.multiply == torch.float32 and not multiplies_bfloat16(hidden.device.type):
+        return "this CPU has no bfloat16 matrix instructions, so blocks of the head are widened: faster, and exact"
+    if precision.logits.itemsize >= 4:
+        return "a soft target or an anchor is compared with the model: rounded logits would lose most of its gradient"
+    return "hard labels, or rounded logits were accepted" if not soft else "rounded logits were accepted by logits_dtype"
+
+
+def explain(
+    backend: Backend,
+    hidden: Tensor,
+    head: Head,
+    target: Target,
+    reference: Reference | FrozenHead | None,
+    teacher: Reference | FrozenHead | None,
+    chunk_size: int | None,
+    logits_dtype: torch.dtype | None,
+) -> BackendChoice:
+    """See ``qtarget.explain_backend``."""
+    no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
+    request = LossRequest(target, no_labels, reference, teacher)
+    name, reasons = choose(backend, hidden, request)
+    plan = plan_of(name, hidden, head, request, chunk_size, logits_dtype)
+    if name == "dense":
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return BackendChoice(name, reasons, None, wide, hidden.dtype)
+    reasons += (precision_reason(plan.precision, hidden, target.needs.soft),)
+    return BackendChoice(name, reasons, plan.chunk_size, plan.precision.logits, plan.precision.multiply)
