@@ -44,6 +44,7 @@ class SpeedConfig:
         rounds: how often each contender runs after one round that is not counted.
         top_k: k of the cached reference or teacher.
         suite: ``short`` or ``all`` targets.
+        peers: also time other libraries' losses.
         seed: of the random inputs.
     """
 
@@ -55,6 +56,7 @@ class SpeedConfig:
     rounds: int = 5
     top_k: int = 64
     suite: str = "short"
+    peers: bool = True
     seed: int = 0
 
 
@@ -131,8 +133,8 @@ def frozen_arguments(problem: Problem, target: str, live: bool = False, **change
     return {role: known for role in ("reference", "teacher") if getattr(needs, role)}
 
 
-def peers(problem: Problem) -> dict[str, Step]:
-    """Other implementations of plain cross entropy from hidden states, where they are installed."""
+def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
+    """Naive cross entropy, and with ``others`` the libraries' from hidden states, where they are installed."""
     hidden, weight, labels = problem.hidden, problem.weight, problem.labels
 
     def naive(cast: bool) -> Step:
@@ -145,13 +147,14 @@ def peers(problem: Problem) -> dict[str, Step]:
     found: dict[str, Step] = {"naive": naive(False)}
     if hidden.dtype != torch.float32:
         found["naive, float32 logits"] = naive(True)
-    for policy in ("compact", "accurate"):
-        options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)  # pyright: ignore
+    if not others:
+        return found
+    options = torch.nn.LinearCrossEntropyOptions(acc_policy="compact")  # pyright: ignore # its fastest here
 
-        def in_torch(options: Any = options) -> None:
-            backward(F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)  # pyright: ignore
+    def in_torch() -> None:
+        backward(F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)  # pyright: ignore
 
-        found[f"torch linear_cross_entropy, {policy}"] = in_torch
+    found["torch linear_cross_entropy, compact"] = in_torch
     try:
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
@@ -208,7 +211,7 @@ def contenders(config: SpeedConfig, problem: Problem) -> dict[str, Step]:
     names = SHORT if config.suite == "short" else tuple(qtarget.available_targets())
     half = problem.labels.clone()
     half[::2] = -100
-    steps: dict[str, Step] = {"floor": products(problem), "floor, 4 products": products(problem, 2), **peers(problem)}
+    steps: dict[str, Step] = {"floor": products(problem), "floor, 4 products": products(problem, 2), **peers(problem, config.peers)}
     for name in names:
         steps[name] = ours(problem, name, **frozen_arguments(problem, name))
     steps["sft, half masked"] = ours(problem, "sft", labels=half)
@@ -316,9 +319,10 @@ def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
         ``beyond_inputs`` and ``gradients`` (of hidden states and head: float32 where they are accumulated so).
     """
     small = SpeedConfig(**{**asdict(config), "tokens": 32, "vocab": 1024})
-    contenders(small, Problem.make(small))[name]()
+    warm = Problem.make(small)
+    {**peers(warm, False), **memory_steps(warm)}[name]()
     problem = Problem.make(config)
-    step = {**peers(problem), **memory_steps(problem)}[name]
+    step = {**peers(problem, False), **memory_steps(problem)}[name]
     gc.collect()
     if config.device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # memory that the set-up has freed counts as free

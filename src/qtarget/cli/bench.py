@@ -36,6 +36,7 @@ def speed(
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = DEFAULTS.rounds,
     top_k: Annotated[int, typer.Option(min=1, help="k of the cached teacher.")] = DEFAULTS.top_k,
     suite: Annotated[str, typer.Option(help="short, or all targets.")] = DEFAULTS.suite,
+    peers: Annotated[bool, typer.Option(help="Also time other libraries' losses (slow on a CPU).")] = DEFAULTS.peers,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory instead of time.")] = False,
 ) -> None:
@@ -49,7 +50,7 @@ def speed(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
     torch.set_num_threads(threads)
-    config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, min(top_k, vocab), suite)
+    config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, min(top_k, vocab), suite, peers)
     if memory:
         results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
     else:
