@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtarget
+from qtarget.loss import head
 
 TARGETS = [(name, s) for name in qtarget.available_targets() for s in formulas.SETTINGS.get(name, [{}])]
 RANKED = ("rho1", "token_cleaning")
@@ -229,9 +230,10 @@ def test_mass_on_the_models_own_distribution_costs_nothing(dtype: torch.dtype, l
 
 # -- bfloat16 ------------------------------------------------------------------------------------------------------
 
-WORSE = 1.25
-"""How much larger than plain bfloat16 autograd's the relative error of a gradient may be. Measured: 1.00 for the hidden
-states; up to 1.21 for the head, whose gradient is rounded to bfloat16 once a chunk (1.00 in one chunk)."""
+WORSE = {False: 1.1, True: 1.25}
+"""How much larger than plain bfloat16 autograd's the relative error of a gradient may be, by whether the CPU multiplies
+in bfloat16. There the head's gradient is rounded to bfloat16 once a chunk: measured up to 1.19 in three chunks; PyTorch
+has no bfloat16 product with a float32 result on a CPU. On a GPU it has one, and it is used."""
 
 
 def bfloat16_problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -262,8 +264,12 @@ HARD = [c for c in TARGETS if c[0] not in (*RANKED, "profit", "psft") and c[0] n
         if c in HARD or c[0] in FULL_SUPPORT
     ],
 )
-def test_bfloat16_gradients_are_no_worse_than_autograds(name: str, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("instructions", [False, True], ids=["widened", "bfloat16"])
+def test_bfloat16_gradients_are_no_worse_than_autograds(
+    name: str, values: dict[str, Any], instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against cross entropy in bfloat16; a weight that amplifies rounding is compared with its own formula there."""
+    monkeypatch.setattr(head, "multiplies_bfloat16", lambda _: instructions)  # as on either kind of CPU
     hidden, weight, labels, frozen = bfloat16_problem()
     kept, known = labels != -100, qtarget.Reference.from_logits(frozen.float(), labels)
     target = qtarget.get_target(name, **values)
@@ -298,7 +304,11 @@ def test_bfloat16_gradients_are_no_worse_than_autograds(name: str, values: dict[
     plain = relative_errors(cross_entropy(torch.bfloat16), cross_entropy(torch.float64))
     same = relative_errors(formula(torch.bfloat16), exact)
     for error, of_plain, of_same in zip(errors, plain, same, strict=True):
-        assert error < WORSE * (of_plain if target.needs.soft else max(of_plain, of_same)), (errors, plain, same)
+        assert error < WORSE[instructions] * (of_plain if target.needs.soft else max(of_plain, of_same)), (
+            errors,
+            plain,
+            same,
+        )
 
 
 # -- how much is computed ------------------------------------------------------------------------------------------

@@ -111,7 +111,9 @@ def products(problem: Problem, forward: int = 1) -> Step:
     return step
 
 
-def ours(problem: Problem, target: str, *, labels: Tensor | None = None, frozen_head: bool = False, **kwargs: Any) -> Step:
+def ours(
+    problem: Problem, target: str, *, labels: Tensor | None = None, frozen_head: bool = False, **kwargs: Any
+) -> Step:
     """Our loss: forward and backward."""
     built = qtarget.get_target(target)
     weight = problem.weight.detach() if frozen_head else problem.weight
@@ -156,7 +158,7 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
 
     found["torch linear_cross_entropy, compact"] = in_torch
     try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction  # pyright: ignore
 
         def in_trl() -> None:
             per_token: Any = _ChunkedLogProbFunction.apply(
@@ -211,7 +213,11 @@ def contenders(config: SpeedConfig, problem: Problem) -> dict[str, Step]:
     names = SHORT if config.suite == "short" else tuple(qtarget.available_targets())
     half = problem.labels.clone()
     half[::2] = -100
-    steps: dict[str, Step] = {"floor": products(problem), "floor, 4 products": products(problem, 2), **peers(problem, config.peers)}
+    steps: dict[str, Step] = {
+        "floor": products(problem),
+        "floor, 4 products": products(problem, 2),
+        **peers(problem, config.peers),
+    }
     for name in names:
         steps[name] = ours(problem, name, **frozen_arguments(problem, name))
     steps["sft, half masked"] = ours(problem, "sft", labels=half)
@@ -344,7 +350,9 @@ def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
 def memory_steps(problem: Problem) -> dict[str, Step]:
     """Our losses among those whose memory is measured."""
     plain = {n: ours(problem, n, **frozen_arguments(problem, n)) for n in MEMORY if "," not in n and n != "naive"}
-    live = {n: ours(problem, t := n.split(",")[0], **frozen_arguments(problem, t, live=True)) for n in MEMORY if "," in n}
+    live = {
+        n: ours(problem, t := n.split(",")[0], **frozen_arguments(problem, t, live=True)) for n in MEMORY if "," in n
+    }
     return {**plain, **live}
 
 
@@ -354,7 +362,9 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def run_memory(config: SpeedConfig, tokens: tuple[int, ...], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run_memory(
+    config: SpeedConfig, tokens: tuple[int, ...], say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Peak memory of every contender in ``MEMORY`` at each number of tokens, a process each.
 
     Raises:

@@ -111,7 +111,9 @@ def precision_reason(precision: Precision, hidden: Tensor, soft: bool) -> str:
         return "this CPU has no bfloat16 matrix instructions, so blocks of the head are widened: faster, and exact"
     if precision.logits.itemsize >= 4:
         return "a soft target or an anchor is compared with the model: rounded logits would lose most of its gradient"
-    return "hard labels, or rounded logits were accepted" if not soft else "rounded logits were accepted by logits_dtype"
+    return (
+        "hard labels, or rounded logits were accepted" if not soft else "rounded logits were accepted by logits_dtype"
+    )
 
 
 def explain(

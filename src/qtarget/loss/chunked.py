@@ -176,7 +176,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 "the chunked loss hands its gradients out once; call backward(retain_graph=True) before a second "
                 "backward pass, or compute the loss again"
             )
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
         grads = ctx.grads.hand_out(upstream[0], ctx.dtypes, keep)
         if not keep:
             ctx.grads = None
@@ -213,7 +213,9 @@ class _Run:
         layout = False if self.plan.whole_vocabulary else self.plan.kernels.BY_VOCABULARY
         products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
         frozen = {
-            role: HeadProducts(frozen_head(model), Precision.of(model.hidden, model.lm_head_weight, True), min(count, size), False)
+            role: HeadProducts(
+                frozen_head(model), Precision.of(model.hidden, model.lm_head_weight, True), min(count, size), False
+            )
             for role, model in frozen_heads(self.request).items()
         }
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -255,9 +257,7 @@ class _Run:
         losses = found.terms.total(request.loss_weights)
         if request.want_report:
             a, b = found.pulls(request.loss_weights)
-            self.reports.append(
-                TokenReport(losses, view.label_log_probs, seen.entropy(), seen.correct(), a, b)
-            )
+            self.reports.append(TokenReport(losses, view.label_log_probs, seen.entropy(), seen.correct(), a, b))
         if write:
             at_columns, rest = seen.gradient(found.combined(request.loss_weights), vocab)
             if self.head.scale != 1.0:
@@ -351,6 +351,7 @@ def label_statistics(
             seen = chunk_statistics(logits, Columns.of(labels[part], {}, wide), vocabulary, kernels, entropy=True)
             numbers = (seen.label_log_probs(), seen.entropy(), seen.rest.maximum, seen.rest.exp, seen.rest.exp_x)
             for whole, value in zip(out, numbers, strict=True):
+                assert value is not None
                 whole[part] = value
     return Reference(label_log_probs=out[0], entropy=out[1]), RestSums(*out[2:])
 

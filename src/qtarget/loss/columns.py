@@ -239,7 +239,9 @@ class ChunkStatistics:
             on_p -= c
             own += level[:, None]
         value = own.addcmul_(probs, on_p[:, None])
-        return value.gather(-1, self.columns.owner), RestGradient(self.rest.maximum, factor + on_p * scale, slope, level)
+        return value.gather(-1, self.columns.owner), RestGradient(
+            self.rest.maximum, factor + on_p * scale, slope, level
+        )
 
     def view(
         self, vocab: int, top_logits: Tensor | None, frozen: dict[str, Reference | None], needs, **fixed

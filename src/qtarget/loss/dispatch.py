@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+
 import torch
 
 from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
@@ -18,6 +19,7 @@ from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.statistics import check_frozen, token_statistics
 from qtarget.types import FrozenHead, Reference, Target, TokenView, project
+
 
 def check_rows(rows: Tensor, labels: Tensor) -> None:
     """Raise unless there is one row for each label."""

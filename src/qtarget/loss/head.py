@@ -42,6 +42,13 @@ def blocks(vocab: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK_ROWS) for start in range(0, vocab, BLOCK_ROWS))
 
 
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left right``, not rounded below ``dtype`` where the device can do that (a CPU rounds to the inputs' dtype)."""
+    if left.dtype != dtype and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right)
+
+
 @functools.cache
 def multiplies_bfloat16(device_type: str) -> bool:
     """Whether the device has bfloat16 matrix instructions (a CPU without them is about five times slower than in float32)."""
@@ -108,7 +115,7 @@ class HeadProducts:
         out = self._buffer[: len(hidden) * head.vocab]
         out = out.view(head.vocab, -1).T if self.by_vocabulary else out.view(-1, head.vocab)
         if dtype != hidden.dtype and hidden.device.type == "cuda":
-            out.copy_(torch.mm(hidden, head.weight.to(hidden.dtype).T, out_dtype=dtype))
+            out.copy_(product(hidden, head.weight.to(hidden.dtype).T, dtype))
         else:
             hidden = hidden.to(dtype)
             for rows, weight in self._weight_blocks(dtype, cut=hidden.device.type == "cpu" and not self.by_vocabulary):
@@ -159,5 +166,4 @@ class HeadProducts:
             total.addmm_(gradient.to(dtype).T, hidden)
             return
         for rows in blocks(len(total)):
-            part = torch.mm(gradient[:, rows].to(dtype).T, hidden)
-            total[rows].add_(part)
+            total[rows].add_(product(gradient[:, rows].to(dtype).T, hidden, total.dtype))

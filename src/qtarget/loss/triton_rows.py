@@ -14,7 +14,7 @@ from qtarget.errors import IncompatibleError
 from qtarget.loss.columns import RestGradient, RestSums
 from qtarget.shapes import Float, Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED: bool = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import): on a CPU, slowly, for tests."""
 
 BY_VOCABULARY = False

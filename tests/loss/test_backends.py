@@ -1,0 +1,145 @@
+"""Which backend, and why; what the chunked loss hands out, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qtarget
+from qtarget.errors import IncompatibleError
+from qtarget.loss import rows
+from qtarget.loss.chunked import default_chunk_size
+
+
+def leaves(tokens: int = 5, vocab: int = 30, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 4, generator=rng, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, 4, generator=rng, dtype=dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocab, (tokens,), generator=rng)
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_explained() -> None:
+    hidden, weight, _ = leaves()
+    choice = qtarget.explain_backend(hidden, weight, "sft")
+    assert choice.backend == "chunked"
+    assert "a few columns and sums" in str(choice)
+    assert choice.logits_dtype == choice.multiply_dtype == torch.float64
+    whole = qtarget.explain_backend(hidden, weight, "gem")
+    assert "whole log-softmax" in str(whole)
+    live = qtarget.explain_backend(hidden, weight, "reverse_kl", teacher=qtarget.FrozenHead(hidden, weight))
+    assert "teacher is a distribution over the whole vocabulary" in str(live)
+    known = qtarget.token_statistics(torch.zeros(5, 30), torch.zeros(5, dtype=torch.long), top_k=3)
+    assert "a few columns" in str(qtarget.explain_backend(hidden, weight, "reverse_kl", teacher=known))
+    spread = qtarget.Reference(**{**vars(known), "tail_policy": "spread"})
+    assert "tail is spread" in str(qtarget.explain_backend(hidden, weight, "reverse_kl", teacher=spread))
+    assert qtarget.explain_backend(hidden, weight, "sft", backend="dense").chunk_size is None
+
+
+def test_soft_targets_get_float32_logits_unless_rounding_is_accepted() -> None:
+    hidden, weight, _ = leaves(dtype=torch.bfloat16)
+    soft = qtarget.explain_backend(hidden, weight, "asft")
+    assert soft.logits_dtype == torch.float32
+    from qtarget.loss.head import multiplies_bfloat16
+
+    accepted = qtarget.explain_backend(hidden, weight, "asft", logits_dtype=torch.bfloat16)
+    assert accepted.logits_dtype == (torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32)
+
+
+def test_bfloat16_products_where_the_cpu_has_instructions_for_them(monkeypatch) -> None:
+    """The path of other machines, run here: hard labels in bfloat16 throughout, as close as plain cross entropy."""
+    from qtarget.loss import head
+
+    monkeypatch.setattr(head, "multiplies_bfloat16", lambda _: True)
+    hidden, weight, labels = leaves(64, 300, torch.bfloat16)
+    choice = qtarget.explain_backend(hidden, weight, "sft")
+    assert (choice.logits_dtype, choice.multiply_dtype) == (torch.bfloat16, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels), exact)
+    naive = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight), labels)
+    plain = torch.autograd.grad(naive, (hidden, weight))
+    for target, arguments in (("sft", {}), ("asft", {"kl_weight": 1e-9})):
+        built = qtarget.get_target(target, **arguments)
+        known = qtarget.token_statistics(torch.zeros(64, 300), labels, top_k=3)
+        loss = qtarget.linear_target_loss(hidden, weight, labels, built, reference=known, chunk_size=32)
+        ours = torch.autograd.grad(loss, (hidden, weight))
+        if target == "sft":
+            for g, p, e in zip(ours, plain, expected, strict=True):
+                error = float((g.double() - e).norm() / e.norm())
+                assert error < 1.1 * float((p.double() - e).norm() / e.norm()), "worse than naive bfloat16 by over 10 %"
+
+
+def test_an_unsupported_pair_is_refused() -> None:
+    hidden, weight, labels = leaves()
+    with pytest.raises(IncompatibleError, match="backend='triton' cannot"):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="triton")  # float64
+
+
+def test_chunks_follow_the_memory_but_do_not_starve_the_products() -> None:
+    assert default_chunk_size(49152, 1, 4, "cpu") == 256  # 48 MiB
+    assert default_chunk_size(152_064, 1, 4, "cpu") == 160
+    assert default_chunk_size(152_064, 1, 2, "cuda") > 2048 > default_chunk_size(152_064, 2, 4, "cuda") >= 512
+
+
+# -- gradients are handed out once ---------------------------------------------------------------------------------
+
+
+def test_retain_graph_gives_them_again_and_without_it_the_second_backward_is_refused() -> None:
+    hidden, weight, labels = leaves()
+    loss = qtarget.linear_target_loss(hidden, weight, labels, "sft")
+    first = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight), retain_graph=False)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, 3 * b)
+    with pytest.raises(RuntimeError, match=r"retain_graph=True|second time"):
+        loss.backward()
+
+
+def test_a_scaler_and_accumulation_only_scale() -> None:
+    hidden, weight, labels = leaves()
+    scale = torch.tensor(1024.0, dtype=torch.float64)
+    (qtarget.linear_target_loss(hidden, weight, labels, "sft") * scale).backward()
+    scaled = weight.grad.clone()
+    weight.grad = None
+    for _ in range(2):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", num_items=10).backward()
+    torch.testing.assert_close(weight.grad * 1024, scaled)
+
+
+def test_gradient_checkpointing() -> None:
+    hidden, weight, labels = leaves()
+    plain = torch.autograd.grad(qtarget.linear_target_loss(hidden.tanh(), weight, labels, "dft"), (hidden, weight))
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda h: qtarget.linear_target_loss(h.tanh(), weight, labels, "dft"), hidden, use_reentrant=False
+    )
+    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- row operations ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [7, 700, 40_000])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("k", [1, 5])
+def test_largest_is_topk(vocab: int, transposed: bool, k: int) -> None:
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[1] = 0.5  # ties
+    logits = logits.T.contiguous().T if transposed else logits
+    torch.testing.assert_close(rows.largest(logits, k), logits.topk(k).values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
+    monkeypatch.setitem(rows.TILE_BYTES, "cpu", 256)
+    logits = 30 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[2] = -torch.inf
+    z = logits.T.contiguous().T if transposed else logits
+    sums = rows.rest_sums(z, entropy=True)
+    top = logits.amax(-1).clamp(min=-1e30)
+    torch.testing.assert_close(sums.maximum, top)
+    x = logits - top[:, None]
+    torch.testing.assert_close(sums.exp, x.exp().sum(-1))
+    torch.testing.assert_close(sums.exp_x, (x.exp() * x.clamp(min=-1e30)).sum(-1))

@@ -1,0 +1,68 @@
+"""A head split over two processes: the loss and the gradients of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qtarget
+from qtarget.errors import IncompatibleError, ShapeError
+
+from . import ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, "-m", "tests.loss.ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_two_shards_equal_one_head(two: list[dict], name: str) -> None:
+    whole = ranks.run(name, slice(0, ranks.VOCAB), None)
+    for rank, rows in enumerate((slice(0, ranks.ROWS_OF_FIRST), slice(ranks.ROWS_OF_FIRST, ranks.VOCAB))):
+        for field, ours in two[rank][name].items():
+            expected = whole[field][rows] if field in ("weight", "bias") else whole[field]
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{field}: {m}")
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_one_process(two: list[dict]) -> None:
+    """Both ranks see the same rows, so FSDP's mean over ranks is the gradient itself."""
+    whole = ranks.sharded_model(shard=False)
+    assert float(whole["lm_head.weight"].norm()) > 1e-3
+    for rank in (0, 1):
+        for field, expected in whole.items():
+            torch.testing.assert_close(two[rank]["fsdp2"][field], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_split_head_cannot_do_is_refused(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        hidden, weight, bias, labels, _ = ranks.problem()
+        group = torch.distributed.group.WORLD
+        one = qtarget.linear_target_loss(hidden, weight, labels, "sft", vocab_group=group)
+        torch.testing.assert_close(one, qtarget.linear_target_loss(hidden, weight, labels, "sft"))
+        with pytest.raises(IncompatibleError, match=r"split over vocab_group.*whole log-softmax"):
+            qtarget.linear_target_loss(hidden, weight, labels, "gem", vocab_group=group)
+        with pytest.raises(IncompatibleError, match="dense"):
+            qtarget.linear_target_loss(hidden, weight, labels, "sft", vocab_group=group, backend="dense")
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        spread = torch.distributed.tensor.distribute_tensor(weight, mesh)
+        with pytest.raises(ShapeError, match="full_tensor"):
+            qtarget.linear_target_loss(hidden, spread, labels, "sft")
+    finally:
+        torch.distributed.destroy_process_group()
