@@ -47,12 +47,62 @@ def real_table() -> str:
     return "\n".join(lines)
 
 
+SPEED = {
+    "N=2,048 D=576 V=49,152, float32": "speed_cpu_float32_49152.json",
+    "N=512 D=896 V=151,936, float32": "speed_cpu_float32_151936.json",
+    "N=128 D=576 V=49,152, bfloat16": "speed_cpu_bfloat16_49152.json",
+}
+
+
+def results_of(name: str) -> dict:
+    """One file of raw results."""
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
+def speed_table() -> str:
+    """Ratios to the floor, one column a shape, in the order the contenders ran."""
+    columns = [results_of(name)["rows"] for name in SPEED.values()]
+    names = list(dict.fromkeys(name for rows in columns for name in rows if name != "floor, 4 products"))
+    lines = ["| x floor (lowest .. highest round) | " + " | ".join(SPEED) + " |", "|---|" + "---|" * len(columns)]
+    for name in names:
+        cells = []
+        for rows in columns:
+            ratio = rows.get(name, {}).get("ratio")
+            cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})" if ratio else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """Peak memory by loss and number of tokens."""
+    lines = ["| N = | tokens | beyond inputs | of it gradients | beyond both |", "|---|---|---|---|---|"]
+    for name, by_tokens in results_of("memory_cpu_float32_49152.json")["rows"].items():
+        for tokens, row in by_tokens.items():
+            total, gradients = row["beyond_inputs"], row["gradients"]
+            lines.append(f"| {name} | {int(tokens):,} | {total:.0f} | {gradients:.0f} | {total - gradients:.0f} |")
+    return "\n".join(lines).replace("| N = |", "| |")
+
+
+def speed_note() -> str:
+    """What the machine of the timings cannot do."""
+    facts = results_of("speed_cpu_bfloat16_49152.json")["machine"]
+    if facts["bfloat16_instructions"]:
+        return "bfloat16 ran on matrix instructions."
+    return (
+        "This machine has no bfloat16 matrix instructions, so bfloat16's floor is slow; the loss multiplies widened blocks in "
+        "float32 there, which is faster and exact. bfloat16 on a CPU that has them was not timed."
+    )
+
+
 def render() -> str:
     """README.md as it should be."""
     parts = {
         "TABLE": targets_table(),
         "DEMO": demo_table(),
         "REAL": real_table(),
+        "SPEED": speed_table(),
+        "SPEED_NOTE": speed_note(),
+        "MEMORY": memory_table(),
         "EXAMPLE": (ROOT / "examples/train_with_trl.py").read_text().strip(),
         "YAML": (ROOT / "examples/noisy.yaml").read_text().split("\n", 9)[-1].strip(),
     }

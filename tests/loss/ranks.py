@@ -49,7 +49,7 @@ def sharded_model(shard: bool) -> dict[str, Tensor]:
     from qtarget.integrations.step import TargetStep
 
     torch.manual_seed(0)
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size))
     add_target_head(model, probe_head(model))
     if shard:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -143,3 +146,22 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
     x = logits - top[:, None]
     torch.testing.assert_close(sums.exp, x.exp().sum(-1))
     torch.testing.assert_close(sums.exp_x, (x.exp() * x.clamp(min=-1e30)).sum(-1))
+
+
+COMPILED = """
+import torch, qtarget
+rng = torch.Generator().manual_seed(0)
+hidden, weight = torch.randn(5, 4, generator=rng).requires_grad_(), torch.randn(30, 4, generator=rng).requires_grad_()
+loss = lambda h: qtarget.linear_target_loss(h.tanh(), weight, torch.arange(5), "dft")
+plain = torch.autograd.grad(loss(hidden), (hidden, weight))
+compiled = torch.autograd.grad(torch.compile(loss, backend="eager")(hidden), (hidden, weight))
+for a, b in zip(compiled, plain, strict=True):
+    torch.testing.assert_close(a, b)
+"""
+
+
+@pytest.mark.slow
+def test_inside_torch_compile() -> None:
+    """Dynamo breaks the graph at the loss and the numbers stay; in a process without the annotations' checker."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ def test_two_shards_equal_one_head(two: list[dict], name: str) -> None:
     for rank, rows in enumerate((slice(0, ranks.ROWS_OF_FIRST), slice(ranks.ROWS_OF_FIRST, ranks.VOCAB))):
         for field, ours in two[rank][name].items():
             expected = whole[field][rows] if field in ("weight", "bias") else whole[field]
-            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{field}: {m}")
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m, f=field: f"{f}: {m}")
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_fsdp2_equals_one_process(two: list[dict]) -> None:
 def test_what_a_split_head_cannot_do_is_refused(tmp_path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        hidden, weight, bias, labels, _ = ranks.problem()
+        hidden, weight, _bias, labels, _ = ranks.problem()
         group = torch.distributed.group.WORLD
         one = qtarget.linear_target_loss(hidden, weight, labels, "sft", vocab_group=group)
         torch.testing.assert_close(one, qtarget.linear_target_loss(hidden, weight, labels, "sft"))

@@ -51,10 +51,11 @@ def speed(
         raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
     torch.set_num_threads(threads)
     config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, min(top_k, vocab), suite, peers)
-    if memory:
-        results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
-    else:
-        results = run_speed(config, typer.echo)
+    results = (
+        run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
+        if memory
+        else run_speed(config, typer.echo)
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(memory_table(results) if memory else speed_table(results))

@@ -92,7 +92,7 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
     Raises:
         HyperparameterError: k exceeds the vocabulary.
     """
-    count, vocab = logits.shape
+    _count, vocab = logits.shape
     if k > vocab:
         raise HyperparameterError(f"top_k={k} exceeds the vocabulary of {vocab}; choose a smaller top_k")
     groups = vocab // GROUP
