@@ -12,6 +12,7 @@ import qtarget
 
 SOURCE = Path(qtarget.__file__).parents[1]
 HEAVY = (
+    "triton",
     "transformers",
     "trl",
     "accelerate",
@@ -98,7 +99,7 @@ print(json.dumps(out))
 """
     seen = json.loads(fresh(code))
     expected = {
-        "backend": ("HyperparameterError", "expected one of auto, chunked, dense"),
+        "backend": ("HyperparameterError", "expected one of auto, chunked, triton, dense"),
         "reduction": ("HyperparameterError", "'average' is unknown; expected mean, sum, none"),
         "none": ("HyperparameterError", "backend='dense'"),
         "divided sum": ("HyperparameterError", "leave it out"),
@@ -122,6 +123,7 @@ print(json.dumps(out))
 def test_public_names_are_locked() -> None:
     """Changing this list is a decision: adding is cheap, removing breaks someone."""
     assert sorted(qtarget.__all__) == [
+        "BackendChoice",
         "Combined",
         "FrozenHead",
         "InducedTarget",
@@ -135,6 +137,7 @@ def test_public_names_are_locked() -> None:
         "TokenReport",
         "TokenView",
         "available_targets",
+        "explain_backend",
         "get_target",
         "induced_target",
         "label_weights",

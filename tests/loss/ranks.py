@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import qtarget
+from qtarget.loss import chunked
 
 CASES = ("sft", "label_smoothing", "eaft", "idft", "asft", "reverse_kl", "target_sft", "rho1+sft_kl", "talr")
 VOCAB, ROWS_OF_FIRST = 41, 23
@@ -34,8 +37,8 @@ def run(name: str, rows: slice, group: dist.ProcessGroup | None) -> dict[str, Te
     target = qtarget.get_target(name)
     arguments = {role: known for role in ("reference", "teacher") if getattr(target.needs, role)}
     loss, report = qtarget.linear_target_loss(
-        leaves[0], leaves[1], labels, target, bias=leaves[2], chunk_size=4, logit_softcap=8.0, return_report=True,
-        vocab_group=group, **arguments,
+        leaves[0], leaves[1], labels, target, bias=leaves[2], logit_softcap=8.0, return_report=True, vocab_group=group,
+        **arguments,
     )  # fmt: skip
     gradients = torch.autograd.grad(loss, leaves)
     return {"loss": loss.detach(), **dict(zip(("hidden", "weight", "bias"), gradients, strict=True)), **vars(report)}
@@ -69,12 +72,33 @@ def sharded_model(shard: bool) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{n: whole(p.grad) for n, p in model.named_parameters()}}
 
 
+def refusal(function: Callable[[], Any]) -> str:
+    """The error that a call ends with."""
+    try:
+        function()
+    except qtarget.QTargetError as error:
+        return str(error)
+    return "no error"
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     rows = slice(0, ROWS_OF_FIRST) if rank == 0 else slice(ROWS_OF_FIRST, VOCAB)
-    out = {name: run(name, rows, dist.group.WORLD) for name in CASES}
+    # so small a budget that ranks would choose different chunks if they looked at their own rows
+    chunked.LOGIT_BYTES["cpu"], chunked.FEWEST_TOKENS["cpu"] = 16 * 23 * 8, 1
+    out: dict[str, Any] = {name: run(name, rows, dist.group.WORLD) for name in CASES}
+    hidden, weight, _, labels, _ = problem()
+    eaft = qtarget.get_target("eaft", top_k=VOCAB + 1)
+    arguments = (labels, eaft)
+    out["top_k"] = refusal(
+        lambda: qtarget.linear_target_loss(hidden, weight[rows], *arguments, vocab_group=dist.group.WORLD)
+    )
+    none = weight[: 0 if rank else VOCAB]
+    out["no rows"] = refusal(
+        lambda: qtarget.linear_target_loss(hidden, none, labels, "sft", vocab_group=dist.group.WORLD)
+    )
     out["fsdp2"] = sharded_model(shard=True)
     torch.save(out, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import IncompatibleError
+from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError
 from qtarget.loss import rows
 from qtarget.loss.chunked import default_chunk_size
 
@@ -43,11 +43,12 @@ def test_the_choice_is_explained() -> None:
 
 def test_soft_targets_get_float32_logits_unless_rounding_is_accepted() -> None:
     hidden, weight, _ = leaves(dtype=torch.bfloat16)
-    soft = qtarget.explain_backend(hidden, weight, "asft")
+    known = qtarget.token_statistics(torch.zeros(5, 30), torch.zeros(5, dtype=torch.long), top_k=3)
+    soft = qtarget.explain_backend(hidden, weight, "asft", reference=known)
     assert soft.logits_dtype == torch.float32
     from qtarget.loss.head import multiplies_bfloat16
 
-    accepted = qtarget.explain_backend(hidden, weight, "asft", logits_dtype=torch.bfloat16)
+    accepted = qtarget.explain_backend(hidden, weight, "asft", reference=known, logits_dtype=torch.bfloat16)
     assert accepted.logits_dtype == (torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32)
 
 
@@ -80,10 +81,57 @@ def test_an_unsupported_pair_is_refused() -> None:
         qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="triton")  # float64
 
 
+def test_impossible_settings_are_refused() -> None:
+    hidden, weight, labels = leaves()
+    with pytest.raises(HyperparameterError, match="chunk_size=0; expected at least one"):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", chunk_size=0)
+    with pytest.raises(
+        HyperparameterError, match=r"logits_dtype=torch.bfloat16; expected torch.float32, or torch.float64"
+    ):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", logits_dtype=torch.bfloat16)
+    with pytest.raises(MissingStatisticError, match=r"needs reference\.distribution"):
+        qtarget.explain_backend(hidden, weight, "asft")
+    assert qtarget.explain_backend(hidden.to("meta"), weight.to("meta"), "sft").backend == "chunked"
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight, labels = leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = qtarget.linear_target_loss(hidden, weight, labels, "sft")
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels))
+
+
+def test_weights_of_another_dtype() -> None:
+    """Weights made by numpy are float64."""
+    hidden, weight, labels = leaves(dtype=torch.float32)
+    factors = torch.linspace(0, 1, 5, dtype=torch.float64)
+    for name in ("sft", "gem"):
+        ours, dense = (
+            qtarget.linear_target_loss(hidden, weight, labels, name, loss_weights=factors, backend=b)
+            for b in ("chunked", "dense")
+        )
+        assert ours.dtype == dense.dtype == torch.float32
+        torch.testing.assert_close(ours, dense)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_a_tie_is_not_a_hit(backend: str) -> None:
+    hidden, weight, labels = torch.zeros(3, 2), torch.ones(5, 2), torch.tensor([0, 1, 4])
+    _, report = qtarget.linear_target_loss(hidden, weight, labels, "sft", backend=backend, return_report=True)
+    assert report.correct.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_second_derivative_is_refused_in_words() -> None:
+    hidden, weight, labels = leaves()
+    loss = qtarget.linear_target_loss(hidden, weight, labels, "sft")
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='dense'"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_chunks_follow_the_memory_but_do_not_starve_the_products() -> None:
     assert default_chunk_size(49152, 1, 4, "cpu") == 256  # 48 MiB
     assert default_chunk_size(152_064, 1, 4, "cpu") == 160
-    assert default_chunk_size(152_064, 1, 2, "cuda") > 2048 > default_chunk_size(152_064, 2, 4, "cuda") >= 512
+    assert default_chunk_size(152_064, 1, 2, "cuda") > 1024 >= default_chunk_size(152_064, 2, 4, "cuda") >= 512
 
 
 # -- gradients are handed out once ---------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ def test_two_shards_equal_one_head(two: list[dict], name: str) -> None:
 
 
 @pytest.mark.slow
+def test_errors_reach_every_rank(two: list[dict]) -> None:
+    for rank in (0, 1):
+        assert f"top_k=42 exceeds the vocabulary of {ranks.VOCAB}" in two[rank]["top_k"]
+        assert "hold [41, 0] rows" in two[rank]["no rows"]
+
+
+@pytest.mark.slow
 def test_fsdp2_equals_one_process(two: list[dict]) -> None:
     """Both ranks see the same rows, so FSDP's mean over ranks is the gradient itself."""
     whole = ranks.sharded_model(shard=False)

@@ -151,12 +151,13 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
         found["naive, float32 logits"] = naive(True)
     if not others:
         return found
-    options = torch.nn.LinearCrossEntropyOptions(acc_policy="compact")  # pyright: ignore # its fastest here
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy="compact")  # pyright: ignore # its fastest here
 
-    def in_torch() -> None:
-        backward(F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)  # pyright: ignore
+        def in_torch() -> None:
+            backward(F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)  # pyright: ignore
 
-    found["torch linear_cross_entropy, compact"] = in_torch
+        found["torch linear_cross_entropy, compact"] = in_torch
     try:
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction  # pyright: ignore
 
@@ -324,7 +325,7 @@ def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
     Returns:
         ``beyond_inputs`` and ``gradients`` (of hidden states and head: float32 where they are accumulated so).
     """
-    small = SpeedConfig(**{**asdict(config), "tokens": 32, "vocab": 1024})
+    small = SpeedConfig(**{**asdict(config), "tokens": 32, "vocab": 1024, "top_k": min(config.top_k, 1024)})
     warm = Problem.make(small)
     {**peers(warm, False), **memory_steps(warm)}[name]()
     problem = Problem.make(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,9 +11,10 @@ import torch
 
 from qtarget.errors import HyperparameterError, IncompatibleError
 from qtarget.loss.chunked import Plan, whole_vocabulary
-from qtarget.loss.head import Head, Precision, multiplies_bfloat16
+from qtarget.loss.head import Head, Precision
 from qtarget.loss.result import LossRequest
 from qtarget.shapes import Tensor
+from qtarget.statistics import check_frozen
 from qtarget.types import FrozenHead, Reference, Target
 
 Backend = Literal["auto", "chunked", "triton", "dense"]
@@ -49,11 +51,8 @@ def triton_obstacle(hidden: Tensor, whole: str) -> str:
         return "the Triton kernels have no float64"
     if whole:
         return f"{whole}, and the Triton kernels see a few columns and sums"
-    if hidden.device.type != "cuda":
-        from qtarget.loss import triton_rows
-
-        if not triton_rows.INTERPRETED:
-            return f"Triton needs a GPU, and the hidden states are on {hidden.device.type}"
+    if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs a GPU, and the hidden states are on {hidden.device.type}"
     return ""
 
 
@@ -84,31 +83,36 @@ def choose(
     )
     if backend == "dense":
         return "dense", ("asked for; holds all logits, and is differentiable twice",)
+    if backend == "chunked":
+        return "chunked", ("asked for", path)
+    if backend == "auto" and hidden.device.type != "cuda":
+        return "chunked", (f"the hidden states are on {hidden.device.type}", path)
     obstacle = triton_obstacle(hidden, whole)
-    if backend == "triton":
-        if obstacle:
-            raise IncompatibleError(f"backend='triton' cannot compute this loss: {obstacle}; use backend='auto'")
-        return "triton", ("asked for", path)
-    if backend == "auto" and not obstacle and hidden.device.type == "cuda":
-        return "triton", ("the hidden states are on a GPU and Triton is installed", path)
-    return "chunked", ("asked for" if backend == "chunked" else obstacle or "the hidden states are on a CPU", path)
+    if backend == "auto":
+        chosen = "the hidden states are on a GPU, and Triton is installed"
+        return ("chunked", (obstacle, path)) if obstacle else ("triton", (chosen, path))
+    if obstacle:
+        raise IncompatibleError(f"backend='triton' cannot compute this loss: {obstacle}; use backend='auto'")
+    return "triton", ("asked for", path)
 
 
-def plan_of(name: str, hidden: Tensor, head: Head, request: LossRequest, chunk_size, logits_dtype) -> Plan:
+def plan_of(
+    name: str, hidden: Tensor, head: Head, request: LossRequest, chunk_size, logits_dtype, widest: int | None = None
+) -> Plan:
     """The chunked plan behind ``chunked`` or ``triton``."""
     if name == "triton":
-        from qtarget.loss import triton_rows
-
-        return Plan.of(hidden, head, request, chunk_size, logits_dtype, triton_rows)
-    return Plan.of(hidden, head, request, chunk_size, logits_dtype)
+        from qtarget.loss import triton_rows as kernels
+    else:
+        from qtarget.loss import rows as kernels
+    return Plan.of(hidden, head, request, chunk_size, logits_dtype, kernels, widest)
 
 
 def precision_reason(precision: Precision, hidden: Tensor, soft: bool) -> str:
     """Why the logits have their dtype."""
     if hidden.dtype.itemsize >= 4 and precision.multiply == hidden.dtype:
         return "everything in the dtype of the hidden states"
-    if precision.multiply == torch.float32 and not multiplies_bfloat16(hidden.device.type):
-        return "this CPU has no bfloat16 matrix instructions, so blocks of the head are widened: faster, and exact"
+    if precision.multiply == torch.float32 and hidden.device.type == "cpu":
+        return f"this CPU has no fast {hidden.dtype} products, so blocks of the head are widened: faster, and exact"
     if precision.logits.itemsize >= 4:
         return "a soft target or an anchor is compared with the model: rounded logits would lose most of its gradient"
     return (
@@ -127,6 +131,8 @@ def explain(
     logits_dtype: torch.dtype | None,
 ) -> BackendChoice:
     """See ``qtarget.explain_backend``."""
+    check_frozen(reference, target.needs.reference, target.name, "reference")
+    check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
     request = LossRequest(target, no_labels, reference, teacher)
     name, reasons = choose(backend, hidden, request)

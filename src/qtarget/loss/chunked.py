@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from qtarget.coefficients import differentiate, logit_gradient
+from qtarget.errors import HyperparameterError
 from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestSums
 from qtarget.loss.head import Head, HeadProducts, Precision
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
+from qtarget.statistics import entropy_of
 from qtarget.types import FrozenHead, Needs, Reference
 
 LOGIT_BYTES = {"cpu": 48 * 2**20}
-"""Memory for one chunk's logits, live and frozen; 640 MiB on other devices."""
+"""Memory for one chunk's logits, live and frozen; 512 MiB on other devices, where a narrowed copy comes on top."""
 
 FEWEST_TOKENS = {"cpu": 160}
 """A chunk with fewer starves the matrix products (1,024 on other devices), so it may exceed the memory."""
@@ -45,7 +47,7 @@ def default_chunk_size(vocab: int, heads: int, itemsize: int, device_type: str) 
         itemsize: bytes a logit.
         device_type: ``cpu``, ``cuda``, ...
     """
-    fit = LOGIT_BYTES.get(device_type, 640 * 2**20) // (vocab * heads * itemsize)
+    fit = LOGIT_BYTES.get(device_type, 512 * 2**20) // (vocab * heads * itemsize)
     return max(FEWEST_TOKENS.get(device_type, 1024) // heads, fit // 16 * 16)
 
 
@@ -74,12 +76,20 @@ class Plan:
         chunk_size: int | None = None,
         logits_dtype: torch.dtype | None = None,
         kernels: ModuleType = rows,
+        widest: int | None = None,
     ) -> Plan:
-        """Decide for these inputs."""
+        """Decide for these inputs; ``widest`` is the most columns that one process holds.
+
+        Raises:
+            HyperparameterError: a chunk size below 1, or logits in another dtype than float32 or the inputs'.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise HyperparameterError(f"chunk_size={chunk_size}; expected at least one token a chunk")
         precision = Precision.of(hidden, head.weight, request.target.needs.soft, logits_dtype)
         heads = 1 + len(frozen_heads(request))
         if chunk_size is None:
-            chunk_size = default_chunk_size(head.vocab, heads, precision.logits.itemsize, hidden.device.type)
+            columns = widest or head.vocab
+            chunk_size = default_chunk_size(columns, heads, precision.logits.itemsize, hidden.device.type)
         return cls(kernels, precision, chunk_size, whole_vocabulary(request))
 
 
@@ -142,7 +152,7 @@ class Gradients:
     ) -> None:
         """Add one chunk, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
-            self.bias += gradient.sum(0)
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
             self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
         if self.weight is not None:
@@ -169,8 +179,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the chunked loss has no second derivative (create_graph=True); use backend='dense', which has one"
+            )
         if ctx.grads is None:
             raise RuntimeError(
                 "the chunked loss hands its gradients out once; call backward(retain_graph=True) before a second "
@@ -275,7 +288,7 @@ class _Run:
         for start in range(0, max(len(logits), 1), step):
             part = slice(start, start + step)
             piece = request.rows(part)
-            models = {r: Reference.from_logits(z[part], piece.labels) for r, z in frozen.items()}
+            models = {r: numbers_of(z[part], piece, r) for r, z in frozen.items()}
             piece = replace(piece, **models)
             z = logits[part].to(loss.dtype)
             view = piece.view(z)
@@ -291,6 +304,15 @@ class _Run:
                 gradient = logit_gradient(z, piece.labels, weights, view.reference, view.teacher)
                 logits[part] = gradient.mul_(self.head.chain(z))
         return loss
+
+
+def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role: str) -> Reference:
+    """What a frozen model with these logits says, as far as the target asks."""
+    known = Reference.from_logits(logits, request.labels)
+    if "entropy" in getattr(request.target.needs, role):
+        assert known.log_probs is not None
+        known = replace(known, entropy=entropy_of(known.log_probs, torch.zeros_like(known.log_probs[:, 0])))
+    return known
 
 
 def frozen_head(model: FrozenHead) -> Head:
@@ -340,7 +362,7 @@ def label_statistics(
     vocabulary = vocabulary or Vocabulary(head.vocab)
     precision = precision or Precision.of(hidden, head.weight, True)
     head, hidden = head.detach(), hidden.detach()
-    size = default_chunk_size(head.vocab, 1, precision.logits.itemsize, hidden.device.type)
+    size = default_chunk_size(vocabulary.widest, 1, precision.logits.itemsize, hidden.device.type)
     products = HeadProducts(head, precision, min(size, len(labels)), kernels.BY_VOCABULARY)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]

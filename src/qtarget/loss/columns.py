@@ -183,8 +183,10 @@ class ChunkStatistics:
         return self.log_sum - of_rest - at_columns.sum(-1)
 
     def correct(self) -> Float[Tensor, " tokens"]:
-        """1 where no token is more likely than the label."""
-        return (self.logits[:, 0] >= self.maximum).to(self.maximum.dtype)
+        """1 where the label is more likely than every other token."""
+        others = self.columns.rest_only(self.logits, -torch.inf)[:, 1:]
+        best = torch.cat([others, self.rest.maximum[:, None]], dim=-1).amax(-1)
+        return (self.logits[:, 0] > best).to(best.dtype)
 
     def mean_log_prob(self, vocab: int) -> Float[Tensor, " tokens"]:
         """Mean over the vocabulary of the live log-probs."""

@@ -69,7 +69,8 @@ def build_request(
             return None
         if tuple(value.shape) != leading:
             raise ShapeError(f"{name} has shape {tuple(value.shape)}, labels {leading}; expected one value a label")
-        return value.detach().reshape(-1)[kept]
+        value = value.detach().reshape(-1)[kept]
+        return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
     models = [None if m is None else m.flatten(leading).rows(kept) for m in (reference, teacher)]
     for model in models:
@@ -201,7 +202,7 @@ def loss_from_hidden(
         )
     divide_by = denominator(len(kept), num_items, reduction)
     index = None if len(kept) == len(rows) else kept
-    plan = plan_of(name, rows, head, request, chunk_size, logits_dtype)
+    plan = plan_of(name, rows, head, request, chunk_size, logits_dtype, vocabulary.widest)
     for role in ("reference", "teacher"):
         model = getattr(request, role)
         if isinstance(model, FrozenHead) and not wanted(target.needs, role):

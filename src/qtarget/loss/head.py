@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from qtarget.errors import HyperparameterError
 from qtarget.shapes import Float, Tensor
 
-BLOCK_ROWS = 1024
-"""Rows of the head in one product where the head is widened, or a CPU stores logits by token."""
+BLOCK_ROWS = {"cpu": 1024}
+"""Rows of the head in one product where the head is widened, or a CPU stores logits by token; 16,384 on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
-def blocks(vocab: int) -> Iterator[slice]:
-    """The vocabulary, a block at a time."""
-    return (slice(start, start + BLOCK_ROWS) for start in range(0, vocab, BLOCK_ROWS))
+def blocks(weight: Tensor) -> Iterator[slice]:
+    """The rows of a head, a block at a time."""
+    step = BLOCK_ROWS.get(weight.device.type, 16384)
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,7 +55,11 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def multiplies_bfloat16(device_type: str) -> bool:
     """Whether the device has bfloat16 matrix instructions (a CPU without them is about five times slower than in float32)."""
-    return device_type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device_type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,17 @@ class Precision:
         Hard labels lose 0.3 % of their gradient to bfloat16 logits, as plain cross entropy does. A soft target or an
         anchor loses 20 to 200 % near agreement, so its logits are float32 products of the inputs as they are (also
         under autocast), unless ``logits_dtype`` says otherwise.
+
+        Raises:
+            HyperparameterError: logits in a dtype that is neither float32 nor that of the products.
         """
         kind = hidden.device.type
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        casts = kind != "meta" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        narrow = torch.get_autocast_dtype(kind) if casts else hidden.dtype
+        if logits_dtype not in (None, narrow, torch.float32):
+            raise HyperparameterError(
+                f"logits_dtype={logits_dtype}; expected torch.float32, or {narrow}, in which the head is multiplied"
+            )
         if narrow.itemsize >= 4:
             return cls(narrow, narrow, narrow)
         fast = multiplies_bfloat16(kind) if narrow == torch.bfloat16 else kind != "cpu"
@@ -103,21 +118,18 @@ class HeadProducts:
     """
 
     def __init__(self, head: Head, precision: Precision, chunk_size: int, by_vocabulary: bool) -> None:
-        self.head, self.precision = head, precision
-        device = head.weight.device
-        self.by_vocabulary = by_vocabulary and device.type == "cpu"
-        self._buffer = torch.empty(chunk_size * head.vocab, dtype=precision.logits, device=device)
+        self.head, self.precision, self.chunk_size = head, precision, chunk_size
+        self.by_vocabulary = by_vocabulary and head.weight.device.type == "cpu"
+        self._buffer: Tensor | None = None
 
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of one chunk; they live until the next call."""
         head, dtype = self.head, self.precision.logits
         hidden = hidden.to(self.precision.inputs)
-        out = self._buffer[: len(hidden) * head.vocab]
-        out = out.view(head.vocab, -1).T if self.by_vocabulary else out.view(-1, head.vocab)
         if dtype != hidden.dtype and hidden.device.type == "cuda":
-            out.copy_(product(hidden, head.weight.to(hidden.dtype).T, dtype))
+            out = product(hidden, head.weight.to(hidden.dtype).T, dtype)
         else:
-            hidden = hidden.to(dtype)
+            out, hidden = self._room(len(hidden)), hidden.to(dtype)
             for rows, weight in self._weight_blocks(dtype, cut=hidden.device.type == "cpu" and not self.by_vocabulary):
                 if self.by_vocabulary:
                     torch.mm(weight, hidden.T, out=out.T[rows])
@@ -131,13 +143,22 @@ class HeadProducts:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
 
+    def _room(self, tokens: int) -> Float[Tensor, "tokens vocab"]:
+        """The buffer, for so many tokens."""
+        head = self.head
+        if self._buffer is None:
+            size = self.chunk_size * head.vocab
+            self._buffer = torch.empty(size, dtype=self.precision.logits, device=head.weight.device)
+        out = self._buffer[: tokens * head.vocab]
+        return out.view(head.vocab, -1).T if self.by_vocabulary else out.view(-1, head.vocab)
+
     def _weight_blocks(self, dtype: torch.dtype, cut: bool = False) -> Iterator[tuple[slice, Tensor]]:
         """The head in ``dtype``: whole where it is stored so, else (or with ``cut``) a block of rows at a time."""
         weight, inputs = self.head.weight, self.precision.inputs
         if weight.dtype == dtype == inputs and not cut:
             yield slice(0, len(weight)), weight
             return
-        for rows in blocks(len(weight)):
+        for rows in blocks(weight):
             yield rows, weight[rows].to(inputs).to(dtype)
 
     def hidden_gradient(self, gradient: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens width"]:
@@ -165,5 +186,5 @@ class HeadProducts:
         if dtype == total.dtype:
             total.addmm_(gradient.to(dtype).T, hidden)
             return
-        for rows in blocks(len(total)):
+        for rows in blocks(total):
             total[rows].add_(product(gradient[:, rows].to(dtype).T, hidden, total.dtype))

@@ -65,7 +65,7 @@ class TokenReport:
         losses: the target's loss, nats.
         label_log_probs: live log-prob of the observed token, nats.
         entropy: of the live model, nats.
-        correct: 1 where the most likely token is the label.
+        correct: 1 where the label is more likely than every other token.
         label_weights: ``a``, the weight of the pull towards the observed token.
         residual_weights: ``b``, the weight of the pull towards the residual distribution.
     """
@@ -98,7 +98,7 @@ def report(
         losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
         entropy=entropy.detach(),
-        correct=(logits.argmax(-1) == request.labels).to(entropy.dtype),
+        correct=((logits >= logits.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
         label_weights=label,
         residual_weights=residual,
     )

@@ -86,15 +86,19 @@ def overwrite_with_gradient(
             tile.copy_(x)
 
 
-def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tokens k"]:
-    """The k largest logits, descending: only the k groups of columns with the largest maxima can hold them.
+def check_top_k(k: int, vocab: int) -> None:
+    """Raise unless the vocabulary has k entries.
 
     Raises:
         HyperparameterError: k exceeds the vocabulary.
     """
-    _count, vocab = logits.shape
     if k > vocab:
         raise HyperparameterError(f"top_k={k} exceeds the vocabulary of {vocab}; choose a smaller top_k")
+
+
+def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tokens k"]:
+    """The k largest logits, descending: only the k groups of columns with the largest maxima can hold them."""
+    _count, vocab = logits.shape
     groups = vocab // GROUP
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values

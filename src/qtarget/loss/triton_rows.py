@@ -1,10 +1,14 @@
 """The two operations of ``rows.py`` as Triton kernels: one program a row reads the logits once, one sweep overwrites them.
 
-Registered as custom operators with fake versions, so that ``torch.compile`` and CUDA graphs take them as they are. Both
-are deterministic: a row's sums are made by one program in a fixed order, and nothing is added atomically.
+Registered as custom operators with fake versions, so that ``torch.compile`` takes them as they are, and CUDA graphs after a
+first call outside the capture (which tunes). Both are deterministic: a row's sums are made by one program in a fixed
+order, and nothing is added atomically.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -22,9 +26,12 @@ BY_VOCABULARY = False
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((8192, 8), (4096, 8), (16384, 16))]
+CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((4096, 8), (8192, 8), (16384, 16))]
 if INTERPRETED:
-    CONFIGS = CONFIGS[1:2]  # nothing to tune, and the loop over blocks is run
+    CONFIGS = CONFIGS[:1]  # nothing to tune
+
+SWEEP = {"BLOCK": 4096, "num_warps": 8}
+"""Of the gradient kernel, which only streams. It overwrites its input, so tuning it would cost a copy of the logits."""
 
 
 @triton.autotune(CONFIGS, key=["vocab"])
@@ -51,7 +58,6 @@ def _sums_kernel(
         tl.store(exp_x + row, t)
 
 
-@triton.autotune(CONFIGS, key=["vocab"], restore_value=["logits"])
 @triton.jit
 def _gradient_kernel(
     logits, shift, factor, slope, level, softcap, vocab, stride,
@@ -75,11 +81,19 @@ def _gradient_kernel(
     tl.store(place, g.to(logits.dtype.element_ty), mask=inside)
 
 
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
+
+
 @torch.library.custom_op("qtarget::rest_sums", mutates_args=())
 def _rest_sums(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     maximum, exp, exp_x = (torch.zeros(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
     if len(logits):
-        _sums_kernel[(len(logits),)](logits, maximum, exp, exp_x, logits.shape[1], logits.stride(0), ENTROPY=entropy)
+        with on_device(logits):
+            _sums_kernel[(len(logits),)](
+                logits, maximum, exp, exp_x, logits.shape[1], logits.stride(0), ENTROPY=entropy
+            )
     return maximum, exp, exp_x
 
 
@@ -95,11 +109,12 @@ def _overwrite(
     if not len(logits):
         return
     vocab = logits.shape[1]
-    _gradient_kernel[lambda meta: (len(logits), triton.cdiv(vocab, meta["BLOCK"]))](
-        logits, shift, factor, factor if slope is None else slope, factor if level is None else level,
-        softcap, vocab, logits.stride(0),
-        HAS_SLOPE=slope is not None, HAS_LEVEL=level is not None, HAS_SOFTCAP=softcap > 0,
-    )  # fmt: skip
+    with on_device(logits):
+        _gradient_kernel[(len(logits), triton.cdiv(vocab, SWEEP["BLOCK"]))](
+            logits, shift, factor, factor if slope is None else slope, factor if level is None else level,
+            softcap, vocab, logits.stride(0),
+            HAS_SLOPE=slope is not None, HAS_LEVEL=level is not None, HAS_SOFTCAP=softcap > 0, **SWEEP,
+        )  # fmt: skip
 
 
 @_overwrite.register_fake

@@ -20,10 +20,11 @@ class Vocabulary:
 
     Attributes:
         size: V.
+        widest: the most columns that one process holds; chunk sizes follow from it, so that they agree on all ranks.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, widest: int | None = None) -> None:
+        self.size, self.widest = size, widest or size
 
     def take(self, logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
         """The logits at these ids, which are left at minus infinity."""
@@ -47,6 +48,7 @@ class Vocabulary:
 
     def largest(self, logits: Float[Tensor, "tokens columns"], k: int) -> Float[Tensor, "tokens k"]:
         """The k largest logits, descending."""
+        rows.check_top_k(k, self.size)
         return rows.largest(logits, k)
 
 
@@ -55,14 +57,19 @@ class ShardedVocabulary(Vocabulary):
 
     Args:
         columns: how many of them this rank holds (ranks may hold different numbers).
-        group: every rank calls the loss with the same hidden states and labels.
+        group: every rank calls the loss with the same hidden states, labels and chunk size.
+
+    Raises:
+        ShapeError: a rank holds none.
     """
 
     def __init__(self, columns: int, group: dist.ProcessGroup, device: torch.device) -> None:
         counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size(group))]
         dist.all_gather(counts, torch.tensor([columns], device=device), group)
         sizes = [int(count) for count in counts]
-        super().__init__(sum(sizes))
+        if min(sizes) == 0:  # seen by every rank, so none is left waiting
+            raise ShapeError(f"ranks of vocab_group hold {sizes} rows of the head; expected at least one each")
+        super().__init__(sum(sizes), max(sizes))
         self.columns, self.group = columns, group
         self.first = sum(sizes[: dist.get_rank(group)])
 
@@ -99,8 +106,7 @@ class ShardedVocabulary(Vocabulary):
         return values
 
     def largest(self, logits: Float[Tensor, "tokens columns"], k: int) -> Float[Tensor, "tokens k"]:
-        if k > self.size:
-            rows.largest(logits[:, :0], k)  # the one error for a k beyond the vocabulary
+        rows.check_top_k(k, self.size)
         own = torch.full((len(logits), k), -torch.inf, dtype=logits.dtype, device=logits.device)
         count = min(k, self.columns)
         own[:, :count] = rows.largest(logits, count)
