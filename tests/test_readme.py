@@ -57,6 +57,25 @@ def test_make_targets_exist():
 
 
 @pytest.mark.slow
+def test_benchmark_commands_run(tmp_path, monkeypatch):
+    """As written, but for the size."""
+    from typer.testing import CliRunner
+
+    from qtarget.benchmarks import speed
+    from qtarget.cli.app import app
+
+    monkeypatch.setattr(speed, "MEMORY", ("sft",))
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in blocks("bash")[2].splitlines()]
+    assert [c[1:3] for c in commands] == [["bench", "speed"]] * 2
+    small = ["--tokens", "8", "--width", "8", "--vocab", "256", "--rounds", "1", "--threads", "1"]
+    for command in commands:
+        result = CliRunner().invoke(app, [*command[1:], *small], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"speed.json", "memory.json"}
+
+
+@pytest.mark.slow
 def test_commands_run_in_order(tmp_path, monkeypatch):
     """Noise, score, train: as written, in a copy of the files they name."""
     from typer.testing import CliRunner

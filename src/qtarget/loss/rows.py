@@ -97,13 +97,18 @@ def check_top_k(k: int, vocab: int) -> None:
 
 
 def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tokens k"]:
-    """The k largest logits, descending: only the k groups of columns with the largest maxima can hold them."""
-    _count, vocab = logits.shape
+    """The k largest logits, descending: only the k groups of columns with the largest maxima can hold them.
+
+    A group is every ``V / GROUP``-th column, so that the maxima are taken element by element over long runs.
+    """
+    vocab = logits.shape[1]
     groups = vocab // GROUP
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values
-    whole = logits[:, : groups * GROUP].unflatten(-1, (groups, GROUP))
-    best = whole.amax(-1).topk(k, dim=-1).indices
-    columns = (best[:, :, None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
+    maxima = logits[:, :groups].clone()
+    for member in logits[:, groups : groups * GROUP].split(groups, dim=1):
+        torch.maximum(maxima, member, out=maxima)
+    best = maxima.topk(k, dim=-1).indices
+    columns = (best[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
     found = torch.cat([logits.gather(-1, columns), logits[:, groups * GROUP :]], dim=-1)
     return found.topk(k, dim=-1).values

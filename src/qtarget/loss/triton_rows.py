@@ -91,9 +91,8 @@ def _rest_sums(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     maximum, exp, exp_x = (torch.zeros(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
     if len(logits):
         with on_device(logits):
-            _sums_kernel[(len(logits),)](
-                logits, maximum, exp, exp_x, logits.shape[1], logits.stride(0), ENTROPY=entropy
-            )
+            flags: dict[str, Any] = {"ENTROPY": entropy}
+            _sums_kernel[(len(logits),)](logits, maximum, exp, exp_x, logits.shape[1], logits.stride(0), **flags)
     return maximum, exp, exp_x
 
 
@@ -109,12 +108,17 @@ def _overwrite(
     if not len(logits):
         return
     vocab = logits.shape[1]
+    absent = factor  # never read
+    numbers = (shift, factor, absent if slope is None else slope, absent if level is None else level)
+    flags: dict[str, Any] = {
+        "HAS_SLOPE": slope is not None,
+        "HAS_LEVEL": level is not None,
+        "HAS_SOFTCAP": softcap > 0,
+        **SWEEP,
+    }
     with on_device(logits):
-        _gradient_kernel[(len(logits), triton.cdiv(vocab, SWEEP["BLOCK"]))](
-            logits, shift, factor, factor if slope is None else slope, factor if level is None else level,
-            softcap, vocab, logits.stride(0),
-            HAS_SLOPE=slope is not None, HAS_LEVEL=level is not None, HAS_SOFTCAP=softcap > 0, **SWEEP,
-        )  # fmt: skip
+        grid = (len(logits), triton.cdiv(vocab, SWEEP["BLOCK"]))
+        _gradient_kernel[grid](logits, *numbers, softcap, vocab, logits.stride(0), **flags)
 
 
 @_overwrite.register_fake
