@@ -415,6 +415,5 @@ def test_the_dense_loss_can_be_differentiated_twice_and_the_chunked_once() -> No
     leaf = z.clone().requires_grad_()
     loss = qtarget.linear_target_loss(leaf, torch.eye(6, dtype=torch.float64), labels, "sft")
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(scale * loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(scale * loss, leaf, create_graph=True)
