@@ -90,8 +90,8 @@ def speed_note() -> str:
     if facts["bfloat16_instructions"]:
         return "bfloat16 ran on matrix instructions."
     return (
-        "This machine has no bfloat16 matrix instructions, so bfloat16's own floor is some thirty times slower than float32 and its "
-        "column says only that; the loss multiplies widened blocks in float32 there, which is faster and exact. bfloat16 on a "
+        "This machine has no bfloat16 matrix instructions, so bfloat16's own floor is some thirty times slower than float32 and "
+        "its column says only that; the loss multiplies widened blocks in float32 there, which is faster and exact. bfloat16 on a "
         "CPU that has the instructions was not timed."
     )
 
