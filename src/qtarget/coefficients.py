@@ -19,7 +19,7 @@ import torch
 
 from qtarget.outcomes import align, outside
 from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.statistics import entropy_of, log_normalizer
+from qtarget.statistics import entropy_of
 from qtarget.types import Outcomes, Reference, Target, Terms, TokenView
 
 LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_reference", "on_teacher")
@@ -65,45 +65,43 @@ def coefficients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def logit_gradient(
-    logits: Float[Tensor, "tokens vocab"],
+    log_probs: Float[Tensor, "tokens vocab"],
     labels: Int[Tensor, " tokens"],
     weights: dict[str, Tensor],
     reference: Reference | None = None,
     teacher: Reference | None = None,
 ) -> Float[Tensor, "tokens vocab"]:
     """Gradient by the logits of a loss with these coefficients: the table at the top of this file, summed."""
-    lse = log_normalizer(logits)
-    log_probs = logits - lse[:, None]
     probs = log_probs.exp()
-    on_p = torch.zeros_like(lse)  # everything that multiplies p alone
-    gradient = torch.zeros_like(logits)
+    on_p = torch.zeros_like(log_probs[:, 0])  # everything that multiplies p alone
+    gradient = torch.zeros_like(log_probs)
     if (c := weights.get("label_log_probs")) is not None:
         gradient.scatter_add_(-1, labels[:, None], c[:, None])
         on_p -= c
     if (c := weights.get("mean_log_prob")) is not None:
-        gradient += (c / logits.shape[-1])[:, None]
+        gradient += (c / log_probs.shape[-1])[:, None]
         on_p -= c
     if (c := weights.get("log_probs")) is not None:
         gradient += c
         on_p -= c.sum(-1)
     if (c := weights.get("entropy")) is not None:
         finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-        gradient -= c[:, None] * probs * (finite + entropy_of(logits, lse)[:, None])
+        gradient -= c[:, None] * probs * (finite + entropy_of(log_probs)[:, None])
     for name, frozen in (("on_reference", reference), ("on_teacher", teacher)):
         if (c := weights.get(name)) is not None:
             assert frozen is not None
-            at = align(frozen, logits)
+            at = align(frozen, log_probs)
             if at.ids is None or at.listed is None:
                 gradient += c
                 on_p -= c.sum(-1)
             else:
-                on_p -= scatter_outcomes(gradient, logits, c, at.ids, at.listed)
+                on_p -= scatter_outcomes(gradient, log_probs, c, at.ids, at.listed)
     return gradient.addcmul_(probs, on_p[:, None])
 
 
 def scatter_outcomes(
     gradient: Float[Tensor, "tokens vocab"],
-    logits: Float[Tensor, "tokens vocab"],
+    log_probs: Float[Tensor, "tokens vocab"],
     c: Float[Tensor, "tokens k_1"],
     ids: Int[Tensor, "tokens k"],
     listed: Bool[Tensor, "tokens k"],
@@ -111,7 +109,7 @@ def scatter_outcomes(
     """Add the coefficients of k listed log-probs and the tail to ``gradient``; return what they take from ``p``."""
     c = c.masked_fill(torch.cat([~listed, torch.zeros_like(listed[:, :1])], dim=-1), 0.0)
     gradient.scatter_add_(-1, ids, c[:, :-1])
-    rest = outside(logits, ids, listed)
+    rest = outside(log_probs, ids, listed)
     empty = (rest == -torch.inf).all(-1)
     tail = c[:, -1].masked_fill(empty, 0.0)
     gradient += tail[:, None] * torch.where(empty[:, None], 0.0, rest).softmax(-1)

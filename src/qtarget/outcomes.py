@@ -27,25 +27,24 @@ def listed_once(ids: Int[Tensor, "tokens k"]) -> Bool[Tensor, "tokens k"]:
 
 
 def outside(
-    logits: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], listed: Bool[Tensor, "tokens k"]
+    log_probs: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], listed: Bool[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens vocab"]:
-    """The logits with those at the listed ids set to minus infinity."""
-    vocab = logits.shape[-1]
-    hit = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    """The log-probs with those at the listed ids set to minus infinity."""
+    vocab = log_probs.shape[-1]
+    hit = torch.zeros(len(log_probs), vocab + 1, dtype=torch.bool, device=log_probs.device)
     hit.scatter_(-1, torch.where(listed, ids, vocab), True)  # unlisted slots hit a last column that is cut off
-    return logits.masked_fill(hit[:, :vocab], -torch.inf)
+    return log_probs.masked_fill(hit[:, :vocab], -torch.inf)
 
 
 def tail_log_mass(
-    logits: Float[Tensor, "tokens vocab"],
-    lse: Float[Tensor, " tokens"],
+    log_probs: Float[Tensor, "tokens vocab"],
     ids: Int[Tensor, "tokens k"],
     listed: Bool[Tensor, "tokens k"],
 ) -> Float[Tensor, " tokens"]:
     """Log of the probability outside ``ids``, summed over the rest and never as ``1 - sum``: nothing cancels."""
-    rest = outside(logits, ids, listed)
+    rest = outside(log_probs, ids, listed)
     empty = (rest == -torch.inf).all(-1)
-    mass = torch.where(empty[:, None], 0.0, rest).logsumexp(-1) - lse
+    mass = torch.where(empty[:, None], 0.0, rest).logsumexp(-1)
     return mass.masked_fill(empty, ABSENT)
 
 
@@ -85,24 +84,24 @@ class Alignment:
     listed: Tensor | None = None
 
 
-def align(frozen: Reference, logits: Float[Tensor, "tokens vocab"]) -> Alignment:
+def align(frozen: Reference, like: Float[Tensor, "tokens vocab"]) -> Alignment:
     """Choose the outcomes on which live and frozen model are compared."""
     if frozen.log_probs is not None:
-        return Alignment(frozen.log_probs.to(logits.dtype))
+        return Alignment(frozen.log_probs.to(like.dtype))
     assert frozen.topk_ids is not None
     listed = listed_once(frozen.topk_ids)
     if frozen.tail_policy == "spread":
-        return Alignment(spread_log_probs(frozen, listed, logits))
-    return Alignment(frozen_outcomes(frozen, listed, logits), frozen.topk_ids.clamp(min=0), listed)
+        return Alignment(spread_log_probs(frozen, listed, like))
+    return Alignment(frozen_outcomes(frozen, listed, like), frozen.topk_ids.clamp(min=0), listed)
 
 
-def shared_outcomes(logits: Float[Tensor, "tokens vocab"], lse: Float[Tensor, " tokens"], at: Alignment) -> Outcomes:
+def shared_outcomes(log_probs: Float[Tensor, "tokens vocab"], at: Alignment) -> Outcomes:
     """Live log-probs on the aligned outcomes."""
     if at.ids is None or at.listed is None:
-        return Outcomes(logits - lse[:, None], at.frozen)
-    log_probs = (logits.gather(-1, at.ids) - lse[:, None]).masked_fill(~at.listed, ABSENT)
-    tail = tail_log_mass(logits, lse, at.ids, at.listed)
-    return Outcomes(torch.cat([log_probs, tail[:, None]], dim=-1), at.frozen)
+        return Outcomes(log_probs, at.frozen)
+    listed = log_probs.gather(-1, at.ids).masked_fill(~at.listed, ABSENT)
+    tail = tail_log_mass(log_probs, at.ids, at.listed)
+    return Outcomes(torch.cat([listed, tail[:, None]], dim=-1), at.frozen)
 
 
 def check_outcomes(frozen: Reference | FrozenHead | None, vocab: int) -> None:

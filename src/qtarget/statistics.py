@@ -16,15 +16,9 @@ from qtarget.shapes import Float, Int, Tensor
 from qtarget.types import FrozenHead, Needs, Outcomes, Reference, TokenView, missing_message, project
 
 
-def log_normalizer(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """``log sum_v exp(z_v)`` in nats."""
-    return torch.logsumexp(logits, dim=-1)
-
-
-def entropy_of(logits: Float[Tensor, "tokens vocab"], lse: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """``-sum p log p`` in nats; logits of minus infinity (banned tokens) count zero."""
-    finite = logits.masked_fill(logits == -torch.inf, 0.0)
-    return lse - ((logits - lse[:, None]).exp() * finite).sum(-1)
+def entropy_of(log_probs: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """``-sum p log p`` in nats; tokens of probability zero count zero."""
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
 
 
 def check_frozen(frozen: Reference | FrozenHead | None, fields: frozenset[str], target: str, role: str) -> None:
@@ -53,21 +47,21 @@ def token_view(
     label_weights: Float[Tensor, " tokens"] | None = None,
 ) -> TokenView:
     """The statistics that ``needs`` names. Differentiable in ``logits`` wherever gradients are enabled."""
-    lse = log_normalizer(logits)
+    log_probs = logits.log_softmax(-1)
     frozen = {"reference": reference, "teacher": teacher}
     resolved = {role: None if m is None else m.resolve(labels) for role, m in frozen.items()}
     outcomes: dict[str, Outcomes | None] = {"reference": None, "teacher": None}
     for role, wanted in (("reference", needs.reference), ("teacher", needs.teacher)):
         model = resolved[role]
         if model is not None and {"distribution", "log_probs"} & wanted:
-            outcomes[role] = shared_outcomes(logits, lse, align(model, logits))
+            outcomes[role] = shared_outcomes(log_probs, align(model, log_probs))
     return TokenView(
-        label_log_probs=logits.gather(-1, labels[:, None])[:, 0] - lse,
+        label_log_probs=log_probs.gather(-1, labels[:, None])[:, 0],
         vocab_size=logits.shape[-1],
-        entropy=entropy_of(logits, lse) if needs.entropy else None,
-        mean_log_prob=logits.mean(-1) - lse if needs.mean_log_prob else None,
-        top_log_probs=largest(logits.detach(), needs.top_k) - lse.detach()[:, None] if needs.top_k else None,
-        log_probs=logits - lse[:, None] if needs.log_probs else None,
+        entropy=entropy_of(log_probs) if needs.entropy else None,
+        mean_log_prob=log_probs.mean(-1) if needs.mean_log_prob else None,
+        top_log_probs=largest(log_probs.detach(), needs.top_k) if needs.top_k else None,
+        log_probs=log_probs if needs.log_probs else None,
         on_reference=outcomes["reference"],
         on_teacher=outcomes["teacher"],
         reference=resolved["reference"],
@@ -161,15 +155,11 @@ def statistics_of(
     logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"], top_k: int
 ) -> dict[str, Tensor]:
     """The fields of a ``Reference`` for one chunk of logits."""
-    lse = log_normalizer(logits)
-    out = {
-        "label_log_probs": logits.gather(-1, labels[:, None])[:, 0] - lse,
-        "entropy": entropy_of(logits, lse),
-    }
+    log_probs = logits.log_softmax(-1)
+    out = {"label_log_probs": log_probs.gather(-1, labels[:, None])[:, 0], "entropy": entropy_of(log_probs)}
     if top_k:
-        largest(logits, top_k)  # refuses a k beyond the vocabulary
-        values, ids = logits.topk(top_k, dim=-1)
-        listed = torch.ones_like(ids, dtype=torch.bool)
-        out["topk_ids"], out["topk_log_probs"] = ids, values - lse[:, None]
-        out["tail_log_mass"] = tail_log_mass(logits, lse, ids, listed)
+        out["topk_log_probs"], out["topk_ids"] = log_probs.topk(top_k, dim=-1)
+        out["tail_log_mass"] = tail_log_mass(
+            log_probs, out["topk_ids"], torch.ones_like(out["topk_ids"], dtype=torch.bool)
+        )
     return out

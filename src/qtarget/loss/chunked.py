@@ -291,18 +291,19 @@ class _Run:
             models = {r: numbers_of(z[part], piece, r) for r, z in frozen.items()}
             piece = replace(piece, **models)
             z = logits[part].to(loss.dtype)
-            view = piece.view(z)
+            log_probs = z.log_softmax(-1)
+            view = piece.view(log_probs)
             if not (write or request.want_report):
                 loss += request.target.losses(view).total(piece.loss_weights).sum()
                 continue
             found = differentiate(request.target, view)
             loss += found.terms.total(piece.loss_weights).sum()
             if request.want_report:
-                self.reports.append(report(z, view, piece, found))
+                self.reports.append(report(log_probs, view, piece, found))
             if write:
                 weights = found.combined(piece.loss_weights)
-                gradient = logit_gradient(z, piece.labels, weights, view.reference, view.teacher)
-                logits[part] = gradient.mul_(self.head.chain(z))
+                gradient = logit_gradient(log_probs, piece.labels, weights, view.reference, view.teacher)
+                logits[part] = gradient if self.head.plain else gradient.mul_(self.head.chain(z))
         return loss
 
 
@@ -311,7 +312,7 @@ def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role
     known = Reference.from_logits(logits, request.labels)
     if "entropy" in getattr(request.target.needs, role):
         assert known.log_probs is not None
-        known = replace(known, entropy=entropy_of(known.log_probs, torch.zeros_like(known.log_probs[:, 0])))
+        known = replace(known, entropy=entropy_of(known.log_probs))
     return known
 
 

@@ -30,6 +30,11 @@ class Head:
         """Rows of the weight."""
         return self.weight.shape[0]
 
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the product (and bias) as it is."""
+        return self.scale == 1.0 and self.softcap is None
+
     def chain(self, logits: Tensor) -> Tensor | float:
         """Derivative of a logit by ``h W^T + b``, from the logit itself."""
         return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)

@@ -8,7 +8,7 @@ import torch
 
 from qtarget.coefficients import Differentiated
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import entropy_of, log_normalizer, token_view
+from qtarget.statistics import entropy_of, token_view
 from qtarget.types import FrozenHead, Reference, Target, TokenView
 
 
@@ -93,7 +93,7 @@ def report(
 ) -> TokenReport:
     """The report of one run of tokens whose logits are at hand."""
     label, residual = found.pulls(request.loss_weights)
-    entropy = entropy_of(logits, log_normalizer(logits)) if view.entropy is None else view.entropy
+    entropy = entropy_of(logits.log_softmax(-1)) if view.entropy is None else view.entropy
     return TokenReport(
         losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
