@@ -87,6 +87,24 @@ calls = {
     "policy": lambda: qtarget.Reference(tail_policy="drop"),
     "logits and hidden": lambda: qtarget.token_statistics(head, labels, hidden=hidden, lm_head_weight=head),
     "no labels": lambda: qtarget.token_statistics(head),
+    "negative k": lambda: qtarget.token_statistics(head[:2], labels, top_k=-1),
+    "no chunk": lambda: qtarget.token_statistics(head[:2], labels, chunk_size=0),
+    "half a chunk": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", chunk_size=1.5),
+    "float labels": lambda: qtarget.linear_target_loss(hidden, head, labels.float(), "sft"),
+    "raw reference": lambda: qtarget.linear_target_loss(hidden, head, labels, "asft", reference=head),
+    "bias": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", bias=torch.zeros(3)),
+    "no cap": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", logit_softcap=0.0),
+    "no scale": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", logit_scale=0.0),
+    "explained width": lambda: qtarget.explain_backend(hidden[:, 1:], head, "sft"),
+    "frozen cap": lambda: qtarget.linear_target_loss(
+        hidden, head, labels, "forward_kl", teacher=qtarget.FrozenHead(hidden, head, logit_softcap=-1.0)
+    ),
+    "items by rank": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", num_items=torch.tensor([1, 1])),
+    "half dtype": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", logits_dtype=torch.float16),
+    "group": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", vocab_group="tp"),
+    "other mask": lambda: qtarget.linear_target_loss(
+        hidden, head, labels, "asft", reference=qtarget.token_statistics(head[:2], torch.tensor([1, -100]), top_k=2)
+    ),
 }
 out = {}
 for name, call in calls.items():
@@ -114,6 +132,20 @@ print(json.dumps(out))
         "policy": ("IncompatibleError", "bucket, spread, renormalize"),
         "logits and hidden": ("ShapeError", "either logits, or hidden"),
         "no labels": ("ShapeError", "labels"),
+        "negative k": ("HyperparameterError", "top_k=-1"),
+        "no chunk": ("HyperparameterError", "chunk_size=0"),
+        "half a chunk": ("HyperparameterError", "chunk_size=1.5"),
+        "float labels": ("ShapeError", "torch.long"),
+        "raw reference": ("IncompatibleError", "qtarget.token_statistics"),
+        "bias": ("ShapeError", "bias has shape (3,)"),
+        "no cap": ("HyperparameterError", "None for no cap"),
+        "no scale": ("HyperparameterError", "logit_scale=0.0"),
+        "explained width": ("ShapeError", "width 2"),
+        "frozen cap": ("HyperparameterError", "logit_softcap=-1.0"),
+        "items by rank": ("HyperparameterError", "the sum over ranks"),
+        "half dtype": ("HyperparameterError", "expected torch.float32"),
+        "group": ("HyperparameterError", "torch.distributed.ProcessGroup"),
+        "other mask": ("ShapeError", "lists no token at 1 of 2"),
     }
     for name, (kind, part) in expected.items():
         assert seen[name][0] == kind, (name, seen[name])

@@ -166,16 +166,23 @@ def explain_backend(
     lm_head_weight: Float[Tensor, "vocab width"],
     target: Target | str,
     *,
+    bias: Float[Tensor, " vocab"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     reference: Reference | FrozenHead | None = None,
     teacher: Reference | FrozenHead | None = None,
     backend: Backend = "auto",
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> BackendChoice:
-    """What ``linear_target_loss`` would do with these arguments, and why; computes nothing.
+    """What ``linear_target_loss`` would do with these arguments, and why; computes and communicates nothing.
+
+    With ``vocab_group`` the chunk size is told from this rank's rows; the loss takes the largest rank's.
 
     Raises:
-        HyperparameterError: no such backend.
+        HyperparameterError: no such backend, or a chunk size, dtype, scale or soft-cap that makes no sense.
+        ShapeError: the head does not fit the hidden states.
         IncompatibleError: the backend that was asked for cannot compute this loss.
 
     Example:
@@ -185,7 +192,10 @@ def explain_backend(
     """
     target = get_target(target) if isinstance(target, str) else target
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return explain(backend, rows, Head(lm_head_weight), target, reference, teacher, chunk_size, logits_dtype)
+    head = Head(lm_head_weight, bias, logit_scale, logit_softcap)
+    return explain(
+        backend, rows, head, target, reference, teacher, chunk_size, logits_dtype, sharded=vocab_group is not None
+    )
 
 
 def label_weights(

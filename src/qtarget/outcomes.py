@@ -121,6 +121,12 @@ def check_outcomes(frozen: Reference | FrozenHead | None, vocab: int) -> None:
         return
     if frozen is None or frozen.topk_ids is None or frozen.topk_log_probs is None or not frozen.topk_ids.numel():
         return
+    empty = (frozen.topk_ids < 0).all(-1)
+    if bool(empty.any()) and not bool(empty.all()):  # all: a tail of mass one is a distribution too
+        raise ShapeError(
+            f"the reference lists no token at {int(empty.sum())} of {len(empty)} trained positions: it was made with other "
+            "labels masked; score with the labels that are trained"
+        )
     if int(frozen.topk_ids.max()) >= vocab:
         raise ShapeError(
             f"reference.topk_ids holds id {int(frozen.topk_ids.max())}, the live vocabulary ends at {vocab - 1}; "

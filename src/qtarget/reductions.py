@@ -19,11 +19,12 @@ def denominator(token_count: int, num_items: int | Tensor | None, reduction: Red
     Args:
         token_count: supervised tokens in this call.
         num_items: supervised tokens of the whole optimizer batch, over all micro-batches and ranks. Give it whenever
-            the batch is split, or micro-batches with few tokens weigh too much.
+            the batch is split, or micro-batches with few tokens weigh too much. As a tensor it is never read on the host,
+            and 0 counts as 1: a batch without a supervised token has loss 0.
         reduction: ``mean`` divides, ``sum`` does not.
 
     Raises:
-        HyperparameterError: unknown reduction, or ``num_items`` given with ``sum``.
+        HyperparameterError: unknown reduction, ``num_items`` given with ``sum``, not positive, or not one number.
     """
     if reduction not in get_args(Reduction):
         raise HyperparameterError(f"reduction {reduction!r} is unknown; expected {', '.join(get_args(Reduction))}")
@@ -34,6 +35,11 @@ def denominator(token_count: int, num_items: int | Tensor | None, reduction: Red
     if num_items is None:
         return float(max(token_count, 1))
     if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise HyperparameterError(
+                f"num_items has shape {tuple(num_items.shape)}; expected one number, the sum over ranks"
+            )
+        num_items = num_items.reshape(())
         return num_items.clamp(min=1)  # a batch without a supervised token: its sum is zero, and so is its mean
     if num_items <= 0:
         raise HyperparameterError(f"num_items={num_items}; expected the positive number of supervised tokens")

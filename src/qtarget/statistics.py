@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from qtarget.errors import HyperparameterError, MissingStatisticError, ShapeError
+from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.outcomes import align, shared_outcomes, tail_log_mass
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.types import FrozenHead, Needs, Outcomes, Reference, TokenView, missing_message, project
@@ -27,6 +27,11 @@ def check_frozen(frozen: Reference | FrozenHead | None, fields: frozenset[str], 
     Raises:
         MissingStatisticError: names the target, the field, and how to get it.
     """
+    if not isinstance(frozen, Reference | FrozenHead | None):
+        raise IncompatibleError(
+            f"{role}= is a {type(frozen).__name__}; expected a qtarget.Reference (qtarget.token_statistics or "
+            "Reference.from_logits makes one) or a qtarget.FrozenHead"
+        )
     for field in sorted(fields):
         if frozen is None:
             raise MissingStatisticError(missing_message(target, role, field))
@@ -101,7 +106,8 @@ def token_statistics(
 
     Args:
         logits: ``[..., vocab]``; or give ``hidden`` and ``lm_head_weight`` instead.
-        labels: ``[...]``, already shifted; ``ignore_index`` rows get zeros (and ids ``-1``).
+        labels: ``[...]``, already shifted; ``ignore_index`` rows get zeros, ids ``-1`` and top-k log-probs of minus
+            infinity. A loss whose own labels are not masked there refuses the reference.
         top_k: how many of the largest log-probs to keep; 0 for none.
         chunk_size: tokens whose logits exist at once.
 
@@ -110,7 +116,7 @@ def token_statistics(
 
     Raises:
         ShapeError: labels and inputs do not line up, or both or neither input is given.
-        HyperparameterError: ``top_k`` exceeds the vocabulary.
+        HyperparameterError: ``top_k`` exceeds the vocabulary or is negative, or ``chunk_size`` is below 1.
 
     Example:
         >>> import torch, qtarget
@@ -127,6 +133,11 @@ def token_statistics(
         raise ShapeError(
             f"inputs have leading shape {tuple(rows.shape[:-1])}, labels {tuple(labels.shape)}; expected equal"
         )
+    vocab = rows.shape[-1] if head is None else head.shape[0]
+    if not 0 <= top_k <= vocab:
+        raise HyperparameterError(f"top_k={top_k}; expected 0 (none) to {vocab}, the size of the vocabulary")
+    if chunk_size < 1:
+        raise HyperparameterError(f"chunk_size={chunk_size}; expected at least one token a chunk")
     flat_labels = labels.reshape(-1)
     kept = (flat_labels != ignore_index).nonzero()[:, 0]
     flat = rows.reshape(-1, rows.shape[-1])

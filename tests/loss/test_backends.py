@@ -83,7 +83,7 @@ def test_an_unsupported_pair_is_refused() -> None:
 
 def test_impossible_settings_are_refused() -> None:
     hidden, weight, labels = leaves()
-    with pytest.raises(HyperparameterError, match="chunk_size=0; expected at least one"):
+    with pytest.raises(HyperparameterError, match="chunk_size=0; expected a whole number"):
         qtarget.linear_target_loss(hidden, weight, labels, "sft", chunk_size=0)
     with pytest.raises(
         HyperparameterError, match=r"logits_dtype=torch.bfloat16; expected torch.float32, or torch.float64"

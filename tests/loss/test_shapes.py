@@ -33,8 +33,8 @@ def both(name: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     return out
 
 
-def drawn(tokens: int, vocab: int, dtype: torch.dtype, k: int, scale: float = 1.0):
-    rng = torch.Generator().manual_seed(tokens)
+def drawn(tokens: int, vocab: int, dtype: torch.dtype, k: int, scale: float = 1.0, seed: int = 0):
+    rng = torch.Generator().manual_seed(tokens + seed)
     hidden = scale * torch.randn(tokens, 4, generator=rng, dtype=dtype)
     weight = torch.randn(vocab, 4, generator=rng, dtype=dtype)
     labels = torch.randint(vocab, (tokens,), generator=rng)
@@ -46,12 +46,19 @@ def drawn(tokens: int, vocab: int, dtype: torch.dtype, k: int, scale: float = 1.
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("tokens", "vocab", "k"), [(16, 152_064, 64), (5000, 29, 7), (1, 7, 7)], ids=str)
 def test_large_and_small(name: str, tokens: int, vocab: int, k: int) -> None:
-    """No further from float64 than the same formula on full float32 logits, plus 10 %."""
+    """No further from float64 than the same formula on full float32 logits, plus 10 %.
+
+    Mean of six draws: where 152,064 numbers are summed, one draw's error is chance (0.7 to 1.3 times the naive one's).
+    """
     if name == "eaft" and vocab < 20:
         pytest.skip("eaft looks at the 20 largest")
-    for ours, exact, naive in zip(*both(name, *drawn(tokens, vocab, torch.float32, k)), strict=True):
-        error, allowed = (float((v.double() - exact).norm() / exact.norm().clamp(min=1e-6)) for v in (ours, naive))
-        assert error < 1.1 * allowed + 1e-5
+    errors = torch.zeros(2, 3, dtype=torch.float64)
+    for seed in range(6):
+        triples = zip(*both(name, *drawn(tokens, vocab, torch.float32, k, seed=seed)), strict=True)
+        for column, (ours, exact, naive) in enumerate(triples):
+            for row, value in enumerate((ours, naive)):
+                errors[row, column] += (value.double() - exact).norm() / exact.norm().clamp(min=1e-6) / 6
+    assert bool((errors[0] < 1.1 * errors[1] + 1e-5).all()), errors
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -297,7 +297,7 @@ def run_speed(config: SpeedConfig, say: Callable[[str], None] = lambda _: None) 
             elapsed = seconds(step, config.device)
             if turn:
                 taken[name].append(elapsed)
-        say(f"round {turn} of {config.rounds}")
+        say(f"round {turn} of {config.rounds}" if turn else "warm-up round, not counted")
     rows = {}
     for name, times in taken.items():
         floor = taken[floor_of(name)]
@@ -384,5 +384,6 @@ def run_memory(
             if done.returncode:
                 raise RuntimeError(f"measuring {name} failed:\n{done.stderr}")
             rows.setdefault(name, {})[str(count)] = json.loads(done.stdout.splitlines()[-1])
-            say(f"{name}, {count} tokens: {rows[name][str(count)]}")
+            peak = rows[name][str(count)]
+            say(f"{name}, {count} tokens: {peak['beyond_inputs']:.0f} MB, of it gradients {peak['gradients']:.0f} MB")
     return {"config": asdict(config), "machine": machine(config.device), "rows": rows}

@@ -49,17 +49,34 @@ def speed(
             raise ConfigError(f"--{name} {value!r} is unknown; expected {' or '.join(known)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
+    if top_k > vocab:
+        raise ConfigError(f"--top-k {top_k} exceeds --vocab {vocab}; choose a smaller k")
+    check_writable(output)
     torch.set_num_threads(threads)
-    config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, min(top_k, vocab), suite, peers)
+    config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, top_k, suite, peers)
     results = (
         run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
         if memory
         else run_speed(config, typer.echo)
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(memory_table(results) if memory else speed_table(results))
     typer.echo(str(output))
+
+
+def check_writable(output: Path) -> None:
+    """Raise before minutes are spent on results that could not be written.
+
+    Raises:
+        ConfigError: the path is a folder, or its folder cannot be made or written to.
+    """
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'speed.json'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error}; choose another path") from error
 
 
 def speed_table(results: dict[str, Any]) -> Table:

@@ -107,12 +107,15 @@ def plan_of(
     return Plan.of(hidden, head, request, chunk_size, logits_dtype, kernels, widest)
 
 
-def precision_reason(precision: Precision, hidden: Tensor, soft: bool) -> str:
+def precision_reason(precision: Precision, hidden: Tensor, soft: bool, logits_dtype: torch.dtype | None) -> str:
     """Why the logits have their dtype."""
     if hidden.dtype.itemsize >= 4 and precision.multiply == hidden.dtype:
         return "everything in the dtype of the hidden states"
     if precision.multiply == torch.float32 and hidden.device.type == "cpu":
-        return f"this CPU has no fast {hidden.dtype} products, so blocks of the head are widened: faster, and exact"
+        moot = "" if logits_dtype in (None, torch.float32) else f"; logits_dtype={logits_dtype} changes nothing here"
+        return (
+            f"this CPU has no fast {hidden.dtype} products, so blocks of the head are widened: faster, and exact{moot}"
+        )
     if precision.logits.itemsize >= 4:
         return "a soft target or an anchor is compared with the model: rounded logits would lose most of its gradient"
     return (
@@ -129,16 +132,20 @@ def explain(
     teacher: Reference | FrozenHead | None,
     chunk_size: int | None,
     logits_dtype: torch.dtype | None,
+    sharded: bool,
 ) -> BackendChoice:
     """See ``qtarget.explain_backend``."""
+    head.check(hidden.shape[-1])
     check_frozen(reference, target.needs.reference, target.name, "reference")
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
     request = LossRequest(target, no_labels, reference, teacher)
-    name, reasons = choose(backend, hidden, request)
+    name, reasons = choose(backend, hidden, request, sharded)
     plan = plan_of(name, hidden, head, request, chunk_size, logits_dtype)
     if name == "dense":
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        if wide != hidden.dtype and not target.needs.soft:
+            reasons += (f"hard labels: the product is rounded to {hidden.dtype}, then widened",)
         return BackendChoice(name, reasons, None, wide, hidden.dtype)
-    reasons += (precision_reason(plan.precision, hidden, target.needs.soft),)
+    reasons += (precision_reason(plan.precision, hidden, target.needs.soft, logits_dtype),)
     return BackendChoice(name, reasons, plan.chunk_size, plan.precision.logits, plan.precision.multiply)

@@ -83,8 +83,8 @@ class Plan:
         Raises:
             HyperparameterError: a chunk size below 1, or logits in another dtype than float32 or the inputs'.
         """
-        if chunk_size is not None and chunk_size < 1:
-            raise HyperparameterError(f"chunk_size={chunk_size}; expected at least one token a chunk")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise HyperparameterError(f"chunk_size={chunk_size}; expected a whole number of tokens, at least 1")
         precision = Precision.of(hidden, head.weight, request.target.needs.soft, logits_dtype)
         heads = 1 + len(frozen_heads(request))
         if chunk_size is None:
@@ -318,7 +318,8 @@ def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role
 
 def frozen_head(model: FrozenHead) -> Head:
     """The head of a frozen model."""
-    return Head(model.lm_head_weight, model.bias, model.logit_scale, model.logit_softcap).detach()
+    head = Head(model.lm_head_weight, model.bias, model.logit_scale, model.logit_softcap)
+    return head.check(model.hidden.shape[-1]).detach()
 
 
 def chunk_statistics(

@@ -133,7 +133,7 @@ class ChunkStatistics:
     Attributes:
         columns: the special columns, and ``logits`` ``[tokens, columns]`` there.
         rest: sums over everything else.
-        maximum, log_sum: ``[tokens]``; ``log p = (z - maximum) - log_sum``.
+        maximum, sum: ``[tokens]``; ``p = exp(z - maximum) / sum``.
         tails: by role, ``log`` of the mass outside the listed ids, as ``log p`` (minus infinity where there is none).
     """
 
@@ -141,7 +141,7 @@ class ChunkStatistics:
     logits: Float[Tensor, "tokens columns"]
     rest: RestSums
     maximum: Float[Tensor, " tokens"]
-    log_sum: Float[Tensor, " tokens"]
+    sum: Float[Tensor, " tokens"]
     tails: dict[str, Tensor]
 
     @classmethod
@@ -155,9 +155,14 @@ class ChunkStatistics:
             joined = torch.cat([x.masked_fill(~among, -torch.inf), rest_log_sum[:, None]], dim=-1)
             return joined.logsumexp(-1)
 
-        log_sum = log_mass(columns.first)
-        tails = {role: log_mass(columns.first & ~at.member) - log_sum for role, at in columns.listed.items()}
-        return cls(columns, logits, rest, maximum, log_sum, tails)
+        total = columns.rest_only(x.exp(), 0.0).sum(-1) + (rest.maximum - maximum).exp() * rest.exp
+        tails = {role: log_mass(columns.first & ~at.member) - total.log() for role, at in columns.listed.items()}
+        return cls(columns, logits, rest, maximum, total, tails)
+
+    @property
+    def log_sum(self) -> Float[Tensor, " tokens"]:
+        """``log p = (z - maximum) - log_sum``."""
+        return self.sum.log()
 
     @property
     def log_probs(self) -> Float[Tensor, "tokens columns"]:
@@ -167,7 +172,7 @@ class ChunkStatistics:
     @property
     def rest_scale(self) -> Float[Tensor, " tokens"]:
         """``exp(maximum of the rest - log normaliser)``: turns ``exp(z - maximum of the rest)`` into ``p``."""
-        return ((self.rest.maximum - self.maximum) - self.log_sum).exp()
+        return (self.rest.maximum - self.maximum).exp() / self.sum
 
     def label_log_probs(self) -> Float[Tensor, " tokens"]:
         """``log p_y``."""
@@ -211,7 +216,7 @@ class ChunkStatistics:
             vocab: V.
         """
         log_probs, scale = self.log_probs, self.rest_scale
-        probs = log_probs.exp()
+        probs = (self.logits - self.maximum[:, None]).exp() / self.sum[:, None]  # the logarithm would round it again
         on_p = torch.zeros_like(self.maximum)
         own = torch.zeros_like(self.logits)
         factor = torch.zeros_like(on_p)

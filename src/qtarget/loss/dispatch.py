@@ -51,6 +51,8 @@ def build_request(
     """
     leading = tuple(labels.shape)
     check_rows(rows, labels)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ShapeError(f"labels are {labels.dtype}; expected token ids, torch.long")
     check_frozen(reference, target.needs.reference, target.name, "reference")
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     flat_labels = labels.reshape(-1)
@@ -180,11 +182,7 @@ def loss_from_hidden(
     Raises:
         HyperparameterError: unknown backend, or ``reduction="none"``, whose gradient cannot be made in the forward pass.
     """
-    if hidden.shape[-1] != head.weight.shape[-1]:
-        raise ShapeError(
-            f"hidden states have width {hidden.shape[-1]}, lm_head_weight {tuple(head.weight.shape)}; expected [vocab, width]"
-        )
-    vocabulary = vocabulary_of(head.weight, vocab_group)
+    vocabulary = vocabulary_of(head.check(hidden.shape[-1]).weight, vocab_group)
     kept, request = build_request(hidden, labels, target, vocabulary.size, **inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])
     name, _ = choose(backend, rows, request, sharded=vocab_group is not None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from qtarget.errors import HyperparameterError
+from qtarget.errors import HyperparameterError, ShapeError
 from qtarget.shapes import Float, Tensor
 
 BLOCK_ROWS = {"cpu": 1024}
@@ -24,6 +25,27 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def check(self, width: int) -> Head:
+        """Itself, if hidden states of this width can be multiplied with it.
+
+        Raises:
+            ShapeError: weight or bias has another shape.
+            HyperparameterError: a scale or soft-cap that no model has.
+        """
+        if self.weight.dim() != 2 or self.weight.shape[1] != width:
+            raise ShapeError(
+                f"hidden states have width {width}, lm_head_weight {tuple(self.weight.shape)}; expected [vocab, width]"
+            )
+        if self.bias is not None and tuple(self.bias.shape) != (self.vocab,):
+            raise ShapeError(
+                f"bias has shape {tuple(self.bias.shape)}; expected ({self.vocab},), one a row of the head"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise HyperparameterError(f"logit_softcap={self.softcap}; expected a positive cap, or None for no cap")
+        if not (math.isfinite(self.scale) and self.scale != 0):
+            raise HyperparameterError(f"logit_scale={self.scale}; expected a finite factor other than 0")
+        return self
 
     @property
     def vocab(self) -> int:
@@ -97,7 +119,12 @@ class Precision:
         narrow = torch.get_autocast_dtype(kind) if casts else hidden.dtype
         if logits_dtype not in (None, narrow, torch.float32):
             raise HyperparameterError(
-                f"logits_dtype={logits_dtype}; expected torch.float32, or {narrow}, in which the head is multiplied"
+                f"logits_dtype={logits_dtype}; expected "
+                + (
+                    "torch.float32"
+                    if narrow == torch.float32
+                    else f"torch.float32, or {narrow} as the head is multiplied"
+                )
             )
         if narrow.itemsize >= 4:
             return cls(narrow, narrow, narrow)

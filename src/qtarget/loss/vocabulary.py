@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from qtarget.errors import ShapeError
+from qtarget.errors import HyperparameterError, ShapeError
 from qtarget.loss import rows
 from qtarget.loss.columns import RestSums
 from qtarget.shapes import Float, Int, Tensor
@@ -120,10 +120,16 @@ def vocabulary_of(weight: Tensor, group: dist.ProcessGroup | None) -> Vocabulary
 
     Raises:
         ShapeError: the weight is a distributed tensor, whose rows are not all here.
+        HyperparameterError: not a process group.
     """
     if type(weight).__name__ == "DTensor":
         raise ShapeError(
             "lm_head_weight is a DTensor; give its full_tensor(), or for a head split by rows its to_local() together "
             "with vocab_group"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise HyperparameterError(
+            f"vocab_group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup (of a device mesh: "
+            "mesh.get_group())"
         )
     return Vocabulary(len(weight)) if group is None else ShardedVocabulary(len(weight), group, weight.device)
