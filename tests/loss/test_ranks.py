@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_fsdp2_equals_one_process(two: list[dict]) -> None:
     for rank in (0, 1):
         for field, expected in whole.items():
             torch.testing.assert_close(two[rank]["fsdp2"][field], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_example_in_the_docs_runs(tmp_path: Path) -> None:
+    """Two processes print the loss that one process computes from the whole head."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/loss.md").read_text(), flags=re.DOTALL)
+    script = tmp_path / "split_head.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    hidden, head, labels = torch.randn(8, 16), torch.randn(100, 16), torch.randint(100, (8,))
+    expected = float(qtarget.linear_target_loss(hidden, head, labels, "dft", backend="dense"))
+    printed = [float(line) for line in done.stdout.split()]
+    assert printed == pytest.approx([expected, expected], rel=1e-5)
 
 
 def test_what_a_split_head_cannot_do_is_refused(tmp_path) -> None:
