@@ -64,7 +64,9 @@ def test_the_example_in_the_docs_runs(tmp_path: Path) -> None:
     script = tmp_path / "split_head.py"
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
     hidden, head, labels = torch.randn(8, 16), torch.randn(100, 16), torch.randint(100, (8,))

@@ -15,6 +15,17 @@ from qtarget.loss.columns import RestSums
 from qtarget.shapes import Float, Int, Tensor
 
 
+def write(logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"], values: Tensor) -> None:
+    """Set the columns at these ids; an id that repeats brings the same value.
+
+    ``scatter_`` copies the whole chunk, there and back, where it is stored ``[vocab, tokens]``.
+    """
+    if logits.is_contiguous():
+        logits.scatter_(-1, ids, values.expand(ids.shape))
+    else:
+        logits[torch.arange(len(ids), device=ids.device)[:, None], ids] = values
+
+
 class Vocabulary:
     """All columns in one process.
 
@@ -29,14 +40,14 @@ class Vocabulary:
     def take(self, logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
         """The logits at these ids, which are left at minus infinity."""
         taken = logits.gather(-1, ids)
-        logits.scatter_(-1, ids, -torch.inf)
+        write(logits, ids, logits.new_full((), -torch.inf))
         return taken
 
     def put(
         self, logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]
     ) -> None:
         """Write the columns at these ids."""
-        logits.scatter_(-1, ids, values.to(logits.dtype))
+        write(logits, ids, values.to(logits.dtype))
 
     def join(self, rest: RestSums) -> RestSums:
         """Sums over the columns of all processes."""
