@@ -72,7 +72,7 @@ def test_killed_at_random_moments(tmp_path):
     expected = contents(tmp_path / "undisturbed")
     kills, landed = 0, set()
     for name in ("first", "second", "third", "fourth"):
-        for kill in (True, True, True, False):
+        for kill in (True, True, True, True, True, False):
             before = finished_shards(tmp_path / name)
             process = start(name)
             if kill:
