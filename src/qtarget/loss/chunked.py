@@ -20,8 +20,8 @@ import torch
 from qtarget.coefficients import differentiate, logit_gradient
 from qtarget.errors import HyperparameterError
 from qtarget.loss import rows
-from qtarget.loss.columns import ChunkStatistics, Columns, RestSums
-from qtarget.loss.head import Head, HeadProducts, Precision
+from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
+from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
@@ -56,7 +56,7 @@ class Plan:
     """How a request is computed; what ``explain_backend`` tells.
 
     Attributes:
-        kernels: module with ``rest_sums``, ``overwrite_with_gradient`` and the layout they want (``BY_VOCABULARY``).
+        kernels: module with ``rest_sums`` and ``overwrite_with_gradient``.
         precision: of the live head's products.
         chunk_size: tokens whose logits exist at once.
         whole_vocabulary: why autograd must see whole rows of logits, or empty.
@@ -126,11 +126,13 @@ class Gradients:
     Attributes:
         hidden: ``[all tokens, width]``, zero where masked.
         weight, bias: like the head's.
+        every_row: ``[width]``, to be added to each row of ``weight``.
     """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    every_row: Tensor | None = None
 
     @classmethod
     def empty(cls, hidden: Tensor, head: Head, needs_grad: tuple[bool, bool, bool]) -> Gradients:
@@ -145,18 +147,26 @@ class Gradients:
     def add(
         self,
         index: Int[Tensor, " chunk"] | slice,
-        gradient: Float[Tensor, "tokens vocab"],
+        gradient: LogitGradient,
         hidden: Float[Tensor, "tokens width"],
         products: HeadProducts,
         vocabulary: Vocabulary,
     ) -> None:
         """Add one chunk, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+            self.bias += gradient.column_sum(self.bias.dtype)
         if self.hidden is not None:
             self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
         if self.weight is not None:
             products.add_weight_gradient(self.weight, gradient, hidden)
+            if gradient.level is not None:
+                row = gradient.level.to(self.weight.dtype) @ hidden.to(self.weight.dtype)
+                self.every_row = row if self.every_row is None else self.every_row + row
+
+    def finish(self) -> None:
+        """Add what all rows of the head share."""
+        if self.weight is not None and self.every_row is not None:
+            self.weight += self.every_row
 
     def hand_out(self, upstream: Float[Tensor, ""], dtypes: tuple[Any, Any, Any], keep: bool) -> list[Tensor | None]:
         """Scaled by the upstream gradient, in place unless they must be kept for another backward pass."""
@@ -223,7 +233,7 @@ class _Run:
     def __call__(self, hidden: Float[Tensor, "all width"], grads: Gradients | None) -> Float[Tensor, ""]:
         count, size = len(self.request.labels), self.plan.chunk_size
         hidden = hidden.detach()
-        layout = False if self.plan.whole_vocabulary else self.plan.kernels.BY_VOCABULARY
+        layout = False if self.plan.whole_vocabulary else self.plan.kernels is rows
         products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
         frozen = {
             role: HeadProducts(
@@ -241,43 +251,98 @@ class _Run:
                 if self.plan.whole_vocabulary:
                     others = {r: p.logits(frozen_heads(request)[r].hidden) for r, p in frozen.items()}
                     loss += self._whole(logits, others, request, grads is not None)
+                    gradient = LogitGradient(logits)
                 else:
                     known = None if self.known is None else self.known.rows(part)
-                    loss += self._columns(logits, request, known, grads is not None)
+                    plain = products.logit_sum(rows_of, logits) if request.target.needs.mean_log_prob else None
+                    plain = None if plain is None else self.vocabulary.total(plain)
+                    value, gradient = self._columns(logits, request, known, plain, grads is not None)
+                    loss += value
                 if grads is not None:
-                    grads.add(index, logits, rows_of, products, self.vocabulary)
+                    assert gradient is not None
+                    grads.add(index, gradient, rows_of, products, self.vocabulary)
+        if grads is not None:
+            grads.finish()
         return loss
 
     def _columns(
-        self, logits: Float[Tensor, "tokens vocab"], request: LossRequest, known: RestSums | None, write: bool
-    ) -> Float[Tensor, ""]:
-        """Loss of one chunk through special columns and sums; with ``write`` the logits become their gradient."""
+        self,
+        logits: Float[Tensor, "tokens vocab"],
+        request: LossRequest,
+        known: RestSums | None,
+        plain: Float[Tensor, " tokens"] | None,
+        write: bool,
+    ) -> tuple[Float[Tensor, ""], LogitGradient | None]:
+        """Loss of one chunk through special columns and sums; with ``write`` its gradient, in place of the logits."""
         target, needs, vocab = request.target, request.target.needs, self.vocabulary.size
         models: dict[str, Any] = {"on_reference": request.reference, "on_teacher": request.teacher}
         compared = {r: m if wanted(needs, r.removeprefix("on_")) else None for r, m in models.items()}
         top = self.vocabulary.largest(logits, needs.top_k) if needs.top_k else None
-        entropy = needs.entropy or request.want_report
-        columns = Columns.of(request.labels, compared, torch.promote_types(logits.dtype, torch.float32))
-        seen = chunk_statistics(
-            logits, columns, self.vocabulary, self.plan.kernels, entropy, needs.mean_log_prob, known
-        )
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        columns = Columns.of(request.labels, compared, wide)
+        at_columns = self.vocabulary.take(logits, columns.ids).to(wide)
+        values, mine = self._sums(logits, needs.entropy or request.want_report, known, write)
+        rest = self.vocabulary.join(mine) if known is None else known
+        seen = ChunkStatistics.of(columns, at_columns, replace(rest, plain=plain))
         view = seen.view(
             vocab, top, models, needs, sequence_ids=request.sequence_ids, label_weights=request.label_weights
         )
         if not (write or request.want_report):
-            return target.losses(view).total(request.loss_weights).sum()
+            return target.losses(view).total(request.loss_weights).sum(), None
         found = differentiate(target, view)
         losses = found.terms.total(request.loss_weights)
         if request.want_report:
             a, b = found.pulls(request.loss_weights)
             self.reports.append(TokenReport(losses, view.label_log_probs, seen.entropy(), seen.correct(), a, b))
+        gradient = None
         if write:
             at_columns, rest = seen.gradient(found.combined(request.loss_weights), vocab)
-            if self.head.scale != 1.0:
-                rest = rest.scaled(self.head.scale)
-            self.plan.kernels.overwrite_with_gradient(logits, rest, self.head.softcap)
-            self.vocabulary.put(logits, columns.ids, at_columns * self.head.chain(seen.logits))
-        return losses.sum()
+            at_columns, rest = at_columns * self.head.chain(seen.logits), rest.scaled(self.head.scale)
+            gradient = self._gradient(values, mine.maximum, rest, at_columns, columns)
+        return losses.sum(), gradient
+
+    @property
+    def exponentials(self) -> bool:
+        """Whether logits become exponentials at once, and their gradient a factor a token of those.
+
+        Not in Triton, where exponentials cost nothing; not under a soft-cap, whose derivative needs the logits; not in
+        float16, which is too narrow.
+        """
+        return (
+            self.plan.kernels is rows and self.head.softcap is None and self.plan.precision.multiply != torch.float16
+        )
+
+    def _sums(
+        self, logits: Float[Tensor, "tokens vocab"], entropy: bool, known: RestSums | None, write: bool
+    ) -> tuple[Float[Tensor, "tokens vocab"], RestSums]:
+        """What the gradient will be written into, and the sums over this process's columns."""
+        if write and self.exponentials:
+            maximum = None if known is None else known.maximum
+            return rows.exponentiate(logits, self.plan.precision.multiply, entropy=entropy, maximum=maximum)
+        return logits, known or self.plan.kernels.rest_sums(logits, entropy=entropy)
+
+    def _gradient(
+        self,
+        values: Float[Tensor, "tokens vocab"],
+        maximum: Float[Tensor, " tokens"],
+        rest: RestGradient,
+        at_columns: Float[Tensor, "tokens columns"],
+        columns: Columns,
+    ) -> LogitGradient:
+        """Logits, or exponentials of ``z - maximum``, turned into the gradient."""
+        if not self.exponentials:
+            self.plan.kernels.overwrite_with_gradient(values, rest, self.head.softcap)
+            self.vocabulary.put(values, columns.ids, at_columns)
+            return LogitGradient(values)
+        if rest.level is not None:
+            at_columns = at_columns - rest.level[:, None]
+        rest = rest.moved(maximum)
+        if rest.slope is None:
+            values.mul_(rest.factor[:, None].to(values.dtype))
+        else:
+            rows.scale_exponentials(values, rest.factor, rest.slope)
+        self.vocabulary.put(values, columns.ids, at_columns)
+        return LogitGradient(values, rest.level)
 
     def _whole(
         self, logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, write: bool
@@ -322,23 +387,6 @@ def frozen_head(model: FrozenHead) -> Head:
     return head.check(model.hidden.shape[-1]).detach()
 
 
-def chunk_statistics(
-    logits: Float[Tensor, "tokens vocab"],
-    columns: Columns,
-    vocabulary: Vocabulary,
-    kernels: ModuleType,
-    entropy: bool,
-    plain: bool = False,
-    known: RestSums | None = None,
-) -> ChunkStatistics:
-    """Read one chunk of logits; its special columns are left at minus infinity."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    total = vocabulary.total(logits.sum(-1, dtype=wide)) if plain else None
-    at_columns = vocabulary.take(logits, columns.ids).to(wide)
-    rest = vocabulary.join(kernels.rest_sums(logits, entropy=entropy)) if known is None else known
-    return ChunkStatistics.of(columns, at_columns, replace(rest, plain=total))
-
-
 @torch.no_grad()
 def label_statistics(
     hidden: Float[Tensor, "all width"],
@@ -365,14 +413,16 @@ def label_statistics(
     precision = precision or Precision.of(hidden, head.weight, True)
     head, hidden = head.detach(), hidden.detach()
     size = default_chunk_size(vocabulary.widest, 1, precision.logits.itemsize, hidden.device.type)
-    products = HeadProducts(head, precision, min(size, len(labels)), kernels.BY_VOCABULARY)
+    products = HeadProducts(head, precision, min(size, len(labels)), kernels is rows)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             logits = products.logits(hidden[part if kept is None else kept[part]])
-            seen = chunk_statistics(logits, Columns.of(labels[part], {}, wide), vocabulary, kernels, entropy=True)
+            columns = Columns.of(labels[part], {}, wide)
+            at_columns = vocabulary.take(logits, columns.ids).to(wide)
+            seen = ChunkStatistics.of(columns, at_columns, vocabulary.join(kernels.rest_sums(logits, entropy=True)))
             numbers = (seen.label_log_probs(), seen.entropy(), seen.rest.maximum, seen.rest.exp, seen.rest.exp_x)
             for whole, value in zip(out, numbers, strict=True):
                 assert value is not None

@@ -51,8 +51,20 @@ class RestGradient:
 
     def scaled(self, scale: float) -> RestGradient:
         """The gradient by what is multiplied by ``scale`` to give the logits."""
+        if scale == 1.0:
+            return self
         slope, level = (None if v is None else v * scale for v in (self.slope, self.level))
         return RestGradient(self.shift, self.factor * scale, slope, level)
+
+    def moved(self, shift: Float[Tensor, " tokens"]) -> RestGradient:
+        """The same with another shift: ``exp(z - shift)`` at hand may be one process's, the formula all processes'."""
+        if shift is self.shift:
+            return self
+        by = shift - self.shift
+        if self.slope is None:
+            return RestGradient(shift, self.factor * by.exp(), None, self.level)
+        factor = (self.factor + self.slope * by) * by.exp()
+        return RestGradient(shift, factor, self.slope * by.exp(), self.level)
 
 
 @dataclass(frozen=True)

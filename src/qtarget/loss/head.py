@@ -6,6 +6,7 @@ import functools
 import math
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +80,20 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right)
 
 
+@contextmanager
+def bfloat16_operands() -> Iterator[None]:
+    """Float32 products on a CPU whose operands are bfloat16 numbers, widened: its bfloat16 instructions are exact there."""
+    if not multiplies_bfloat16("cpu"):
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 @functools.cache
 def multiplies_bfloat16(device_type: str) -> bool:
     """Whether the device has bfloat16 matrix instructions (a CPU without them is about five times slower than in float32)."""
@@ -135,6 +150,24 @@ class Precision:
         return cls(inputs, multiply, torch.float32 if exact else multiply)
 
 
+@dataclass(frozen=True)
+class LogitGradient:
+    """Gradient of a chunk by its logits: ``values + level``.
+
+    Attributes:
+        values: ``[tokens, vocab]``.
+        level: ``[tokens]``, the same for the whole vocabulary, or zero: of rank one, so that it costs no pass.
+    """
+
+    values: Float[Tensor, "tokens vocab"]
+    level: Tensor | None = None
+
+    def column_sum(self, dtype: torch.dtype) -> Float[Tensor, " vocab"]:
+        """Sum over tokens: the gradient by the head's bias."""
+        total = self.values.sum(0, dtype=dtype)
+        return total if self.level is None else total.add_(self.level.sum())
+
+
 class HeadProducts:
     """Logits of one chunk at a time, in one buffer, and the sums of their gradients.
 
@@ -161,12 +194,14 @@ class HeadProducts:
         if dtype != hidden.dtype and hidden.device.type == "cuda":
             out = product(hidden, head.weight.to(hidden.dtype).T, dtype)
         else:
-            out, hidden = self._room(len(hidden)), hidden.to(dtype)
-            for rows, weight in self._weight_blocks(dtype, cut=hidden.device.type == "cpu" and not self.by_vocabulary):
-                if self.by_vocabulary:
-                    torch.mm(weight, hidden.T, out=out.T[rows])
-                else:
-                    torch.mm(hidden, weight.T, out=out[:, rows])
+            out, narrow = self._room(len(hidden)), hidden.dtype == torch.bfloat16
+            hidden, cut = hidden.to(dtype), hidden.device.type == "cpu" and not self.by_vocabulary
+            with bfloat16_operands() if narrow and dtype == torch.float32 else nullcontext():
+                for rows, weight in self._weight_blocks(dtype, cut):
+                    if self.by_vocabulary:
+                        torch.mm(weight, hidden.T, out=out.T[rows])
+                    else:
+                        torch.mm(hidden, weight.T, out=out[:, rows])
         if head.bias is not None:
             out += head.bias.to(dtype)
         if head.scale != 1.0:
@@ -174,6 +209,22 @@ class HeadProducts:
         if head.softcap is not None:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
+
+    @functools.cached_property
+    def row_sum(self) -> Float[Tensor, " width"]:
+        """Sum of the head's rows, ``W^T 1``, float32 at least."""
+        weight = self.head.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.stack([weight[rows].to(self.precision.inputs).to(wide).sum(0) for rows in blocks(weight)]).sum(0)
+
+    def logit_sum(
+        self, hidden: Float[Tensor, "tokens width"], logits: Float[Tensor, "tokens vocab"]
+    ) -> Float[Tensor, " tokens"]:
+        """Sum of each token's logits; without a soft-cap from the sum of the head's rows."""
+        if self.head.softcap is not None:
+            return logits.sum(-1, dtype=self.row_sum.dtype)
+        plain = hidden.to(self.precision.inputs).to(self.row_sum.dtype) @ self.row_sum
+        return self.head.scale * (plain if self.head.bias is None else plain + self.head.bias.to(plain.dtype).sum())
 
     def _room(self, tokens: int) -> Float[Tensor, "tokens vocab"]:
         """The buffer, for so many tokens."""
@@ -193,13 +244,13 @@ class HeadProducts:
         for rows in blocks(weight):
             yield rows, weight[rows].to(inputs).to(dtype)
 
-    def hidden_gradient(self, gradient: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens width"]:
+    def hidden_gradient(self, gradient: LogitGradient) -> Float[Tensor, "tokens width"]:
         """``G W``."""
         dtype = self.precision.multiply
         wide = torch.promote_types(dtype, torch.float32)
         out: Tensor | None = None
         for rows, weight in self._weight_blocks(dtype):
-            part = gradient[:, rows].to(dtype)
+            part = gradient.values[:, rows].to(dtype)
             if out is None:
                 out = torch.mm(part, weight)
             elif dtype == wide:
@@ -207,16 +258,21 @@ class HeadProducts:
             else:
                 out = out.to(wide).add_(torch.mm(part, weight))
         assert out is not None
+        if gradient.level is not None:
+            out = out.to(wide).addmm_(gradient.level[:, None], self.row_sum[None])
         return out
 
     def add_weight_gradient(
-        self, total: Float[Tensor, "vocab width"], gradient: Float[Tensor, "tokens vocab"], hidden: Tensor
+        self, total: Float[Tensor, "vocab width"], gradient: LogitGradient, hidden: Float[Tensor, "tokens width"]
     ) -> None:
-        """``total += G^T h``; ``total`` is float32 at least."""
+        """``total += G^T h``, but for the level; ``total`` is float32 at least."""
         dtype = self.precision.multiply
         hidden = hidden.to(self.precision.inputs).to(dtype)
         if dtype == total.dtype:
-            total.addmm_(gradient.to(dtype).T, hidden)
+            total.addmm_(gradient.values.to(dtype).T, hidden)
             return
+        room = torch.empty_like(total[: next(blocks(total)).stop]) if total.device.type == "cpu" else None
         for rows in blocks(total):
-            total[rows].add_(product(gradient[:, rows].to(dtype).T, hidden, total.dtype))
+            part = product(gradient.values[:, rows].to(dtype).T, hidden, total.dtype)
+            # a CPU adds two dtypes ten times slower than it converts one
+            total[rows].add_(part if room is None else room[: len(part)].copy_(part))

@@ -1,7 +1,7 @@
-"""The two operations on a whole chunk of logits: sum over it, and overwrite it with its gradient.
+"""The operations on a whole chunk of logits: sum over it, exponentiate it, overwrite it with its gradient.
 
-Written in tiles that fit a core's cache, so that the logits cross the memory bus once for the sums and once for the
-gradient, whatever the target. ``triton_rows`` holds the same two operations for GPUs.
+Written in tiles that fit a core's cache, so that the logits cross the memory bus a time or two, whatever the target.
+``triton_rows`` holds what GPUs need of them.
 """
 
 from __future__ import annotations
@@ -14,52 +14,83 @@ from qtarget.errors import HyperparameterError
 from qtarget.loss.columns import RestGradient, RestSums
 from qtarget.shapes import Float, Tensor
 
-BY_VOCABULARY = True
-"""These operations take logits stored ``[vocab, tokens]`` as well (see ``head.HeadProducts``)."""
-
 NOTHING = -1e30
 """Maximum of an empty set of logits: finite, so that ``-inf - NOTHING`` is not NaN."""
 
-TILE_BYTES = {"cpu": 2**20}
+TILE_BYTES = {"cpu": 2**22}
 """Working size; on a GPU, where launches cost more than the cache saves, 64 MiB."""
 
 GROUP = 64
 """Columns whose maximum stands for them in the first step of ``largest``."""
 
 
-def tiles(logits: Float[Tensor, "tokens vocab"]) -> Iterator[tuple[slice, Tensor]]:
-    """Contiguous pieces of the logits with the tokens they belong to, split along the slow dimension."""
-    size = TILE_BYTES.get(logits.device.type, 2**26) // 4
-    count, vocab = logits.shape
-    if logits.stride(0) == 1 and count > 1:  # token is the fast dimension
-        for tile in logits.split(max(1, size // count), dim=1):
-            yield slice(None), tile
-    else:
-        for start in range(0, count, step := max(1, size // vocab)):
-            rows = slice(start, start + step)
-            yield rows, logits[rows]
+def tiles(logits: Float[Tensor, "tokens vocab"]) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Contiguous pieces, front to back: their tokens and columns, and room for float32 or float64 work on each.
+
+    The room is shaped and laid out like the piece. Work there and not on bfloat16: an operation on two dtypes is ten
+    times slower on a CPU.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    stored = logits.T if token_is_fast(logits) else logits
+    size = max(1, TILE_BYTES.get(logits.device.type, 2**26) // (4 * max(stored.shape[1], 1)))
+    room = torch.empty(min(size, len(stored)), stored.shape[1], dtype=wide, device=logits.device)
+    for start in range(0, len(stored), size):
+        piece = slice(start, min(start + size, len(stored)))
+        part = room[: piece.stop - piece.start]
+        yield (piece, slice(None), part) if stored is logits else (slice(None), piece, part.T)
+
+
+def token_is_fast(logits: Float[Tensor, "tokens vocab"]) -> bool:
+    """Whether the logits are stored ``[vocab, tokens]``."""
+    return logits.stride(0) == 1 and logits.shape[0] > 1
+
+
+def minus(tile: Float[Tensor, "tokens vocab"], shift: Float[Tensor, " tokens"], room: Tensor) -> Tensor:
+    """``tile - shift``, in the room."""
+    if tile.dtype == room.dtype:
+        return torch.sub(tile, shift[:, None], out=room)
+    return room.copy_(tile).sub_(shift[:, None])
 
 
 def rest_sums(logits: Float[Tensor, "tokens vocab"], *, entropy: bool) -> RestSums:
-    """Sums over each token's logits; columns set aside hold minus infinity. One read, online softmax."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    zeros = torch.zeros(len(logits), dtype=wide, device=logits.device)
-    maximum, exp, exp_x = torch.full_like(zeros, NOTHING), zeros.clone(), zeros.clone()
-    for rows, tile in tiles(logits):
-        old = maximum[rows]
-        new = torch.maximum(old, tile.amax(-1).to(wide))
-        x = tile - new[:, None]
-        moved = old - new
-        shrink = moved.exp()
-        if entropy:
-            e = x.exp()
-            product = torch.mul(e, x.clamp_(min=NOTHING), out=x)
-            exp_x[rows] = shrink * (exp_x[rows] + moved * exp[rows]) + product.sum(-1)
-        else:
-            e = x.exp_()
-        exp[rows] = shrink * exp[rows] + e.sum(-1)
-        maximum[rows] = new
-    return RestSums(maximum, exp, exp_x if entropy else None)
+    """Sums over each token's logits; columns set aside hold minus infinity."""
+    return exponentiate(logits, None, entropy=entropy)[1]
+
+
+def exponentiate(
+    logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype | None, *, entropy: bool, maximum: Tensor | None = None
+) -> tuple[Float[Tensor, "tokens vocab"], RestSums]:
+    """``exp(z - maximum)`` in place of the logits, and the sums over it; where a column was set aside it is zero.
+
+    Args:
+        logits: overwritten.
+        dtype: of the exponentials: the logits', or a narrower one, which takes the front of the same memory; with None
+            nothing is written.
+        entropy: whether to sum ``exp(x) x`` as well.
+        maximum: ``[tokens]`` to subtract instead of each token's largest logit.
+    """
+    if maximum is None:
+        maximum = logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32)).clamp_(min=NOTHING)
+    exp, exp_x = torch.zeros_like(maximum), torch.zeros_like(maximum) if entropy else None
+    out = logits if dtype is None else narrowed(logits, dtype)
+    for rows, columns, room in tiles(logits):
+        x = minus(logits[rows, columns], maximum[rows], room)
+        e = x.exp_() if exp_x is None else x.exp()
+        exp[rows] += e.sum(-1)
+        if exp_x is not None:
+            exp_x[rows] += x.clamp_(min=NOTHING).mul_(e).sum(-1)
+        if dtype is not None:
+            out[rows, columns] = e  # behind the logits that are still to be read, whatever the dtype
+    return out, RestSums(maximum, exp, exp_x)
+
+
+def narrowed(logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype) -> Float[Tensor, "tokens vocab"]:
+    """The front of the logits' memory as a tensor of ``dtype``, laid out as they are."""
+    if dtype == logits.dtype:
+        return logits
+    stored = logits.T if token_is_fast(logits) else logits
+    front = stored.view(-1).view(dtype)[: stored.numel()].view(stored.shape)
+    return front.T if stored is not logits else front
 
 
 def overwrite_with_gradient(
@@ -69,10 +100,11 @@ def overwrite_with_gradient(
 
     With a soft-cap it is the gradient by what the cap was applied to.
     """
-    for rows, tile in tiles(logits):
-        shift, factor = gradient.shift[rows, None], gradient.factor[rows, None]
-        chain = None if softcap is None else 1 - (tile.to(shift.dtype) / softcap).square_()
-        x = tile.sub_(shift) if tile.dtype == shift.dtype else tile - shift
+    for rows, columns, room in tiles(logits):
+        tile = logits[rows, columns]
+        x = minus(tile, gradient.shift[rows], room)
+        factor = gradient.factor[rows, None]
+        chain = None if softcap is None else 1 - ((x + gradient.shift[rows, None]) / softcap).square_()
         if gradient.slope is None:
             x.exp_().mul_(factor)
         else:
@@ -82,8 +114,17 @@ def overwrite_with_gradient(
             x.add_(gradient.level[rows, None])
         if chain is not None:
             x.mul_(chain)
-        if x is not tile:
-            tile.copy_(x)
+        tile.copy_(x)
+
+
+def scale_exponentials(
+    exponentials: Float[Tensor, "tokens vocab"], factor: Float[Tensor, " tokens"], slope: Float[Tensor, " tokens"]
+) -> None:
+    """``e (factor + slope log e)`` in place of each ``e``: the gradient of an entropy."""
+    for rows, columns, room in tiles(exponentials):
+        e = room.copy_(exponentials[rows, columns])
+        line = e.log().clamp_(min=NOTHING).mul_(slope[rows, None]).add_(factor[rows, None])
+        exponentials[rows, columns] = e.mul_(line)
 
 
 def check_top_k(k: int, vocab: int) -> None:

@@ -21,9 +21,6 @@ from qtarget.shapes import Float, Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import): on a CPU, slowly, for tests."""
 
-BY_VOCABULARY = False
-"""A program reads a row of logits: they must lie side by side."""
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in ((4096, 8), (8192, 8), (16384, 16))]
