@@ -331,7 +331,9 @@ class CountProducts(TorchDispatchMode):
             torch.ops.aten.bmm,
             torch.ops.aten.matmul,
         ):
-            self.products += 1
+            left, right = args[-2:]
+            thin = 1 in (*left.shape, *right.shape, left.dim(), right.dim())
+            self.products += not thin  # a vector is no pass over the vocabulary
         for value in out if isinstance(out, tuple | list) else (out,):
             if isinstance(value, Tensor):
                 self.largest = max(self.largest, value.numel())

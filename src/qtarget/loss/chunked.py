@@ -21,7 +21,7 @@ from qtarget.coefficients import differentiate, logit_gradient
 from qtarget.errors import HyperparameterError
 from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
-from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
+from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision, blocks
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
@@ -140,7 +140,7 @@ class Gradients:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return cls(
             torch.zeros_like(hidden) if needs_grad[0] else None,
-            torch.zeros_like(head.weight, dtype=wide) if needs_grad[1] else None,
+            torch.empty_like(head.weight, dtype=wide) if needs_grad[1] else None,
             torch.zeros_like(head.bias, dtype=wide) if needs_grad[2] and head.bias is not None else None,
         )
 
@@ -151,14 +151,16 @@ class Gradients:
         hidden: Float[Tensor, "tokens width"],
         products: HeadProducts,
         vocabulary: Vocabulary,
+        *,
+        first: bool,
     ) -> None:
-        """Add one chunk, given its gradient by ``h W^T + b``."""
+        """Add one chunk, the ``first`` or a later one, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
             self.bias += gradient.column_sum(self.bias.dtype)
         if self.hidden is not None:
             self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
         if self.weight is not None:
-            products.add_weight_gradient(self.weight, gradient, hidden)
+            products.add_weight_gradient(self.weight, gradient, hidden, first=first)
             if gradient.level is not None:
                 row = gradient.level.to(self.weight.dtype) @ hidden.to(self.weight.dtype)
                 self.every_row = row if self.every_row is None else self.every_row + row
@@ -170,14 +172,23 @@ class Gradients:
 
     def hand_out(self, upstream: Float[Tensor, ""], dtypes: tuple[Any, Any, Any], keep: bool) -> list[Tensor | None]:
         """Scaled by the upstream gradient, in place unless they must be kept for another backward pass."""
-        scaled: list[Tensor | None] = []
-        for value, dtype in zip((self.hidden, self.weight, self.bias), dtypes, strict=True):
-            if value is not None:
-                value = (value * upstream if keep else value.mul_(upstream)).to(dtype)
-            scaled.append(value)
+        values = (self.hidden, self.weight, self.bias)
+        scaled = [
+            None if v is None else scale_to(v, upstream, dtype, keep) for v, dtype in zip(values, dtypes, strict=True)
+        ]
         if not keep:
             self.hidden = self.weight = self.bias = None
         return scaled
+
+
+def scale_to(value: Tensor, factor: Float[Tensor, ""], dtype: torch.dtype, keep: bool) -> Tensor:
+    """``factor value`` in a dtype; in place where it is that of the value and the value need not be kept."""
+    if value.dtype == dtype:
+        return value * factor if keep else value.mul_(factor)
+    out = torch.empty_like(value, dtype=dtype)
+    for rows in blocks(value):  # while a block is in the cache
+        out[rows] = value[rows] * factor
+    return out
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -260,7 +271,7 @@ class _Run:
                     loss += value
                 if grads is not None:
                     assert gradient is not None
-                    grads.add(index, gradient, rows_of, products, self.vocabulary)
+                    grads.add(index, gradient, rows_of, products, self.vocabulary, first=start == 0)
         if grads is not None:
             grads.finish()
         return loss

@@ -263,16 +263,26 @@ class HeadProducts:
         return out
 
     def add_weight_gradient(
-        self, total: Float[Tensor, "vocab width"], gradient: LogitGradient, hidden: Float[Tensor, "tokens width"]
+        self,
+        total: Float[Tensor, "vocab width"],
+        gradient: LogitGradient,
+        hidden: Float[Tensor, "tokens width"],
+        *,
+        first: bool,
     ) -> None:
-        """``total += G^T h``, but for the level; ``total`` is float32 at least."""
+        """``total += G^T h``, but for the level; ``total`` is float32 at least, and the ``first`` is written over it."""
         dtype = self.precision.multiply
         hidden = hidden.to(self.precision.inputs).to(dtype)
         if dtype == total.dtype:
-            total.addmm_(gradient.values.to(dtype).T, hidden)
+            left = gradient.values.to(dtype).T
+            torch.mm(left, hidden, out=total) if first else total.addmm_(left, hidden)
             return
-        room = torch.empty_like(total[: next(blocks(total)).stop]) if total.device.type == "cpu" else None
+        room = torch.empty_like(total[: next(blocks(total)).stop])
         for rows in blocks(total):
             part = product(gradient.values[:, rows].to(dtype).T, hidden, total.dtype)
-            # a CPU adds two dtypes ten times slower than it converts one
-            total[rows].add_(part if room is None else room[: len(part)].copy_(part))
+            if first:
+                total[rows] = part
+            elif part.dtype == total.dtype:
+                total[rows] += part
+            else:  # a CPU adds two dtypes ten times slower than it converts one
+                total[rows] += room[: len(part)].copy_(part)
