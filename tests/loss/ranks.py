@@ -15,6 +15,9 @@ import qtarget
 from qtarget.loss import chunked
 
 CASES = ("sft", "label_smoothing", "eaft", "idft", "asft", "reverse_kl", "target_sft", "rho1+sft_kl", "talr")
+SOFTCAPS = (None, 8.0)
+"""Without a soft-cap the chunk's logits become exponentials at once."""
+
 VOCAB, ROWS_OF_FIRST = 41, 23
 """The head's rows are split unevenly."""
 
@@ -30,14 +33,14 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor, qtarget.Reference]:
     return hidden, weight, bias, labels, known
 
 
-def run(name: str, rows: slice, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+def run(name: str, rows: slice, group: dist.ProcessGroup | None, softcap: float | None) -> dict[str, Tensor]:
     """Loss, report and gradients with these rows of the head."""
     hidden, weight, bias, labels, known = problem()
     leaves = [hidden.requires_grad_(), weight[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()]
     target = qtarget.get_target(name)
     arguments = {role: known for role in ("reference", "teacher") if getattr(target.needs, role)}
     loss, report = qtarget.linear_target_loss(
-        leaves[0], leaves[1], labels, target, bias=leaves[2], logit_softcap=8.0, return_report=True, vocab_group=group,
+        leaves[0], leaves[1], labels, target, bias=leaves[2], logit_softcap=softcap, return_report=True, vocab_group=group,
         **arguments,
     )  # fmt: skip
     gradients = torch.autograd.grad(loss, leaves)
@@ -88,7 +91,7 @@ def main(folder: Path) -> None:
     rows = slice(0, ROWS_OF_FIRST) if rank == 0 else slice(ROWS_OF_FIRST, VOCAB)
     # so small a budget that ranks would choose different chunks if they looked at their own rows
     chunked.LOGIT_BYTES["cpu"], chunked.FEWEST_TOKENS["cpu"] = 16 * 23 * 8, 1
-    out: dict[str, Any] = {name: run(name, rows, dist.group.WORLD) for name in CASES}
+    out: dict[Any, Any] = {(n, cap): run(n, rows, dist.group.WORLD, cap) for n in CASES for cap in SOFTCAPS}
     hidden, weight, _, labels, _ = problem()
     eaft = qtarget.get_target("eaft", top_k=VOCAB + 1)
     arguments = (labels, eaft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -194,6 +195,64 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
     x = logits - top[:, None]
     torch.testing.assert_close(sums.exp, x.exp().sum(-1))
     torch.testing.assert_close(sums.exp_x, (x.exp() * x.clamp(min=-1e30)).sum(-1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
+def test_exponentials_take_the_place_of_the_logits(transposed: bool, dtypes, monkeypatch) -> None:
+    monkeypatch.setitem(rows.TILE_BYTES, "cpu", 4 * 5 * 7)  # seven columns, or one token, a tile
+    logits = 8 * torch.randn(5, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtypes[0])
+    logits[:, 3] = -torch.inf  # set aside
+    z = logits.T.clone().T if transposed else logits.clone()
+    values, sums = rows.exponentiate(z, dtypes[1], entropy=False)
+    exact = (logits - logits.amax(-1, keepdim=True)).exp()
+    assert values.dtype == dtypes[1] and values.data_ptr() == z.data_ptr()
+    torch.testing.assert_close(values, exact.to(dtypes[1]))
+    torch.testing.assert_close(sums.exp, exact.sum(-1))
+    factor, slope = torch.tensor([[1, -2, 0, 3, 0.5], [0, 0, 0, 1, -1]], dtype=dtypes[0])
+    wide = values.to(dtypes[0], copy=True)
+    rows.scale_exponentials(values, factor, slope)
+    line = factor[:, None] + slope[:, None] * wide.log().clamp(min=-1e30)
+    torch.testing.assert_close(values, (wide * line).to(dtypes[1]))
+    moved, _ = rows.exponentiate(logits.clone(), dtypes[0], entropy=True, maximum=logits.amax(-1) + 2)
+    torch.testing.assert_close(moved, exact * torch.tensor(-2.0).exp().to(dtypes[0]))
+
+
+@dataclass(frozen=True)
+class EntropyBonus(qtarget.Target):
+    """A loss whose gradient has all parts: label, uniform level, and the slope of an entropy."""
+
+    name = "entropy_bonus"
+    formula = "-log p_y - mean log p - 0.7 H"
+    paper = "this test"
+    has_residual = True
+
+    @property
+    def needs(self) -> qtarget.Needs:
+        return qtarget.Needs(entropy=True, mean_log_prob=True)
+
+    def losses(self, x: qtarget.TokenView) -> qtarget.Terms:
+        return qtarget.Terms(label=-x.label_log_probs, residual=-x.mean_log_prob - 0.7 * x.entropy)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_label_level_and_entropy_together(softcap: float | None) -> None:
+    hidden, weight, labels = leaves()
+    bias = torch.linspace(-1, 1, 30, dtype=torch.float64).requires_grad_()
+    loss = qtarget.linear_target_loss(
+        hidden, weight, labels, EntropyBonus(), bias=bias, logit_scale=0.5, logit_softcap=softcap, chunk_size=2
+    )
+    logits = 0.5 * (hidden @ weight.T + bias)
+    log_probs = (logits if softcap is None else softcap * (logits / softcap).tanh()).log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    exact = (-log_probs[torch.arange(5), labels] - log_probs.mean(-1) - 0.7 * entropy).mean()
+    torch.testing.assert_close(loss, exact)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (hidden, weight, bias)),
+        torch.autograd.grad(exact, (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 COMPILED = """

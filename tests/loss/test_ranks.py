@@ -31,11 +31,12 @@ def two(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("softcap", ranks.SOFTCAPS)
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_two_shards_equal_one_head(two: list[dict], name: str) -> None:
-    whole = ranks.run(name, slice(0, ranks.VOCAB), None)
+def test_two_shards_equal_one_head(two: list[dict], name: str, softcap: float | None) -> None:
+    whole = ranks.run(name, slice(0, ranks.VOCAB), None, softcap)
     for rank, rows in enumerate((slice(0, ranks.ROWS_OF_FIRST), slice(ranks.ROWS_OF_FIRST, ranks.VOCAB))):
-        for field, ours in two[rank][name].items():
+        for field, ours in two[rank][name, softcap].items():
             expected = whole[field][rows] if field in ("weight", "bias") else whole[field]
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda m, f=field: f"{f}: {m}")
 

@@ -4,8 +4,8 @@ The loss is a sum over tokens, so an upstream gradient only scales it: each chun
 gradient at once, in place, and multiplied back onto the hidden states and the head. Three matrix products a chunk, two
 with a frozen head, one without gradients; nothing of vocabulary size outlives a chunk.
 
-Two ways from logits to gradient. Most targets see the vocabulary through a few columns and sums (``columns.py``): two
-passes over the logits, whatever the target. A target that needs a second distribution over the whole vocabulary, or
+Two ways from logits to gradient. Most targets see the vocabulary through a few columns and sums (``columns.py``): one
+pass turns logits into sums and exponentials, and one factor a token those into the gradient, whatever the target. A target that needs a second distribution over the whole vocabulary, or
 the whole log-softmax, is differentiated by autograd, a few tokens at a time (``coefficients.py``).
 """
 
@@ -186,8 +186,8 @@ def scale_to(value: Tensor, factor: Float[Tensor, ""], dtype: torch.dtype, keep:
     if value.dtype == dtype:
         return value * factor if keep else value.mul_(factor)
     out = torch.empty_like(value, dtype=dtype)
-    for rows in blocks(value):  # while a block is in the cache
-        out[rows] = value[rows] * factor
+    for block in blocks(value):  # while it is in the cache
+        out[block] = value[block] * factor
     return out
 
 
@@ -319,9 +319,7 @@ class _Run:
         Not in Triton, where exponentials cost nothing; not under a soft-cap, whose derivative needs the logits; not in
         float16, which is too narrow.
         """
-        return (
-            self.plan.kernels is rows and self.head.softcap is None and self.plan.precision.multiply != torch.float16
-        )
+        return self.plan.kernels is rows and self.head.softcap is None and self.plan.precision.multiply != torch.float16
 
     def _sums(
         self, logits: Float[Tensor, "tokens vocab"], entropy: bool, known: RestSums | None, write: bool
