@@ -5,8 +5,9 @@ gradient at once, in place, and multiplied back onto the hidden states and the h
 with a frozen head, one without gradients; nothing of vocabulary size outlives a chunk.
 
 Two ways from logits to gradient. Most targets see the vocabulary through a few columns and sums (``columns.py``): one
-pass turns logits into sums and exponentials, and one factor a token those into the gradient, whatever the target. A target that needs a second distribution over the whole vocabulary, or
-the whole log-softmax, is differentiated by autograd, a few tokens at a time (``coefficients.py``).
+pass turns logits into sums and exponentials, and one factor a token those into the gradient, whatever the target. A
+target that needs a second distribution over the whole vocabulary, or the whole log-softmax, is differentiated by
+autograd, a few tokens at a time (``coefficients.py``).
 """
 
 from __future__ import annotations
