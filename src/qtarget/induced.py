@@ -95,12 +95,14 @@ def _token_gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor,
         return torch.autograd.grad(loss.sum(), leaf)[0][0]
 
 
-def fit_pulls(gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_pulls(
+    gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor, tolerance: float = FIT_TOLERANCE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Least-squares ``a`` and ``b`` in ``g = a (p - d_y) + b (p - q)``; ``b = 0`` when ``a`` alone explains it."""
     to_label, to_residual = probs - one_hot, probs - q
     scale = gradient.norm(dim=-1)
     alone = (gradient * to_label).sum(-1) / (to_label * to_label).sum(-1).clamp(min=1e-300)
-    explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= FIT_TOLERANCE * scale
+    explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= tolerance * scale
     basis = torch.stack([to_label, to_residual], dim=-1)
     both = torch.linalg.lstsq(
         basis, gradient[..., None], driver="gelsd" if basis.device.type == "cpu" else None
@@ -108,4 +110,4 @@ def fit_pulls(gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor) -> tu
     a = torch.where(explained, alone, both[:, 0])
     b = torch.where(explained, 0.0, both[:, 1])
     rest = gradient - a[:, None] * to_label - b[:, None] * to_residual
-    return a, b, rest.norm(dim=-1) <= FIT_TOLERANCE * scale.clamp(min=1e-12)
+    return a, b, rest.norm(dim=-1) <= tolerance * scale.clamp(min=1e-12)

@@ -1,0 +1,237 @@
+"""``lens``: what losses teach, as one JSON document. Pure: losses in, numbers and findings out.
+
+Every loss sees the same tokens. *Probes* are random tokens, to tell which form its gradient has; the *sweep* moves ``p_y``
+from 0 to 1 and leaves everything else as it is, to be drawn; *checks* are batches with masks, padding and parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qtarget.errors import LossUnderLensError
+from qtarget.report.lens_checks import run_checks, scale_factor
+from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit
+from qtarget.report.lens_loss import Loss, gradient
+from qtarget.report.page import finite
+from qtarget.shapes import Float, Tensor
+
+VERSION = 1
+VOCAB = 32  # eaft looks at the 20 likeliest
+PROBES = 160
+SWEEP = [0.002, *(round(0.01 * i, 2) for i in range(1, 100)), 0.998]
+SITUATIONS = (("unlikely", 0.02), ("undecided", 0.3), ("agreed", 0.9))
+OBSERVED, LIVE_FAVOURITE, FROZEN_FAVOURITE = 0, 1, 2
+SIMPLEX_TOLERANCE = 1e-6
+
+SETTING = {
+    "vocabulary": VOCAB,
+    "probes": PROBES,
+    "sweep": "p_y from 0.002 to 0.998; of the rest the live model gives half to its own favourite, 15 % to the frozen model's "
+    "favourite, and spreads what is left evenly",
+    "frozen": "synthetic, not a trained model: 60 % on its own favourite, 20 % on the observed token, 10 % on the live model's "
+    "favourite, the rest even; at the probes random logits, independent of the live model's",
+    "tokens": ["observed", "live model's favourite", "frozen model's favourite", f"the other {VOCAB - 3} together"],
+    "update": "minus the gradient by the logit, of a loss in which the one token has weight one",
+}
+
+
+def lens(losses: Sequence[Loss]) -> dict[str, Any]:
+    """What each loss teaches.
+
+    Returns:
+        ``{"kind", "version", "setting", "losses"}``, JSON values only; ``losses`` holds one document each, see ``look``.
+
+    Raises:
+        LossUnderLensError: a loss cannot be called, differentiated, or its gradient is not finite at the probes.
+    """
+    return {"kind": "qtarget lens", "version": VERSION, "setting": SETTING, "losses": [look(loss) for loss in losses]}
+
+
+def look(loss: Loss) -> dict[str, Any]:
+    """One loss: its form, its curves over ``p_y``, the induced target in three situations, and the checks.
+
+    Raises:
+        LossUnderLensError: see ``lens``.
+    """
+    checks, scale = run_checks(loss)
+    factor = scale_factor(scale)
+    probes, sweep = gradients(loss, *random_tokens(), factor), gradients(loss, *swept_tokens(), factor)
+    form = fit_form(probes, "frozen" in loss.takes)
+    symbol = loss.frozen_symbol if "frozen" in loss.takes else None
+    document = {
+        "name": loss.name,
+        "source": loss.source,
+        "formula": loss.target.formula if loss.target else None,
+        "frozen": symbol,
+        "called_with": {"layout": loss.layout, "shift": loss.shift, "takes": sorted(loss.takes)},
+        "scale": scale,
+        "form": describe_form(form, probes, symbol),
+        "simplex": describe_simplex(probes, sweep),
+        "curves": curves(sweep, refit(sweep, form), form),
+        "situations": [situation(sweep, name, p_y) for name, p_y in SITUATIONS],
+        "checks": checks,
+    }
+    return document | {"verdict": verdict(document)}
+
+
+def random_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, frozen logits and labels of the probes; ``p_y`` and ``p_frozen(y)`` cover (0.005, 0.98) and (0.02, 0.98)."""
+    rng = torch.Generator().manual_seed(0)
+
+    def normal() -> Tensor:
+        return 1.5 * torch.randn(PROBES, VOCAB, generator=rng, dtype=torch.float64)
+
+    live, frozen = normal(), normal()
+    labels = torch.randint(VOCAB, (PROBES,), generator=rng)
+    p_y = torch.sigmoid(torch.linspace(-5.3, 3.9, PROBES, dtype=torch.float64))
+    p_frozen = 0.02 + 0.96 * torch.rand(PROBES, generator=rng, dtype=torch.float64)
+    return _with_label_probs(live, labels, p_y), _with_label_probs(frozen, labels, p_frozen), labels
+
+
+def swept_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, frozen logits and labels of the sweep."""
+    live = torch.full((len(SWEEP), VOCAB), 0.35 / (VOCAB - 3), dtype=torch.float64)
+    live[:, LIVE_FAVOURITE], live[:, FROZEN_FAVOURITE] = 0.5, 0.15
+    frozen = torch.full_like(live, 0.1 / (VOCAB - 3))
+    frozen[:, [OBSERVED, LIVE_FAVOURITE, FROZEN_FAVOURITE]] = torch.tensor([0.2, 0.1, 0.6], dtype=torch.float64)
+    labels = torch.full((len(SWEEP),), OBSERVED)
+    return _with_label_probs(live.log(), labels, torch.tensor(SWEEP, dtype=torch.float64)), frozen.log(), labels
+
+
+def _with_label_probs(logits: Tensor, labels: Tensor, p_y: Tensor) -> Tensor:
+    """The same logits but for the label's, which gives it this probability."""
+    others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
+    return logits.scatter(-1, labels[:, None], (others + p_y.logit())[:, None])
+
+
+def gradients(loss: Loss, logits: Tensor, frozen: Tensor, labels: Tensor, factor: str) -> Probes:
+    """The loss at these tokens, each a sequence of its own, all in one batch.
+
+    Raises:
+        LossUnderLensError: the gradient is not finite.
+    """
+    _, found = gradient(loss, logits[:, None], labels[:, None], frozen[:, None])
+    found = found[:, 0].double() * (len(labels) if factor == "count" else 1)
+    if not bool(found.isfinite().all()):
+        p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
+        bad = (~found.isfinite().all(-1)).nonzero()[0, 0]
+        raise LossUnderLensError(
+            f"loss {loss.name!r}: the gradient is not finite at {int((~found.isfinite().all(-1)).sum())} of {len(p)} tokens, "
+            f"the first with p_y = {float(p[bad]):.3g}; look for log(0), 0/0, or exp without a bound (use log_softmax)"
+        )
+    return Probes(logits, frozen, labels, found)
+
+
+def describe_form(form: Form, x: Probes, symbol: str | None) -> dict[str, Any]:
+    """Whether ``g = (a+b) p - a d_y - b q`` holds, and what ``a``, ``b`` and ``q`` are."""
+    known = features(x, symbol)
+    fits = bool(form.fits.all())
+    q = None
+    if form.residual is not None:
+        q = form.residual.name.format(f"{form.parameter:.4g}" if form.parameter is not None else "")
+    sums = x.gradient.sum(-1).abs() / x.gradient.norm(dim=-1).clamp(min=1e-300)
+    return {
+        "fits": fits,
+        "largest_relative_error": form.error,
+        "a": _weight(form.label_weight, known, fits),
+        "b": _weight(form.residual_weight, known, fits),
+        "q": q,
+        "q_parameter": form.parameter,
+        "gradient_sums_to_zero": bool((sums < 1e-3).all()),
+    }
+
+
+def _weight(values: Tensor, known: dict[str, Tensor], fits: bool) -> dict[str, Any]:
+    return {
+        "name": name_weight(values, known) if fits else None,
+        "smallest": float(values.min()),
+        "largest": float(values.max()),
+    }
+
+
+def describe_simplex(*parts: Probes) -> dict[str, Any]:
+    """Whether ``Q = p - g`` is a distribution at every token looked at; where not, how far it is from one."""
+    target = torch.cat([x.probs - x.gradient for x in parts])
+    p_y = torch.cat([x.probs.gather(-1, x.labels[:, None])[:, 0] for x in parts])
+    negative = target.clamp(max=0.0).sum(-1).neg()
+    outside = negative > SIMPLEX_TOLERANCE
+    worst = int(negative.argmax())
+    return {
+        "inside": not bool(outside.any()),
+        "share_outside": float(outside.double().mean()),
+        "largest_negative_mass": float(negative[worst]),
+        "at_p_y": float(p_y[worst]),
+        "outside_p_y": [float(p_y[outside].min()), float(p_y[outside].max())] if bool(outside.any()) else None,
+        "largest_sum_error": float((target.sum(-1) - 1).abs().max()),
+    }
+
+
+def curves(x: Probes, at: Form, form: Form) -> dict[str, list[float | None]]:
+    """Over ``p_y``: updates (minus the gradient) of three tokens and of the rest, ``a`` and ``b``, the mass of ``Q`` on y."""
+    update = -x.gradient
+    fits = bool(form.fits.all())
+    return {
+        "p_y": list(SWEEP),
+        "observed": update[:, OBSERVED].tolist(),
+        "live_favourite": update[:, LIVE_FAVOURITE].tolist(),
+        "frozen_favourite": update[:, FROZEN_FAVOURITE].tolist(),
+        "others": update[:, FROZEN_FAVOURITE + 1 :].sum(-1).tolist(),
+        "a": [finite(v) if fits else None for v in at.label_weight.tolist()],
+        "b": [finite(v) if fits else None for v in at.residual_weight.tolist()],
+        "q_observed": (x.probs - x.gradient)[:, OBSERVED].tolist(),
+    }
+
+
+def situation(x: Probes, name: str, p_y: float) -> dict[str, Any]:
+    """``p``, the frozen model and the induced ``Q`` on three tokens and the rest, at one point of the sweep."""
+    at = SWEEP.index(p_y)
+
+    def shown(values: Float[Tensor, " vocab"]) -> list[float]:
+        return [*values[: FROZEN_FAVOURITE + 1].tolist(), float(values[FROZEN_FAVOURITE + 1 :].sum())]
+
+    probs = x.probs[at]
+    return {
+        "name": name,
+        "p_y": p_y,
+        "p": shown(probs),
+        "frozen": shown(x.frozen[at].softmax(-1)),
+        "target": shown(probs - x.gradient[at]),
+    }
+
+
+def verdict(document: dict[str, Any]) -> list[str]:
+    """What a person should know, in sentences."""
+    form, simplex = document["form"], document["simplex"]
+    said = [_form_sentence(form)]
+    if not form["gradient_sums_to_zero"]:
+        said.append("Its gradient does not sum to zero: it also moves the level of all logits (as a z-loss does).")
+    if simplex["inside"]:
+        said.append("Q is a distribution at every token looked at.")
+    else:
+        low, high = simplex["outside_p_y"]
+        said.append(
+            f"Q leaves the simplex at {100 * simplex['share_outside']:.0f} % of the tokens looked at (p_y from {low:.3g} to "
+            f"{high:.3g}), by at most {simplex['largest_negative_mass']:.3g} of mass below zero."
+        )
+    said.append(document["scale"]["finding"])
+    faults = [check["finding"] for check in document["checks"] if check["status"] == "fault"]
+    return said + [f"Fault: {finding}" for finding in faults]
+
+
+def _form_sentence(form: dict[str, Any]) -> str:
+    if not form["fits"]:
+        return (
+            "It is not of the form (a+b) p - a d_y - b q with any residual that is known here: the closest misses the "
+            f"gradient by up to {100 * form['largest_relative_error']:.2g} %."
+        )
+    words = [
+        f"{letter} = {form[letter]['name']}"
+        if form[letter]["name"] is not None
+        else f"{letter} between {form[letter]['smallest']:.3g} and {form[letter]['largest']:.3g} (no known formula)"
+        for letter in ("a", "b")
+    ]
+    residual = f", q = {form['q']}" if form["q"] else ""
+    return f"It fits g = (a+b) p - a d_y - b q with {' and '.join(words)}{residual}."
