@@ -13,7 +13,7 @@ import torch
 
 from qtarget.errors import LossUnderLensError
 from qtarget.report.lens_checks import run_checks, scale_factor
-from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit
+from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit, with_label_probs
 from qtarget.report.lens_loss import Loss, gradient
 from qtarget.report.page import finite
 from qtarget.shapes import Float, Tensor
@@ -74,7 +74,7 @@ def look(loss: Loss) -> dict[str, Any]:
         "situations": [situation(sweep, name, p_y) for name, p_y in SITUATIONS],
         "checks": checks,
     }
-    return document | {"verdict": verdict(document)}
+    return document | {"verdict": verdict(document), "titles": titles(document)}
 
 
 def random_tokens() -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ def random_tokens() -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.randint(VOCAB, (PROBES,), generator=rng)
     p_y = torch.sigmoid(torch.linspace(-5.3, 3.9, PROBES, dtype=torch.float64))
     p_frozen = 0.02 + 0.96 * torch.rand(PROBES, generator=rng, dtype=torch.float64)
-    return _with_label_probs(live, labels, p_y), _with_label_probs(frozen, labels, p_frozen), labels
+    return with_label_probs(live, labels, p_y), with_label_probs(frozen, labels, p_frozen), labels
 
 
 def swept_tokens() -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +98,7 @@ def swept_tokens() -> tuple[Tensor, Tensor, Tensor]:
     frozen = torch.full_like(live, 0.1 / (VOCAB - 3))
     frozen[:, [OBSERVED, LIVE_FAVOURITE, FROZEN_FAVOURITE]] = torch.tensor([0.2, 0.1, 0.6], dtype=torch.float64)
     labels = torch.full((len(SWEEP),), OBSERVED)
-    return _with_label_probs(live.log(), labels, torch.tensor(SWEEP, dtype=torch.float64)), frozen.log(), labels
-
-
-def _with_label_probs(logits: Tensor, labels: Tensor, p_y: Tensor) -> Tensor:
-    """The same logits but for the label's, which gives it this probability."""
-    others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
-    return logits.scatter(-1, labels[:, None], (others + p_y.logit())[:, None])
+    return with_label_probs(live.log(), labels, torch.tensor(SWEEP, dtype=torch.float64)), frozen.log(), labels
 
 
 def gradients(loss: Loss, logits: Tensor, frozen: Tensor, labels: Tensor, factor: str) -> Probes:
@@ -131,7 +125,8 @@ def describe_form(form: Form, x: Probes, symbol: str | None) -> dict[str, Any]:
     fits = bool(form.fits.all())
     q = None
     if form.residual is not None:
-        q = form.residual.name.format(f"{form.parameter:.4g}" if form.parameter is not None else "")
+        share = form.parameter or 0.0
+        q = form.residual.name.format(f"{share:.4g}", f"{1 - share:.4g}")
     sums = x.gradient.sum(-1).abs() / x.gradient.norm(dim=-1).clamp(min=1e-300)
     return {
         "fits": fits,
@@ -140,6 +135,8 @@ def describe_form(form: Form, x: Probes, symbol: str | None) -> dict[str, Any]:
         "b": _weight(form.residual_weight, known, fits),
         "q": q,
         "q_parameter": form.parameter,
+        "largest_pull": float((form.label_weight + form.residual_weight).max()) if fits else None,
+        "smallest_pull": float(torch.minimum(form.label_weight, form.residual_weight).min()) if fits else None,
         "gradient_sums_to_zero": bool((sums < 1e-3).all()),
     }
 
@@ -202,6 +199,28 @@ def situation(x: Probes, name: str, p_y: float) -> dict[str, Any]:
     }
 
 
+def titles(document: dict[str, Any]) -> dict[str, str]:
+    """What each figure shows, as a finding."""
+    shown = document["curves"]
+    at = max(range(len(SWEEP)), key=lambda i: abs(shown["observed"][i]))
+    peak, p_y = shown["observed"][at], SWEEP[at]
+    form = document["form"]
+    first = document["situations"][0]
+    moved = first["target"][0]
+    if not form["fits"]:
+        weights = "No label and residual weight describe it"
+    else:
+        weights = "Label weight a = " + (form["a"]["name"] or "no known formula")
+        weights += f", residual weight b = {form['b']['name'] or 'no known formula'}" if form["q"] else ""
+    return {
+        "updates": "The observed token is never pushed"
+        if abs(peak) < 1e-12
+        else f"The observed token is pushed hardest at p_y = {p_y:g} (by {peak:.3g})",
+        "weights": weights,
+        "situations": f"Where the model gives the observed token {first['p_y']:g}, Q gives it {moved:.3g}",
+    }
+
+
 def verdict(document: dict[str, Any]) -> list[str]:
     """What a person should know, in sentences."""
     form, simplex = document["form"], document["simplex"]
@@ -216,6 +235,8 @@ def verdict(document: dict[str, Any]) -> list[str]:
             f"Q leaves the simplex at {100 * simplex['share_outside']:.0f} % of the tokens looked at (p_y from {low:.3g} to "
             f"{high:.3g}), by at most {simplex['largest_negative_mass']:.3g} of mass below zero."
         )
+        if form["fits"] and form["largest_pull"] > 1 and form["smallest_pull"] >= 0:
+            said.append(f"a + b reaches {form['largest_pull']:.3g}: divide the loss by that, and Q is a distribution.")
     said.append(document["scale"]["finding"])
     faults = [check["finding"] for check in document["checks"] if check["status"] == "fault"]
     return said + [f"Fault: {finding}" for finding in faults]

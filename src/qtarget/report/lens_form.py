@@ -46,9 +46,18 @@ class Probes:
         return torch.nn.functional.one_hot(self.labels, self.logits.shape[-1]).double()
 
 
+def with_label_probs(
+    logits: Float[Tensor, "... vocab"], labels: Int[Tensor, "..."], label_probs: Float[Tensor, "..."]
+) -> Float[Tensor, "... vocab"]:
+    """The same logits but for the label's, which is set so that the label has this probability."""
+    at_label = labels[..., None]
+    others = logits.scatter(-1, at_label, -torch.inf).logsumexp(-1)
+    return logits.scatter(-1, at_label, (others + label_probs.logit())[..., None])
+
+
 @dataclass(frozen=True)
 class Residual:
-    """One kind of ``q``: its name with ``{}`` for the parameter, and the values between which that is looked for."""
+    """One kind of ``q``: its name with ``{0}`` for the parameter and ``{1}`` for one minus it, and the values between which that is looked for."""
 
     name: str
     make: Callable[[Probes, float], Tensor]
@@ -64,15 +73,15 @@ RESIDUALS = (
     Residual("uniform", _uniform),
     Residual("the frozen model", lambda x, _: x.frozen.softmax(-1), needs_frozen=True),
     # A temperature near 1, or a share near 0, makes q the model itself: then b has no bound and anything close to it fits.
-    Residual("the model itself at temperature {}", lambda x, t: (x.logits / t).softmax(-1), ((0.2, 0.93), (1.08, 4.0))),
+    Residual("the model itself at temperature {0}", lambda x, t: (x.logits / t).softmax(-1), ((0.2, 0.93), (1.08, 4.0))),
     Residual(
-        "softmax((1 - {0}) z + {0} z_frozen)",
+        "softmax({1} z + {0} z_frozen)",
         lambda x, s: ((1 - s) * x.logits + s * x.frozen).softmax(-1),
         ((0.05, 1.0),),
         needs_frozen=True,
     ),
     Residual(
-        "(1 - {0}) frozen + {0} uniform",
+        "{1} of the frozen model + {0} uniform",
         lambda x, s: (1 - s) * x.frozen.softmax(-1) + s / x.logits.shape[-1],
         ((0.0, 1.0),),
         needs_frozen=True,
@@ -278,7 +287,7 @@ def _threshold(off: Bool[Tensor, " tokens"], known: dict[str, Tensor]) -> str | 
         above, below = (float(f[off].max()), float(f[~off].min())), (float(f[~off].max()), float(f[off].min()))
         for (low, high), relation in ((above, ">"), (below, "<")):
             if low < high:
-                return f" 1[{name.strip('()') if name.count('(') == 1 else name} {relation} {_number((low + high) / 2, 2)}]"
+                return f" 1[{name.strip('()') if name.count('(') == 1 else name} {relation} ~{_number((low + high) / 2, 2)}]"
     return None
 
 
