@@ -10,11 +10,16 @@ from typing import Annotated
 
 import typer
 
+from qtarget.registry import available_targets
+
 
 def lens(
     losses: Annotated[
         list[str],
-        typer.Argument(metavar="LOSS...", help="Built-in names, or package.module:function; constants: 'p_power(alpha=0.3)'."),
+        typer.Argument(
+            metavar="LOSS...",
+            help="Built-in names (`all`: every one), or package.module:function; constants: 'p_power(alpha=0.3)'.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The page.")] = Path("lens.html"),
     as_json: Annotated[Path | None, typer.Option("--json", help="The page's numbers.")] = None,
@@ -29,6 +34,7 @@ def lens(
     from qtarget.report.lens_page import lens_figure, lens_page, save_figure
     from qtarget.report.page import write_text
 
+    losses = [name for text in losses for name in (available_targets() if text == "all" else [text])]
     sys.path.append(os.getcwd())
     try:
         document = look_through([load_loss(text) for text in losses])

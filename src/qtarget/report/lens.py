@@ -187,7 +187,8 @@ def situation(x: Probes, name: str, p_y: float) -> dict[str, Any]:
     at = SWEEP.index(p_y)
 
     def shown(values: Float[Tensor, " vocab"]) -> list[float]:
-        return [*values[: FROZEN_FAVOURITE + 1].tolist(), float(values[FROZEN_FAVOURITE + 1 :].sum())]
+        parts = [*values[: FROZEN_FAVOURITE + 1].tolist(), float(values[FROZEN_FAVOURITE + 1 :].sum())]
+        return [round(part, 12) for part in parts]  # -1e-17 is a zero
 
     probs = x.probs[at]
     return {
@@ -238,6 +239,10 @@ def verdict(document: dict[str, Any]) -> list[str]:
         if form["fits"] and form["largest_pull"] > 1 and form["smallest_pull"] >= 0:
             said.append(f"a + b reaches {form['largest_pull']:.3g}: divide the loss by that, and Q is a distribution.")
     said.append(document["scale"]["finding"])
+    if document["scale"]["depends_on_other_tokens"]:
+        said.append(
+            "A token's weight is made over the batch: constants and thresholds here are those of this page's tokens."
+        )
     faults = [check["finding"] for check in document["checks"] if check["status"] == "fault"]
     return said + [f"Fault: {finding}" for finding in faults]
 

@@ -7,18 +7,15 @@ Each check hands the loss small batches with a known answer, and says ``pass``, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qtarget.errors import LossUnderLensError
+from qtarget.report.lens_batches import ROWS, TIME, VOCAB, Batch, copies, ragged_batch, random_batch
 from qtarget.report.lens_form import with_label_probs
 from qtarget.report.lens_loss import IGNORE, Loss, gradient
-from qtarget.shapes import Tensor
 
-VOCAB = 128  # over 100: a label of -100 that is not ignored then reads token 28 and raises nothing
-ROWS, TIME = 8, 6
 TOLERANCE = 1e-3  # relative; losses that compute in float32 reach 1e-5
 BLIND_MAX = 0.01  # share of the model's mass whose logits get no gradient
 
@@ -40,47 +37,6 @@ FINDINGS = {
     "sum over tokens, mean over rows": "It divides by the rows of the call: masked tokens do not scale it.",
     "other": "Its scale follows none of the usual denominators.",
 }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """``[rows, time]`` labels with live and frozen logits."""
-
-    logits: Tensor
-    labels: Tensor
-    frozen: Tensor
-
-    def part(self, rows: slice, time: slice = slice(None)) -> Batch:
-        return Batch(self.logits[rows, time], self.labels[rows, time], self.frozen[rows, time])
-
-    def masked(self, where: Tensor) -> Batch:
-        return Batch(self.logits, self.labels.masked_fill(where, IGNORE), self.frozen)
-
-    def gradient(self, loss: Loss, num_items: int | None = None) -> Tensor:
-        return gradient(loss, self.logits, self.labels, self.frozen, num_items)[1]
-
-
-def random_batch(rows: int = ROWS, time: int = TIME, seed: int = 0, label_probs: tuple[float, float] = (0.3, 0.7)) -> Batch:
-    """Random logits; ``p_y`` is high enough for thresholds, and the frozen model's probability of the label is close to it."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(rows, time, *shape, generator=rng, dtype=torch.float64)
-
-    logits, frozen = 1.5 * normal(VOCAB), 1.5 * normal(VOCAB)
-    labels = torch.randint(VOCAB, (rows, time), generator=rng)
-    low, high = label_probs
-    p_y = low + (high - low) * torch.rand(rows, time, generator=rng, dtype=torch.float64)
-    p_frozen = torch.sigmoid(p_y.logit() + 0.1 * normal())
-    return Batch(with_label_probs(logits, labels, p_y), labels, with_label_probs(frozen, labels, p_frozen))
-
-
-def copies(rows: int, time: int) -> Batch:
-    """One token everywhere, so that weights made over a batch are equal and only counts matter."""
-    one = random_batch(1, 1)
-    return Batch(
-        one.logits.expand(rows, time, VOCAB), one.labels.expand(rows, time), one.frozen.expand(rows, time, VOCAB)
-    )
 
 
 def finding(name: str, status: str, text: str, **evidence: Any) -> dict[str, Any]:
@@ -150,14 +106,10 @@ def describe_scale(loss: Loss) -> dict[str, Any]:
 def _depends_on_others(loss: Loss) -> bool:
     """Whether the first tokens of four rows have another gradient when the rest becomes easy for the model."""
     batch, easy = random_batch(4), random_batch(4, seed=1, label_probs=(0.97, 0.99))
-    for kept, other in zip(_tensors(batch), _tensors(easy)):
+    for kept, other in zip(batch.tensors(), easy.tensors()):
         other[:, : TIME // 2] = kept[:, : TIME // 2]
     before, after = (b.gradient(loss)[:, : TIME // 2] for b in (batch, easy))
     return bool((before - after).norm() > TOLERANCE * torch.maximum(before.norm(), after.norm()))
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.logits, batch.labels, batch.frozen
 
 
 def scale_factor(scale: dict[str, Any]) -> str:
@@ -175,7 +127,9 @@ def check_denominator(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
         "other": "warn",
     }.get(scale["kind"], "pass")
     if "labels" not in loss.takes:
-        return finding("denominator", "skip", "It takes no labels, so it cannot know which positions are masked; mask before.")
+        return finding(
+            "denominator", "skip", "It takes no labels, so it cannot know which positions are masked; mask before."
+        )
     text = scale["finding"]
     if scale["depends_on_other_tokens"]:
         text += " A token's weight also depends on the other tokens of the call."
@@ -184,7 +138,7 @@ def check_denominator(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
 
 def check_micro_batches(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
     """Eight ragged rows at once against one by one, put together as trainers do."""
-    batch = _ragged()
+    batch = ragged_batch()
     counts = (batch.labels != IGNORE).sum().item()
     num_items = int(counts) if "num_items" in loss.takes else None
     whole = batch.gradient(loss, num_items)
@@ -194,20 +148,20 @@ def check_micro_batches(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
     evidence = {"relative_error": error, "num_items_given": num_items is not None}
     name, how = "micro-batches", "summed" if summed else "averaged"
     if error < TOLERANCE:
-        return finding(name, "pass", f"Eight ragged rows one by one, {how}, have the gradient of the eight at once.", **evidence)
+        return finding(
+            name, "pass", f"Eight ragged rows one by one, {how}, have the gradient of the eight at once.", **evidence
+        )
     text = f"Eight ragged rows one by one, {how}, miss the gradient of the eight at once by {100 * error:.0f} %"
     if scale["depends_on_other_tokens"]:
         return finding(name, "note", f"{text}: weights are made over the batch of one call.", **evidence)
     if num_items is not None:
         return finding(name, "fault", f"{text}, although it is given the count of the whole batch.", **evidence)
     return finding(
-        name, "warn", f"{text}: short micro-batches weigh too much; divide a sum by the count of the whole batch.", **evidence
+        name,
+        "warn",
+        f"{text}: short micro-batches weigh too much; divide a sum by the count of the whole batch.",
+        **evidence,
     )
-
-
-def _ragged() -> Batch:
-    lengths = torch.tensor([6, 1, 4, 2, 6, 3, 1, 5])
-    return random_batch().masked(torch.arange(TIME)[None] >= lengths[:, None])
 
 
 # -- masks and shifts --------------------------------------------------------------------------------------------------
@@ -218,7 +172,7 @@ def check_masked(loss: Loss) -> dict[str, Any]:
     name = "masked tokens"
     if "labels" not in loss.takes:
         return finding(name, "skip", "It takes no labels.")
-    batch = _ragged()
+    batch = ragged_batch()
     masked = batch.labels == IGNORE
     try:
         found = batch.gradient(loss)
@@ -234,7 +188,9 @@ def check_masked(loss: Loss) -> dict[str, Any]:
     moved = Batch(other, batch.labels, batch.frozen).gradient(loss)
     change = float((moved - found)[~masked].norm() / found.norm().clamp(min=1e-300))
     if change > TOLERANCE:
-        text = f"What the model says at masked positions changes the gradient of the trained ones by {100 * change:.0f} %."
+        text = (
+            f"What the model says at masked positions changes the gradient of the trained ones by {100 * change:.0f} %."
+        )
         return finding(name, "fault", text, change=change)
     return finding(name, "pass", "Masked positions get no gradient and change no other's.", share=share, change=change)
 
@@ -259,7 +215,9 @@ def check_all_masked(loss: Loss) -> dict[str, Any]:
     (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
     if found is not None and not bool((found == 0).all()):
         return finding(name, "fault", "A batch in which everything is masked has a gradient that is not zero.")
-    return finding(name, "pass", "A batch in which everything is masked has a finite loss, with a graph and no gradient.")
+    return finding(
+        name, "pass", "A batch in which everything is masked has a finite loss, with a graph and no gradient."
+    )
 
 
 def check_shift(loss: Loss) -> dict[str, Any]:
@@ -293,7 +251,9 @@ def check_frozen_place(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
         before, after = (torch.nn.functional.normalize(g, dim=-1) * kept[:, None] for g in (before, after))
     change = (after - before).norm(dim=-1)
     if float(change.max()) < 1e-9:
-        return finding(name, "skip", "At the tokens tried the frozen model moves nothing, or only weights made over the batch.")
+        return finding(
+            name, "skip", "At the tokens tried the frozen model moves nothing, or only weights made over the batch."
+        )
     place = int(change.argmax())
     if place != at:
         text = f"The frozen model's logits at t are used for the live logits at t {place - at:+d}: off by {abs(place - at)}."
@@ -321,14 +281,15 @@ def check_value(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
             moved = torch.zeros_like(batch.logits)
             moved[0, at] = step * direction
             up, down = (
-                float(loss((batch.logits + s * moved), batch.labels, batch.frozen).detach().double().sum()) for s in (1, -1)
+                float(loss((batch.logits + s * moved), batch.labels, batch.frozen).detach().double().sum())
+                for s in (1, -1)
             )
             ratios.append((up - down) / (2 * step) / float((found[at] * direction).sum()))
     if not ratios:
         return finding(name, "skip", "Its gradient is zero at the tokens tried.")
     low, high = min(ratios), max(ratios)
     evidence = {"smallest_ratio": low, "largest_ratio": high}
-    if high - low > 2e-2 * max(abs(low), abs(high)) or scale["depends_on_other_tokens"] and abs(low - 1) > 2e-2:
+    if high - low > 2e-2 * max(abs(low), abs(high)) or (scale["depends_on_other_tokens"] and abs(low - 1) > 2e-2):
         text = "The gradient is not that of the value: something in it is held constant (stop-gradient), as in dft."
         return finding(name, "note", text, **evidence)
     if abs(low - 1) > 2e-2:
@@ -395,16 +356,15 @@ def check_blind(loss: Loss) -> dict[str, Any]:
 def check_inputs(loss: Loss) -> dict[str, Any]:
     """The caller's tensors are left as they are."""
     name = "inputs unchanged"
-    batch = _ragged() if "labels" in loss.takes else random_batch()
-    given = [tensor.clone() for tensor in _tensors(batch)]
-    try:
-        loss(*given)
-    except LossUnderLensError:
-        batch = random_batch()
-        given = [tensor.clone() for tensor in _tensors(batch)]
-        loss(*given)
-    changed = [n for n, a, b in zip(("logits", "labels", "frozen"), given, _tensors(batch)) if not torch.equal(a, b)]
-    if changed:
-        text = f"It changes its caller's {' and '.join(changed)} in place: the next one to read them gets something else."
-        return finding(name, "fault", text, changed=changed)
+    for batch in (ragged_batch(), random_batch()):  # a loss that cannot take a mask is looked at without one
+        logits, labels, frozen = (tensor.clone() for tensor in batch.tensors())
+        try:
+            loss(logits, labels, frozen)
+        except LossUnderLensError:
+            continue
+        given = zip(("logits", "labels", "frozen logits"), (logits, labels, frozen), batch.tensors())
+        changed = [what for what, after, before in given if not torch.equal(after, before)]
+        if changed:
+            text = f"It changes its caller's {' and '.join(changed)} in place: whoever reads them next gets something else."
+            return finding(name, "fault", text, changed=changed)
     return finding(name, "pass", "Logits and labels are as they were after the call.")

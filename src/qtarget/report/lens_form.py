@@ -57,7 +57,7 @@ def with_label_probs(
 
 @dataclass(frozen=True)
 class Residual:
-    """One kind of ``q``: its name with ``{0}`` for the parameter and ``{1}`` for one minus it, and the values between which that is looked for."""
+    """One kind of ``q``: its name (``{0}`` is the parameter, ``{1}`` one minus it), and where the parameter is looked for."""
 
     name: str
     make: Callable[[Probes, float], Tensor]
@@ -73,7 +73,9 @@ RESIDUALS = (
     Residual("uniform", _uniform),
     Residual("the frozen model", lambda x, _: x.frozen.softmax(-1), needs_frozen=True),
     # A temperature near 1, or a share near 0, makes q the model itself: then b has no bound and anything close to it fits.
-    Residual("the model itself at temperature {0}", lambda x, t: (x.logits / t).softmax(-1), ((0.2, 0.93), (1.08, 4.0))),
+    Residual(
+        "the model itself at temperature {0}", lambda x, t: (x.logits / t).softmax(-1), ((0.2, 0.93), (1.08, 4.0))
+    ),
     Residual(
         "softmax({1} z + {0} z_frozen)",
         lambda x, s: ((1 - s) * x.logits + s * x.frozen).softmax(-1),
@@ -228,7 +230,9 @@ def name_weight(values: Float[Tensor, " tokens"], known: dict[str, Tensor]) -> s
     where = _threshold(off, known) if bool(off.any()) else ""
     if where is None:
         return None
-    return sign + (where.strip() if where and body == "1" else body + where)
+    if where:
+        return sign + (where.strip() if body == "1" else body + where)
+    return sign + (body if sign else _bare(body, known))
 
 
 def _formula(values: Tensor, known: dict[str, Tensor]) -> str | None:
@@ -246,12 +250,14 @@ def _formula(values: Tensor, known: dict[str, Tensor]) -> str | None:
             continue
         text = _term(*power, name)
         if capped:
-            text = f"min({text}, {_number(high)})"
-        return f"max({text}, {_number(low)})" if floored else text
+            text = f"min({_bare(text, known)}, {_number(high)})"
+        return f"max({_bare(text, known)}, {_number(low)})" if floored else text
     return _affine(values, known) or _focal(values, known)
 
 
-def _power(values: Tensor, f: Tensor, inner: Bool[Tensor, " tokens"], low: float, high: float) -> tuple[float, float] | None:
+def _power(
+    values: Tensor, f: Tensor, inner: Bool[Tensor, " tokens"], low: float, high: float
+) -> tuple[float, float] | None:
     """``(c, k)`` of ``clip(c f^k, low, high)`` where that is exact."""
     if float(f[inner].max()) <= float(f[inner].min()) * (1 + 1e-9):
         return None
@@ -287,8 +293,13 @@ def _threshold(off: Bool[Tensor, " tokens"], known: dict[str, Tensor]) -> str | 
         above, below = (float(f[off].max()), float(f[~off].min())), (float(f[~off].max()), float(f[off].min()))
         for (low, high), relation in ((above, ">"), (below, "<")):
             if low < high:
-                return f" 1[{name.strip('()') if name.count('(') == 1 else name} {relation} ~{_number((low + high) / 2, 2)}]"
+                return f" 1[{_bare(name, known)} {relation} ~{_number((low + high) / 2, 2)}]"
     return None
+
+
+def _bare(text: str, known: dict[str, Tensor]) -> str:
+    """A formula that is one bracketed feature, without its brackets."""
+    return text[1:-1] if text in known and text.startswith("(") else text
 
 
 def _term(c: float, k: float, name: str) -> str:

@@ -112,9 +112,7 @@ class Loss:
             )
         return value
 
-    def _shifted(
-        self, logits: Tensor, labels: Tensor, frozen: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _shifted(self, logits: Tensor, labels: Tensor, frozen: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Move the labels against the loss's own shift; the places that become free are masked."""
         if not self.shift:
             return logits, labels, frozen
@@ -284,7 +282,11 @@ def parameter_roles(found: Any, name: str) -> dict[str | int, str]:
             roles[key] = known[p]
         elif parameter.default is parameter.empty:
             pending.append(key)
-    missing = [r for r in ("logits", "labels") if r not in roles.values() and not (r == "logits" and "outputs" in roles.values())]
+    missing = [
+        r
+        for r in ("logits", "labels")
+        if r not in roles.values() and not (r == "logits" and "outputs" in roles.values())
+    ]
     roles |= dict(zip(pending, missing))
     if len(pending) > len(missing) or not {"logits", "outputs"} & set(roles.values()):
         words = ", ".join(str(p) for p in pending[len(missing) :]) or "logits"

@@ -11,8 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#59616e"  # Okabe and Ito: apart for colour-blind people too
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#59616e",
+)  # Okabe and Ito: apart for colour-blind people too
 COLUMNS = 5
+NAME_MAX = 26  # characters over one panel
 
 
 def lens_page(document: dict[str, Any]) -> str:
@@ -53,13 +59,24 @@ def _panel(axes: Axes, loss: dict[str, Any]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.plot(shown["p_y"], shown["observed"], color=BLUE, linewidth=1.8, label="observed token")
     axes.plot(
-        shown["p_y"], shown["live_favourite"], color=ORANGE, linewidth=1.4, linestyle="--", label="model's favourite other"
+        shown["p_y"],
+        shown["live_favourite"],
+        color=ORANGE,
+        linewidth=1.4,
+        linestyle="--",
+        label="model's favourite other",
     )
     if loss["frozen"]:
         axes.plot(
-            shown["p_y"], shown["frozen_favourite"], color=GREEN, linewidth=1.4, linestyle=":", label="frozen model's favourite"
+            shown["p_y"],
+            shown["frozen_favourite"],
+            color=GREEN,
+            linewidth=1.4,
+            linestyle=":",
+            label="frozen model's favourite",
         )
-    axes.set_title(loss["name"], fontsize=9, loc="left", fontweight="bold")
+    name = loss["name"] if len(loss["name"]) <= NAME_MAX else "..." + loss["name"][-NAME_MAX:]
+    axes.set_title(name, fontsize=9, loc="left", fontweight="bold")
     words = "not of the (a, b, q) form"
     if form["fits"]:
         words = f"a = {form['a']['name'] or 'see JSON'}"
@@ -71,12 +88,8 @@ def _panel(axes: Axes, loss: dict[str, Any]) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG without a display; 64 colours are enough for lines and keep it small."""
+    """Write a PNG without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.convert("RGB").quantize(64).save(path, optimize=True)
+    FigureCanvasAgg(figure).print_png(str(path))

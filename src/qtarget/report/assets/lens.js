@@ -1,7 +1,7 @@
 // The lens page: everything shown is in QT.data.
 (() => {
   const { data, el, number, table, lineChart, barChart } = QT;
-  const SIGNS = { pass: "\u2713 pass", note: "\u2139 note", warn: "\u25b2 depends on the caller", fault: "\u2717 fault", skip: "\u2013 not asked" };
+  const SIGNS = { pass: "\u2713 pass", note: "\u2139 note", warn: "\u25b2 look", fault: "\u2717 fault", skip: "\u2013 not asked" };
   const at = (id) => document.getElementById(id);
   const status = (name) => el("span", { class: `lens-status lens-${name}` }, SIGNS[name]);
   const scroll = (node) => el("div", { class: "lens-scroll" }, node);
@@ -19,7 +19,7 @@
       loss.form.fits ? "yes" : `no (misses by ${QT.percent(loss.form.largest_relative_error)})`,
       loss.form.fits ? weight(loss.form.a) : "\u2013",
       loss.form.fits ? weight(loss.form.b) : "\u2013",
-      loss.form.q || "\u2013",
+      loss.form.fits && loss.form.q || "\u2013",
       loss.simplex.inside ? "yes" : `no (by ${number(loss.simplex.largest_negative_mass)})`,
       loss.scale.kind,
       ["fault", "warn"].map((kind) => [kind, loss.checks.filter((c) => c.status === kind).length]).filter((c) => c[1])
@@ -33,25 +33,33 @@
     const charts = [];
     if (data.losses.length > 1) for (let i = 0; i < data.losses.length; i += 4) {
       const some = data.losses.slice(i, i + 4);
-      charts.push(lineChart({ title: `Update on the observed token: ${some.map((l) => l.name).join(", ")}`, x: "p_y, the model's probability of the observed token",
+      charts.push(lineChart({ title: `Update on the observed token: ${some.map((l) => l.name).join(", ")}`, ...P,
         y: "update of its logit", series: some.map((loss) => ({ name: loss.name, points: points(loss.curves, "observed") })),
         range: span(some.flatMap((l) => l.curves.observed)) }));
     }
     return el("div", { class: "lens-figures" }, charts);
   }
 
-  /** From the smallest to the largest value, zero included, with some air where there would be none. */
+  const P = { x: "p_y, the model's probability of the observed token", xticks: [[0.002, "0"], [0.25, "0.25"], [0.5, "0.5"], [0.75, "0.75"], [0.99, "0.99"]] };
+
+  /** A round range around the values, zero included. */
   function span(values) {
     const kept = values.filter((v) => v !== null);
     const low = Math.min(0, ...kept), high = Math.max(0, ...kept);
-    return high - low < 1e-9 ? [-1, 1] : [low, high];
+    if (high - low < 1e-9) return [-1, 1];
+    const decade = 10 ** Math.floor(Math.log10((high - low) / 4));
+    for (const step of [1, 2, 2.5, 5, 10, 20].map((m) => m * decade)) {  // four even steps whose ends are round numbers
+      const first = Math.floor(low / step + 1e-9) * step;
+      if (first + 4 * step >= high - 1e-9) return [first, first + 4 * step];
+    }
+    return [low, high];
   }
 
   function updates(loss) {
     const { curves } = loss;
     const names = [["observed", "observed token"], ["live_favourite", "model's favourite other token"]];
     if (loss.frozen) names.push(["frozen_favourite", "frozen model's favourite"]);
-    return lineChart({ title: loss.titles.updates, x: "p_y, the model's probability of the observed token", y: "update of the logit (minus gradient)",
+    return lineChart({ title: loss.titles.updates, ...P, y: "update of the logit (minus gradient)",
       series: names.map(([key, name]) => ({ name, points: points(curves, key) })), range: span(names.flatMap(([key]) => curves[key])),
       caption: "Up: the token becomes more likely." });
   }
@@ -59,7 +67,7 @@
   function weights(loss) {
     if (!loss.form.fits) return null;
     const names = loss.form.q ? ["a", "b"] : ["a"];
-    return lineChart({ title: loss.titles.weights, x: "p_y, the model's probability of the observed token", y: "weight of the pull",
+    return lineChart({ title: loss.titles.weights, ...P, y: "weight of the pull",
       series: names.map((name) => ({ name: name === "a" ? "a, towards the observed token" : `b, towards q: ${loss.form.q}`, points: points(loss.curves, name) })),
       range: span(names.flatMap((name) => loss.curves[name])) });
   }
