@@ -25,6 +25,7 @@ SWEEP = [0.002, *(round(0.01 * i, 2) for i in range(1, 100)), 0.998]
 SITUATIONS = (("unlikely", 0.02), ("undecided", 0.3), ("agreed", 0.9))
 OBSERVED, LIVE_FAVOURITE, FROZEN_FAVOURITE = 0, 1, 2
 SIMPLEX_TOLERANCE = 1e-6
+SAID_ERROR = 1e-5  # a form that is this far from the gradient is said to be close, not exact
 
 SETTING = {
     "vocabulary": VOCAB,
@@ -260,4 +261,6 @@ def _form_sentence(form: dict[str, Any]) -> str:
         for letter in ("a", "b")
     ]
     residual = f", q = {form['q']}" if form["q"] else ""
-    return f"It fits g = (a+b) p - a d_y - b q with {' and '.join(words)}{residual}."
+    error = form["largest_relative_error"]
+    close = f" (the gradient to {error:.1g})" if error > SAID_ERROR else ""
+    return f"It fits g = (a+b) p - a d_y - b q with {' and '.join(words)}{residual}{close}."

@@ -55,9 +55,8 @@ def random_batch(
 def copies(rows: int, time: int) -> Batch:
     """One token everywhere, so that weights made over a batch are equal and only counts matter."""
     one = random_batch(1, 1)
-    return Batch(
-        one.logits.expand(rows, time, VOCAB), one.labels.expand(rows, time), one.frozen.expand(rows, time, VOCAB)
-    )
+    logits, labels, frozen = (t.expand(rows, time, *t.shape[2:]).clone() for t in one.tensors())
+    return Batch(logits, labels, frozen)
 
 
 def ragged_batch() -> Batch:

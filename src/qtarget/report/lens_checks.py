@@ -299,19 +299,22 @@ def check_value(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_zero_gradient(loss: Loss) -> dict[str, Any]:
-    """Tokens at which nothing is learnt at all."""
+    """Tokens at which nothing is learnt at all: likely and unlikely ones, and such where the model outdoes the frozen one."""
     name = "zero gradient"
     rng = torch.Generator().manual_seed(5)
-    logits, frozen = (1.5 * torch.randn(64, 1, VOCAB, generator=rng, dtype=torch.float64) for _ in range(2))
-    labels = torch.randint(VOCAB, (64, 1), generator=rng)
+    frozen = 1.5 * torch.randn(80, 1, VOCAB, generator=rng, dtype=torch.float64)
+    logits = 1.5 * torch.randn(64, 1, VOCAB, generator=rng, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (80, 1), generator=rng)
     wanted = 10 ** -torch.linspace(0.01, 12, 64, dtype=torch.float64)
-    logits = with_label_probs(logits, labels, wanted[:, None])
+    sharper = 1.5 * frozen[64:]  # a KL cut to the top k is negative there
+    logits = torch.cat([with_label_probs(logits, labels[:64], wanted[:, None]), sharper])
     found = gradient(loss, logits, labels, frozen)[1][:, 0]
     dead = (found == 0).all(-1)
     if not bool(dead.any()):
         return finding(name, "pass", "Every token has a gradient, down to p_y = 1e-12.", share=0.0)
     share = float(dead.double().mean())
-    low, high = float(wanted[dead].min()), float(wanted[dead].max())
+    at_dead = logits.log_softmax(-1).gather(-1, labels[..., None])[:, 0, 0].exp()[dead]
+    low, high = float(at_dead.min()), float(at_dead.max())
     text = (
         f"The gradient is exactly zero at {100 * share:.0f} % of the tokens tried, p_y from {low:.2g} to {high:.2g}: meant in a "
         "target with a threshold, a fault where a clamp does it."

@@ -141,7 +141,8 @@ def gradient(
     """
     with torch.enable_grad():
         leaf = logits.detach().clone().requires_grad_()
-        value = loss(leaf.clone(), labels, frozen, num_items).sum()  # a copy: the loss may write into it
+        copies = (t if t is None else t.clone() for t in (leaf, labels, frozen))  # the loss may write into them
+        value = loss(*copies, num_items).sum()
         if not value.requires_grad:
             raise LossUnderLensError(
                 f"loss {loss.name!r} does not depend on the logits; expected a value that autograd can differentiate: "
