@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.errors import ShapeError
+from qtarget.errors import LossUnderLensError, ShapeError
 from qtarget.shapes import Bool, Float, Int, Tensor
 
 FIT_TOLERANCE = 1e-5
@@ -59,7 +59,9 @@ def induced_target(
         residual: ``[tokens, vocab]`` the distribution ``q`` to look for; uniform by default.
 
     Raises:
-        ShapeError: logits and labels do not line up, or the loss does not depend on the logits.
+        ShapeError: logits and labels do not line up, a label is masked or outside the vocabulary, or the loss does not
+            depend on the logits.
+        LossUnderLensError: the loss returned something else than a tensor.
 
     Example:
         >>> import torch, qtarget
@@ -73,7 +75,14 @@ def induced_target(
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ShapeError(
-            f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}; "
+            "flatten a batch first, and drop masked tokens: keep = labels != -100; logits[keep], labels[keep]"
+        )
+    outside = (labels < 0) | (labels >= logits.shape[-1])
+    if bool(outside.any()):
+        raise ShapeError(
+            f"label {int(labels[outside][0])} is not in the vocabulary of {logits.shape[-1]}: a masked token is taught nothing; "
+            "drop such tokens: keep = labels != -100; logits[keep], labels[keep]"
         )
     logits = logits.detach().double()
     gradient = torch.stack([_token_gradient(loss_fn, z, y) for z, y in zip(logits, labels, strict=True)])
@@ -87,7 +96,11 @@ def induced_target(
 def _token_gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = logits[None].clone().requires_grad_()
-        loss = loss_fn(leaf, label[None])
+        loss = loss_fn(leaf.clone(), label[None].clone())  # copies: a loss may write into its arguments
+        if not isinstance(loss, Tensor):
+            raise LossUnderLensError(
+                f"the loss returned {type(loss).__name__}; expected a tensor, so no `.item()` and no dictionary"
+            )
         if not loss.requires_grad:
             raise ShapeError(
                 "the loss does not depend on the logits; expected a differentiable callable of (logits, labels)"

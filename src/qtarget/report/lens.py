@@ -239,12 +239,13 @@ def verdict(document: dict[str, Any]) -> list[str]:
         )
         if form["fits"] and form["largest_pull"] > 1 and form["smallest_pull"] >= 0:
             said.append(f"a + b reaches {form['largest_pull']:.3g}: divide the loss by that, and Q is a distribution.")
-    said.append(document["scale"]["finding"])
+    faults = [check["finding"] for check in document["checks"] if check["status"] == "fault"]
+    if not any(fault.startswith(document["scale"]["finding"]) for fault in faults):
+        said.append(document["scale"]["finding"])
     if document["scale"]["depends_on_other_tokens"]:
         said.append(
             "A token's weight is made over the batch: constants and thresholds here are those of this page's tokens."
         )
-    faults = [check["finding"] for check in document["checks"] if check["status"] == "fault"]
     return said + [f"Fault: {finding}" for finding in faults]
 
 
