@@ -147,7 +147,7 @@ def test_losses_without_gradient_raise() -> None:
 def test_masked_labels_and_batches_are_refused_with_the_way_out() -> None:
     masked = LABELS.clone()
     masked[2] = -100
-    with pytest.raises(ShapeError, match="label -100 is not in the vocabulary of 11.*keep = labels != -100"):
+    with pytest.raises(ShapeError, match=r"label -100 is not in the vocabulary of 11.*keep = labels != -100"):
         qtarget.induced_target(F.cross_entropy, LOGITS, masked)
     keep = masked != -100
     close(qtarget.induced_target(F.cross_entropy, LOGITS[keep], masked[keep]).target, ONE_HOT[keep])

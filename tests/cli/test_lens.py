@@ -62,6 +62,11 @@ def test_commands_of_the_docs_run(command, there):
         assert (ROOT / "docs/lens.png").stat().st_size < 300_000
 
 
+def test_the_gallery_counts_every_target():
+    """A new target: draw docs/lens.png again with the first command of the page, and correct the number."""
+    assert set(re.findall(r"(\d+) (?:built-in )?targets", PAGE)) == {str(len(qtarget.available_targets()))}
+
+
 def test_the_notebook_example_prints_what_it_says(there):
     code = "\n".join(blocks("python"))
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

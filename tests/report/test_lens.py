@@ -13,7 +13,7 @@ from conformance import formulas
 
 import qtarget
 from qtarget.report.lens import SWEEP, gradients, lens, look, random_tokens
-from qtarget.report.lens_checks import describe_scale, scale_factor
+from qtarget.report.lens_checks import averages, describe_scale
 from qtarget.report.lens_form import Probes, fit_form, name_weight
 from qtarget.report.lens_loss import callable_under_lens, load_loss, target_under_lens
 
@@ -45,7 +45,7 @@ ROWS_OF_TABLE = {
 
 def probes_of(name: str, settings: dict[str, Any]) -> tuple[Probes, bool]:
     loss = target_under_lens(qtarget.get_target(name, **settings))
-    return gradients(loss, *random_tokens(), scale_factor(describe_scale(loss))), "frozen" in loss.takes
+    return gradients(loss, *random_tokens(), averages(describe_scale(loss))), "frozen" in loss.takes
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

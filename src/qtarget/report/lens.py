@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtarget.errors import LossUnderLensError
-from qtarget.report.lens_checks import run_checks, scale_factor
+from qtarget.report.lens_checks import averages, run_checks
 from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit, with_label_probs
 from qtarget.report.lens_loss import Loss, gradient
 from qtarget.report.page import finite
@@ -58,8 +58,8 @@ def look(loss: Loss) -> dict[str, Any]:
         LossUnderLensError: see ``lens``.
     """
     checks, scale = run_checks(loss)
-    factor = scale_factor(scale)
-    probes, sweep = gradients(loss, *random_tokens(), factor), gradients(loss, *swept_tokens(), factor)
+    averaged = averages(scale)
+    probes, sweep = gradients(loss, *random_tokens(), averaged), gradients(loss, *swept_tokens(), averaged)
     form = fit_form(probes, "frozen" in loss.takes)
     symbol = loss.frozen_symbol if "frozen" in loss.takes else None
     document = {
@@ -102,14 +102,14 @@ def swept_tokens() -> tuple[Tensor, Tensor, Tensor]:
     return with_label_probs(live.log(), labels, torch.tensor(SWEEP, dtype=torch.float64)), frozen.log(), labels
 
 
-def gradients(loss: Loss, logits: Tensor, frozen: Tensor, labels: Tensor, factor: str) -> Probes:
+def gradients(loss: Loss, logits: Tensor, frozen: Tensor, labels: Tensor, averaged: bool) -> Probes:
     """The loss at these tokens, each a sequence of its own, all in one batch.
 
     Raises:
         LossUnderLensError: the gradient is not finite.
     """
     _, found = gradient(loss, logits[:, None], labels[:, None], frozen[:, None])
-    found = found[:, 0].double() * (len(labels) if factor == "count" else 1)
+    found = found[:, 0].double() * (len(labels) if averaged else 1)
     if not bool(found.isfinite().all()):
         p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
         bad = (~found.isfinite().all(-1)).nonzero()[0, 0]

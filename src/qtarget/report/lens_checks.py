@@ -112,10 +112,10 @@ def _depends_on_others(loss: Loss) -> bool:
     return bool((before - after).norm() > TOLERANCE * torch.maximum(before.norm(), after.norm()))
 
 
-def scale_factor(scale: dict[str, Any]) -> str:
-    """``count`` where a batch of rows of one token must be multiplied by their number to compare with a token alone."""
+def averages(scale: dict[str, Any]) -> bool:
+    """Whether rows of one token must be multiplied by their number to compare with a token alone."""
     ratio = scale["one_token_of"]["in 6 rows of one"]
-    return "count" if ratio is not None and ratio < 0.5 else "one"
+    return ratio is not None and ratio < 0.5
 
 
 def check_denominator(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def check_micro_batches(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
     num_items = int(counts) if "num_items" in loss.takes else None
     whole = batch.gradient(loss, num_items)
     rows = torch.cat([batch.part(slice(i, i + 1)).gradient(loss, num_items) for i in range(ROWS)])
-    summed = num_items is not None or scale_factor(scale) == "one"
+    summed = num_items is not None or not averages(scale)
     error = float((rows / (1 if summed else ROWS) - whole).norm() / whole.norm().clamp(min=1e-300))
     evidence = {"relative_error": error, "num_items_given": num_items is not None}
     name, how = "micro-batches", "summed" if summed else "averaged"

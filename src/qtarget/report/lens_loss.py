@@ -141,8 +141,8 @@ def gradient(
     """
     with torch.enable_grad():
         leaf = logits.detach().clone().requires_grad_()
-        copies = (t if t is None else t.clone() for t in (leaf, labels, frozen))  # the loss may write into them
-        value = loss(*copies, num_items).sum()
+        given = None if frozen is None else frozen.clone()  # copies: the loss may write into them
+        value = loss(leaf.clone(), labels.clone(), given, num_items).sum()
         if not value.requires_grad:
             raise LossUnderLensError(
                 f"loss {loss.name!r} does not depend on the logits; expected a value that autograd can differentiate: "
@@ -325,8 +325,8 @@ def label_shift(loss: Loss, logits: Tensor, labels: Tensor, frozen: Tensor) -> i
     """Move one label to another token, and see at which place the gradient follows."""
     if "labels" not in loss.takes:
         return 0
-    place, other = TIME // 2, int(labels.max()) - 1
-    other = next(v for v in range(VOCAB) if v not in labels.flatten().tolist()) if other in labels else other
+    place, used = TIME // 2, set(labels.flatten().tolist())
+    other = next(token for token in range(VOCAB) if token not in used)
     moved = labels.clone()
     moved[0, place] = other
     change = gradient(loss, logits, moved, frozen)[1] - gradient(loss, logits, labels, frozen)[1]

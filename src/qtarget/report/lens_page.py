@@ -57,24 +57,11 @@ def lens_figure(document: dict[str, Any]) -> Figure:
 def _panel(axes: Axes, loss: dict[str, Any]) -> None:
     shown, form = loss["curves"], loss["form"]
     axes.axhline(0, color=GREY, linewidth=0.6)
-    axes.plot(shown["p_y"], shown["observed"], color=BLUE, linewidth=1.8, label="observed token")
-    axes.plot(
-        shown["p_y"],
-        shown["live_favourite"],
-        color=ORANGE,
-        linewidth=1.4,
-        linestyle="--",
-        label="model's favourite other",
-    )
+    lines = [("observed", "observed token", BLUE, "-"), ("live_favourite", "model's favourite other", ORANGE, "--")]
     if loss["frozen"]:
-        axes.plot(
-            shown["p_y"],
-            shown["frozen_favourite"],
-            color=GREEN,
-            linewidth=1.4,
-            linestyle=":",
-            label="frozen model's favourite",
-        )
+        lines.append(("frozen_favourite", "frozen model's favourite", GREEN, ":"))
+    for key, label, colour, style in lines:
+        axes.plot(shown["p_y"], shown[key], color=colour, linestyle=style, linewidth=1.6, label=label)
     name = loss["name"] if len(loss["name"]) <= NAME_MAX else "..." + loss["name"][-NAME_MAX:]
     axes.set_title(name, fontsize=9, loc="left", fontweight="bold")
     words = "not of the (a, b, q) form"
