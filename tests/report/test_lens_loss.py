@@ -32,6 +32,9 @@ def test_cross_entropy_of_torch(reduction, kind, smoothing, row) -> None:
     assert (form["a"]["name"], form["b"]["name"], form["q"]) == row
     assert document["scale"]["kind"] == kind
     assert document["called_with"]["layout"] == "tokens"
+    assert {check["name"] for check in document["checks"] if check["status"] in ("fault", "warn")} == (
+        {"all masked", "micro-batches"} if reduction == "mean" else set()
+    )
 
 
 def test_losses_of_transformers() -> None:
@@ -42,6 +45,8 @@ def test_losses_of_transformers() -> None:
     checks = {check["name"]: check["status"] for check in causal["checks"]}
     assert checks["micro-batches"] == "pass"  # it divides by the count that it is given
     assert checks["all masked"] == "fault"  # and without one, 0 / 0
+    smoother = look(load_loss("transformers.trainer_pt_utils:LabelSmoother"))
+    assert [check["name"] for check in smoother["checks"] if check["status"] in ("fault", "warn")] == ["all masked"]
     assert weights_of("transformers.trainer_pt_utils:LabelSmoother(epsilon=0.3)") == ("0.7", "0.3", "uniform")
 
 
@@ -58,7 +63,7 @@ def test_the_distillation_loss_of_trl(arguments, row) -> None:
     if row[0]:
         assert (form["a"]["name"], form["b"]["name"], form["q"]) == row
     assert document["frozen"] == "p_T"
-    assert not [check for check in document["checks"] if check["status"] == "fault"]
+    assert not [check for check in document["checks"] if check["status"] in ("fault", "warn")]
 
 
 @pytest.mark.parametrize(("loss_type", "row"), [("nll", ("1", "0", None)), ("dft", ("p_y", "0", None))])
@@ -73,6 +78,7 @@ def test_the_trainer_losses_of_trl(loss_type, row) -> None:
     assert document["scale"]["kind"] == "mean over trained tokens"
     checks = {check["name"]: check["status"] for check in document["checks"]}
     assert checks["all masked"] == checks["micro-batches"] == checks["masked tokens"] == "pass"
+    assert not {"fault", "warn"} & set(checks.values())
 
 
 def trl_loss(trainer, loss_type, logits, labels, num_items_in_batch=None):
