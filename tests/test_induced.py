@@ -12,7 +12,7 @@ from conformance.cases import frozen_arguments, make_batch, tokens
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import ShapeError
+from qtarget.errors import LossUnderLensError, ShapeError
 
 RNG = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(6, 11, generator=RNG, dtype=torch.float64)
@@ -142,3 +142,49 @@ def test_every_token_target_shows_its_row(name: str, settings: dict[str, Any]) -
 def test_losses_without_gradient_raise() -> None:
     with pytest.raises(ShapeError, match="does not depend on the logits"):
         qtarget.induced_target(lambda z, y: z.detach().sum(), LOGITS, LABELS)
+
+
+def test_masked_labels_and_batches_are_refused_with_the_way_out() -> None:
+    masked = LABELS.clone()
+    masked[2] = -100
+    with pytest.raises(ShapeError, match=r"label -100 is not in the vocabulary of 11.*keep = labels != -100"):
+        qtarget.induced_target(F.cross_entropy, LOGITS, masked)
+    keep = masked != -100
+    close(qtarget.induced_target(F.cross_entropy, LOGITS[keep], masked[keep]).target, ONE_HOT[keep])
+    with pytest.raises(ShapeError, match="label 11"):
+        qtarget.induced_target(F.cross_entropy, LOGITS, torch.full_like(LABELS, 11))
+
+
+def test_a_loss_that_writes_into_its_arguments_changes_nothing_outside() -> None:
+    """Logits halved in place: the gradient is half that of cross entropy at half the logits."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.div_(2.0), y.clamp_(min=0))
+
+    before, labels = LOGITS.clone(), LABELS.clone()
+    seen = qtarget.induced_target(loss, LOGITS, LABELS)
+    close(seen.gradient, (torch.softmax(LOGITS / 2, -1) - ONE_HOT) / 2)
+    assert torch.equal(before, LOGITS) and torch.equal(labels, LABELS)
+
+
+def test_bfloat16_logits_are_read_exactly() -> None:
+    rounded = LOGITS.bfloat16()
+    seen = qtarget.induced_target(F.cross_entropy, rounded, LABELS)
+    close(seen.gradient, torch.softmax(rounded.double(), -1) - ONE_HOT)
+
+
+def test_stop_gradients_are_respected() -> None:
+    """``-sg(p) log p`` and ``p - 1`` in disguise (a straight-through value) teach what their gradients do."""
+
+    def straight_through(z: Tensor, y: Tensor) -> Tensor:
+        log_p = torch.log_softmax(z, -1)[0, y]
+        return 7.0 + (log_p.exp() * -log_p).detach() - log_p.exp() + log_p.exp().detach()
+
+    seen = qtarget.induced_target(straight_through, LOGITS, LABELS)
+    close(seen.label_weight, P_Y)
+    assert bool(seen.fits.all())
+
+
+def test_a_loss_that_is_no_tensor_says_so() -> None:
+    with pytest.raises(LossUnderLensError, match="returned float"):
+        qtarget.induced_target(lambda z, y: float(F.cross_entropy(z, y).detach()), LOGITS, LABELS)

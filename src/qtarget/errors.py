@@ -50,5 +50,9 @@ class NonFiniteLossError(QTargetError, FloatingPointError):
     """The loss became NaN or infinite."""
 
 
+class LossUnderLensError(QTargetError, TypeError):
+    """A loss given to the lens cannot be called with logits and labels, or not be differentiated."""
+
+
 class MissingDependencyError(QTargetError, ImportError):
     """An optional package is needed for what was asked."""

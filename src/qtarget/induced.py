@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.errors import ShapeError
+from qtarget.errors import LossUnderLensError, ShapeError
 from qtarget.shapes import Bool, Float, Int, Tensor
 
 FIT_TOLERANCE = 1e-5
@@ -59,7 +59,9 @@ def induced_target(
         residual: ``[tokens, vocab]`` the distribution ``q`` to look for; uniform by default.
 
     Raises:
-        ShapeError: logits and labels do not line up, or the loss does not depend on the logits.
+        ShapeError: logits and labels do not line up, a label is masked or outside the vocabulary, or the loss does not
+            depend on the logits.
+        LossUnderLensError: the loss returned something else than a tensor.
 
     Example:
         >>> import torch, qtarget
@@ -73,7 +75,14 @@ def induced_target(
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ShapeError(
-            f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"expected logits [tokens, vocab] and labels [tokens], got {tuple(logits.shape)} and {tuple(labels.shape)}; "
+            "flatten a batch first, and drop masked tokens: keep = labels != -100; logits[keep], labels[keep]"
+        )
+    outside = (labels < 0) | (labels >= logits.shape[-1])
+    if bool(outside.any()):
+        raise ShapeError(
+            f"label {int(labels[outside][0])} is not in the vocabulary of {logits.shape[-1]}: a masked token is taught nothing; "
+            "drop such tokens: keep = labels != -100; logits[keep], labels[keep]"
         )
     logits = logits.detach().double()
     gradient = torch.stack([_token_gradient(loss_fn, z, y) for z, y in zip(logits, labels, strict=True)])
@@ -87,7 +96,11 @@ def induced_target(
 def _token_gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = logits[None].clone().requires_grad_()
-        loss = loss_fn(leaf, label[None])
+        loss = loss_fn(leaf.clone(), label[None].clone())  # copies: a loss may write into its arguments
+        if not isinstance(loss, Tensor):
+            raise LossUnderLensError(
+                f"the loss returned {type(loss).__name__}; expected a tensor, so no `.item()` and no dictionary"
+            )
         if not loss.requires_grad:
             raise ShapeError(
                 "the loss does not depend on the logits; expected a differentiable callable of (logits, labels)"
@@ -95,12 +108,14 @@ def _token_gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor,
         return torch.autograd.grad(loss.sum(), leaf)[0][0]
 
 
-def fit_pulls(gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_pulls(
+    gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor, tolerance: float = FIT_TOLERANCE
+) -> tuple[Tensor, Tensor, Tensor]:
     """Least-squares ``a`` and ``b`` in ``g = a (p - d_y) + b (p - q)``; ``b = 0`` when ``a`` alone explains it."""
     to_label, to_residual = probs - one_hot, probs - q
     scale = gradient.norm(dim=-1)
     alone = (gradient * to_label).sum(-1) / (to_label * to_label).sum(-1).clamp(min=1e-300)
-    explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= FIT_TOLERANCE * scale
+    explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= tolerance * scale
     basis = torch.stack([to_label, to_residual], dim=-1)
     both = torch.linalg.lstsq(
         basis, gradient[..., None], driver="gelsd" if basis.device.type == "cpu" else None
@@ -108,4 +123,4 @@ def fit_pulls(gradient: Tensor, probs: Tensor, one_hot: Tensor, q: Tensor) -> tu
     a = torch.where(explained, alone, both[:, 0])
     b = torch.where(explained, 0.0, both[:, 1])
     rest = gradient - a[:, None] * to_label - b[:, None] * to_residual
-    return a, b, rest.norm(dim=-1) <= FIT_TOLERANCE * scale.clamp(min=1e-12)
+    return a, b, rest.norm(dim=-1) <= tolerance * scale.clamp(min=1e-12)

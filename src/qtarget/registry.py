@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
 import pkgutil
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -47,14 +48,21 @@ def target_class(name: str) -> type[Target]:
     return next(c for c in classes if getattr(c, "name", None) == name)
 
 
-def _outside_class(name: str) -> type[Target]:
-    module_name, _, class_name = name.partition(":")
+def load_outside(name: str, what: str = "target", expected: str = "package.module:Class") -> Any:
+    """The object behind ``package.module:name`` (or ``package.module:Class.method``); runs that module's code.
+
+    Raises:
+        UnknownTargetError: there is no such module, or nothing of that name in it.
+    """
+    module_name, _, path = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownTargetError(
-            f"target {name!r} cannot be imported ({error}); expected package.module:Class"
-        ) from error
+        return operator.attrgetter(path)(importlib.import_module(module_name))
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise UnknownTargetError(f"{what} {name!r} cannot be imported ({error}); expected {expected}") from error
+
+
+def _outside_class(name: str) -> type[Target]:
+    found = load_outside(name)
     if not (inspect.isclass(found) and issubclass(found, Target)) or inspect.isabstract(found):
         raise UnknownTargetError(f"{name!r} is not a concrete subclass of qtarget.Target")
     return found

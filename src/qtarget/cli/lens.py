@@ -1,0 +1,53 @@
+"""``qtarget lens``: what a loss teaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtarget.registry import available_targets
+
+
+def lens(
+    losses: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LOSS...",
+            help="Built-in names (`all`: every one), or package.module:function; constants: 'p_power(alpha=0.3)'.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("lens.html"),
+    as_json: Annotated[Path | None, typer.Option("--json", help="The page's numbers.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="A panel a loss, for slides.")] = None,
+) -> None:
+    """Draw what losses teach: the update against p, the induced target, the (a, b, q) form, and faults of masks and scales.
+
+    `package.module:function` is imported, so its code runs; the current directory is searched after the installed packages.
+    """
+    from qtarget.report.lens import lens as look_through
+    from qtarget.report.lens_loss import load_loss
+    from qtarget.report.lens_page import lens_figure, lens_page, save_figure
+    from qtarget.report.page import write_text
+
+    losses = [name for text in losses for name in (available_targets() if text == "all" else [text])]
+    sys.path.append(os.getcwd())
+    try:
+        document = look_through([load_loss(text) for text in losses])
+    finally:
+        sys.path.remove(os.getcwd())
+    for loss in document["losses"]:
+        typer.echo(f"{loss['name']}\n" + "".join(f"  - {sentence}\n" for sentence in loss["verdict"]))
+    write_text(output, lens_page(document))
+    written = [output]
+    if as_json:
+        write_text(as_json, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        written.append(as_json)
+    if png:
+        save_figure(lens_figure(document), png)
+        written.append(png)
+    typer.echo("written: " + ", ".join(map(str, written)))
