@@ -67,7 +67,7 @@ class LiveRecords(TrainerCallback):
         self._held: dict[str, list[dict[str, Any]]] = {LOG_FILE: [], SAMPLES_FILE: []}
         self._training = False
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state, control, **kwargs) -> None:
         """Start the files anew, or cut them back to the checkpoint that is resumed."""
         if not state.is_world_process_zero:
             return
@@ -82,7 +82,7 @@ class LiveRecords(TrainerCallback):
         write_json(output / RUN_FILE, self._description(args, state, kwargs["model"], kwargs["processing_class"]))
         self._held, self._training = {LOG_FILE: [], SAMPLES_FILE: []}, True
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state, control, logs=None, **kwargs) -> None:
         """One line more in the log."""
         if not state.is_world_process_zero:
             return
@@ -91,7 +91,7 @@ class LiveRecords(TrainerCallback):
             if callback.logging_dir is None:  # an evaluation before training would otherwise write to ./runs
                 callback.logging_dir = str(Path(args.output_dir) / default_logdir())
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+    def on_evaluate(self, args: Any, state, control, metrics=None, **kwargs) -> None:
         """The sample rows of the evaluation that just ended, as a record and as pictures."""
         rows = self._samples.flush()
         if not rows or not state.is_world_process_zero:

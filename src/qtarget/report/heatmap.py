@@ -78,12 +78,11 @@ def layout(
     y = 3 * LINE + MARGIN
     for row in rows:
         x = MARGIN
-        tokens = [f"row {row['row']}:", *row["tokens"][:LONGEST_ROW]]
+        tokens = [f"row {row['row']}:", *map(shown, row["tokens"][:LONGEST_ROW])]
         values = [None, *row[measure.key][:LONGEST_ROW]]
         if len(row["tokens"]) > LONGEST_ROW:
             tokens, values = [*tokens, f"… {len(row['tokens']) - LONGEST_ROW} more"], [*values, None]
-        for token, value in zip(tokens, values, strict=True):
-            text = shown(token)
+        for text, value in zip(tokens, values, strict=True):
             width = int(font().getlength(text)) + 2 * PAD
             if x + width > WIDTH - MARGIN and x > MARGIN:
                 x, y = MARGIN, y + LINE
@@ -125,7 +124,8 @@ def _draw_scale(draw: Any, measure: Measure, high: float) -> None:
 def _cividis() -> list[tuple[int, int, int]]:
     from matplotlib import colormaps
 
-    return [tuple(int(c) for c in rgb) for rgb in (255 * colormaps["cividis"](np.linspace(0, 1, 256))[:, :3]).round()]
+    table = (255 * colormaps["cividis"](np.linspace(0, 1, 256))[:, :3]).round()
+    return [(int(r), int(g), int(b)) for r, g, b in table]
 
 
 @cache
