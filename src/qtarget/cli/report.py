@@ -92,7 +92,7 @@ def print_report(result: dict[str, Any], written: list[Path]) -> None:
 
     table = Table(box=box.SIMPLE, caption="nll on evaluation rows, nats a token")
     for column in ("run", "target", "state", "step", "rows", "first nll", "last nll"):
-        table.add_column(column, justify="right" if "nll" in column or column == "step" else "left")
+        table.add_column(column, justify="right" if "nll" in column or column == "step" else "left", overflow="fold")
     for run in result["runs"]:
         status = run["status"]
         for name, nll in run["clean_nll"].items() or [("-", None)]:

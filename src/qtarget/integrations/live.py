@@ -125,7 +125,10 @@ class LiveRecords(TrainerCallback):
                 "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
             },
             "data": self._data,
-            "settings": {k: v for k, v in plain(args.to_dict()).items() if k not in NOT_RECORDED},
+            "settings": {k: v for k, v in plain(args.to_dict()).items() if k not in NOT_RECORDED}
+            | {
+                name: getattr(args, name) for name in ("eos_token", "pad_token")
+            },  # to_dict hides whatever ends in _token
             "versions": {"qtarget": qtarget.__version__, "torch": torch.__version__}
             | {name: version(name) for name in PACKAGES},
         }

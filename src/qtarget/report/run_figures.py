@@ -103,17 +103,17 @@ def token_figure(change: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     for height, one in enumerate(reversed(bars)):
         axes.barh(height, one["change"], color=COLOURS[0] if one["change"] > 0 else COLOURS[1])
-    names = [literal(f"{shown(one['context'])[-24:]} [{shown(one['token'])}]") for one in reversed(bars)]
+    names = [literal(f"{shown(one['context'])[-24:]} → {shown(one['token'])}") for one in reversed(bars)]
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_xlabel("change of the token's log-prob, nats (in brackets: the token; before it: its context)")
+    axes.set_xlabel("change of the token's log-prob, nats (right of the arrow: the token)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     title = (
         f"{change['run']}, {change['rows_of']} rows, step {change['from_step']} to {change['to_step']}: nll "
         f"{change['nll_before']:.3f} to {change['nll_after']:.3f} over {change['token_count']:,} tokens; "
         "largest gains and losses"
     )
-    axes.set_title(literal(textwrap.fill(title, 95)), loc="left", fontsize=10, x=0 if not bars else -0.25)
+    figure.suptitle(literal(textwrap.fill(title, 100)), x=0.01, ha="left", fontsize=10)
     return figure
 
 
