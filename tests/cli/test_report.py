@@ -101,6 +101,7 @@ def test_refusals_are_one_block(workspace, tmp_path, capsys):
     rows = tmp_path / "held_out.jsonl"
     assert "0 checkpoints" in refused(capsys, "report", out, "--rows", rows)
     assert "name a file" in refused(capsys, "report", out, "--output", tmp_path)
+    assert "name a folder" in refused(capsys, "report", out, "--png", rows)
     assert not list(tmp_path.glob("*.html"))
     qtarget("train", workspace(**EVALUATING), "--output_dir", tmp_path / "saved")
     assert "no checkpoint at step 3; there are 2, 4" in refused(
@@ -121,7 +122,18 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     commands = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
                 for line in block.splitlines() if line.startswith("qtarget ")]  # fmt: skip
     assert [command[1] for command in commands] == ["train", "train", "train", "report", "report"]
-    quick = ["--max_steps", "6", "--eval_steps", "3", "--save_steps", "3", "--per_device_eval_batch_size", "64"]
+    quick = [
+        "--max_steps",
+        "6",
+        "--eval_on_start",
+        "false",
+        "--eval_steps",
+        "3",
+        "--save_steps",
+        "3",
+        "--per_device_eval_batch_size",
+        "64",
+    ]
     for command in commands:
         qtarget(*command[1:], *(quick if command[1] == "train" else []))
     report = json.loads(Path("runs/live/report.json").read_text())

@@ -147,6 +147,19 @@ def test_evaluating_a_finished_run_changes_nothing(make_trainer, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("qtarget_*")}
 
 
+def test_a_prediction_in_between_leaves_no_stale_rows(make_trainer, tmp_path):
+    class Predict(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.predict(trainer.eval_dataset)
+
+    trainer = make_trainer("sft", evals=make_rows(4, seed=9), eval_strategy="steps", eval_steps=2, max_steps=2)
+    trainer.add_callback(Predict())
+    trainer.train()
+    (line,) = read_lines(tmp_path / "out" / SAMPLES_FILE)
+    expected = direct(trainer.model, make_rows(4, seed=9)[0])[1]
+    assert line["rows"][0]["log_probs"][-1] == pytest.approx(expected[-1], abs=2e-5)
+
+
 def test_without_evaluation_rows_or_with_no_pictures_wanted(make_trainer, tmp_path):
     make_trainer("sft", report_to=["tensorboard"]).train()
     assert read_lines(tmp_path / "out" / SAMPLES_FILE) == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from qtarget.errors import DataError
 from qtarget.report.page import write_text
-from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
+from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, append_line, read_lines, write_lines
 from qtarget.report.run_figures import comparison_figures, png_bytes, runs_page, write_pngs
 from qtarget.report.runs import compare_runs, read_runs, sample_changes
 from qtarget.report.tokens import token_changes
@@ -84,8 +86,9 @@ def test_numbers_by_hand(make_run):
 @pytest.mark.parametrize(
     ("log", "state", "reason"),
     [
-        ([*LOG, {"train_runtime": 3.0, "step": 2}], "finished", None),
+        ([*LOG, {"train_loss": 3.0, "step": 2}], "finished", None),
         (LOG, "unfinished", None),
+        ([line | {"train_runtime": 3.0} for line in LOG], "unfinished", None),
         ([*LOG, {"step": 2, "stopped": "the loss is nan"}], "stopped", "the loss is nan"),
     ],
 )
@@ -102,6 +105,13 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(make_run
     (folder / LOG_FILE).write_text('{"loss": \n{"loss": 1.0, "step": 1}\n')
     with pytest.raises(DataError, match="line 1"):
         read_runs([folder])
+
+
+def test_scalars_of_metrics_are_recorded_as_numbers(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write_lines(path, [])
+    append_line(path, {"step": 1, "a": np.float32(1.5), "b": torch.tensor(2.0), "c": np.zeros(2)})
+    assert read_lines(path) == [{"step": 1, "a": 1.5, "b": 2.0, "c": "[0. 0.]"}]
 
 
 def test_values_that_are_not_finite_are_gaps_with_a_note(make_run, tmp_path):

@@ -35,6 +35,8 @@ def report(
 
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'report.html'}")
+    if png is not None and png.exists() and not png.is_dir():
+        raise ConfigError(f"--png {png} is a file; name a folder")
     found = read_runs(runs)
     check_comparable(found, same_rows=rows is not None)
     changes = [

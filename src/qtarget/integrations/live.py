@@ -100,6 +100,10 @@ class LiveRecords(TrainerCallback):
         self._write(args, SAMPLES_FILE, {"step": state.global_step, "name": name, "rows": rows})
         send_pictures(self._callbacks, rows, name, state.global_step, Path(args.output_dir))
 
+    def on_predict(self, args: Any, state, control, metrics, **kwargs) -> None:
+        """Predictions are no evaluation of the run."""
+        self._samples.flush()
+
     def stopped(self, args: Any, state: Any, reason: str) -> None:
         """Record why training is about to end with an error."""
         if state.is_world_process_zero and self._training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def layout(
         if len(row["tokens"]) > LONGEST_ROW:
             tokens, values = [*tokens, f"… {len(row['tokens']) - LONGEST_ROW} more"], [*values, None]
         for text, value in zip(tokens, values, strict=True):
-            width = int(font().getlength(text)) + 2 * PAD
+            width = _width(text)
             if x + width > WIDTH - MARGIN and x > MARGIN:
                 x, y = MARGIN, y + LINE
             boxes.append((x, y, width, text, value))
@@ -107,7 +107,7 @@ def shown(token: str) -> str:
 def colour(share: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Ground and ink of a share in [0, 1]: cividis, made to read alike with and without colour-vision deficiency."""
     table = _cividis()
-    rgb = table[int(np.clip(round(share * (len(table) - 1)), 0, len(table) - 1))]
+    rgb = table[min(len(table) - 1, max(0, round(share * (len(table) - 1))))]
     luminance = 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
     return rgb, (255, 255, 255) if luminance < 130 else (0, 0, 0)
 
@@ -118,6 +118,11 @@ def _draw_scale(draw: Any, measure: Measure, high: float) -> None:
         draw.line((MARGIN + i, y, MARGIN + i, y + 12), fill=colour(i / (SCALE_WIDTH - 1))[0])
     text = f"{measure.low:g} to {high:.3g}: {measure.label}; grey: not trained on"
     draw.text((MARGIN + SCALE_WIDTH + 8, y - 3), text, fill=SOFT, font=font())
+
+
+@lru_cache(4096)
+def _width(text: str) -> int:
+    return int(font().getlength(text)) + 2 * PAD
 
 
 @cache

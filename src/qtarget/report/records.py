@@ -20,13 +20,18 @@ SCHEMA_VERSION = 1
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """A new file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    path.write_text("".join(json.dumps(value, default=_plain) + "\n" for value in values), encoding="utf-8")
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """One line more; a kill can cut off this line alone."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(value, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """A number that a metric logged as a NumPy or torch scalar; anything else as text."""
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

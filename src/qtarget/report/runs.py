@@ -162,7 +162,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """``finished``, ``stopped`` (with the reason) or ``unfinished``, and how far it came."""
     steps = [line["step"] for line in run.log if "step" in line]
     reason = next((line["stopped"] for line in reversed(run.log) if "stopped" in line), None)
-    finished = any("train_runtime" in line for line in run.log)
+    finished = any("train_loss" in line for line in run.log)  # train_runtime may stand in every line
     state = "stopped" if reason else "finished" if finished else "unfinished"
     return {
         "state": state,
