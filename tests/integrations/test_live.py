@@ -152,7 +152,9 @@ def test_a_prediction_in_between_leaves_no_stale_rows(make_trainer, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             trainer.predict(trainer.eval_dataset)
 
-    trainer = make_trainer("sft", evals=make_rows(4, seed=9), eval_strategy="steps", eval_steps=2, max_steps=2)
+    trainer = make_trainer(
+        "sft", evals=make_rows(4, seed=9), eval_strategy="steps", eval_steps=2, max_steps=2, prediction_loss_only=True
+    )
     trainer.add_callback(Predict())
     trainer.train()
     (line,) = read_lines(tmp_path / "out" / SAMPLES_FILE)

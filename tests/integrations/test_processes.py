@@ -30,7 +30,7 @@ def work(output: Path, settings: dict, *options: str, ranks: int = 1) -> int:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode not in (0, -signal.SIGKILL):
