@@ -64,7 +64,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     """
     from qtarget.data.loading import load_dataset_file
     from qtarget.integrations.trl_rows import score_checkpoints
-    from qtarget.report.tokens import token_changes
+    from qtarget.report.run_tokens import token_changes
 
     steps = dict(run.checkpoints)
     if len(steps) < 2:

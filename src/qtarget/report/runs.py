@@ -12,7 +12,7 @@ from typing import Any
 from qtarget.errors import DataError
 from qtarget.report.page import finite
 from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, SCHEMA_VERSION, read_lines
-from qtarget.report.tokens import token_changes
+from qtarget.report.run_tokens import token_changes
 
 METRICS = (
     "nll",
