@@ -30,7 +30,7 @@ def work(output: Path, settings: dict, *options: str, ranks: int = 1) -> int:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode not in (0, -signal.SIGKILL):
@@ -85,3 +85,5 @@ def test_two_ranks_equal_one(tmp_path, target):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     nll = [[e["nll"] for e in curve(run)] for run in (one, two)]
     assert nll[0] == pytest.approx(nll[1], rel=1e-4)
+    recorded = [json.loads(line) for line in (two / "qtarget_log.jsonl").read_text().splitlines()]
+    assert [line["nll"] for line in recorded if "loss" in line] == nll[1]  # once, by the main process

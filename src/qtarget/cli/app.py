@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import bench, demo, lens, noise, score, targets, train
+from qtarget.cli import bench, demo, lens, noise, report, score, targets, train
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +22,7 @@ app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
+app.command("report")(report.report)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 

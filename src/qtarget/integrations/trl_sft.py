@@ -21,7 +21,9 @@ from qtarget.api import label_weights
 from qtarget.data.audit import audit_rows
 from qtarget.errors import CacheMismatchError, ConfigError, DataError, MissingStatisticError, NonFiniteLossError
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
+from qtarget.integrations.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.progress import TokenSums
+from qtarget.integrations.samples import RowSamples, describe_rows
 from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference, shifted
 from qtarget.integrations.trl_data import (
     TOKEN_COLUMNS,
@@ -56,6 +58,7 @@ class QTargetConfig(SFTConfig):
         reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
             cache was made with, when it is not the model that is trained.
         teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache``, who made the cache.
+        heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
     """
 
     target: str = field(default="sft", metadata={"help": "What distribution each token is pulled towards."})
@@ -66,6 +69,7 @@ class QTargetConfig(SFTConfig):
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
+    heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +79,8 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
             )
+        if self.heatmap_rows < 0:
+            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     def build_target(self) -> Target:
         """The target that ``target`` and ``target_kwargs`` name."""
@@ -129,6 +135,7 @@ class QTargetTrainer(SFTTrainer):
         self.target = args.build_target()
         self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
+        self.data_descriptions: dict[str, dict[str, Any]] = {}
         super().__init__(
             model=model,
             args=args,
@@ -151,6 +158,9 @@ class QTargetTrainer(SFTTrainer):
         self._check_caches(base)
         self.frozen_models = self._load_frozen({"reference": reference_model, "teacher": teacher_model})
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
+        self._samples = RowSamples(args.heatmap_rows)
+        self._records = LiveRecords(self._samples, self.data_descriptions, self.callback_handler.callbacks)
+        self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
@@ -222,6 +232,7 @@ class QTargetTrainer(SFTTrainer):
         fitting = whole if cuts_rows else args
         tokens: Any = super()._prepare_dataset(tokens, processing_class, fitting, False, None, dataset_name)
         tokens = cut_to_tokens(tokens, keep_end=args.truncation_mode == "keep_end")
+        self.data_descriptions[dataset_name] = describe_rows(tokens)
         for role, cache in self.caches.items():
             cache.require(
                 tokenizer_fingerprint=fingerprint_tokenizer(processing_class),
@@ -340,6 +351,8 @@ class QTargetTrainer(SFTTrainer):
         self._refuse_non_finite(loss, output, step)
         mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
         self._sums[mode].add(output, step.labels[:, 1:] != -100)
+        if mode == "eval":
+            self._samples.add(inputs["input_ids"], output, step)
         loss = loss.to(self.args.device)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, num_items counts every rank's tokens
@@ -351,9 +364,10 @@ class QTargetTrainer(SFTTrainer):
         assert output.losses is not None and step.sequence_ids is not None
         bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)  # pyright: ignore[reportArgumentType]
         rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
+        reason = f"the loss is {loss.item()} at step {self.state.global_step}; rows {rows or 'unknown'} of the data"
+        self._records.stopped(self.args, self.state, reason)
         raise NonFiniteLossError(
-            f"the loss is {loss.item()} at step {self.state.global_step}; rows {rows or 'unknown'} of the data; look at these "
-            "rows, lower learning_rate, or set max_grad_norm; the last checkpoint is untouched"
+            f"{reason}; look at these rows, lower learning_rate, or set max_grad_norm; the last checkpoint is untouched"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -369,7 +383,7 @@ class QTargetTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the plain NLL and the weights' statistics, exact over the tokens since the last line."""
         mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = evaluation_prefix(logs) if mode == "eval" else ""
         logs |= {f"{prefix}{key}": value for key, value in self._sums[mode].flush(self.accelerator).items()}
         super().log(logs, start_time)
 

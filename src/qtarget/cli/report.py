@@ -1,0 +1,111 @@
+"""``qtarget report``: compare runs, finished or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtarget.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from qtarget.report.runs import Run
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The page: one HTML file.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="The same numbers as JSON.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Score two checkpoints of each run on the rows of this file.")
+    ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option("--from-step", help="Compare tokens from this evaluation or checkpoint; default: first."),
+    ] = None,
+    to_step: Annotated[int | None, typer.Option("--to-step", help="... to this one; default: last.")] = None,
+) -> None:
+    """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
+    from qtarget.report.page import write_text
+    from qtarget.report.run_figures import runs_page, write_pngs
+    from qtarget.report.runs import check_comparable, compare_runs, read_runs, sample_changes
+
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'report.html'}")
+    if png is not None and png.exists() and not png.is_dir():
+        raise ConfigError(f"--png {png} is a file; name a folder")
+    found = read_runs(runs)
+    check_comparable(found, same_rows=rows is not None)
+    changes = [
+        change
+        for run in found
+        for change in (
+            sample_changes(run, from_step, to_step)
+            if rows is None
+            else [checkpoint_change(run, rows, from_step, to_step)]
+        )
+    ]
+    result = compare_runs(found, changes, same_rows=rows is not None)
+    write_text(output, runs_page(result))
+    if json_file is not None:
+        write_text(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    written = [output, *([json_file] if json_file else []), *(write_pngs(result, png) if png else [])]
+    print_report(result, written)
+
+
+def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None) -> dict[str, Any]:
+    """What changed on the rows of a file between two checkpoints of a run.
+
+    Raises:
+        DataError: the run has no two checkpoints, or none at a step.
+    """
+    from qtarget.data.loading import load_dataset_file
+    from qtarget.integrations.trl_rows import score_checkpoints
+    from qtarget.report.run_tokens import token_changes
+
+    steps = dict(run.checkpoints)
+    if len(steps) < 2:
+        raise DataError(
+            f"{run.name} has {len(steps)} checkpoint{'' if len(steps) == 1 else 's'}, and two are compared; train with "
+            "save_strategy: epoch (or steps), or leave --rows out"
+        )
+    ends = [min(steps) if first is None else first, max(steps) if last is None else last]
+    for step in ends:
+        if step not in steps:
+            raise DataError(f"{run.name} has no checkpoint at step {step}; there are {', '.join(map(str, steps))}")
+    if ends[0] == ends[1]:
+        raise ConfigError(f"--from-step and --to-step are both {ends[0]}; name two checkpoints")
+    settings = run.description.get("settings") or {}
+    data = load_dataset_file(rows, text_field=settings.get("dataset_text_field") or "text")
+    before, after = score_checkpoints([steps[step] for step in ends], data, settings)
+    where = {"run": run.name, "source": "checkpoints", "rows_of": rows.name, "from_step": ends[0], "to_step": ends[1]}
+    return where | token_changes(before, after)
+
+
+def print_report(result: dict[str, Any], written: list[Path]) -> None:
+    """A line a run, the finding, and where the files are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, caption="nll on evaluation rows, nats a token")
+    for column in ("run", "target", "state", "step", "rows", "first nll", "last nll"):
+        table.add_column(column, justify="right" if "nll" in column or column == "step" else "left", overflow="fold")
+    for run in result["runs"]:
+        status = run["status"]
+        for name, nll in run["clean_nll"].items() or [("-", None)]:
+            ends = [f"{nll[end]['nll']:.4f}" for end in ("first", "last")] if nll else ["-", "-"]
+            table.add_row(
+                *map(Text, (run["name"], run["target"] or "-", status["state"], str(status["step"]), name, *ends))
+            )
+    console = Console()
+    console.print(table)
+    for run in result["runs"]:
+        for note in [*run["notes"], *([run["status"]["reason"]] if run["status"]["reason"] else [])]:
+            console.print(Text(f"{run['name']}: {note}", style="yellow"), soft_wrap=True)
+    console.print(Text(result["finding"]), soft_wrap=True)
+    console.print(Text(", ".join(map(str, written))), soft_wrap=True)

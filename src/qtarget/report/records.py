@@ -1,0 +1,59 @@
+"""The files of a run that a report reads, and that training writes: two of JSON lines and one description.
+
+``qtarget_run.json`` says what the run is. ``qtarget_log.jsonl`` holds every logged line as transformers logged it, also of
+a run that is still going or was killed. ``qtarget_samples.jsonl`` holds the tokens of a few rows at each evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qtarget.errors import DataError
+
+RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
+SCHEMA_VERSION = 1
+
+
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """A new file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(value, default=_plain) + "\n" for value in values), encoding="utf-8")
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """One line more; a kill can cut off this line alone."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """A number that a metric logged as a NumPy or torch scalar; anything else as text."""
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, none if there is no file; a last line that a kill cut off is left out.
+
+    Raises:
+        DataError: another line is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    values: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no line end: still being written, or cut off
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error}); delete that line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found {line[:60]}; delete that line")
+        values.append(value)
+    return values

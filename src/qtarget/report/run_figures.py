@@ -1,0 +1,167 @@
+"""The pictures of a comparison, drawn from its JSON alone: for slides, and inside the page."""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtarget.report.heatmap import shown
+from qtarget.report.runs import common_evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+"""Okabe and Ito's, without yellow, which white ground swallows."""
+STYLES = ("-", "--", ":", "-.")
+GREY = "#6b7280"
+BARS = 10  # gains and losses drawn, each
+LABELS = {
+    "nll": "nll, nats a token",
+    "loss": "objective, its own unit",
+    "label_weight": "mean label weight a",
+    "effective_sample_size": "effective sample size, share of tokens",
+}
+
+
+def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """Name -> figure; those without a single value are left out."""
+    runs = report["runs"]
+    name = common_evaluation(runs) or next((n for run in runs for n in run["evaluations"]), None)
+    figures: dict[str, Figure | None] = {}
+    if name is not None:
+        held_out = [(run["name"], run["evaluations"].get(name, {})) for run in runs]
+        figures["evaluation_nll"] = _curves(held_out, ("nll",), report["finding"])
+    training = [(run["name"], run["train"]) for run in runs]
+    figures["training"] = _curves(training, ("nll", "loss"), training_title(runs))
+    figures["weights"] = _curves(training, ("label_weight", "effective_sample_size"), weights_title(runs))
+    for change in report["tokens"]:
+        figures[f"tokens-{_file_name(change['run'], change['rows_of'])}"] = token_figure(change)
+    return {key: figure for key, figure in figures.items() if figure is not None}
+
+
+def training_title(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the training curves show, as a sentence."""
+    ends = [(values[-1], run["name"]) for run in runs if (values := _known(run["train"], "nll"))]
+    if not ends:
+        return "Training: no plain nll was logged"
+    return f"Training rows: {min(ends)[1]} ends lowest, at {min(ends)[0]:.3f} nats a token (plain nll, noise included)"
+
+
+def weights_title(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the weights did from the first to the last logged line."""
+    parts = []
+    for run in runs:
+        values = _known(run["train"], "label_weight")
+        if values:
+            parts.append(f"{run['name']} {values[0]:.2g} to {values[-1]:.2g}")
+    more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+    return f"Mean pull to the observed token, first to last line: {', '.join(parts[:4])}{more}"
+
+
+def _known(curve: Mapping[str, Any], metric: str) -> list[float]:
+    return [value for value in curve.get(metric, []) if value is not None]
+
+
+def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[str], title: str) -> Figure | None:
+    from matplotlib.figure import Figure
+
+    shown_metrics = [metric for metric in metrics if any(_known(curve, metric) for _, curve in series)]
+    if not shown_metrics:
+        return None
+    figure = Figure(figsize=(5.2 * len(shown_metrics) + 3.2, 4.4), dpi=120, layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(shown_metrics), squeeze=False)[0], shown_metrics, strict=True):
+        for i, (name, curve) in enumerate(series):
+            points = [
+                (s, v) for s, v in zip(curve.get("step", []), curve.get(metric, []), strict=False) if v is not None
+            ]
+            if points:
+                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+                marker = "o" if len(points) <= 30 else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, **style)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(LABELS[metric])
+        axes.grid(color="#e5e7eb")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), [literal(n) for n in handles], loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(literal(textwrap.fill(title, 46 * len(shown_metrics) + 34)), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def token_figure(change: Mapping[str, Any]) -> Figure:
+    """Bars of the largest gains and losses in log-prob between the two steps."""
+    from matplotlib.figure import Figure
+
+    bars = [*change["gains"][:BARS], *reversed(change["losses"][:BARS])]
+    figure = Figure(figsize=(9, 1.8 + 0.3 * max(1, len(bars))), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for height, one in enumerate(reversed(bars)):
+        axes.barh(height, one["change"], color=COLOURS[0] if one["change"] > 0 else COLOURS[1])
+    names = [literal(f"{shown(one['context'])[-24:]} → {shown(one['token'])}") for one in reversed(bars)]
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_xlabel("change of the token's log-prob, nats (right of the arrow: the token)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    title = (
+        f"{change['run']}, {change['rows_of']} rows, step {change['from_step']} to {change['to_step']}: nll "
+        f"{change['nll_before']:.3f} to {change['nll_after']:.3f} over {change['token_count']:,} tokens; "
+        "largest gains and losses"
+    )
+    figure.suptitle(literal(textwrap.fill(title, 100)), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib takes as it is: dollars would start a formula, and a leading underscore hides a label."""
+    return ("\u200a" + text if text.startswith("_") else text).replace("$", r"\$")
+
+
+def _file_name(*parts: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A PNG without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def write_pngs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """One file a figure; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in comparison_figures(report).items():
+        paths.append(folder / f"{name}.png")
+        paths[-1].write_bytes(png_bytes(figure))
+    return paths
+
+
+def runs_page(report: Mapping[str, Any]) -> str:
+    """The comparison as one HTML document."""
+    from qtarget.report.page import render_page
+
+    figures = {k: f for k, f in comparison_figures(report).items() if not k.startswith("tokens-")}
+    pictures = [
+        {"uri": "data:image/png;base64," + base64.b64encode(png_bytes(figure)).decode(), "name": name.replace("_", " ")}
+        for name, figure in figures.items()
+    ]
+    names = ", ".join(run["name"] for run in report["runs"][:4])
+    more = f" and {len(report['runs']) - 4} more" if len(report["runs"]) > 4 else ""
+    return render_page(
+        "runs.html",
+        report,
+        title=f"Runs: {names}{more}",
+        styles=("runs.css",),
+        scripts=("runs.js",),
+        finding=report["finding"],
+        pictures=pictures,
+    )
