@@ -124,8 +124,6 @@ class QTargetTrainer(SFTTrainer):
             raise ConfigError(
                 "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
             )
-        if is_deepspeed_zero3_enabled():
-            raise ConfigError("DeepSpeed ZeRO-3 shards the head that the loss reads; use ZeRO-2, FSDP2 or DDP")
         self.target = args.build_target()
         self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
