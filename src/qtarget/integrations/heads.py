@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qtarget.errors import UnsupportedModelError
 from qtarget.shapes import Tensor
 from qtarget.types import project
+from qtarget.zero3 import gathered_while_running
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -71,6 +72,11 @@ def probe_head(model: PreTrainedModel) -> HeadSpec:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no output embeddings; expected a causal language model"
         )
+    with gathered_while_running(model, head):
+        return _probe(model, head)
+
+
+def _probe(model: PreTrainedModel, head: Any) -> HeadSpec:
     config = model.config.get_text_config()
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % head.weight.shape[0]
     was_training = model.training
