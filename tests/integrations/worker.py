@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once")
+    parser.add_argument(
+        "--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = make_model(seed=3)

@@ -38,17 +38,22 @@ def beyond(point: dict[str, Any]) -> float:
 
 
 def headline(memory: list[dict[str, Any]]) -> str:
-    """What the curves show, in numbers."""
-    ours = [p for p in memory if p["loss"] not in ("naive",) and "live" not in p["loss"]]
-    last = max(ours, key=lambda p: (p["tokens"] * p["vocab"], beyond(p)))
-    first = min((p for p in ours if p["vocab"] == last["vocab"]), key=lambda p: p["tokens"])
-    largest = max(beyond(p) for p in ours if p["vocab"] == last["vocab"])
+    """What the curves show, in numbers, at the vocabulary with the most tokens."""
+    ours = [point for point in memory if point["loss"] != "naive" and "live" not in point["loss"]] or memory
+    last = max(ours, key=lambda point: (point["tokens"], point["vocab"]))
+    same = [point for point in memory if (point["vocab"], point["width"]) == (last["vocab"], last["width"])]
+    ours = [point for point in same if point in ours]
+    first, largest = min(point["tokens"] for point in ours), max(map(beyond, ours))
     text = (
-        f"From {first['tokens']:,} to {last['tokens']:,} tokens at V = {last['vocab']:,}, no target takes more than "
-        f"{largest:.0f} MB beyond its gradients"
+        f"From {first:,} to {last['tokens']:,} tokens at V = {last['vocab']:,}, no measured target without a live teacher "
+        f"takes more than {largest:,.0f} MB beyond its gradients"
     )
-    rivals = [p for p in memory if p["loss"] == "naive" and p["vocab"] == last["vocab"] and p["tokens"] == last["tokens"]]
-    return text + (f"; naive cross entropy {'needs' if 'computed' in rivals[0] else 'takes'} {beyond(rivals[0]):,.0f} MB" if rivals else "")
+    naive = [point for point in same if point["loss"] == "naive" and point["tokens"] == last["tokens"]]
+    if not naive:
+        return text
+    return (
+        f"{text}; naive cross entropy {'would take' if 'computed' in naive[0] else 'takes'} {beyond(naive[0]):,.0f} MB"
+    )
 
 
 def draw_memory(axes: Axes, points: list[dict[str, Any]], along: str, names: list[str]) -> None:
@@ -117,7 +122,9 @@ def speed_figure(results: dict[str, Any]) -> Figure:
     memory, times, config = results["memory"], results["time"], results["config"]
     if not any(p["loss"] != "naive" for p in memory):
         raise DataError("the results hold no point of memory to draw; run `qtarget bench sweep`")
-    names = list(dict.fromkeys(["floor", "naive", *(p["loss"] for p in memory), *(n for p in times for n in p["rows"])]))
+    names = list(
+        dict.fromkeys(["floor", "naive", *(p["loss"] for p in memory), *(n for p in times for n in p["rows"])])
+    )
     shapes = [tuple(shape) for shape in config["shapes"] if any(p["vocab"] == shape[0] for p in memory)]
     timed = [shape for shape in shapes if any((p["vocab"], p["width"]) == shape for p in times)]
     across = [p for p in memory if p["width"] == shapes[0][1] and p["tokens"] == config["vocab_tokens"]]
@@ -140,8 +147,18 @@ def speed_figure(results: dict[str, Any]) -> Figure:
         panel.set_title(f"Time, V = {vocab:,}, width {width}", fontsize=10)
     handles = {label: handle for a in figure.axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
-    figure.suptitle(textwrap.fill(headline(memory), 34 * panels), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(
+        textwrap.fill(
+            headline([p for p in memory if p not in across or p["tokens"] in config["memory_tokens"]]), 34 * panels
+        ),
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     facts = results["machine"]
-    note = f"{config['dtype']}, {config['device']}: {facts.get('gpu', facts['processor'])}, {facts['threads']} threads, torch {facts['torch']}; hollow: computed, too large to run"
+    note = (
+        f"{config['dtype']}, {config['device']}: {facts.get('gpu', facts['processor'])}, {facts['threads']} threads, "
+        f"torch {facts['torch']}; hollow: computed, too large to run"
+    )
     figure.supxlabel(note, fontsize=7, color=REST_COLOUR, x=0.01, ha="left")
     return figure

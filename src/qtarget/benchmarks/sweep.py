@@ -71,7 +71,9 @@ def previous(path: Path, config: SweepConfig) -> dict[str, list[dict[str, Any]]]
     then = {**found["machine"], **{name: found["config"][name] for name in same}}
     differing = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
     if differing:
-        raise ConfigError(f"--resume {path}: {'; '.join(differing)}; points cannot be compared: choose another --output")
+        raise ConfigError(
+            f"--resume {path}: {'; '.join(differing)}; points cannot be compared: choose another --output"
+        )
     return {"time": found["time"], "memory": found["memory"]}
 
 
