@@ -61,10 +61,10 @@ def test_benchmark_commands_run(tmp_path, monkeypatch):
     """As written, but for the size."""
     from typer.testing import CliRunner
 
-    from qtarget.benchmarks import speed
+    from qtarget.benchmarks import memory
     from qtarget.cli.app import app
 
-    monkeypatch.setattr(speed, "MEMORY", ("sft",))
+    monkeypatch.setattr(memory, "MEMORY", ("sft",))
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for line in blocks("bash")[2].splitlines()]
     assert [c[1:3] for c in commands] == [["bench", "speed"]] * 2

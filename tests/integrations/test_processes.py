@@ -1,5 +1,6 @@
-"""Killed and resumed, and split over two ranks: the same weights."""
+"""Killed and resumed, and split over two ranks (DDP, FSDP2, ZeRO-3): the same weights."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,7 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtarget.integrations.trl_score import score
+from qtarget.integrations.trl_sft import QTargetConfig
+from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
+
 ROOT = Path(__file__).parents[2]
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+ZERO3 = {
+    "deepspeed": {
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,  # else weights as small as these stay whole
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (`pip install qtarget[zero]`)"
+)
 RUN = {"max_steps": 9, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
 """24 rows in batches of 4: an epoch is 6 steps, so step 3 is in its middle and step 6 exactly at its end."""
 
@@ -31,6 +54,7 @@ def work(output: Path, settings: dict, *options: str, ranks: int = 1) -> int:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+        "DS_ACCELERATOR": "cpu",
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode not in (0, -signal.SIGKILL):
@@ -66,24 +90,71 @@ def test_killed_and_resumed_is_bit_for_bit_undisturbed(undisturbed, tmp_path, st
     assert curve(tmp_path) == curve(undisturbed)
 
 
+COMMON = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "gradient_accumulation_steps": 2}
+"""Plain SGD, so that weights differ as gradients do."""
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run in one process, made once for each choice of settings."""
+    made: dict[str, Path] = {}
+
+    def run(settings: dict, *options: str) -> Path:
+        key = json.dumps([settings, options])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("one")
+            work(made[key], {**COMMON, **settings, "per_device_train_batch_size": 4}, *options)
+        return made[key]
+
+    return run
+
+
+def two_processes(output: Path, settings: dict, *options: str) -> Path:
+    """The same optimizer batches, each rank with half of the rows."""
+    halves = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    work(output, {**COMMON, **settings, **halves}, *options, ranks=2)
+    return output
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Weights, loss, plain NLL and the norm of the gradient."""
+    a, b = torch.load(one / "final.pt"), torch.load(two / "final.pt")
+    assert a.keys() == b.keys()
+    start = make_model().state_dict()
+    assert max(float((a[name] - start[name]).abs().max()) for name in a) > 2e-3
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 2e-5
+    for field in ("loss", "nll", "grad_norm"):
+        first, second = ([entry[field] for entry in curve(run)] for run in (one, two))
+        assert first == pytest.approx(second, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["asft", "talr"])
-def test_two_ranks_equal_one(tmp_path, target):
+def test_two_ranks_equal_one(one_process, tmp_path, target):
     """Ragged rows: a mean of per-rank means would differ."""
-    common = {"target": target, "max_steps": 3, "optim": "sgd", "learning_rate": 0.5}
-    one, two = tmp_path / "one", tmp_path / "two"
-    work(one, {**common, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
-    work(
-        two,
-        {**common, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"},
-        ranks=2,
-    )
-    a, b = torch.load(one / "final.pt"), torch.load(two / "final.pt")
-    worst = max(float((a[name] - b[name]).abs().max()) for name in a)
-    assert worst < 2e-5
-    losses = [[e["loss"] for e in curve(run)] for run in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    nll = [[e["nll"] for e in curve(run)] for run in (one, two)]
-    assert nll[0] == pytest.approx(nll[1], rel=1e-4)
+    two = two_processes(tmp_path, {"target": target})
+    assert_equal_runs(one_process({"target": target}), two)
     recorded = [json.loads(line) for line in (two / "qtarget_log.jsonl").read_text().splitlines()]
-    assert [line["nll"] for line in recorded if "loss" in line] == nll[1]  # once, by the main process
+    nll = [entry["nll"] for entry in curve(two)]
+    assert [line["nll"] for line in recorded if "loss" in line] == nll  # once, by the main process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--tied"]], ids=["own-head", "tied-head"])
+@pytest.mark.parametrize("sharding", [FSDP2, pytest.param(ZERO3, marks=needs_deepspeed)], ids=["fsdp2", "zero3"])
+def test_a_sharded_head_equals_a_whole_one(one_process, tmp_path, sharding, options):
+    one = one_process({"target": "asft"}, *options)
+    assert_equal_runs(one, two_processes(tmp_path, {"target": "asft", **sharding}, *options))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_model_split_while_it_loads(one_process, tmp_path):
+    """Head probe, cache check and the pass for batch weights see whole weights though none is on any rank."""
+    make_model().save_pretrained(tmp_path / "model")
+    settings = QTargetConfig(str(tmp_path / "score"), **SETTINGS)
+    cache = tmp_path / "cache"
+    score(make_model(), settings, make_rows(), None, make_tokenizer(), directory=cache, top_k=8, progress=False)
+    chosen = {"target": "talr+sft_kl", "reference_cache": str(cache)}
+    options = ("--model", str(tmp_path / "model"))
+    assert_equal_runs(one_process(chosen, *options), two_processes(tmp_path / "two", {**chosen, **ZERO3}, *options))

@@ -1,6 +1,6 @@
 """A training run in a process of its own, to be killed, resumed, or run twice side by side.
 
-python -m tests.integrations.worker OUTPUT '{"target": "dft", ...}' [--die-at STEP] [--resume]
+python -m tests.integrations.worker OUTPUT '{"target": "dft", ...}' [--die-at STEP] [--resume] [--tied] [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ def main() -> None:
     parser.add_argument("settings", type=json.loads)
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument(
+        "--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = make_model(seed=3)
+    arguments = QTargetConfig(options.output, **{**SETTINGS, **options.settings})
     trainer = QTargetTrainer(
-        make_model(),
-        QTargetConfig(options.output, **{**SETTINGS, **options.settings}),
+        options.model or make_model(tie_word_embeddings=options.tied),
+        arguments,
         make_rows(),
         None,
         make_tokenizer(),
@@ -47,9 +52,9 @@ def main() -> None:
         callbacks=[] if options.die_at is None else [DieAt(options.die_at)],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(options.output) if options.resume else None)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, which takes every rank
     if trainer.accelerator.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save(dict(model.state_dict()), f"{options.output}/final.pt")
+        torch.save(dict(state), f"{options.output}/final.pt")
         with open(f"{options.output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
 

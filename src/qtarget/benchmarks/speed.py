@@ -1,21 +1,17 @@
 """How fast and how small is the loss? Every target against the bare matrix products, and against other losses.
 
 One process, contenders interleaved, medians of CPU (or CUDA) time as ratios to the *floor*: the matrix products that no
-loss from hidden states and head can avoid. Memory is measured in a fresh process for each contender.
+loss from hidden states and head can avoid.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,10 @@ Step = Callable[[], Any]
 """One forward and backward pass."""
 
 SHORT = ("sft", "dft", "p_power", "prior_surprise", "eaft", "label_smoothing", "asft", "distillation", "target_sft")
+SUITES = {"few": ("sft", "eaft", "asft", "target_sft"), "short": SHORT}
 LIVE = ("reverse_kl", "generalized_jsd", "target_sft")
+FLOOR, LIVE_FLOOR, FIVE = "floor", "floor, 4 products", "floor, 5 products"
+"""A live teacher's logits are a fourth product; five are what making them a second time, for the gradient, would take."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SpeedConfig:
         device: ``cpu`` or ``cuda``.
         rounds: how often each contender runs after one round that is not counted.
         top_k: k of the cached reference or teacher.
-        suite: ``short`` or ``all`` targets.
+        suite: ``few``, ``short`` or ``all`` targets; ``few`` leaves out masks, frozen heads and live teachers too.
         peers: also time other libraries' losses.
         seed: of the random inputs.
     """
@@ -67,8 +66,19 @@ class Problem:
     hidden: Tensor
     weight: Tensor
     labels: Tensor
-    known: qtarget.Reference
     frozen: qtarget.FrozenHead
+    top_k: int
+
+    @cached_property
+    def known(self) -> qtarget.Reference:
+        """The frozen model's top-k numbers, as a cache holds them."""
+        return qtarget.token_statistics(
+            hidden=self.frozen.hidden,
+            lm_head_weight=self.frozen.lm_head_weight,
+            labels=self.labels,
+            top_k=self.top_k,
+            chunk_size=64,
+        )
 
     @classmethod
     def make(cls, config: SpeedConfig) -> Problem:
@@ -82,11 +92,8 @@ class Problem:
         hidden, weight, labels, other = (
             t.to(device, dtype if t.is_floating_point() else t.dtype) for t in (hidden, weight, labels, other)
         )
-        frozen = qtarget.FrozenHead(other, weight)
-        known = qtarget.token_statistics(
-            hidden=other, lm_head_weight=weight, labels=labels, top_k=config.top_k, chunk_size=64
-        )
-        return cls(hidden.requires_grad_(), weight.requires_grad_(), labels, known, frozen)
+        frozen = qtarget.FrozenHead(other, weight.detach())
+        return cls(hidden.requires_grad_(), weight.requires_grad_(), labels, frozen, config.top_k)
 
 
 def backward(loss: Tensor, *leaves: Tensor) -> None:
@@ -96,19 +103,22 @@ def backward(loss: Tensor, *leaves: Tensor) -> None:
         leaf.grad = None
 
 
-def products(problem: Problem, forward: int = 1) -> Step:
-    """The bare matrix products: ``forward`` logits (live, frozen, ...), one hidden and one head gradient."""
+def floors(problem: Problem) -> dict[str, Step]:
+    """The bare matrix products: the logits (live, frozen, ...), one hidden and one head gradient."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def step() -> None:
-        for _ in range(forward):
-            torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=hidden_gradient)
-        torch.mm(logits.T, hidden, out=weight_gradient)
+    def products(forward: int) -> Step:
+        def step() -> None:
+            for _ in range(forward):
+                torch.mm(hidden, weight.T, out=logits)
+            torch.mm(logits, weight, out=hidden_gradient)
+            torch.mm(logits.T, hidden, out=weight_gradient)
 
-    return step
+        return step
+
+    return {FLOOR: products(1), LIVE_FLOOR: products(2), FIVE: products(3)}
 
 
 def ours(
@@ -211,16 +221,13 @@ def cuda_peers(problem: Problem) -> dict[str, Step]:
 
 def contenders(config: SpeedConfig, problem: Problem) -> dict[str, Step]:
     """Everything that is timed, by name."""
-    names = SHORT if config.suite == "short" else tuple(qtarget.available_targets())
     half = problem.labels.clone()
     half[::2] = -100
-    steps: dict[str, Step] = {
-        "floor": products(problem),
-        "floor, 4 products": products(problem, 2),
-        **peers(problem, config.peers),
-    }
-    for name in names:
+    steps: dict[str, Step] = {**floors(problem), **peers(problem, config.peers)}
+    for name in SUITES.get(config.suite, tuple(qtarget.available_targets())):
         steps[name] = ours(problem, name, **frozen_arguments(problem, name))
+    if config.suite == "few":
+        return {name: step for name, step in steps.items() if name not in (LIVE_FLOOR, FIVE)}
     steps["sft, half masked"] = ours(problem, "sft", labels=half)
     steps["sft, frozen head"] = ours(problem, "sft", frozen_head=True)
     steps["sft, with report"] = ours_with_report(problem)
@@ -261,7 +268,7 @@ def seconds(step: Step, device: str) -> float:
 
 def floor_of(name: str) -> str:
     """Which floor a contender is compared with: a live teacher's logits are one product more."""
-    return "floor, 4 products" if name.endswith("live teacher") else "floor"
+    return LIVE_FLOOR if name.endswith("live teacher") else FLOOR
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -282,108 +289,46 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
-def run_speed(config: SpeedConfig, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Time everything; returns what ``qtarget bench speed`` writes.
+def run_speed(
+    config: SpeedConfig, say: Callable[[str], None] = lambda _: None, save: Callable[[Any], None] = lambda _: None
+) -> dict[str, Any]:
+    """Time everything; returns what ``qtarget bench speed`` writes, and hands it to ``save`` after every counted round.
 
     Returns:
         ``config``, ``machine``, and for each contender ``seconds`` (all rounds), ``median``, ``floor`` (its name) and
-        ``ratio`` (``median``, ``low``, ``high``: over the rounds, each against the floor of the same round).
+        ``ratio`` (``median``, ``low``, ``high``: over the rounds, each against the floor of the same round); for a live
+        teacher ``ratio_to_five_products`` too.
     """
     torch.manual_seed(config.seed)
     steps = contenders(config, Problem.make(config))
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    results: dict[str, Any] = {"config": asdict(config), "machine": machine(config.device), "rows": {}}
     for turn in range(config.rounds + 1):
         for name, step in steps.items():
             elapsed = seconds(step, config.device)
             if turn:
                 taken[name].append(elapsed)
         say(f"round {turn} of {config.rounds}" if turn else "warm-up round, not counted")
-    rows = {}
-    for name, times in taken.items():
-        floor = taken[floor_of(name)]
-        ratios = [t / f for t, f in zip(times, floor, strict=True)]
-        middle = statistics.median(times) / statistics.median(floor)
-        rows[name] = {
-            "seconds": times,
-            "median": statistics.median(times),
-            "floor": floor_of(name),
-            "ratio": {"median": middle, "low": min(ratios), "high": max(ratios)},
-        }
-    return {"config": asdict(config), "machine": machine(config.device), "rows": rows}
+        if turn:
+            results["rows"] = {name: summary(name, taken) for name in steps}
+            save(results)
+    return results
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
-
-MEMORY = ("naive", "sft", "label_smoothing", "eaft", "asft", "target_sft", "reverse_kl, live teacher")
-
-
-def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
-    """Peak MB of one step beyond its inputs; call it in a fresh process (a Linux CPU, or CUDA).
-
-    A small step of the same kind comes first, so that libraries and threads are loaded.
-
-    Returns:
-        ``beyond_inputs`` and ``gradients`` (of hidden states and head: float32 where they are accumulated so).
-    """
-    small = SpeedConfig(**{**asdict(config), "tokens": 32, "vocab": 1024, "top_k": min(config.top_k, 1024)})
-    warm = Problem.make(small)
-    {**peers(warm, False), **memory_steps(warm)}[name]()
-    problem = Problem.make(config)
-    step = {**peers(problem, False), **memory_steps(problem)}[name]
-    gc.collect()
-    if config.device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # memory that the set-up has freed counts as free
-    wide = 4 if name != "naive" else problem.weight.element_size()
-    gradients = problem.weight.numel() * wide + problem.hidden.numel() * problem.hidden.element_size()
-    if config.device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        before = resident("VmRSS")
-        step()
-        peak = resident("VmHWM") - before
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before
-    return {"beyond_inputs": peak / 1e6, "gradients": gradients / 1e6}
-
-
-def memory_steps(problem: Problem) -> dict[str, Step]:
-    """Our losses among those whose memory is measured."""
-    plain = {n: ours(problem, n, **frozen_arguments(problem, n)) for n in MEMORY if "," not in n and n != "naive"}
-    live = {
-        n: ours(problem, t := n.split(",")[0], **frozen_arguments(problem, t, live=True)) for n in MEMORY if "," in n
+def summary(name: str, taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Times of one contender and their ratios to its floor."""
+    times, floor = taken[name], taken[floor_of(name)]
+    row = {
+        "seconds": times,
+        "median": statistics.median(times),
+        "floor": floor_of(name),
+        "ratio": against(times, floor),
     }
-    return {**plain, **live}
+    return {**row, "ratio_to_five_products": against(times, taken[FIVE])} if row["floor"] == LIVE_FLOOR else row
 
 
-def resident(field: str) -> int:
-    """Bytes of this process, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def run_memory(
-    config: SpeedConfig, tokens: tuple[int, ...], say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Peak memory of every contender in ``MEMORY`` at each number of tokens, a process each.
-
-    Raises:
-        RuntimeError: a measuring process failed; its message is shown.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for name in MEMORY:
-        for count in tokens:
-            if name == "naive" and count > 2048:
-                continue  # 65,536 x 49,152 float32 logits are 13 GB, three times over
-            arguments = json.dumps({**asdict(config), "tokens": count})
-            code = "import json,sys;from qtarget.benchmarks.speed import *;torch.set_num_threads(int(sys.argv[3]))"
-            code += ";print(json.dumps(peak_of(sys.argv[1],SpeedConfig(**json.loads(sys.argv[2])))))"
-            command = [sys.executable, "-c", code, name, arguments, str(torch.get_num_threads())]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"measuring {name} failed:\n{done.stderr}")
-            rows.setdefault(name, {})[str(count)] = json.loads(done.stdout.splitlines()[-1])
-            peak = rows[name][str(count)]
-            say(f"{name}, {count} tokens: {peak['beyond_inputs']:.0f} MB, of it gradients {peak['gradients']:.0f} MB")
-    return {"config": asdict(config), "machine": machine(config.device), "rows": rows}
+def against(times: list[float], floor: list[float]) -> dict[str, float]:
+    """Ratio of the medians, and the lowest and highest ratio of one round."""
+    ratios = [t / f for t, f in zip(times, floor, strict=True)]
+    middle = statistics.median(times) / statistics.median(floor)
+    return {"median": middle, "low": min(ratios), "high": max(ratios)}

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from qtarget.benchmarks.speed import SpeedConfig, run_memory, run_speed
+from qtarget.benchmarks.memory import MEMORY, run_memory
+from qtarget.benchmarks.speed import SUITES, SpeedConfig, run_speed
+from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
+from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
 from qtarget.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from qtarget.scoring.files import write_atomic
 
 DEFAULTS = SpeedConfig()
+SWEEP = SweepConfig()
+DTYPES, DEVICES = ("float32", "bfloat16"), ("cpu", "cuda")
+
+
+def listed(values: tuple[int, ...]) -> str:
+    """Numbers as an option takes them."""
+    return ",".join(map(str, values))
+
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
 
@@ -35,7 +45,7 @@ def speed(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULTS.device,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = DEFAULTS.rounds,
     top_k: Annotated[int, typer.Option(min=1, help="k of the cached teacher.")] = DEFAULTS.top_k,
-    suite: Annotated[str, typer.Option(help="short, or all targets.")] = DEFAULTS.suite,
+    suite: Annotated[str, typer.Option(help="few, short, or all targets.")] = DEFAULTS.suite,
     peers: Annotated[bool, typer.Option(help="Also time other libraries' losses (slow on a CPU).")] = DEFAULTS.peers,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory instead of time.")] = False,
@@ -43,25 +53,165 @@ def speed(
     """Time the loss of every target against the bare matrix products, naive cross entropy and other libraries."""
     from rich.console import Console
 
-    for name, value, known in (("dtype", dtype, ("float32", "bfloat16")), ("device", device, ("cpu", "cuda")),
-                               ("suite", suite, ("short", "all"))):  # fmt: skip
-        if value not in known:
-            raise ConfigError(f"--{name} {value!r} is unknown; expected {' or '.join(known)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
+    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), suite=(suite, (*SUITES, "all")))
+    check_device(device)
     if top_k > vocab:
         raise ConfigError(f"--top-k {top_k} exceeds --vocab {vocab}; choose a smaller k")
     check_writable(output)
     torch.set_num_threads(threads)
     config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, top_k, suite, peers)
-    results = (
-        run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo)
-        if memory
-        else run_speed(config, typer.echo)
-    )
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    save = saver(output)
+    if memory:
+        results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo, save)
+    else:
+        results = run_speed(config, typer.echo, save)
     Console().print(memory_table(results) if memory else speed_table(results))
     typer.echo(str(output))
+
+
+@app.command("sweep")
+def sweep(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON, written after every point.")] = Path(
+        "runs/sweep.json"
+    ),
+    shapes: Annotated[str, typer.Option(help="Vocabulary x width of each shape.")] = "49152x576,151936x896",
+    time_tokens: Annotated[str, typer.Option(help="Numbers of tokens to time; '' for none.")] = listed(
+        SWEEP.time_tokens
+    ),
+    memory_tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens whose memory to measure; '' for none.")
+    ] = listed(SWEEP.memory_tokens),
+    vocabs: Annotated[
+        str, typer.Option(help="Vocabularies whose memory to measure at 2,048 tokens; '' for none.")
+    ] = listed(SWEEP.vocabs),
+    losses: Annotated[str, typer.Option(help="Whose memory to measure, separated by ';'.")] = ";".join(MEMORY),
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULTS.device,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = DEFAULTS.rounds,
+    top_k: Annotated[int, typer.Option(min=1, help="k of the cached teacher.")] = DEFAULTS.top_k,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the points that --output holds already.")] = False,
+) -> None:
+    """Time against the number of tokens, memory against tokens and vocabulary; `qtarget bench figure` draws it."""
+    from rich.console import Console
+
+    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), losses=([*losses.split(";")], MEMORY))
+    check_device(device)
+    check_writable(output)
+    torch.set_num_threads(threads)
+    pairs = tuple(numbers_pair(shape) for shape in shapes.split(","))
+    config = SweepConfig(
+        pairs, numbers("time-tokens", time_tokens), numbers("memory-tokens", memory_tokens), numbers("vocabs", vocabs),
+        losses=tuple(losses.split(";")), dtype=dtype, device=device, rounds=rounds, top_k=top_k,
+    )  # fmt: skip
+    done = previous(output, config) if resume else {"time": [], "memory": []}
+    results = run_sweep(config, done, typer.echo, saver(output))
+    Console().print(sweep_table(results))
+    typer.echo(str(output))
+
+
+@app.command("figure")
+def figure(
+    results: Annotated[Path, typer.Argument(help="What `qtarget bench sweep` wrote.")],
+    output: Annotated[Path, typer.Option(help="Picture, PNG.")] = Path("runs/sweep.png"),
+) -> None:
+    """Draw time against the number of tokens, and memory against tokens and vocabulary."""
+    from qtarget.benchmarks.figure import save_figure
+    from qtarget.benchmarks.speed_figure import speed_figure
+
+    check_writable(output)
+    try:
+        found = json.loads(results.read_text())
+        drawn = speed_figure(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{results} is not what `qtarget bench sweep` writes ({error}); run it first") from error
+    save_figure(drawn, output)
+    typer.echo(str(output))
+
+
+@app.command("trainer")
+def trainer(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/trainer.json"),
+    targets: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "sft,dft,asft",
+    batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a row; all are trained on.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
+    width: Annotated[int, typer.Option(min=9, help="Width of the model; a multiple of 18.")] = 576,
+    vocab: Annotated[int, typer.Option(min=128, help="Size of the vocabulary.")] = 49_152,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = DEFAULTS.dtype,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each; medians are quoted.")] = DEFAULTS.rounds,
+    top_k: Annotated[int, typer.Option(min=1, help="k of the reference cache.")] = DEFAULTS.top_k,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process each.")] = True,
+) -> None:
+    """Time whole training steps of QTargetTrainer against TRL's SFTTrainer, on a CPU (SmolLM2-135M's shape, random weights)."""
+    from rich.console import Console
+
+    from qtarget.benchmarks.trainer import TrainerBenchConfig, run_trainers
+    from qtarget.registry import get_target
+
+    check_known(dtype=(dtype, DTYPES))
+    if width % 18:
+        raise ConfigError(f"--width {width}: nine heads need an even width each; choose a multiple of 18")
+    names = tuple(name.strip() for name in targets.split(","))
+    for name in names:
+        if get_target(name).scope != "token":
+            raise ConfigError(
+                f"--targets {name}: takes a pass over the whole batch first; compare targets of token scope"
+            )
+    check_writable(output)
+    torch.set_num_threads(threads)
+    intermediate = width * 8 // 3
+    config = TrainerBenchConfig(
+        batch, length, vocab, width, layers, intermediate, dtype=dtype, targets=names, top_k=top_k, rounds=rounds
+    )
+    results = run_trainers(config, typer.echo, memory)
+    saver(output)(results)
+    Console().print(trainer_table(results))
+    typer.echo(str(output))
+
+
+def saver(output: Path) -> Callable[[Any], None]:
+    """Writes results; called again and again, so that a run that is stopped loses nothing."""
+    return lambda results: write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def numbers_pair(shape: str) -> tuple[int, int]:
+    """``49152x576`` -> vocabulary and width."""
+    vocab, _, width = shape.strip().partition("x")
+    if not (vocab.isdigit() and width.isdigit()):
+        raise ConfigError(f"--shapes {shape!r}; expected vocabulary x width, for instance 49152x576")
+    return int(vocab), int(width)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """``512,2048`` -> (512, 2048)."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--{option} {text!r}; expected positive whole numbers separated by commas")
+    return tuple(int(part) for part in parts)
+
+
+def check_known(**options: tuple[str | list[str], tuple[str, ...]]) -> None:
+    """Raise for a value that an option does not know.
+
+    Raises:
+        ConfigError: names the option and what it knows.
+    """
+    for name, (values, known) in options.items():
+        for value in [values] if isinstance(values, str) else values:
+            if value not in known:
+                raise ConfigError(f"--{name} {value!r} is unknown; expected {' or '.join(known)}")
+
+
+def check_device(device: str) -> None:
+    """Raise when there is no such device.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not visible.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
 
 
 def check_writable(output: Path) -> None:
@@ -77,44 +227,3 @@ def check_writable(output: Path) -> None:
         output.open("a").close()
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error}; choose another path") from error
-
-
-def speed_table(results: dict[str, Any]) -> Table:
-    """Contenders in the order they ran."""
-    from rich import box
-    from rich.table import Table
-
-    config = results["config"]
-    table = Table(
-        title=f"N={config['tokens']} D={config['width']} V={config['vocab']} {config['dtype']}, {config['device']}",
-        caption=f"median of {config['rounds']} interleaved rounds; in brackets, lowest..highest round. A live teacher's "
-        "floor has four products, all others' three",
-        box=box.SIMPLE,
-    )
-    for column in ("loss", "seconds", "x floor"):
-        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
-    for name, row in results["rows"].items():
-        ratio = row["ratio"]
-        text = f"{ratio['median']:.2f} ({ratio['low']:.2f}..{ratio['high']:.2f})"
-        table.add_row(name, f"{row['median']:.3g}", text)
-    return table
-
-
-def memory_table(results: dict[str, Any]) -> Table:
-    """Peak beyond the inputs, and what of it are gradients."""
-    from rich import box
-    from rich.table import Table
-
-    config = results["config"]
-    table = Table(
-        title=f"D={config['width']} V={config['vocab']} {config['dtype']}, {config['device']}: peak MB",
-        caption="gradients: of hidden states, and of the head in the dtype it is accumulated in (float32)",
-        box=box.SIMPLE,
-    )
-    for column in ("loss", "tokens", "beyond inputs", "gradients", "beyond both"):
-        table.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
-    for name, by_tokens in results["rows"].items():
-        for tokens, row in by_tokens.items():
-            total, gradients = row["beyond_inputs"], row["gradients"]
-            table.add_row(name, tokens, f"{total:.0f}", f"{gradients:.0f}", f"{total - gradients:.0f}")
-    return table

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qtarget.errors import UnsupportedModelError
 from qtarget.shapes import Tensor
 from qtarget.types import project
+from qtarget.zero3 import gathered_while_running
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -71,6 +72,11 @@ def probe_head(model: PreTrainedModel) -> HeadSpec:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no output embeddings; expected a causal language model"
         )
+    with gathered_while_running(model, head):
+        return _probe(model, head)
+
+
+def _probe(model: PreTrainedModel, head: Any) -> HeadSpec:
     config = model.config.get_text_config()
     ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % head.weight.shape[0]
     was_training = model.training
@@ -123,6 +129,19 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30)) <= tolerance
 
 
+@contextmanager
+def _in_place_of_forward(module: torch.nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let ``module(x)`` run its hooks around ``function`` instead of around its forward."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
 LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, HeadSpec], Any]
 """Called inside the model's forward with hidden states ``[batch, time, width]``, head weight, bias and spec."""
 
@@ -130,10 +149,9 @@ LossOfHidden = Callable[[Tensor, Tensor, Tensor | None, HeadSpec], Any]
 def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
     """Let ``model(..., target_loss=f)`` return ``f(hidden, weight, bias, spec)`` instead of logits.
 
-    The loss runs inside the forward, where FSDP has the head's weights at hand and DDP sees the graph.
+    The loss takes the place of the head's own forward, inside its hooks: there FSDP2 and DeepSpeed ZeRO-3 have gathered
+    the weights, in the dtype they compute in, and wait for the weights' gradient.
     """
-    from torch.distributed.tensor import DTensor
-
     inner = model.forward
 
     @functools.wraps(inner)
@@ -143,11 +161,12 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         head: Any = self.get_output_embeddings()
-        weight: Any = head.weight
-        bias: Any = getattr(head, "bias", None)
-        if isinstance(weight, DTensor):  # FSDP2 shards; gathered once a step
-            weight = weight.full_tensor()
-            bias = None if bias is None else bias.full_tensor()
-        return target_loss(hidden.to(weight.device), weight, bias, spec)
+
+        def loss_of(hidden: Tensor) -> Any:
+            bias = getattr(head, "bias", None)
+            return target_loss(hidden.to(head.weight.device), head.weight, bias, spec)
+
+        with _in_place_of_forward(head, loss_of):
+            return head(hidden)
 
     model.forward = types.MethodType(forward, model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
 from qtarget.errors import ConfigError
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
 from qtarget.scoring.local import score_rows
@@ -40,12 +42,14 @@ def score(
         The manifest of the finished cache.
 
     Raises:
-        ConfigError: packing that cuts rows apart.
+        ConfigError: packing that cuts rows apart, or a model split by DeepSpeed ZeRO-3.
     """
     if args.packing and args.packing_strategy != "bfd":
         raise ConfigError(
             f"packing_strategy {args.packing_strategy!r} cuts rows apart, and a cache holds whole rows; use 'bfd'"
         )
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError("scoring runs no DeepSpeed engine: leave `deepspeed` out; the cache serves every training")
     plain = changed(
         args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
     )

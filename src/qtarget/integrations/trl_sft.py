@@ -39,6 +39,7 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.shapes import Tensor
 from qtarget.types import FrozenHead, Reference, Target, missing_message
+from qtarget.zero3 import is_split, whole_shape
 
 logger = logging.get_logger(__name__)
 
@@ -130,8 +131,6 @@ class QTargetTrainer(SFTTrainer):
             raise ConfigError(
                 "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
             )
-        if is_deepspeed_zero3_enabled():
-            raise ConfigError("DeepSpeed ZeRO-3 shards the head that the loss reads; use ZeRO-2, FSDP2 or DDP")
         self.target = args.build_target()
         self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
@@ -185,7 +184,7 @@ class QTargetTrainer(SFTTrainer):
         unnamed = [role for role in self.caches if getattr(self.args, f"{role}_model_name_or_path") is None]
         ours = fingerprint_model(base) if unnamed else None
         for role, cache in self.caches.items():
-            cache.require(vocab_size=head.weight.shape[0])
+            cache.require(vocab_size=whole_shape(head.weight)[0])
             named = getattr(self.args, f"{role}_model_name_or_path")
             if named is not None and cache.manifest.model_id != named:
                 raise CacheMismatchError(
@@ -205,6 +204,11 @@ class QTargetTrainer(SFTTrainer):
             model, path = given[role], getattr(self.args, f"{role}_model_name_or_path")
             if role in self.caches or not getattr(self.target.needs, role) or (model is None and path is None):
                 continue
+            if is_deepspeed_zero3_enabled() and (model is None or any(is_split(p) for p in model.parameters())):
+                raise ConfigError(
+                    f"DeepSpeed ZeRO-3 splits what is loaded under it, and no engine gathers a frozen {role}; score it once "
+                    f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
+                )
             if model is None:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=self._base_model().dtype)
             model = model.to(self.accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]

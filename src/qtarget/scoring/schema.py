@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qtarget.errors import CacheMismatchError, DataError, UnsupportedModelError
 from qtarget.scoring.files import digest, write_json
 from qtarget.types import TailPolicy
+from qtarget.zero3 import gathered
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -92,8 +93,9 @@ def fingerprint_model(model: nn.Module) -> str:
     for name, tensor in sorted(_canonical_tensors(_unwrapped(model)).items()):
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device and has no values; load the weights first")
-        state.update(f"{name}{tuple(tensor.shape)}".encode())
-        state.update(_sample(tensor).to(torch.float32).cpu().numpy().astype("<f4").tobytes())
+        with gathered([tensor]):
+            state.update(f"{name}{tuple(tensor.shape)}".encode())
+            state.update(_sample(tensor).to(torch.float32).cpu().numpy().astype("<f4").tobytes())
     return state.hexdigest()
 
 
