@@ -46,15 +46,15 @@ class Finding:
 
 
 def named(rows: Sequence[int], count: int | None = None) -> str:
-    """The first few rows in words.
+    """The first few rows in words; ``count`` is of all where ``rows`` are the first few alone.
 
     Example:
         >>> named([3]), named([1, 2, 3, 4, 5, 6])
-        ('row 3', 'rows 1, 2, 3, 4, 5, ...')
+        ('rows 3', 'rows 1, 2, 3, 4, 5, ...')
     """
     total = len(rows) if count is None else count
     more = ", ..." if total > min(len(rows), ROWS_NAMED) else ""
-    return f"row{'s' if total != 1 else ''} {', '.join(map(str, rows[:ROWS_NAMED]))}{more}"
+    return f"rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}"
 
 
 def finding(
@@ -70,12 +70,12 @@ def finding(
 
     Example:
         >>> finding("empty_answer", "warning", [2], 9, "have an empty answer", "remove them")[0].message
-        '1 of 9 rows have an empty answer: row 2; remove them'
+        '1 of 9 rows have an empty answer: rows 2; remove them'
     """
     if not len(rows):
         return []
     first = tuple(int(row) for row in rows[:ROWS_NAMED])
-    message = f"{len(rows):,} of {of:,} rows {what}: {named(first, len(rows))}; {step}"
+    message = f"{len(rows)} of {of} rows {what}: {named(first, len(rows))}; {step}"
     return [Finding(check, severity, len(rows), first, message, evidence)]
 
 
