@@ -6,9 +6,12 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Row = dict[str, Any]
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
@@ -63,3 +66,19 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} is missing; expected the folder of marked data sets that holds it (docs/audit.md)")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def load_story_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``tinystories-656k`` from its own file.
+
+    The wrapper of transformers drops letters that it does not know, and puts a blank behind the start mark
+    ``<|start_story|>``, with which every prompt has to begin.
+    """
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end_story|>", unk_token="<unk>", pad_token="<unk>"
+    )
