@@ -111,7 +111,7 @@ def real(data: Path, limit: int | None) -> dict[str, Any]:
     out = {}
     for name, load in MARKED_DATA.items():
         rows = [{**row, "prompt": "<|start_story|>" + row["prompt"]} for row in load(data)[:limit]]
-        out[name] = measure(rows, model, load_story_tokenizer(model), 256, [row["is_noise"] for row in rows])
+        out[name] = measure(rows, model, load_story_tokenizer(model), 512, [row["is_noise"] for row in rows])
         print(name, json.dumps(out[name], indent=1))
     return out
 

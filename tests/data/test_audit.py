@@ -82,4 +82,6 @@ def test_counts_agree_with_brute_force_on_random_rows():
             elif inside != targets:
                 names["truncated"] += 1
         assert (report.supervised_tokens, report.lost_tokens) == (kept, lost)
-        assert {name: finding.count for name, finding in report.findings.items()} == {k: n for k, n in names.items() if n}
+        assert {name: finding.count for name, finding in report.findings.items()} == {
+            k: n for k, n in names.items() if n
+        }

@@ -97,13 +97,14 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None, kee
         name = _finding(length, kept, beyond)
         if name is not None:
             concerned[name].append(index)
-    found = {}
+    found: dict[str, Finding] = {}
     for name, (meaning, step) in FINDINGS.items():
         severity: Severity = "error" if name in UNUSABLE else "warning"
         limit = f" (max_length {max_length})" if name in ("cut_off", "truncated") else ""
         cut = f", {lost} supervised tokens lost in all" if name == "truncated" else ""
         evidence = {"max_length": max_length, "lost_tokens": lost} if limit else {}
-        found |= {name: f for f in finding(name, severity, concerned[name], total, meaning + limit + cut, step, **evidence)}
+        for made in finding(name, severity, concerned[name], total, meaning + limit + cut, step, **evidence):
+            found[name] = made
     return AuditReport(total, tokens, supervised, lost, max_length, found)
 
 

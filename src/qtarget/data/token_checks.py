@@ -109,7 +109,7 @@ def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Findin
             outside.append(i)
             largest = max(largest, int(ids.max()))
             continue
-        places = np.flatnonzero(ids == vocabulary.unknown_id) if vocabulary.unknown_id is not None else ()
+        places = np.flatnonzero(ids == vocabulary.unknown_id)  # None equals no id
         if len(places):
             unknown.append(i)
             unknown_count += len(places)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl.data_utils import is_conversational
-from trl.trainer.sft_trainer import SFTTrainer, _tokenize
+from trl.data_utils import _tokenize, is_conversational
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.data.audit import IGNORE_INDEX
+from qtarget.errors import ConfigError
 from qtarget.integrations.trl_data import ROW, with_row_ids
 from qtarget.integrations.trl_sft import QTargetConfig, changed
 
@@ -41,6 +42,9 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
     TRL's trainer wants a model and prepares nothing that depends on its weights, so it gets a stand-in of a few rows.
     Rows without a single assistant token, at which TRL stops under ``assistant_only_loss``, are kept with all labels
     ignored.
+
+    Raises:
+        ConfigError: settings that TRL refuses (``assistant_only_loss`` for rows that are no conversations).
     """
     whole = changed(
         args, max_length=None, shuffle_dataset=False, packing=False, eval_packing=False, padding_free=False,
@@ -51,8 +55,12 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
             vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )
     )
-    trainer = SFTTrainer(stand_in, whole, train_dataset=dataset, processing_class=tokenizer)
-    prepared, template = trainer.processing_class, trainer.chat_template
+    try:
+        trainer = SFTTrainer(stand_in, whole, train_dataset=dataset, processing_class=tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"TRL refuses these rows with this configuration, and so would training: {error}") from error
+    prepared: Any = trainer.processing_class
+    template = trainer.chat_template
     numbered = with_row_ids(dataset)
     masked = _without_assistant(numbered, prepared, template) if args.assistant_only_loss else {}
     usable = numbered.select([i for i in range(len(numbered)) if i not in masked]) if masked else numbered

@@ -87,7 +87,7 @@ def score_from_cache(rows: Sequence[Mapping[str, Any]], cache: ReferenceCache) -
     """
     masks = [np.asarray(supervised_mask(row["labels"]), dtype=bool) for row in rows]
     wanted = [i for i, mask in enumerate(masks) if mask.any()]
-    found = cache.find([row_checksum(rows[i]["input_ids"], masks[i]) for i in wanted])
+    found = cache.find([row_checksum(rows[i]["input_ids"], supervised_mask(rows[i]["labels"])) for i in wanted])
     kept = [(i, int(place)) for i, place in zip(wanted, found) if place >= 0]
     lengths = [len(masks[i]) for i, _ in kept]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
