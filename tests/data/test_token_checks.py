@@ -16,7 +16,9 @@ from qtarget.data.token_checks import (
 )
 
 END, UNKNOWN, TURN_END = 1, 2, 3
-WORDS = Vocabulary(50, frozenset({END, TURN_END}), UNKNOWN, frozenset({40, 41, 42}), lambda ids: " ".join(map(str, ids)))
+WORDS = Vocabulary(
+    50, frozenset({END, TURN_END}), UNKNOWN, frozenset({40, 41, 42}), lambda ids: " ".join(map(str, ids))
+)
 
 
 def row(ids: list[int], trained_from: int = 2) -> dict:
@@ -102,7 +104,9 @@ class TestTokenizers:
 
         words = {"<end>": 0, "a": 1, "<0x41>": 2, "<pad>": 3, "<unk>": 4}
         inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        as_gpt2 = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<end>", pad_token="<pad>")
+        as_gpt2 = PreTrainedTokenizerFast(
+            tokenizer_object=inner, eos_token="<end>", unk_token="<end>", pad_token="<pad>"
+        )
         assert (Vocabulary.of(as_gpt2).unknown_id, Vocabulary.of(as_gpt2).end_ids) == (None, {0})
         usual = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>", pad_token="<pad>")
         found = Vocabulary.of(usual)

@@ -29,7 +29,7 @@ HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 def flawed_prior(scored: ScoredTokens) -> list[dict[str, Any]]:
     """Groups of labels on which demonstrations agree against a sure base, largest first.
 
-    A label counts once, in its most specific context. Copies of a row count as one row.
+    A label counts once, in its most specific context; ``rows`` counts all that agree in it. Copies of a row count as one.
 
     Returns:
         Each ``labels`` (indices ``[n]`` into the columns of ``scored``), ``rows`` (different ones), ``context_tokens``,
@@ -43,9 +43,9 @@ def flawed_prior(scored: ScoredTokens) -> list[dict[str, Any]]:
     for size, keys in _contexts(scored, sure):
         keys = keys * HASH_FACTOR + scored.top_ids[sure].astype(np.uint64)
         for group in _groups(keys, sure, scored):
+            rows = len(np.unique(copies[group["labels"]]))
             labels = group["labels"][open_[group["labels"]]]
-            rows = len(np.unique(copies[labels]))
-            if rows >= FEWEST_ROWS:
+            if rows >= FEWEST_ROWS and len(labels):
                 open_[labels] = False
                 groups.append(group | {"labels": labels, "rows": rows, "context_tokens": size})
     return sorted(groups, key=lambda group: -len(group["labels"]))
