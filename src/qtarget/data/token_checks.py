@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,8 @@ def _last_text(row: TokenRow, vocabulary: Vocabulary) -> str:
 def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Finding]:
     """Ids that the model has no embedding for, unknown tokens, rows written mostly in bytes."""
     outside, unknown, in_bytes, examples = [], [], [], []
-    byte_ids = np.array(sorted(vocabulary.byte_ids), dtype=np.int64)
+    in_byte = np.zeros(vocabulary.size, dtype=bool)
+    in_byte[[i for i in vocabulary.byte_ids if i < vocabulary.size]] = True
     largest = unknown_count = 0
     for i, row in enumerate(rows):
         ids = np.asarray(row["input_ids"], dtype=np.int64)
@@ -117,7 +119,7 @@ def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Findin
                 at = int(places[0])
                 text = vocabulary.decode(ids[max(0, at - WINDOW) : at + WINDOW].tolist())
                 examples.append({"row": i, "position": at, "text": text})
-        if len(byte_ids) and np.isin(ids, byte_ids).mean() > BYTE_SHARE:
+        if vocabulary.byte_ids and in_byte[ids].mean() > BYTE_SHARE:
             in_bytes.append(i)
     found = finding(
         "outside_vocabulary", "error", outside, len(rows),
@@ -227,8 +229,6 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _owned_by_assistant(row: Mapping[str, Any], ids: np.ndarray, tokenizer: Any, template: str | None) -> Any:
     """For every token whether an assistant's message owns it, header included; None where the template does not tell."""
-    import json
-
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     messages = [{**m, "weight": float(m.get("role") == "assistant")} for m in conversation(row)]
     try:

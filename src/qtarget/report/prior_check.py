@@ -56,18 +56,21 @@ def _groups(keys: np.ndarray, sure: np.ndarray, scored: ScoredTokens) -> Iterato
     assert scored.top_ids is not None
     labels = scored.labels[sure]
     wrong = labels != scored.top_ids[sure]
-    concerned = np.flatnonzero(np.isin(keys, np.unique(keys[wrong])))
-    order = concerned[np.argsort(keys[concerned], kind="stable")]
-    bounds = np.flatnonzero(np.diff(keys[order])) + 1
-    for members in np.split(order, bounds):
-        if len(members) < FEWEST_ROWS:
-            continue
-        values, counts = np.unique(labels[members], return_counts=True)
-        best = int(counts.argmax())
-        share = float(counts[best] / len(members))
-        agreed = members[labels[members] == values[best]]
-        if share > AGREEMENT and wrong[agreed[0]]:
-            yield {"labels": sure[agreed], "agreement": round(share, 4)}
+    found, times = np.unique(keys[wrong], return_counts=True)
+    repeated = found[times >= FEWEST_ROWS]
+    if not len(repeated):
+        return
+    concerned = np.flatnonzero(repeated[np.searchsorted(repeated, keys).clip(max=len(repeated) - 1)] == keys)
+    order = concerned[np.lexsort((labels[concerned], keys[concerned]))]
+    key, label = keys[order], labels[order]
+    new_key = np.concatenate([[True], key[1:] != key[:-1]])
+    starts = np.flatnonzero(new_key | np.concatenate([[True], label[1:] != label[:-1]]))
+    counts = np.diff(np.concatenate([starts, [len(order)]]))  # of one label in one context
+    context = np.cumsum(new_key)[starts] - 1
+    share = counts / np.bincount(context, counts)[context]
+    for i in np.flatnonzero((counts >= FEWEST_ROWS) & (share > AGREEMENT) & wrong[order[starts]]):
+        members = np.sort(order[starts[i] : starts[i] + counts[i]])
+        yield {"labels": sure[members], "agreement": round(float(share[i]), 4)}
 
 
 def _contexts(scored: ScoredTokens, sure: np.ndarray) -> Iterator[tuple[int | None, np.ndarray]]:

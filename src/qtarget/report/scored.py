@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,17 +42,17 @@ class ScoredTokens:
     top_log_probs: np.ndarray | None = None
     ranks: np.ndarray | None = None
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """``[labels]`` ids of the trained tokens."""
         return self.ids[self.places]
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """``[labels]`` index of each trained token's row (``numbers`` names it)."""
         return np.searchsorted(self.offsets, self.places, side="right") - 1
 
-    @property
+    @cached_property
     def excess(self) -> np.ndarray:
         """``[labels]`` surprise beyond what the base expected there: ``-log p(label) - H``; mean 0 for the base's own text."""
         return -self.log_probs.astype(np.float64) - self.entropy.astype(np.float64)
