@@ -74,7 +74,9 @@ def build_request(
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
-    models = [None if m is None else m.flatten(leading).rows(kept) for m in (reference, teacher)]
+    models = [None if m is None else m.flatten(leading) for m in (reference, teacher)]
+    if len(kept) < len(flat_labels):  # else a copy of k numbers a token
+        models = [None if m is None else m.rows(kept) for m in models]
     for model in models:
         check_outcomes(model, vocab)
     request = LossRequest(
