@@ -103,5 +103,5 @@ def run_memory(
 
 
 def naive_bytes(config: SpeedConfig) -> int:
-    """What naive cross entropy holds at its peak beyond inputs and gradients: logits, log-probs and the gradients of both (measured)."""
+    """What naive cross entropy holds beyond inputs and gradients: four times the logits, as measured."""
     return 4 * config.tokens * config.vocab * getattr(torch, config.dtype).itemsize
