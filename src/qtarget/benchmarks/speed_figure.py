@@ -150,7 +150,7 @@ def speed_figure(results: dict[str, Any]) -> Figure:
     for panel in [panel for panel in figure.axes if not panel.lines]:
         panel.remove()
     handles = {label: handle for a in figure.axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(
         textwrap.fill(
             headline([p for p in memory if p not in across or p["tokens"] in config["memory_tokens"]]), 36 * panels
