@@ -101,7 +101,7 @@ def peaks(monkeypatch):
 
 def test_a_sweep_that_was_stopped_goes_on(tmp_path, peaks, monkeypatch):
     raw = tmp_path / "sweep.json"
-    monkeypatch.setattr(sweep, "NAIVE_LIMIT", 3 * 300 * 400 * 4 - 1)
+    monkeypatch.setattr(sweep, "NAIVE_LIMIT", 4 * 300 * 400 * 4 - 1)
     run = sweep.run_speed
 
     def die(point):
@@ -123,7 +123,7 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path, peaks, monkeypatch):
     assert results["time"][:3] == saved["time"]
     assert len(results["time"]) == 4
     computed = {(p["tokens"], p["vocab"]): p["computed"] for p in results["memory"] if "computed" in p}
-    assert computed == {(300, 400): 3 * 300 * 400 * 4 / 1e6, (2048, 512): 3 * 2048 * 512 * 4 / 1e6}
+    assert computed == {(300, 400): 4 * 300 * 400 * 4 / 1e6, (2048, 512): 4 * 2048 * 512 * 4 / 1e6}
     with pytest.raises(ConfigError, match="top_k was 4, is 5"):
         runner.invoke(app, [*SWEEP, "--resume", "--output", str(raw), "--top-k", "5"], catch_exceptions=False)
 

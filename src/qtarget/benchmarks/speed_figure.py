@@ -128,9 +128,10 @@ def speed_figure(results: dict[str, Any]) -> Figure:
     shapes = [tuple(shape) for shape in config["shapes"] if any(p["vocab"] == shape[0] for p in memory)]
     timed = [shape for shape in shapes if any((p["vocab"], p["width"]) == shape for p in times)]
     across = [p for p in memory if p["width"] == shapes[0][1] and p["tokens"] == config["vocab_tokens"]]
-    panels = len(shapes) + len(timed) + bool(config["vocabs"])
-    figure = Figure(figsize=(4.1 * panels, 4.6), dpi=150, layout="constrained")
-    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    panels = max(len(shapes) + bool(config["vocabs"]), len(timed))
+    figure = Figure(figsize=(4.4 * panels, 4.2 * (1 + bool(timed)) + 0.6), dpi=150, layout="constrained")
+    grid = figure.subplots(1 + bool(timed), panels, squeeze=False)
+    axes = iter(grid[0])
     for vocab, width in shapes:
         panel = next(axes)
         draw_memory(panel, [p for p in memory if (p["vocab"], p["width"]) == (vocab, width)], "tokens", names)
@@ -141,15 +142,18 @@ def speed_figure(results: dict[str, Any]) -> Figure:
         draw_memory(panel, across, "vocab", names)
         panel.set_xlabel("vocabulary V")
         panel.set_title(f"Memory, N = {config['vocab_tokens']:,}, width {shapes[0][1]}", fontsize=10)
+    axes = iter(grid[-1])
     for vocab, width in timed:
         panel = next(axes)
         draw_time(panel, [p for p in times if (p["vocab"], p["width"]) == (vocab, width)], names)
         panel.set_title(f"Time, V = {vocab:,}, width {width}", fontsize=10)
+    for panel in [panel for panel in figure.axes if not panel.lines]:
+        panel.remove()
     handles = {label: handle for a in figure.axes for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(
         textwrap.fill(
-            headline([p for p in memory if p not in across or p["tokens"] in config["memory_tokens"]]), 34 * panels
+            headline([p for p in memory if p not in across or p["tokens"] in config["memory_tokens"]]), 36 * panels
         ),
         x=0.01,
         ha="left",

@@ -49,7 +49,7 @@ def sweep_table(results: dict[str, Any]) -> Table:
     config = results["config"]
     table = Table(
         title=f"{config['dtype']}, {config['device']}: peak MB beyond inputs and gradients",
-        caption="in brackets: computed, not run (naive cross entropy holds three times the logits)",
+        caption="in brackets: computed, not run (naive cross entropy holds four times the logits)",
         box=box.SIMPLE,
     )
     losses = list(dict.fromkeys(point["loss"] for point in results["memory"]))
