@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -339,3 +340,21 @@ def test_two_scorers_on_one_folder(tmp_path, rows):
 def test_the_core_does_not_import_the_cache():
     code = "import sys, qtarget; print([m for m in ('pyarrow', 'transformers', 'qtarget.scoring') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_source_that_tells_no_entropy_leaves_the_column_out(tmp_path):
+    class Quiet(HashSource):
+        def score(self, *arguments, **named):
+            return [replace(numbers, entropy=None) for numbers in super().score(*arguments, **named)]
+
+    rows = ragged_rows(6)
+    for top_k in (0, 3):
+        write_cache(tmp_path / f"{top_k}", rows, Quiet(top_k), provenance(top_k), shard_rows=4)
+        write_cache(tmp_path / f"told-{top_k}", rows, HashSource(top_k), provenance(top_k), shard_rows=4)
+        quiet, told = (ReferenceCache.open(tmp_path / name) for name in (f"{top_k}", f"told-{top_k}"))
+        for index in range(len(told)):
+            expected = told.row(index)
+            expected.pop("entropy")
+            assert quiet.row(index).keys() == expected.keys()
+            for name, value in quiet.row(index).items():
+                np.testing.assert_array_equal(value, expected[name])

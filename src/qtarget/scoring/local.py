@@ -14,12 +14,12 @@ from torch import nn
 from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import Row, ScoredRow
+from qtarget.scoring.rows import IntArray, ScoredRow, check_request, empty_row
 from qtarget.scoring.schema import Manifest, Provenance, fingerprint_model
 from qtarget.scoring.writer import write_cache
 from qtarget.shapes import Tensor
-from qtarget.statistics import token_statistics
-from qtarget.types import Reference, TailPolicy
+from qtarget.statistics import statistics_of
+from qtarget.types import TailPolicy, project
 
 LOGITS_AT_ONCE = 2**25
 """Logits that exist at once, 128 MiB in float32; softmax and top-k need a few times that."""
@@ -69,33 +69,28 @@ class LocalSource:
 
     Args:
         model: with ``base_model(...).last_hidden_state`` and output embeddings; on its device, in its dtype.
-        top_k: log-probs a token to keep; 0 for none.
         logit_scale, logit_softcap: ``logits = softcap(scale (h W^T + b))``.
         tokens_per_batch: padded tokens a forward pass.
         on_tokens: called with the number of supervised tokens after each batch.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, or a head that is missing, quantised or wrapped by an adapter.
-        HyperparameterError: ``top_k`` or ``tokens_per_batch`` is out of range.
+        HyperparameterError: ``tokens_per_batch`` is not positive.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        top_k: int = 0,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         tokens_per_batch: int = 8192,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         self._weight, self._bias = head_of(model)
-        if not 0 <= top_k <= self.vocab_size:
-            raise HyperparameterError(f"top_k={top_k}; expected 0 to {self.vocab_size}, the model's vocabulary")
         if tokens_per_batch < 1:
             raise HyperparameterError(f"tokens_per_batch={tokens_per_batch}; expected at least 1")
         self._model = model
-        self._top_k = top_k
         self._scale, self._softcap = logit_scale, logit_softcap
         self._tokens_per_batch = tokens_per_batch
         self._on_tokens = on_tokens
@@ -106,45 +101,56 @@ class LocalSource:
         return self._weight.shape[0]
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
-        """The model's numbers at the supervised tokens of each row, in the order given.
+    def score(
+        self,
+        token_ids: Sequence[IntArray],
+        top_k: int,
+        candidate_ids: Sequence[int] | None = None,
+        *,
+        positions: Sequence[IntArray] | None = None,
+    ) -> list[ScoredRow]:
+        """See ``qtarget.scoring.Source``.
 
         Raises:
             UnsupportedModelError: the backbone returns no ``last_hidden_state``.
+            DataError, HyperparameterError: see ``check_request``.
         """
-        supervised = [i for i, row in enumerate(rows) if len(row.positions)]
-        out = [self._empty() for _ in rows]
+        rows, places = check_request(token_ids, top_k, candidate_ids, positions, self.vocab_size)
+        wanted = [i for i, at in enumerate(places) if len(at)]
+        out = [empty_row(top_k, candidate_ids, entropy=True) for _ in rows]
         with evaluating(self._model):
-            for batch in plan_batches([len(rows[i].input_ids) for i in supervised], self._tokens_per_batch):
-                members = [supervised[i] for i in batch]
-                numbers = self._score_batch([rows[i] for i in members])
-                for i, scored in zip(members, numbers, strict=True):
+            for batch in plan_batches([len(rows[i]) for i in wanted], self._tokens_per_batch):
+                members = [wanted[i] for i in batch]
+                hidden, labels = self._hidden([rows[i] for i in members], [places[i] for i in members])
+                numbers = self._statistics(hidden, labels, top_k, candidate_ids)
+                for i, scored in zip(members, split_rows(numbers, [len(places[i]) for i in members]), strict=True):
                     out[i] = scored
                 if self._on_tokens:
-                    self._on_tokens(sum(len(rows[i].positions) for i in members))
+                    self._on_tokens(len(labels))
         return out
 
-    def _score_batch(self, rows: Sequence[Row]) -> list[ScoredRow]:
-        hidden, labels = self._hidden(rows)
-        statistics = token_statistics(
-            hidden=hidden,
-            labels=labels,
-            lm_head_weight=self._weight,
-            bias=self._bias,
-            logit_scale=self._scale,
-            logit_softcap=self._softcap,
-            top_k=self._top_k,
-            chunk_size=max(1, LOGITS_AT_ONCE // self.vocab_size),
-        )
-        return split_rows(statistics, [len(row.positions) for row in rows])
+    def _statistics(
+        self, hidden: Tensor, labels: Tensor, top_k: int, candidate_ids: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """Fields of a ``ScoredRow`` for all tokens of a batch; logits exist for some of them at a time."""
+        chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        chunks: list[dict[str, Tensor]] = []
+        for states, at in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            logits = project(states, self._weight, self._bias, self._scale, self._softcap, exact=True)
+            numbers = statistics_of(logits, at, top_k)
+            if candidate_ids is not None:
+                columns = torch.tensor(list(candidate_ids), dtype=torch.long, device=logits.device)
+                numbers["candidate_log_probs"] = logits[:, columns] - logits.logsumexp(-1, keepdim=True)
+            chunks.append(numbers)
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
-    def _hidden(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[tokens, width]`` that predict the supervised tokens, and those tokens ``[tokens]``."""
-        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows), dtype=torch.long)
+    def _hidden(self, rows: Sequence[np.ndarray], places: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[tokens, width]`` that predict the wanted tokens, and those tokens ``[tokens]``."""
+        ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for b, row in enumerate(rows):
-            ids[b, : len(row.input_ids)] = torch.from_numpy(row.input_ids)
-            mask[b, : len(row.input_ids)] = 1
+            ids[b, : len(row)] = torch.from_numpy(row)
+            mask[b, : len(row)] = 1
         device = self._model.device
         output = self._model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         states = getattr(output, "last_hidden_state", None)
@@ -153,18 +159,10 @@ class LocalSource:
                 f"{type(self._model).__name__}.base_model returns no last_hidden_state; expected a plain causal "
                 "language model; of a PEFT model merge the adapter first, or score its base model"
             )
-        batch = np.concatenate([np.full(len(row.positions), b) for b, row in enumerate(rows)])
-        place = np.concatenate([row.positions for row in rows])
-        at = torch.from_numpy(batch), torch.from_numpy(place)
-        hidden = states[at[0].to(states.device), at[1].to(states.device) - 1]
-        return hidden.to(self._weight.device), ids[at].to(self._weight.device)
-
-    def _empty(self) -> ScoredRow:
-        none = np.zeros(0, np.float32)
-        if not self._top_k:
-            return ScoredRow(none, none)
-        wide = np.zeros((0, self._top_k), np.float32)
-        return ScoredRow(none, none, wide.astype(np.int32), wide, none)
+        batch = torch.from_numpy(np.concatenate([np.full(len(at), b) for b, at in enumerate(places)]))
+        place = torch.from_numpy(np.concatenate(places))
+        hidden = states[batch.to(states.device), place.to(states.device) - 1]
+        return hidden.to(self._weight.device), ids[batch, place].to(self._weight.device)
 
 
 def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -190,15 +188,13 @@ def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(head, "bias", None)
 
 
-def split_rows(statistics: Reference, counts: Sequence[int]) -> list[ScoredRow]:
-    """Cut flat statistics into rows of so many tokens."""
+def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[ScoredRow]:
+    """Cut the fields of a ``ScoredRow``, given for all tokens of a batch, into rows of so many tokens."""
     ends = np.cumsum(counts)[:-1]
     types = {"topk_ids": np.int32}
-    parts: dict[str, list[np.ndarray]] = {}
-    for name in ScoredRow.__dataclass_fields__:
-        value = getattr(statistics, name)
-        if value is not None:
-            parts[name] = np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends)
+    parts = {
+        name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
+    }
     return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
 
 
@@ -254,7 +250,6 @@ def score_rows(
     with TokenMeter(enabled=progress) as meter:
         source = LocalSource(
             model,
-            top_k=top_k,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             tokens_per_batch=tokens_per_batch,
@@ -271,6 +266,7 @@ def score_rows(
             tail_policy=tail_policy,
             log_probs_dtype=log_probs_dtype,
             versions=tool_versions(),
+            engine_version=tool_versions()["transformers"],
         )
         return write_cache(
             directory,

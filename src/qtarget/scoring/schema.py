@@ -188,6 +188,8 @@ class Provenance:
         versions: of qtarget, torch, transformers, pyarrow.
         temperature: of the stored log-probs; always 1.
         alignment: ``causal``: position t holds the log-prob of token t given those before it.
+        engine: what ran the model: ``transformers`` (in this process, or in Ray's), ``vllm``, ``sglang``, ``mosec``.
+        engine_version: of that engine, as it tells; empty if it does not.
     """
 
     model_id: str
@@ -202,6 +204,8 @@ class Provenance:
     log_probs_dtype: str = "float32"
     temperature: float = 1.0
     alignment: str = "causal"
+    engine: str = "transformers"
+    engine_version: str = ""
 
 
 @dataclass(frozen=True)

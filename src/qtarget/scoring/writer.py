@@ -23,7 +23,7 @@ from qtarget.errors import ConfigError, NonFiniteLossError
 from qtarget.scoring.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
+from qtarget.scoring.rows import Row, ScoredRow, Source, check_request, read_row
 from qtarget.scoring.schema import Manifest, Provenance, ShardRecord
 
 COLUMNS: dict[str, np.dtype] = {
@@ -74,8 +74,10 @@ def write_cache(
         ConfigError: another process is scoring into the folder.
         CacheMismatchError: the folder was begun with another plan.
         DataError: a row is unusable.
+        HyperparameterError: ``top_k`` exceeds the vocabulary.
         NonFiniteLossError: the source returned NaN or infinite numbers.
     """
+    check_request([], provenance.top_k, None, None, provenance.vocab_size)
     directory, meter = Path(directory), meter or TokenMeter(enabled=False)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
@@ -158,7 +160,7 @@ def write_shard(
     Raises:
         NonFiniteLossError: a number is NaN or infinite.
     """
-    scored = source.score(rows)
+    scored = source.score([row.input_ids for row in rows], plan.top_k, positions=[row.positions for row in rows])
     check_finite(rows, scored)
     content = shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
     record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
@@ -175,7 +177,9 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
         NonFiniteLossError: names the row's checksum and the first position.
     """
     for row, numbers in zip(rows, scored, strict=True):
-        good = np.isfinite(numbers.label_log_probs) & np.isfinite(numbers.entropy)
+        good = np.isfinite(numbers.label_log_probs)
+        if numbers.entropy is not None:
+            good &= np.isfinite(numbers.entropy)
         if not good.all():
             t = int(row.positions[np.flatnonzero(~good)[0]])
             raise NonFiniteLossError(
@@ -185,12 +189,18 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
 
 
 def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str) -> memoryview:
-    """The Parquet file of a shard: one row group, the same bytes for the same numbers."""
+    """The Parquet file of a shard: one row group, the same bytes for the same numbers.
+
+    A source that tells no entropy leaves that column out.
+    """
+    names = [*COLUMNS] if top_k else ["label_log_probs", "entropy"]
+    if all(numbers.entropy is None for numbers in scored):
+        names.remove("entropy")
     counts = [len(numbers.label_log_probs) for numbers in scored]
     columns: dict[str, pa.Array] = {
         "checksum": pa.array([bytes.fromhex(row.checksum) for row in rows], pa.binary(16)),
     }
-    for name in list(COLUMNS)[: None if top_k else 2]:
+    for name in names:
         flat = np.concatenate([getattr(numbers, name).reshape(-1) for numbers in scored])
         flat = flat.clip(min=LOWEST).astype(log_probs_dtype) if name == "topk_log_probs" else flat.astype(COLUMNS[name])
         width = top_k if name.startswith("topk") else 1
