@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -93,16 +93,19 @@ def write_cache(
         for leftover in directory.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         meter.start(plan.tokens)
-        records = []
+        records: dict[int, ShardRecord] = {}
         for number, shard in enumerate(plan.shards):
-            record = finished_shard(directory, shard)
-            if record is None:
-                part = kept[number * shard_rows : (number + 1) * shard_rows]
-                record = write_shard(directory, shard, read_again(rows, part, plan.vocab_size), source, plan)
-            else:
+            if (record := finished_shard(directory, shard)) is not None:
+                records[number] = record
                 meter.skip(shard.tokens)
-            records.append(record)
-        manifest = Manifest(**_shared_fields(provenance), rows=len(kept), tokens=plan.tokens, shards=tuple(records))
+        missing = [number for number in range(len(plan.shards)) if number not in records]
+        work = ((n, read_again(rows, kept[n * shard_rows : (n + 1) * shard_rows], plan.vocab_size)) for n in missing)
+        for number, content in scored_shards(source, work, plan):
+            records[number] = place_shard(directory, plan.shards[number], content)
+            if isinstance(source, ShardMapper):
+                meter.advance(plan.shards[number].tokens)
+        ordered = tuple(records[number] for number in range(len(plan.shards)))
+        manifest = Manifest(**_shared_fields(provenance), rows=len(kept), tokens=plan.tokens, shards=ordered)
         manifest.write(directory)
     return manifest
 
@@ -152,17 +155,41 @@ def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
     return None
 
 
-def write_shard(
-    directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, plan: Provenance
-) -> ShardRecord:
-    """Score the rows of one shard and put it into place.
+@runtime_checkable
+class ShardMapper(Protocol):
+    """A source that scores many shards at once, elsewhere; names, resume and counts stay with ``write_cache``."""
+
+    def map_shards(
+        self, work: Iterator[tuple[int, list[Row]]], plan: Provenance
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """``shard_content`` of each numbered shard, each once, in any order."""
+        ...
+
+
+def scored_shards(
+    source: Source, work: Iterator[tuple[int, list[Row]]], plan: Provenance
+) -> Iterator[tuple[int, bytes | memoryview]]:
+    """The content of each numbered shard, in the order in which they are done."""
+    if isinstance(source, ShardMapper):
+        yield from source.map_shards(work, plan)
+    else:
+        for number, rows in work:
+            yield number, shard_content(rows, source, plan)
+
+
+def shard_content(rows: Sequence[Row], source: Source, plan: Provenance) -> memoryview:
+    """Score the rows of one shard: the bytes of its Parquet file.
 
     Raises:
         NonFiniteLossError: a number is NaN or infinite.
     """
     scored = source.score([row.input_ids for row in rows], plan.top_k, positions=[row.positions for row in rows])
     check_finite(rows, scored)
-    content = shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
+    return shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
+
+
+def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryview) -> ShardRecord:
+    """Write a shard's receipt, then the shard itself."""
     record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
     path = directory / shard.name
     write_json(path.with_suffix(".json"), asdict(record))
