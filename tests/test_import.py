@@ -24,6 +24,8 @@ HEAVY = (
     "safetensors",
     "typer",
     "rich",
+    "httpx2",
+    "ray",
 )
 
 

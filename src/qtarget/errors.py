@@ -52,3 +52,7 @@ class NonFiniteLossError(QTargetError, FloatingPointError):
 
 class MissingDependencyError(QTargetError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class ScoringServerError(QTargetError, ConnectionError):
+    """A scoring server cannot be reached, refuses, answers nonsense, or serves another model than was named."""
