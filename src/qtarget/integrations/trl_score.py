@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qtarget.errors import ConfigError
+from qtarget.integrations.teacher import compare_tokenizers
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
+from qtarget.scoring.distributed import load_model
+from qtarget.scoring.engines import EngineChoice, connect
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
 from qtarget.types import TailPolicy
@@ -25,6 +29,7 @@ def score(
     log_probs_dtype: str = "float32",
     model_id: str | None = None,
     progress: bool = True,
+    engine: EngineChoice | None = None,
 ) -> Manifest:
     """Write a reference cache for the training (and evaluation) rows.
 
@@ -35,12 +40,16 @@ def score(
             need a distribution.
         tail_policy: see ``qtarget.Reference``.
         log_probs_dtype: of the stored top-k log-probs; ``float16`` takes two thirds of the space.
+        model_id: what the manifest calls the model; default: its name or path.
+        engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
 
     Returns:
         The manifest of the finished cache.
 
     Raises:
-        ConfigError: packing that cuts rows apart.
+        ConfigError: packing that cuts rows apart, or Ray with a model instead of its name.
+        CacheMismatchError: the model named has another tokenizer than ``processing_class``.
+        ScoringServerError: a server fails, or is not what it should be.
     """
     if args.packing and args.packing_strategy != "bfd":
         raise ConfigError(
@@ -58,11 +67,17 @@ def score(
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for part in sets for row in part]
     base = trainer._base_model()
     tokenizer = trainer.processing_class
+    name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
+    if processing_class is not None and name:
+        compare_tokenizers(tokenizer, name, trust_remote_code=args.trust_remote_code)
+    options: Any = args.model_init_kwargs or {}
+    load = partial(load_model, name, **{**options, "dtype": base.dtype})
+    model_id = model_id or name or type(base).__name__
     return score_rows(
         base,
         rows,
         directory,
-        model_id=model_id or str(getattr(base.config, "_name_or_path", "") or type(base).__name__),
+        model_id=model_id,
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         chat_template_fingerprint=fingerprint_chat_template(trainer.chat_template or tokenizer),
         top_k=top_k,
@@ -71,4 +86,12 @@ def score(
         logit_scale=trainer.head_spec.scale,
         logit_softcap=trainer.head_spec.softcap,
         progress=progress,
+        connect=partial(
+            connect,
+            engine or EngineChoice(),
+            base,
+            model_id=model_id,
+            tokenizer=tokenizer,
+            load=load if isinstance(model, str) else None,
+        ),
     )
