@@ -13,8 +13,8 @@ import aiohttp
 from aiohttp import web
 
 from qtarget.errors import ServingError
+from qtarget.scoring.wire import CONTENT_TYPE
 from qtarget.serving.supervisor import Supervisor
-from qtarget.serving.wire import CONTENT_TYPE
 
 READ_SECONDS = 30.0
 """How long a client may take to send a request."""

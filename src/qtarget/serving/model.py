@@ -11,11 +11,12 @@ import numpy as np
 
 from qtarget.errors import UnsupportedModelError
 from qtarget.scoring.canary import CANARY, CANARY_TOKENS
+from qtarget.scoring.identity import Identity, Limits
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.rows import Source
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
-from qtarget.serving.settings import Identity, Limits, ServeSettings
+from qtarget.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def load(settings: ServeSettings) -> Loaded:
         )
 
     here = source("cpu")
-    ids = tokenizer(CANARY)["input_ids"][:CANARY_TOKENS]
+    limits = _limits(settings.limits, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    ids = tokenizer(CANARY)["input_ids"][: min(CANARY_TOKENS, limits.row_tokens, limits.tokens)]
     (canary,) = here.score([np.array(ids)], 0)
     identity = Identity(
         model_id=_model_id(settings.model),
@@ -68,7 +70,7 @@ def load(settings: ServeSettings) -> Loaded:
         vocab_size=here.vocab_size,
         dtype=str(model.dtype).removeprefix("torch."),
         versions=tool_versions() | {"mosec": version("mosec")},
-        limits=_limits(settings.limits, getattr(model.config.get_text_config(), "max_position_embeddings", None)),
+        limits=limits,
         canary_ids=list(ids),
         canary_log_probs=canary.label_log_probs.tolist(),
     )

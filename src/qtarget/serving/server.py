@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from qtarget.errors import ConfigError, ServingError
+from qtarget.errors import ConfigError
+from qtarget.scoring.identity import Identity
 from qtarget.serving.gateway import Gateway
-from qtarget.serving.settings import Identity, ServeSettings
+from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor
 
 
@@ -119,5 +120,3 @@ def read_token(path: Path | None, variable: str | None) -> str | None:
         raise ConfigError("the token is empty or has spaces or non-ASCII characters; expected one printable ASCII word")
     return token
 
-
-__all__ = ["ServingError", "check_address", "read_token", "serve"]

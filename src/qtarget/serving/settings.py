@@ -1,48 +1,17 @@
-"""What a server is told at its start, and what it tells of itself: plain data that fits into JSON."""
+"""What a server is told at its start: plain data that fits into JSON."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_json
-
-WIRE_VERSION = 1
-"""Of the request and answer layouts in ``wire.py``."""
+from qtarget.scoring.identity import Limits
 
 IDENTITY = "identity.json"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most a request may ask for; beyond: 413 for the body, else 422.
-
-    Attributes:
-        body_bytes: of a request.
-        rows: a request.
-        row_tokens: of one row; 0 for the model's own maximum (at the end it is never 0).
-        tokens: of all rows of a request.
-        top_k: log-probs a position.
-        candidates: ids a request.
-        answer_bytes: that the answer would have.
-    """
-
-    body_bytes: int = 2**20
-    rows: int = 64
-    row_tokens: int = 0
-    tokens: int = 2**16
-    top_k: int = 1024
-    candidates: int = 1024
-    answer_bytes: int = 2**26
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            lowest = 0 if name in ("row_tokens", "top_k", "candidates") else 1
-            if value < lowest:
-                raise ConfigError(f"limit {name} is {value}; expected at least {lowest}")
+"""Where the pipeline writes who it is, for the gateway."""
 
 
 @dataclass(frozen=True)
@@ -102,39 +71,4 @@ class ServeSettings:
     def read(cls, path: Path) -> ServeSettings:
         """What ``write`` wrote."""
         value = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**value, "limits": Limits(**value["limits"])})
-
-
-@dataclass(frozen=True)
-class Identity:
-    """``GET /info``: who answers, so that clients and caches can refuse a mismatch.
-
-    Attributes:
-        model_id, model_fingerprint, tokenizer_fingerprint, chat_template_fingerprint, vocab_size, dtype, versions: as in
-            a cache's manifest.
-        limits: with ``row_tokens`` of the model.
-        canary_ids, canary_log_probs: a row, and the log-probs of its tokens after the first as the model gave them
-            before any server was around it.
-    """
-
-    model_id: str
-    model_fingerprint: str
-    tokenizer_fingerprint: str
-    chat_template_fingerprint: str
-    vocab_size: int
-    dtype: str
-    versions: dict[str, str]
-    limits: Limits
-    canary_ids: list[int]
-    canary_log_probs: list[float]
-    engine: str = "qtarget"
-    wire_version: int = WIRE_VERSION
-
-    @classmethod
-    def parse(cls, value: dict[str, Any]) -> Identity:
-        """From JSON.
-
-        Raises:
-            KeyError, TypeError, ConfigError: fields are missing, unknown or wrong.
-        """
         return cls(**{**value, "limits": Limits(**value["limits"])})

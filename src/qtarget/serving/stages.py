@@ -19,9 +19,9 @@ from mosec import ClientError, ServerError, ValidationError, Worker  # pyright: 
 
 from qtarget.errors import DataError, HyperparameterError
 from qtarget.scoring.rows import ScoredRow, Source
+from qtarget.scoring.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answer, unpack_request
 from qtarget.serving.heartbeat import Heartbeat
 from qtarget.serving.model import Loaded
-from qtarget.serving.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answer, unpack_request
 
 logger = logging.getLogger(__name__)
 

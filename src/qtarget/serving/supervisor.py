@@ -19,15 +19,14 @@ from typing import Literal
 import aiohttp
 
 from qtarget.errors import ServingError
+from qtarget.scoring.identity import Identity
 from qtarget.serving.heartbeat import read_heartbeats
 from qtarget.serving.pipeline import SECRET, SETTINGS
-from qtarget.serving.settings import IDENTITY, Identity, ServeSettings
+from qtarget.serving.settings import IDENTITY, ServeSettings
 
 WATCH_SECONDS = 0.1
 HANG_GRACE = 2.0
 """Seconds beyond the time-out until a worker counts as hung: until then mosec's own alarm can still interrupt it."""
-STOP_SECONDS = 10.0
-"""How long mosec may take to end by itself."""
 FAILED_STARTS = 3
 """Starts that may fail in a row after the first has succeeded."""
 RESTART_WINDOW = 600.0
@@ -108,17 +107,13 @@ class Supervisor:
                 await self._restart(reason)
 
     async def stop(self) -> None:
-        """End the pipeline: politely, then by force; nothing of its group is left."""
+        """End the pipeline; the gateway has waited for its last answer, so there is nothing that it could still do."""
         self.state = "stopping"
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
         await self.kill()
         self.state = "stopped"
 
     async def kill(self) -> None:
-        """End the whole process group at once."""
+        """End the whole process group at once: a worker inside native code, or one that ignores SIGTERM, too."""
         if self._process is None:
             return
         with suppress(ProcessLookupError):

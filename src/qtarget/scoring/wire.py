@@ -30,8 +30,8 @@ import msgspec
 import numpy as np
 
 from qtarget.errors import DataError, HyperparameterError
+from qtarget.scoring.identity import WIRE_VERSION, Limits
 from qtarget.scoring.rows import ScoredRow, check_request
-from qtarget.serving.settings import WIRE_VERSION, Limits
 
 CONTENT_TYPE = "application/msgpack"
 
