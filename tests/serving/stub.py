@@ -35,6 +35,7 @@ class StubSource:
 
     def _row(self, ids: np.ndarray, at: np.ndarray, top_k: int, candidate_ids: Sequence[int] | None) -> ScoredRow:
         spring(set(ids.tolist()))
+        time.sleep(0.05 * int((ids == SLOW).sum()))
         label = expected(ids, at)
         if NOT_FINITE in ids:
             label = label * np.nan
@@ -60,8 +61,6 @@ def spring(ids: set[int]) -> None:
             time.sleep(1)
     if RAISE in ids:
         raise RuntimeError("the stub was asked to fail")
-    if SLOW in ids:
-        time.sleep(0.3)
 
 
 def load(settings: ServeSettings) -> Loaded:

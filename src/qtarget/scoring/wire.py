@@ -107,9 +107,11 @@ def unpack_request(body: bytes | bytearray, limits: Limits, vocab_size: int) -> 
     """Everything about a request that can be wrong is found here.
 
     Raises:
-        MalformedError: no msgpack.
+        MalformedError: no msgpack map.
         DataError, HyperparameterError: wrong fields, types or sizes, beyond a limit, or refused by ``check_request``.
     """
+    if not body or not (0x80 <= body[0] <= 0x8F or body[0] in (0xDE, 0xDF)):
+        raise MalformedError("the request is no msgpack map")
     try:
         request = REQUEST.decode(body)
     except msgspec.ValidationError as error:
