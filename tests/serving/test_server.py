@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -103,7 +104,12 @@ def test_a_request_that_fails_fails_alone(server):
 
 
 def test_without_the_token_nothing_is_told(server):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": f"Bearer {TOKEN}x"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": TOKEN},
+        {"Authorization": f"Bearer {TOKEN}x"},
+    ):
         for path, body in (("/score", request(1, 2)), ("/info", None), ("/metrics", None), ("/openapi", None)):
             assert server.ask(path, body, **headers)[0] == 401, (path, headers)
     assert server.ask("/")[0] == 200
@@ -128,7 +134,7 @@ def listening(pids: list[int]) -> list[int]:
                 inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
             except FileNotFoundError:
                 continue
-    lines = [line.split() for line in open("/proc/net/tcp").read().splitlines()[1:]]
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [int(f[1].split(":")[1], 16) for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in inodes]
 
 
