@@ -82,15 +82,22 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, help="That score, one thread each.")] = SERVING.workers,
 ) -> None:
     """Load `qtarget serve` on this machine: length-sorted sub-batches against naive padding and against batch size 1."""
-    from dataclasses import replace
-
     from rich.console import Console
 
     check_writable(output)
-    config = replace(
-        SERVING,
-        clients=clients, requests=requests, rounds=rounds, shortest=shortest, typical=typical, longest=longest, top_k=top_k, width=width, layers=layers, vocab=vocab, workers=workers,
-    )  # fmt: skip
+    config = ServingConfig(
+        clients=clients,
+        requests=requests,
+        rounds=rounds,
+        shortest=shortest,
+        typical=typical,
+        longest=longest,
+        top_k=top_k,
+        width=width,
+        layers=layers,
+        vocab=vocab,
+        workers=workers,
+    )
     results = run_serving(config, typer.echo)
     output.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(serving_table(results))
