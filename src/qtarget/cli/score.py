@@ -12,6 +12,7 @@ from qtarget.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig
+    from qtarget.scoring.engines import EngineChoice
     from qtarget.scoring.schema import Manifest
 
 
@@ -32,16 +33,43 @@ def score(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the cache; default: the config's {role}_cache.")
     ] = None,
+    engine: Annotated[Literal["local", "ray", "vllm", "sglang"], typer.Option(help="Who runs the model.")] = "local",
+    url: Annotated[str | None, typer.Option(help="Of a vLLM or SGLang server: http://host:8000.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray_address", "--ray-address", help="Of a running cluster; default: this machine.")
+    ] = None,
+    trust_server: Annotated[
+        bool,
+        typer.Option(
+            "--trust_server",
+            "--trust-server",
+            help="Compare the server's tokenizer alone; the model fits nowhere here.",
+        ),
+    ] = False,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab_size", "--vocab-size", help="Rows of a trusted server's head; default: the model's here."
+        ),
+    ] = None,
+    shard_rows: Annotated[
+        int, typer.Option("--shard_rows", "--shard-rows", min=1, help="Rows a shard: what a kill can cost, at most.")
+    ] = 2000,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
+    from qtarget.scoring.engines import EngineChoice
 
+    chosen = EngineChoice(
+        engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
+    )
     run = load_config(config, context.args)
     directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role)
+    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, shard_rows=shard_rows)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
@@ -51,11 +79,14 @@ def run_scoring(
     top_k: int,
     tail_policy: Literal["bucket", "spread", "renormalize"],
     role: Literal["reference", "teacher"] = "reference",
+    engine: EngineChoice | None = None,
+    shard_rows: int = 2000,
 ) -> Manifest:
     """Score training and validation rows, tokenised exactly as training does.
 
     Raises:
         ConfigError: a teacher is to be scored and the config names none.
+        ScoringServerError: a server fails, or is not what it should be.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +98,9 @@ def run_scoring(
     set_model_arguments(config)
     student = str(config.model.model_name_or_path)
     named = getattr(config.training, f"{role}_model_name_or_path")
-    if named is None and role == "teacher":
+    if engine is not None and engine.trust_server:
+        named = None  # it is loaded nowhere; the rows need only a tokenizer and a model to hold it
+    elif named is None and role == "teacher":
         raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
     name = str(named or student)
     return score_config(
@@ -80,6 +113,8 @@ def run_scoring(
         top_k=top_k,
         tail_policy=tail_policy,
         model_id=name,
+        engine=engine,
+        shard_rows=shard_rows,
     )
 
 

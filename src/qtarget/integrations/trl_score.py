@@ -30,6 +30,7 @@ def score(
     model_id: str | None = None,
     progress: bool = True,
     engine: EngineChoice | None = None,
+    shard_rows: int = 2000,
 ) -> Manifest:
     """Write a reference cache for the training (and evaluation) rows.
 
@@ -42,6 +43,8 @@ def score(
         log_probs_dtype: of the stored top-k log-probs; ``float16`` takes two thirds of the space.
         model_id: what the manifest calls the model; default: its name or path.
         engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
+
+        shard_rows: rows a shard, and the most work a kill can lose.
 
     Returns:
         The manifest of the finished cache.
@@ -86,6 +89,7 @@ def score(
         logit_scale=trainer.head_spec.scale,
         logit_softcap=trainer.head_spec.softcap,
         progress=progress,
+        shard_rows=shard_rows,
         connect=partial(
             connect,
             engine or EngineChoice(),
