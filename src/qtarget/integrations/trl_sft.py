@@ -19,7 +19,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.api import label_weights
 from qtarget.data.audit import audit_rows
-from qtarget.errors import CacheMismatchError, ConfigError, DataError, MissingStatisticError, NonFiniteLossError
+from qtarget.errors import (
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    IncompatibleError,
+    MissingStatisticError,
+    NonFiniteLossError,
+)
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
 from qtarget.integrations.progress import TokenSums
 from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference, shifted
@@ -36,7 +43,7 @@ from qtarget.registry import get_target
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.shapes import Tensor
-from qtarget.types import FrozenHead, Reference, Target, missing_message
+from qtarget.types import FrozenHead, Reference, Target, missing_message, sampled_message
 
 logger = logging.get_logger(__name__)
 
@@ -406,9 +413,7 @@ def _open_caches(
             continue
         if path is not None:
             caches[role] = ReferenceCache.open(path)
-            if "log_probs" in fields or ("distribution" in fields and not caches[role].has_topk):
-                field_name = "log_probs" if "log_probs" in fields else "distribution"
-                raise MissingStatisticError(missing_message(target.name, role, field_name))
+            check_columns(caches[role], target, role)
         elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
             raise MissingStatisticError(
                 f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
@@ -416,6 +421,23 @@ def _open_caches(
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
+
+
+def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
+    """Make sure that a cache holds what the target reads of it.
+
+    Raises:
+        MissingStatisticError: a column that the target needs is absent.
+        IncompatibleError: draws, for a target that they would bias.
+    """
+    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else [])}
+    for name in sorted(getattr(target.needs, role)):
+        if name not in known:
+            raise MissingStatisticError(
+                f"{missing_message(target.name, role, name)}; {cache.path} holds {', '.join(cache.manifest.columns)} only"
+            )
+        if name == "distribution" and cache.manifest.sampled and not target.linear_in_frozen:
+            raise IncompatibleError(sampled_message(target.name, role))
 
 
 def _gather_ragged(accelerator: Any, values: Tensor) -> Tensor:
