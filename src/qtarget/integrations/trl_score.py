@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qtarget.errors import ConfigError
+from qtarget.integrations.teacher import compare_tokenizers
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
+from qtarget.scoring.distributed import load_model
+from qtarget.scoring.engines import EngineChoice, connect
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
 from qtarget.types import TailPolicy
@@ -75,6 +79,7 @@ def score(
     seed: int = 0,
     model_id: str | None = None,
     progress: bool = True,
+    engine: EngineChoice | None = None,
 ) -> Manifest:
     """Write a reference cache for the training (and evaluation) rows.
 
@@ -86,20 +91,30 @@ def score(
         tail_policy: see ``qtarget.Reference``.
         log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
         sampled, seed: draws a token instead of the top k, and where they start.
+        model_id: what the manifest calls the model; default: its name or path.
+        engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
 
     Returns:
         The manifest of the finished cache.
 
     Raises:
-        ConfigError: packing that cuts rows apart.
+        ConfigError: packing that cuts rows apart, or Ray with a model instead of its name.
+        CacheMismatchError: the model named has another tokenizer than ``processing_class``.
+        ScoringServerError: a server fails, or is not what it should be.
     """
     job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
-    base = job.trainer._base_model()
+    base, tokenizer = job.trainer._base_model(), job.trainer.processing_class
+    name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
+    if processing_class is not None and name:
+        compare_tokenizers(tokenizer, name, trust_remote_code=args.trust_remote_code)
+    options: Any = args.model_init_kwargs or {}
+    load = partial(load_model, name, **{**options, "dtype": base.dtype})
+    model_id = model_id or name or type(base).__name__
     return score_rows(
         base,
         job.rows,
         directory,
-        model_id=model_id or str(getattr(base.config, "_name_or_path", "") or type(base).__name__),
+        model_id=model_id,
         tokenizer_fingerprint=job.tokenizer_fingerprint,
         chat_template_fingerprint=job.chat_template_fingerprint,
         top_k=top_k,
@@ -110,4 +125,12 @@ def score(
         logit_scale=job.trainer.head_spec.scale,
         logit_softcap=job.trainer.head_spec.softcap,
         progress=progress,
+        connect=partial(
+            connect,
+            engine or EngineChoice(),
+            base,
+            model_id=model_id,
+            tokenizer=tokenizer,
+            load=load if isinstance(model, str) else None,
+        ),
     )

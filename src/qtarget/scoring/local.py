@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedMo
 from qtarget.scoring.columns import compact
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import IntArray, ScoredRow, check_request, empty_row
+from qtarget.scoring.rows import IntArray, ScoredRow, Source, check_request, empty_row
 from qtarget.scoring.schema import Manifest, Provenance, fingerprint_model
 from qtarget.scoring.writer import write_cache
 from qtarget.shapes import Tensor
@@ -244,6 +245,39 @@ def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[Sco
     return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
 
 
+@dataclass(frozen=True)
+class Connection:
+    """A source that is ready, and what the manifest says of it.
+
+    Attributes:
+        source: the engine.
+        model_id, model_fingerprint, dtype, engine, engine_version: see ``Provenance``.
+    """
+
+    source: Source
+    model_id: str
+    model_fingerprint: str
+    dtype: str
+    engine: str
+    engine_version: str
+
+
+def local_connection(model: Any, *, model_id: str, model_fingerprint: str | None = None, **options: Any) -> Connection:
+    """A model of this process; ``options`` are those of ``LocalSource``.
+
+    Raises:
+        UnsupportedModelError, HyperparameterError: see ``LocalSource``.
+    """
+    return Connection(
+        LocalSource(model, **options),
+        model_id,
+        model_fingerprint or fingerprint_model(model),
+        str(model.dtype).removeprefix("torch."),
+        "transformers",
+        tool_versions()["transformers"],
+    )
+
+
 def score_rows(
     model: Any,
     rows: Sequence[Mapping[str, Any]],
@@ -263,6 +297,7 @@ def score_rows(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     progress: bool = True,
+    connect: Callable[..., Connection] | None = None,
 ) -> Manifest:
     """Write the reference cache of a model over some rows, or go on with one that was interrupted.
 
@@ -282,6 +317,7 @@ def score_rows(
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
         progress: show a bar on a terminal.
+        connect: makes another engine's source from the options of ``LocalSource``; default: the model itself.
 
     Returns:
         The manifest of the finished cache.
@@ -298,32 +334,35 @@ def score_rows(
     if log_probs_dtype not in ("float32", "float16"):
         raise IncompatibleError(f"log_probs_dtype {log_probs_dtype!r} is unknown; expected float32 or float16")
     with TokenMeter(enabled=progress) as meter:
-        source = LocalSource(
-            model,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            tokens_per_batch=tokens_per_batch,
-            on_tokens=meter.advance,
-        )
+        options: dict[str, Any] = {
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "tokens_per_batch": tokens_per_batch,
+            "on_tokens": meter.advance,
+        }
+        connection = (
+            connect or partial(local_connection, model, model_id=model_id, model_fingerprint=model_fingerprint)
+        )(**options)
         provenance = Provenance(
-            model_id=model_id,
-            model_fingerprint=model_fingerprint or fingerprint_model(model),
+            model_id=connection.model_id,
+            model_fingerprint=connection.model_fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint,
             chat_template_fingerprint=chat_template_fingerprint,
-            vocab_size=source.vocab_size,
-            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=connection.source.vocab_size,
+            dtype=connection.dtype,
             top_k=top_k,
             tail_policy="sampled" if sampled else tail_policy,
             log_probs_dtype=log_probs_dtype,
             sampled=sampled,
             seed=seed,
             versions=tool_versions(),
-            engine_version=tool_versions()["transformers"],
+            engine=connection.engine,
+            engine_version=connection.engine_version,
         )
         return write_cache(
             directory,
             rows,
-            source,
+            connection.source,
             provenance,
             shard_rows=shard_rows,
             logit_scale=logit_scale,
