@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,15 @@ def score(
         Literal["bucket", "spread", "renormalize"],
         typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
     ] = "bucket",
+    sampled: Annotated[
+        int,
+        typer.Option(min=0, help="Draws a token instead of the top k, for linear targets (distillation); 50 is usual."),
+    ] = 0,
+    seed: Annotated[int, typer.Option("--sampling-seed", min=0, help="Of the draws.")] = 0,
+    log_probs_dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
+    ] = "float16",
     role: Annotated[
         Literal["reference", "teacher"],
         typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
@@ -69,7 +78,8 @@ def score(
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, shard_rows=shard_rows)
+    storage = {"sampled": sampled, "seed": seed, "log_probs_dtype": log_probs_dtype, "shard_rows": shard_rows}
+    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, **storage)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
@@ -80,9 +90,12 @@ def run_scoring(
     tail_policy: Literal["bucket", "spread", "renormalize"],
     role: Literal["reference", "teacher"] = "reference",
     engine: EngineChoice | None = None,
-    shard_rows: int = 2000,
+    **storage: Any,
 ) -> Manifest:
     """Score training and validation rows, tokenised exactly as training does.
+
+    Args:
+        storage: ``sampled``, ``seed``, ``log_probs_dtype`` and ``shard_rows`` of ``qtarget.integrations.trl_score.score``.
 
     Raises:
         ConfigError: a teacher is to be scored and the config names none.
@@ -114,13 +127,15 @@ def run_scoring(
         tail_policy=tail_policy,
         model_id=name,
         engine=engine,
-        shard_rows=shard_rows,
+        **storage,
     )
 
 
 def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
     """Size and speed of a finished cache."""
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    from qtarget.scoring.files import size_on_disk
+
+    size = size_on_disk(directory)
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
     typer.echo(
         f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, "
