@@ -60,3 +60,7 @@ class MissingDependencyError(QTargetError, ImportError):
 
 class ScoringServerError(QTargetError, ConnectionError):
     """A scoring server cannot be reached, refuses, answers nonsense, or serves another model than was named."""
+
+
+class ServingError(QTargetError, RuntimeError):
+    """A scoring server does not start, or failed too often to go on."""

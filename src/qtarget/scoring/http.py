@@ -9,13 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import numpy as np
 
 from qtarget.errors import ScoringServerError
 from qtarget.scoring.rows import IntArray, ScoredRow, check_request, empty_row
+
+T = TypeVar("T")
 
 RETRIED = frozenset({408, 429, 502, 503, 504})
 """Time-out, queue full, and what a restarting server or the proxy before it answers: worth asking again."""
@@ -55,15 +57,18 @@ class Endpoint:
         url: scheme, host and port, with a path prefix if there is one.
         timeout: seconds a single answer may take; a long row waits in the server's queue meanwhile.
         retries: for what can pass: no connection, a cut answer, time-outs, 408, 429, 502, 503, 504.
+        key: bearer token; default: the environment's.
 
     Raises:
         ScoringServerError: ``url`` is none.
     """
 
-    def __init__(self, url: str, *, timeout: float = 600.0, retries: Retries = Retries()) -> None:
+    def __init__(
+        self, url: str, *, timeout: float = 600.0, retries: Retries = Retries(), key: str | None = None
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ScoringServerError(f"{url!r} is no URL of a server; expected something like http://host:8000")
-        key = os.environ.get(KEY_VARIABLE)
+        key = key or os.environ.get(KEY_VARIABLE)
         self.url = url.rstrip("/")
         self._retries = retries
         self._client = httpx2.Client(
@@ -99,27 +104,38 @@ class Endpoint:
         return self._ask("GET", paths[-1], None)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        return self.exchange(method, path, _object, json=body)
+
+    def exchange(self, method: str, path: str, parse: Callable[[httpx2.Response, str], T], **request: Any) -> T:
+        """What ``parse`` makes of the answer and its URL; asked again for what can pass, ``Cut`` from ``parse`` included.
+
+        Args:
+            request: ``json``, or ``content`` and ``headers``.
+
+        Raises:
+            ScoringServerError: the server still fails after the last attempt, or ``parse`` raises it.
+        """
         reason, retry_after = "", None
         for attempt in range(self._retries.attempts):
             if attempt:
                 self._retries.wait(attempt, retry_after)
             try:
-                response = self._client.request(method, path, json=body)
+                response = self._client.request(method, path, **request)
                 if response.status_code not in RETRIED:
-                    return _object(response, self.url + path)
+                    return parse(response, self.url + path)
                 reason, retry_after = (
                     f"HTTP {response.status_code} {_message(response)}",
                     response.headers.get("retry-after"),
                 )
-            except (httpx2.TransportError, httpx2.DecodingError, _Cut) as error:
-                reason, retry_after = f"{type(error).__name__.lstrip('_')} {error}".strip(), None
+            except (httpx2.TransportError, httpx2.DecodingError, Cut) as error:
+                reason, retry_after = f"{type(error).__name__} {error}".strip(), None
         raise ScoringServerError(
             f"{self.url}{path} failed {self._retries.attempts} times, at last with: {reason}; see that the server runs and is "
             "reachable, then run the same command again: finished shards are kept"
         )
 
 
-class _Cut(Exception):
+class Cut(Exception):
     """An answer that is not whole."""
 
 
@@ -129,6 +145,22 @@ class UnknownPathError(ScoringServerError):
 
 def _object(response: httpx2.Response, where: str) -> dict[str, Any]:
     """The JSON object of an answer that is not worth asking for again."""
+    refuse_failure(response, where)
+    try:
+        value = response.json()
+    except ValueError as error:
+        raise Cut(f"no JSON ({error}): {response.text[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise ScoringServerError(f"{where} answers a JSON {type(value).__name__}; expected an object; check --engine")
+    return value
+
+
+def refuse_failure(response: httpx2.Response, where: str) -> None:
+    """Raise for an answer that says that asking again is of no use.
+
+    Raises:
+        ScoringServerError: any status of 300 and above.
+    """
     if response.status_code in (404, 405):
         raise UnknownPathError(
             f"{where} answers {response.status_code} {_message(response)}; check --url, --engine and the served model's name"
@@ -139,13 +171,6 @@ def _object(response: httpx2.Response, where: str) -> dict[str, Any]:
         )
     if response.status_code >= 300:
         raise ScoringServerError(f"{where} refuses with HTTP {response.status_code}: {_message(response)}")
-    try:
-        value = response.json()
-    except ValueError as error:
-        raise _Cut(f"no JSON ({error}): {response.text[:80]!r}") from error
-    if not isinstance(value, dict):
-        raise ScoringServerError(f"{where} answers a JSON {type(value).__name__}; expected an object; check --engine")
-    return value
 
 
 def _message(response: httpx2.Response) -> str:
