@@ -13,7 +13,9 @@ import psutil
 import pytest
 import torch
 
-ray = pytest.importorskip("ray.data", reason="Ray Data is not installed") and pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+import ray
 
 from qtarget.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError
 from qtarget.scoring.distributed import RaySource, connected, load_model

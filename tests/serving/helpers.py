@@ -142,7 +142,9 @@ def main(text: str) -> None:
     def announce(url: str, identity: Any) -> None:
         print(url, flush=True)
 
-    asyncio.run(serve(ServeSettings(**settings, limits=limits), host="127.0.0.1", port=0, token=token, on_ready=announce))
+    asyncio.run(
+        serve(ServeSettings(**settings, limits=limits), host="127.0.0.1", port=0, token=token, on_ready=announce)
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from scoring.helpers import VOCAB, tiny_model
+from scoring.source_suite import SourceSuite
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,8 +21,6 @@ from qtarget.scoring.http import Retries
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.mosec import MosecSource, mosec_connection
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
-from scoring.helpers import VOCAB, tiny_model
-from scoring.source_suite import SourceSuite
 from serving.helpers import running
 
 FAST = Retries(attempts=4, first=0.01)
@@ -107,7 +107,9 @@ def test_another_model_or_tokenizer_is_refused(embedded):
     source = MosecSource(embedded.url, token="a-token")
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-3
-    with pytest.raises(ScoringServerError, match=f"model_fingerprint is '{source.identity.model_fingerprint}', expected"):
+    with pytest.raises(
+        ScoringServerError, match=f"model_fingerprint is '{source.identity.model_fingerprint}', expected"
+    ):
         mosec_connection(source, model, tokenizer, model_id="base")
     assert mosec_connection(source, model, tokenizer, model_id="x", trust_server=True).model_id == "base_model"
     tokenizer.add_tokens(["<more>"])
@@ -198,7 +200,10 @@ def test_retries_end(relay):
     [
         (status(500), "refuses with HTTP 500: later"),
         (status(422), "refuses with HTTP 422: later"),
-        (lambda *_: (200, "text/plain", b"no data provided"), "answers text/plain, expected application/msgpack: 'no data"),
+        (
+            lambda *_: (200, "text/plain", b"no data provided"),
+            "answers text/plain, expected application/msgpack: 'no data",
+        ),
         (lambda code, kind, body: (code, kind, body.replace(*renamed(body))), "serves other weights"),
     ],
     ids=["500", "422", "text", "other weights"],

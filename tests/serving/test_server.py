@@ -103,7 +103,12 @@ def test_a_request_that_fails_fails_alone(server):
 
 
 def test_without_the_token_nothing_is_told(server):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Authorization": f"Bearer {TOKEN}x"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": TOKEN},
+        {"Authorization": f"Bearer {TOKEN}x"},
+    ):
         for path, body in (("/score", request(1, 2)), ("/info", None), ("/metrics", None), ("/openapi", None)):
             assert server.ask(path, body, **headers)[0] == 401, (path, headers)
     assert server.ask("/")[0] == 200

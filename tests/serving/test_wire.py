@@ -105,7 +105,9 @@ def test_no_bytes_do_more_than_raise(body):
         unpack_request(body, LIMITS, 10)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(message())), st.integers() | st.binary(max_size=20) | st.none() | st.text()))
+@given(
+    st.dictionaries(st.sampled_from(sorted(message())), st.integers() | st.binary(max_size=20) | st.none() | st.text())
+)
 def test_no_fields_do_more_than_raise(fields):
     try:
         body = msgspec.msgpack.encode(message(**fields))
@@ -156,7 +158,9 @@ def test_an_answer_is_little_endian_float32():
     assert answer["topk_ids"] is answer["tail_log_mass"] is answer["candidate_log_probs"] is None
 
 
-@pytest.mark.parametrize(("counts", "top_k", "candidates"), [([3], 2, None), ([2], 3, None), ([2], 0, None), ([2], 2, 1)])
+@pytest.mark.parametrize(
+    ("counts", "top_k", "candidates"), [([3], 2, None), ([2], 3, None), ([2], 0, None), ([2], 2, 1)]
+)
 def test_an_answer_to_something_else_is_refused(counts, top_k, candidates):
     packed = pack_answer("m", [numbers(2, 2, None)])
     unpack_answer(packed, [2], 2, None)

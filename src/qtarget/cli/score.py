@@ -42,8 +42,10 @@ def score(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the cache; default: the config's {role}_cache.")
     ] = None,
-    engine: Annotated[Literal["local", "ray", "vllm", "sglang"], typer.Option(help="Who runs the model.")] = "local",
-    url: Annotated[str | None, typer.Option(help="Of a vLLM or SGLang server: http://host:8000.")] = None,
+    engine: Annotated[
+        Literal["local", "ray", "mosec", "vllm", "sglang"], typer.Option(help="Who runs the model.")
+    ] = "local",
+    url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
     ray_address: Annotated[
         str | None, typer.Option("--ray_address", "--ray-address", help="Of a running cluster; default: this machine.")

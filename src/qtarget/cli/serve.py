@@ -13,15 +13,21 @@ if TYPE_CHECKING:
 
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a causal language model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's need a token.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8100,
     token_file: Annotated[
         Path | None,
-        typer.Option("--token-file", "--token_file", help="Bearer token that clients must send; else $QTARGET_API_KEY."),
+        typer.Option(
+            "--token-file", "--token_file", help="Bearer token that clients must send; else $QTARGET_API_KEY."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    workers: Annotated[int, typer.Option(help="Processes that score, one thread each; on a CPU they share the weights.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes that score, one thread each; on a CPU they share the weights.")
+    ] = 1,
     max_batch: Annotated[int, typer.Option("--max-batch", "--max_batch", help="Requests scored together.")] = 32,
     wait_ms: Annotated[int, typer.Option("--wait-ms", "--wait_ms", help="How long the first of them waits.")] = 5,
     tokens_per_batch: Annotated[

@@ -15,6 +15,7 @@ from qtarget.integrations.step import ROLES
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import MANIFEST
 from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
+from qtarget.shapes import Tensor
 from qtarget.types import Reference, Target, missing_message, sampled_message
 
 if TYPE_CHECKING:
@@ -149,15 +150,23 @@ def head_rows(model: Any) -> int:
 
 
 def truncate_reference(reference: Reference, rows: int) -> Reference:
-    """The same numbers over the first ``rows`` ids: a listed id beyond them leaves its slot, its mass joins the tail."""
-    ids, log_probs, tail = reference.topk_ids, reference.topk_log_probs, reference.tail_log_mass
-    if ids is None or log_probs is None:
+    """The same distribution given that the token is one of the first ``rows``: listed ids beyond them leave their slots.
+
+    What a longer teacher gave to ids of padding that its top-k does not list stays in the tail.
+    """
+    ids, log_probs = reference.topk_ids, reference.topk_log_probs
+    if ids is None or log_probs is None or not (beyond := ids >= rows).any():
         return reference
-    beyond = ids >= rows
-    lost = log_probs.masked_fill(~beyond, -torch.inf).logsumexp(-1)
+    lost = log_probs.masked_fill(~beyond, -torch.inf).exp().sum(-1)
+    kept = torch.log1p(-lost)  # of the mass, in nats
+
+    def given(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value - kept
+
     return replace(
         reference,
+        label_log_probs=given(reference.label_log_probs),
         topk_ids=ids.masked_fill(beyond, -1),
-        topk_log_probs=log_probs.masked_fill(beyond, -torch.inf),
-        tail_log_mass=None if tail is None else torch.logaddexp(tail, lost),
+        topk_log_probs=(log_probs - kept[..., None]).masked_fill(beyond, -torch.inf),
+        tail_log_mass=given(reference.tail_log_mass),
     )

@@ -242,7 +242,8 @@ def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[Sco
     parts = {
         name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
     }
-    return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
+    each: list[dict[str, Any]] = [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
+    return [ScoredRow(**fields) for fields in each]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ class MosecSource:
         try:
             from qtarget.scoring import wire
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(f"a qtarget server needs {error.name} here; run `pip install msgspec`") from error
+            raise MissingDependencyError(
+                f"a qtarget server needs {error.name} here; run `pip install msgspec`"
+            ) from error
         self._wire = wire
         self._endpoint = Endpoint(url, timeout=timeout, retries=retries, key=token)
         self._concurrency = concurrency
@@ -225,7 +227,9 @@ class MosecSource:
             raise TypeError(f"{sorted(unknown)} are no fields of Identity")
         wrong = {name: value for name, value in expected.items() if getattr(self.identity, name) != value}
         if wrong:
-            listed = "; ".join(f"{name} is {getattr(self.identity, name)!r}, expected {v!r}" for name, v in wrong.items())
+            listed = "; ".join(
+                f"{name} is {getattr(self.identity, name)!r}, expected {v!r}" for name, v in wrong.items()
+            )
             raise ScoringServerError(
                 f"{self._endpoint.url} serves {self.identity.model_id}, which is another model: {listed}; serve the model "
                 "that the configuration names"

@@ -147,7 +147,9 @@ def pack_answer(model: str, scored: Sequence[ScoredRow]) -> bytes:
     return msgspec.msgpack.encode(ScoreAnswer(**{"label_log_probs": b"", "entropy": b"", "model": model, **fields}))
 
 
-def unpack_answer(body: bytes, counts: Sequence[int], top_k: int, candidates: int | None) -> tuple[str, list[ScoredRow]]:
+def unpack_answer(
+    body: bytes, counts: Sequence[int], top_k: int, candidates: int | None
+) -> tuple[str, list[ScoredRow]]:
     """The fingerprint, and the rows, of an answer to ``counts[i]`` positions of row i.
 
     Raises:
@@ -161,7 +163,9 @@ def unpack_answer(body: bytes, counts: Sequence[int], top_k: int, candidates: in
     widths = {"topk_ids": top_k, "topk_log_probs": top_k, "tail_log_mass": 1 if top_k else 0}
     parts: dict[str, list[np.ndarray]] = {}
     for name, dtype in DTYPES.items():
-        width = (candidates if candidates is not None else None) if name == "candidate_log_probs" else widths.get(name, 1)
+        width = (
+            (candidates if candidates is not None else None) if name == "candidate_log_probs" else widths.get(name, 1)
+        )
         wanted = candidates is not None if name == "candidate_log_probs" else bool(width)
         buffer = getattr(answer, name)
         if (buffer is not None) != wanted or (wanted and len(buffer) != tokens * (width or 0) * dtype.itemsize):

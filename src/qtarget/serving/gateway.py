@@ -169,7 +169,9 @@ class Gateway:
         if self._supervisor.state == "ready" and self._session is not None:
             try:
                 limit = aiohttp.ClientTimeout(total=5.0)
-                async with self._session.get(f"http://127.0.0.1:{self._supervisor.port}/metrics", timeout=limit) as answer:
+                async with self._session.get(
+                    f"http://127.0.0.1:{self._supervisor.port}/metrics", timeout=limit
+                ) as answer:
                     theirs = await answer.text()
             except (aiohttp.ClientError, TimeoutError):
                 theirs = ""

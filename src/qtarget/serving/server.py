@@ -49,9 +49,7 @@ async def serve(
         loop.add_signal_handler(number, on_signal, number)
     with tempfile.TemporaryDirectory(prefix="qtarget-", ignore_cleanup_errors=True) as folder:
         supervisor = Supervisor(settings, Path(folder))
-        gateway = Gateway(
-            supervisor, token=token, body_bytes=settings.limits.body_bytes, timeout=settings.timeout
-        )
+        gateway = Gateway(supervisor, token=token, body_bytes=settings.limits.body_bytes, timeout=settings.timeout)
         at = await gateway.open(host, port)
         try:
             stopped = asyncio.create_task(stop.wait())
@@ -119,4 +117,3 @@ def read_token(path: Path | None, variable: str | None) -> str | None:
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
         raise ConfigError("the token is empty or has spaces or non-ASCII characters; expected one printable ASCII word")
     return token
-

@@ -127,7 +127,9 @@ class Score(Stage):
             return [f"scoring failed: {type(error).__name__}: {error}"]
         ends = np.cumsum([len(request.rows) for request in requests])
         parts = [scored[end - len(request.rows) : end] for end, request in zip(ends, requests, strict=True)]
-        return [part if _finite(part) else "the model's log-probs are NaN or infinite for this request" for part in parts]
+        return [
+            part if _finite(part) else "the model's log-probs are NaN or infinite for this request" for part in parts
+        ]
 
 
 class Egress(Stage):
