@@ -20,7 +20,9 @@ def table() -> str:
     for name, row in results["summary"].items():
         factor = row["sorted_is_faster_by"]
         by = "" if name == "sorted" else f"{factor['median']:.2f} x ({factor['low']:.2f} to {factor['high']:.2f})"
-        lines.append(f"| {name} | {row['requests_per_second']:.1f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {by} |")
+        lines.append(
+            f"| {name} | {row['requests_per_second']:.1f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {by} |"
+        )
     return "\n".join(
         [
             *lines,

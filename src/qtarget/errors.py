@@ -50,6 +50,10 @@ class NonFiniteLossError(QTargetError, FloatingPointError):
     """The loss became NaN or infinite."""
 
 
+class StorageError(QTargetError, OSError):
+    """A file could not be written."""
+
+
 class MissingDependencyError(QTargetError, ImportError):
     """An optional package is needed for what was asked."""
 

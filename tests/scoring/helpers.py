@@ -69,6 +69,7 @@ def provenance(top_k: int = 0, **changes: Any) -> Provenance:
             "dtype": "float32",
             "top_k": top_k,
             "tail_policy": "bucket",
+            "log_probs_dtype": "float32",
             "versions": {"qtarget": "0"},
             **changes,
         }
@@ -126,5 +127,5 @@ def score_and_log(directory: Path, log: Path, rows: list[dict[str, list[int]]], 
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Every file of a folder; side files of reading lie in a folder of their own."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}

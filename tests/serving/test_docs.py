@@ -89,9 +89,7 @@ def score_through(server: Running, command: list[str]) -> None:
     done = CliRunner().invoke(app, [*command[1:], *small], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     there = ReferenceCache.open("runs/served")
-    done = CliRunner().invoke(
-        app, [*command[1:5], "--output", "runs/here", *small], catch_exceptions=False
-    )
+    done = CliRunner().invoke(app, [*command[1:5], "--output", "runs/here", *small], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     here = ReferenceCache.open("runs/here")
     LocalSource(AutoModelForCausalLM.from_pretrained(base_model_path()))

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from qtarget.errors import ConfigError, MissingStatisticError
+from qtarget.errors import ConfigError, IncompatibleError, MissingStatisticError
 from qtarget.integrations.step import ROLES
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import MANIFEST
 from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
-from qtarget.types import Reference, Target, missing_message
+from qtarget.shapes import Tensor
+from qtarget.types import Reference, Target, missing_message, sampled_message
 
 if TYPE_CHECKING:
     from qtarget.integrations.trl_config import QTargetConfig
@@ -65,7 +66,7 @@ def open_caches(
     """Open the caches that the target needs, and refuse at once when a need has no source.
 
     Raises:
-        MissingStatisticError: see the message.
+        MissingStatisticError, IncompatibleError: see the message.
         ConfigError: the teacher is a URL, which nobody has scored yet.
     """
     caches: dict[str, ReferenceCache] = {}
@@ -75,9 +76,7 @@ def open_caches(
             continue
         if path is not None:
             caches[role] = ReferenceCache.open(path)
-            if "log_probs" in fields or ("distribution" in fields and not caches[role].has_topk):
-                field_name = "log_probs" if "log_probs" in fields else "distribution"
-                raise MissingStatisticError(missing_message(target.name, role, field_name))
+            check_columns(caches[role], target, role)
         elif role == "teacher" and args.teacher_url is not None:
             raise ConfigError(
                 f"teacher: {args.teacher_url} is asked once, before training; `qtarget train` does that, from Python call "
@@ -90,6 +89,23 @@ def open_caches(
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
+
+
+def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
+    """Make sure that a cache holds what the target reads of it.
+
+    Raises:
+        MissingStatisticError: a column that the target needs is absent.
+        IncompatibleError: draws, for a target that they would bias.
+    """
+    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else [])}
+    for name in sorted(getattr(target.needs, role)):
+        if name not in known:
+            raise MissingStatisticError(
+                f"{missing_message(target.name, role, name)}; {cache.path} holds {', '.join(cache.manifest.columns)} only"
+            )
+        if name == "distribution" and cache.manifest.sampled and not target.linear_in_frozen:
+            raise IncompatibleError(sampled_message(target.name, role))
 
 
 def compare_tokenizers(ours: Any, name: str, **options: Any) -> None:
@@ -134,15 +150,23 @@ def head_rows(model: Any) -> int:
 
 
 def truncate_reference(reference: Reference, rows: int) -> Reference:
-    """The same numbers over the first ``rows`` ids: a listed id beyond them leaves its slot, its mass joins the tail."""
-    ids, log_probs, tail = reference.topk_ids, reference.topk_log_probs, reference.tail_log_mass
-    if ids is None or log_probs is None:
+    """The same distribution given that the token is one of the first ``rows``: listed ids beyond them leave their slots.
+
+    What a longer teacher gave to ids of padding that its top-k does not list stays in the tail.
+    """
+    ids, log_probs = reference.topk_ids, reference.topk_log_probs
+    if ids is None or log_probs is None or not (beyond := ids >= rows).any():
         return reference
-    beyond = ids >= rows
-    lost = log_probs.masked_fill(~beyond, -torch.inf).logsumexp(-1)
+    lost = log_probs.masked_fill(~beyond, -torch.inf).exp().sum(-1)
+    kept = torch.log1p(-lost)  # of the mass, in nats
+
+    def given(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value - kept
+
     return replace(
         reference,
+        label_log_probs=given(reference.label_log_probs),
         topk_ids=ids.masked_fill(beyond, -1),
-        topk_log_probs=log_probs.masked_fill(beyond, -torch.inf),
-        tail_log_mass=None if tail is None else torch.logaddexp(tail, lost),
+        topk_log_probs=(log_probs - kept[..., None]).masked_fill(beyond, -torch.inf),
+        tail_log_mass=given(reference.tail_log_mass),
     )

@@ -44,24 +44,36 @@ class Worker:
     """
 
     def __init__(self, load: Load, fingerprint: str, threads: int, options: dict[str, Any]) -> None:
-        import torch
+        self._load, self._fingerprint, self._threads, self._options = load, fingerprint, threads, options
+        self._loaded: LocalSource | None = None
 
-        torch.set_num_threads(threads)
-        model = load()
-        if (found := fingerprint_model(model)) != fingerprint:
-            raise CacheMismatchError(
-                f"a worker loads a model with fingerprint {found}, expected {fingerprint}; give every machine the same files"
-            )
-        self._source = LocalSource(model, **options)
+    def _source(self) -> LocalSource:
+        """Loaded when first needed: an error in an actor's constructor would reach the driver as text alone."""
+        if self._loaded is None:
+            import torch
+
+            torch.set_num_threads(self._threads)
+            model = self._load()
+            if (found := fingerprint_model(model)) != self._fingerprint:
+                raise CacheMismatchError(
+                    f"a worker loads a model with fingerprint {found}, expected {self._fingerprint}; give every machine the "
+                    "same files"
+                )
+            self._loaded = LocalSource(model, **self._options)
+        return self._loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The content of the one shard in a batch of Ray Data."""
+        """The content of the one shard in a batch of Ray Data, or our own error: Ray would hand it on as text."""
         rows, plan = pickle.loads(batch["shard"][0])
-        return {"number": batch["number"], "content": [bytes(shard_content(rows, self._source, plan))]}
+        try:
+            content, error = bytes(shard_content(rows, self._source(), plan)), b""
+        except QTargetError as raised:
+            content, error = b"", pickle.dumps(raised)
+        return {"number": batch["number"], "content": [content], "error": [error]}
 
     def score(self, *arguments: Any, **named: Any) -> list[ScoredRow]:
         """``LocalSource.score``."""
-        return self._source.score(*arguments, **named)
+        return self._source().score(*arguments, **named)
 
 
 class RaySource:
@@ -140,9 +152,10 @@ class RaySource:
                     **self._resources(),
                 )
             )
-            with _own_errors():
-                for row in dataset.iter_rows():
-                    yield int(row["number"]), row["content"]
+            for row in dataset.iter_rows():
+                if row["error"]:
+                    raise pickle.loads(row["error"])
+                yield int(row["number"]), row["content"]
 
     def score(
         self,
@@ -166,13 +179,14 @@ class RaySource:
             actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=-1, **self._resources())
             self._actors = [actor.remote(*self._worker_arguments()) for _ in range(self._workers)]
         bounds = [len(rows) * i // self._workers for i in range(self._workers + 1)]
-        with _own_errors():
-            parts = ray.get(
-                [
-                    actor.score.remote(rows[a:b], top_k, candidate_ids, positions=places[a:b])
-                    for actor, a, b in zip(self._actors, bounds, bounds[1:], strict=False)
-                ]
-            )
+        asked = [
+            actor.score.remote(rows[a:b], top_k, candidate_ids, positions=places[a:b])
+            for actor, a, b in zip(self._actors, bounds, bounds[1:], strict=False)
+        ]
+        try:
+            parts = ray.get(asked)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
         return [scored for part in parts for scored in part]
 
     def _worker_arguments(self) -> tuple[Load, str, int, dict[str, Any]]:
@@ -185,30 +199,16 @@ class RaySource:
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
-    """Raise the error of ours that Ray wrapped, so that users read what went wrong instead of where."""
-    import ray.exceptions
-
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        seen: BaseException | None = error
-        while seen is not None and not isinstance(seen, QTargetError):
-            seen = getattr(seen, "cause", None) or seen.__cause__
-        raise seen or error from error
-
-
-@contextmanager
 def connected(address: str | None, workers: int) -> Iterator[None]:
     """Ray as it runs already in this process, else connected to ``address``, else started on this machine; undone after.
 
     A local one gets a core more than there are workers: Ray Data's own tasks need one and would wait forever for it.
     """
     ray = _import_ray()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is ours to show
     if ray.is_initialized():
         yield
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is None:
         cores = max(workers + 1, os.cpu_count() or 1)

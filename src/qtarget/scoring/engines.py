@@ -12,13 +12,16 @@ from qtarget.scoring.canary import TOLERANCE, check_model, check_tokenizer
 from qtarget.scoring.distributed import Load, RaySource
 from qtarget.scoring.http import Endpoint, HttpSource
 from qtarget.scoring.local import Connection, local_connection
+from qtarget.scoring.mosec import MosecSource, mosec_connection
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.schema import fingerprint_model
 from qtarget.scoring.sglang import SglangSource
 from qtarget.scoring.vllm import VllmSource
 
-EngineName = Literal["local", "ray", "vllm", "sglang"]
-SERVED: dict[str, type[HttpSource]] = {"vllm": VllmSource, "sglang": SglangSource}
+EngineName = Literal["local", "ray", "mosec", "vllm", "sglang"]
+FOREIGN: dict[str, type[HttpSource]] = {"vllm": VllmSource, "sglang": SglangSource}
+SERVED = ("mosec", *FOREIGN)
+"""Engines behind a URL: ours (`qtarget serve`), and others'."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,22 +69,20 @@ class EngineChoice:
 
 
 def detect_engine(url: str) -> EngineName:
-    """The kind of server at a URL, by the owner that it names in ``/v1/models``.
+    """The kind of server at a URL, by the owner that it names in ``/v1/models``; ours tells in ``/info``.
 
     Raises:
         ScoringServerError: nobody answers, or no engine of ours.
     """
+    answer = Endpoint(url, timeout=30).get("/v1/models", "/info")
     try:
-        listed = Endpoint(url, timeout=30).get("/v1/models").get("data") or [{}]
-        owner = listed[0].get("owned_by")
-    except (AttributeError, IndexError, KeyError) as error:
-        raise ScoringServerError(f"{url}/v1/models is not a list of models") from error
-    if owner not in SERVED:
-        raise ScoringServerError(
-            f"{url} is a server of {owner!r}; expected one of {', '.join(SERVED)}; score with `qtarget score --engine NAME "
-            "--url URL` and set the cache as teacher"
-        )
-    return owner
+        owner = answer.get("engine") or answer["data"][0]["owned_by"]
+    except (TypeError, IndexError, KeyError) as error:
+        raise ScoringServerError(f"{url} does not say what it is; expected one of {', '.join(SERVED)}") from error
+    name = "mosec" if owner == "qtarget" else owner
+    if name not in SERVED:
+        raise ScoringServerError(f"{url} is a server of {owner!r}; expected one of {', '.join(SERVED)}")
+    return name
 
 
 def connect(
@@ -139,7 +140,10 @@ def connect(
 def _connect_server(
     choice: EngineChoice, model: Any, model_id: str, tokenizer: Any, on_tokens: Callable[[int], None] | None
 ) -> Connection:
-    source = SERVED[choice.name](
+    if choice.name == "mosec":
+        ours = MosecSource(str(choice.url), concurrency=choice.concurrency, on_tokens=on_tokens)
+        return mosec_connection(ours, model, tokenizer, model_id=model_id, trust_server=choice.trust_server)
+    source = FOREIGN[choice.name](
         Endpoint(str(choice.url)),
         vocab_size=choice.vocab_size or model.get_output_embeddings().weight.shape[0],
         concurrency=choice.concurrency,

@@ -288,14 +288,18 @@ def listed_row(
     listed: Sequence[Sequence[tuple[float, int]]],
     top_k: int,
     candidate_log_probs: Sequence[Sequence[float]] | None,
+    vocab_size: int,
 ) -> ScoredRow:
     """A ``ScoredRow`` from lists of (log-prob, id), the tail being one minus what is listed.
 
     The sum is taken in float64; what it leaves is exact to the rounding of the server's float32 log-probs, some 1e-6 of
-    probability.
+    probability. Where the whole vocabulary is listed nothing is left, not even rounding.
 
     Args:
         listed: of each position, the ``top_k`` most probable, in any order.
+
+    Raises:
+        ScoringServerError: an id is outside the vocabulary.
     """
     label = np.array(label_log_probs, np.float32)
     candidates = None if candidate_log_probs is None else np.array(candidate_log_probs, np.float32)
@@ -305,5 +309,11 @@ def listed_row(
     log_probs = np.array([[value for value, _ in pairs] for pairs in descending], np.float64)
     ids = np.array([[token for _, token in pairs] for pairs in descending], np.int32)
     with np.errstate(divide="ignore"):
-        tail = np.log(np.maximum(1 - np.exp(log_probs).sum(-1), 0.0))
+        left = 1 - np.exp(log_probs).sum(-1) if top_k < vocab_size else np.zeros(len(log_probs))
+        tail = np.log(np.maximum(left, 0.0))
+    if len(ids) and ids.max() >= vocab_size:
+        raise ScoringServerError(
+            f"the server lists token {ids.max()}, beyond a vocabulary of {vocab_size} rows; name the model that is served, or "
+            "pass its --vocab-size"
+        )
     return ScoredRow(label, None, ids, log_probs.astype(np.float32), tail.astype(np.float32), candidates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
+from qtarget.scoring.columns import compact
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.progress import TokenMeter
 from qtarget.scoring.rows import IntArray, ScoredRow, Source, check_request, empty_row
@@ -120,16 +121,53 @@ class LocalSource:
         rows, places = check_request(token_ids, top_k, candidate_ids, positions, self.vocab_size)
         wanted = [i for i, at in enumerate(places) if len(at)]
         out = [empty_row(top_k, candidate_ids, entropy=True) for _ in rows]
+        for members, hidden, labels in self._batches(rows, places, wanted):
+            numbers = self._statistics(hidden, labels, top_k, candidate_ids)
+            for i, scored in zip(members, split_rows(numbers, [len(places[i]) for i in members]), strict=True):
+                out[i] = scored
+        return out
+
+    @torch.no_grad()
+    def sample(
+        self, token_ids: Sequence[IntArray], uniforms: Sequence[np.ndarray], *, positions: Sequence[IntArray]
+    ) -> list[ScoredRow]:
+        """See ``qtarget.scoring.rows.SamplingSource``; probabilities are summed in float64.
+
+        Raises:
+            DataError, UnsupportedModelError: as ``score``.
+        """
+        rows, places = check_request(token_ids, 0, None, positions, self.vocab_size)
+        none = np.zeros(0, np.float32)
+        out = [ScoredRow(none, none, samples=compact(np.zeros(at.shape, np.int32))) for at in uniforms]
+        for members, hidden, labels in self._batches(rows, places, [i for i, at in enumerate(places) if len(at)]):
+            at = torch.from_numpy(np.concatenate([uniforms[i] for i in members])).to(labels.device)
+            numbers, drawn = [], []
+            chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+            for states, ids, u in zip(*(value.split(chunk_size) for value in (hidden, labels, at)), strict=True):
+                logits = self._logits(states)
+                numbers.append(statistics_of(logits, ids, 0))
+                drawn.append(inverse_cumulative(logits, u))
+            joined = {name: torch.cat([n[name] for n in numbers]) for name in numbers[0]}
+            counts = [len(places[i]) for i in members]
+            draws = np.split(torch.cat(drawn).cpu().numpy(), np.cumsum(counts)[:-1])
+            for i, scored, part in zip(members, split_rows(joined, counts), draws, strict=True):
+                out[i] = replace(scored, samples=compact(part))
+        return out
+
+    def _batches(
+        self, rows: Sequence[np.ndarray], places: Sequence[np.ndarray], wanted: Sequence[int]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Rows of a batch, hidden states that predict their wanted tokens, and those tokens."""
         with evaluating(self._model):
             for batch in plan_batches([len(rows[i]) for i in wanted], self._tokens_per_batch):
                 members = [wanted[i] for i in batch]
                 hidden, labels = self._hidden([rows[i] for i in members], [places[i] for i in members])
-                numbers = self._statistics(hidden, labels, top_k, candidate_ids)
-                for i, scored in zip(members, split_rows(numbers, [len(places[i]) for i in members]), strict=True):
-                    out[i] = scored
+                yield members, hidden, labels
                 if self._on_tokens:
                     self._on_tokens(len(labels))
-        return out
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return project(hidden, self._weight, self._bias, self._scale, self._softcap, exact=True)
 
     def _statistics(
         self, hidden: Tensor, labels: Tensor, top_k: int, candidate_ids: Sequence[int] | None
@@ -138,7 +176,7 @@ class LocalSource:
         chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
         chunks: list[dict[str, Tensor]] = []
         for states, at in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-            logits = project(states, self._weight, self._bias, self._scale, self._softcap, exact=True)
+            logits = self._logits(states)
             numbers = statistics_of(logits, at, top_k)
             if candidate_ids is not None:
                 columns = torch.tensor(list(candidate_ids), dtype=torch.long, device=logits.device)
@@ -165,6 +203,13 @@ class LocalSource:
         place = torch.from_numpy(np.concatenate(places))
         hidden = states[batch.to(states.device), place.to(states.device) - 1]
         return hidden.to(self._weight.device), ids[batch, place].to(self._weight.device)
+
+
+def inverse_cumulative(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws ``[tokens, n]``: the first id at which the cumulative probability exceeds each number ``[tokens, n]``."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return ids.clamp(max=logits.shape[-1] - 1)
 
 
 def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -197,7 +242,8 @@ def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[Sco
     parts = {
         name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
     }
-    return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
+    each: list[dict[str, Any]] = [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
+    return [ScoredRow(**fields) for fields in each]
 
 
 @dataclass(frozen=True)
@@ -244,7 +290,9 @@ def score_rows(
     model_fingerprint: str | None = None,
     top_k: int = 0,
     tail_policy: TailPolicy = "bucket",
-    log_probs_dtype: str = "float32",
+    log_probs_dtype: str = "float16",
+    sampled: int = 0,
+    seed: int = 0,
     shard_rows: int = 2000,
     tokens_per_batch: int = 8192,
     logit_scale: float = 1.0,
@@ -263,7 +311,9 @@ def score_rows(
         model_fingerprint: computed if absent.
         top_k: log-probs a token to keep; 0 keeps the label's and the entropy alone.
         tail_policy: what training lets stand for the unlisted tokens.
-        log_probs_dtype: of the stored top-k log-probs, ``float32`` or ``float16``.
+        log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
+        sampled: draws a token instead of the top k (random-sampling distillation, arXiv 2503.16870; 50 there).
+        seed: of the draws.
         shard_rows: rows a shard.
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
@@ -302,8 +352,10 @@ def score_rows(
             vocab_size=connection.source.vocab_size,
             dtype=connection.dtype,
             top_k=top_k,
-            tail_policy=tail_policy,
+            tail_policy="sampled" if sampled else tail_policy,
             log_probs_dtype=log_probs_dtype,
+            sampled=sampled,
+            seed=seed,
             versions=tool_versions(),
             engine=connection.engine,
             engine_version=connection.engine_version,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Draws from a frozen model's distribution at the tokens of one row, with replacement; distinct ids are counted.
+
+    Attributes:
+        sizes: ``[tokens]`` uint8, distinct ids a token.
+        ids: ``[distinct]`` int32, ascending within a token, each as the step from the one before it.
+        counts: ``[distinct]`` uint8, how often each was drawn.
+    """
+
+    sizes: np.ndarray
+    ids: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
 class ScoredRow:
     """A frozen model's numbers at the wanted positions of one row, float32, nats.
 
@@ -42,6 +57,7 @@ class ScoredRow:
         topk_log_probs: ``[tokens, k]``, descending, or absent.
         tail_log_mass: ``[tokens]``, log-probability of all other ids, or absent.
         candidate_log_probs: ``[tokens, candidates]``, of the ids that were asked for, or absent.
+        samples: draws from the whole distribution, or absent.
     """
 
     label_log_probs: np.ndarray
@@ -50,6 +66,7 @@ class ScoredRow:
     topk_log_probs: np.ndarray | None = None
     tail_log_mass: np.ndarray | None = None
     candidate_log_probs: np.ndarray | None = None
+    samples: Samples | None = None
 
 
 class Source(Protocol):
@@ -79,6 +96,23 @@ class Source(Protocol):
 
         Raises:
             DataError, HyperparameterError: see ``check_request``.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplingSource(Protocol):
+    """A source that sees the whole distribution and can draw from it."""
+
+    def sample(
+        self, token_ids: Sequence[IntArray], uniforms: Sequence[np.ndarray], *, positions: Sequence[IntArray]
+    ) -> list[ScoredRow]:
+        """Label log-probs, entropy and draws at the given positions of each row.
+
+        Args:
+            token_ids, positions: as in ``Source.score``.
+            uniforms: of each row ``[positions, draws]`` float64 in [0, 1): each is looked up in the distribution's
+                cumulative sum, so the same numbers give the same draws.
         """
         ...
 

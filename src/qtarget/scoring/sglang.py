@@ -61,7 +61,7 @@ class SglangSource(HttpSource):
             if missing := [c for c in candidate_ids or () if c not in known]:
                 raise ScoringServerError(f"{url} gives no log-prob of candidates {missing[:5]} at position {t}")
             candidates.append([known[c] for c in candidate_ids or ()])
-        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates)
+        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates, self.vocab_size)
 
 
 def _scoring(top_k: int, candidate_ids: Sequence[int] | None) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class VllmSource(HttpSource):
                 if missing := [c for c in candidate_ids if c not in numbers]:
                     raise ScoringServerError(_too_few(self._endpoint.url, len(numbers), self.vocab_size, t, missing))
                 candidates.append([numbers[c] for c in candidate_ids])
-        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates)
+        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates, self.vocab_size)
 
     def _post(self, body: dict[str, Any], top_k: int, wanted: int) -> dict[str, Any]:
         try:

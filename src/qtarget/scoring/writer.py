@@ -7,6 +7,7 @@ written first, the Parquet file renamed last, so no order of events makes half a
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,32 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qtarget.errors import ConfigError, NonFiniteLossError
+from qtarget.errors import CacheMismatchError, ConfigError, HyperparameterError, IncompatibleError, NonFiniteLossError
+from qtarget.scoring.columns import encode, parquet_bytes
 from qtarget.scoring.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import Row, ScoredRow, Source, check_request, read_row
+from qtarget.scoring.rows import Row, SamplingSource, ScoredRow, Source, check_request, read_row
 from qtarget.scoring.schema import Manifest, Provenance, ShardRecord
 
-COLUMNS: dict[str, np.dtype] = {
-    "label_log_probs": np.dtype(np.float32),
-    "entropy": np.dtype(np.float16),
-    "topk_ids": np.dtype(np.int32),
-    "topk_log_probs": np.dtype(np.float32),
-    "tail_log_mass": np.dtype(np.float32),
-}
-"""Stored types; those of top-k log-probs are a choice (``log_probs_dtype``). Log-probs enter losses as they are: float32
-keeps a cached loss within 1e-5 of a live one. Half precision rounds entropy and, where chosen, top-k log-probs by at most
-2**-11 of their value (below the 8e-3 by which bfloat16 scoring moves log-probs); the KL it causes is second order in that
-(below 1e-6 nats), the loss value moves by some 1e-5."""
-
-LOWEST = float(np.finfo(np.float16).min)
-"""Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
-
 LOCK = ".lock"
+MOST_DRAWS = 255
+"""Counts are stored in a byte."""
 logger = logging.getLogger(__name__)
 
 
@@ -72,18 +60,20 @@ def write_cache(
 
     Raises:
         ConfigError: another process is scoring into the folder.
-        CacheMismatchError: the folder was begun with another plan.
+        CacheMismatchError: the folder was begun with another plan, or a source changed which columns it tells.
         DataError: a row is unusable.
-        HyperparameterError: ``top_k`` exceeds the vocabulary.
+        HyperparameterError: ``top_k`` exceeds the vocabulary, or ``sampled`` a byte.
+        IncompatibleError: draws from a source that cannot make them, or together with top-k.
         NonFiniteLossError: the source returned NaN or infinite numbers.
     """
     check_request([], provenance.top_k, None, None, provenance.vocab_size)
+    check_sampling(source, provenance)
     directory, meter = Path(directory), meter or TokenMeter(enabled=False)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
         kept = distinct_rows(rows, provenance.vocab_size)
         plan = Plan(
-            **_shared_fields(provenance),
+            **shared_fields(provenance),
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             shard_rows=shard_rows,
@@ -105,12 +95,55 @@ def write_cache(
             if isinstance(source, ShardMapper):
                 meter.advance(plan.shards[number].tokens)
         ordered = tuple(records[number] for number in range(len(plan.shards)))
-        manifest = Manifest(**_shared_fields(provenance), rows=len(kept), tokens=plan.tokens, shards=ordered)
+        columns = common_columns(directory, ordered)
+        manifest = Manifest(
+            **shared_fields(provenance), rows=len(kept), tokens=plan.tokens, columns=columns, shards=ordered
+        )
         manifest.write(directory)
     return manifest
 
 
-def _shared_fields(provenance: Provenance) -> dict[str, Any]:
+def check_sampling(source: Any, provenance: Provenance) -> None:
+    """Refuse draws that the source cannot make, before any work.
+
+    Raises:
+        IncompatibleError: the source sees no whole distribution, or samples and top-k are both asked for.
+        HyperparameterError: more draws than a byte can count.
+    """
+    draws = provenance.sampled
+    if not 0 <= draws <= MOST_DRAWS:
+        raise HyperparameterError(
+            f"sampled={draws}; expected 0 (none) to {MOST_DRAWS} draws a token; 50 is the paper's"
+        )
+    if draws and provenance.top_k:
+        raise IncompatibleError(
+            f"sampled={draws} and top_k={provenance.top_k}; a cache holds one of them: set one to 0"
+        )
+    if draws and not isinstance(source, SamplingSource | ShardMapper):
+        raise IncompatibleError(
+            f"{type(source).__name__} tells its largest log-probs only, and sampling needs the whole distribution; "
+            "score with a model in this process, or take --top_k instead of --sampled"
+        )
+
+
+def common_columns(directory: Path, shards: Sequence[ShardRecord]) -> tuple[str, ...]:
+    """The columns that every shard has.
+
+    Raises:
+        CacheMismatchError: shards differ: a server changed what it tells while it was asked.
+    """
+    found = {shard.name: tuple(pq.read_schema(directory / shard.name).names[1:]) for shard in shards}
+    first = next(iter(found.values()))
+    for name, columns in found.items():
+        if columns != first:
+            raise CacheMismatchError(
+                f"{directory / name} holds {', '.join(columns)}, the shards before it {', '.join(first)}; expected one "
+                "set; delete this shard and run `qtarget score CONFIG.yaml` again"
+            )
+    return first
+
+
+def shared_fields(provenance: Provenance) -> dict[str, Any]:
     return {field.name: getattr(provenance, field.name) for field in fields(Provenance)}
 
 
@@ -183,9 +216,21 @@ def shard_content(rows: Sequence[Row], source: Source, plan: Provenance) -> memo
     Raises:
         NonFiniteLossError: a number is NaN or infinite.
     """
-    scored = source.score([row.input_ids for row in rows], plan.top_k, positions=[row.positions for row in rows])
+    ids, places = [row.input_ids for row in rows], [row.positions for row in rows]
+    if plan.sampled:
+        draws = [uniforms(row.checksum, plan.seed, len(row.positions), plan.sampled) for row in rows]
+        assert isinstance(source, SamplingSource)
+        scored = source.sample(ids, draws, positions=places)
+    else:
+        scored = source.score(ids, plan.top_k, positions=places)
     check_finite(rows, scored)
-    return shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
+    return parquet_bytes(encode(rows, scored, plan))
+
+
+def uniforms(checksum: str, seed: int, tokens: int, draws: int) -> np.ndarray:
+    """Numbers in [0, 1) ``[tokens, draws]`` that follow from a row and a seed alone, whatever is scored beside it."""
+    key = hashlib.blake2b(f"{seed}:{checksum}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
 
 
 def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryview) -> ShardRecord:
@@ -213,36 +258,3 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
                 f"the frozen model gives a log-prob or entropy that is NaN or infinite at position {t} of row "
                 f"{row.checksum}; expected finite numbers; load the model in float32 or bfloat16 and check its weights"
             )
-
-
-def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str) -> memoryview:
-    """The Parquet file of a shard: one row group, the same bytes for the same numbers.
-
-    A source that tells no entropy leaves that column out.
-    """
-    names = [*COLUMNS] if top_k else ["label_log_probs", "entropy"]
-    if all(numbers.entropy is None for numbers in scored):
-        names.remove("entropy")
-    counts = [len(numbers.label_log_probs) for numbers in scored]
-    columns: dict[str, pa.Array] = {
-        "checksum": pa.array([bytes.fromhex(row.checksum) for row in rows], pa.binary(16)),
-    }
-    for name in names:
-        flat = np.concatenate([getattr(numbers, name).reshape(-1) for numbers in scored])
-        flat = flat.clip(min=LOWEST).astype(log_probs_dtype) if name == "topk_log_probs" else flat.astype(COLUMNS[name])
-        width = top_k if name.startswith("topk") else 1
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) * width
-        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-    table = pa.table(columns)
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        row_group_size=max(1, len(rows)),
-        use_dictionary=False,
-        write_statistics=False,
-        # bytes of one significance together: a third smaller than plain, and read as fast
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names[1:]},
-    )
-    return memoryview(sink.getvalue())
