@@ -239,11 +239,10 @@ def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[Sco
     """Cut the fields of a ``ScoredRow``, given for all tokens of a batch, into rows of so many tokens."""
     ends = np.cumsum(counts)[:-1]
     types = {"topk_ids": np.int32}
-    parts = {
+    parts: dict[str, list[Any]] = {
         name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
     }
-    each: list[dict[str, Any]] = [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
-    return [ScoredRow(**fields) for fields in each]
+    return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
 
 
 @dataclass(frozen=True)
