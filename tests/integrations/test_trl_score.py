@@ -13,7 +13,14 @@ from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_to
 @pytest.fixture
 def cached(tmp_path):
     def write(
-        model=None, data=None, evals=None, tokenizer=None, top_k=80, model_id=None, log_probs_dtype="float32", **settings
+        model=None,
+        data=None,
+        evals=None,
+        tokenizer=None,
+        top_k=80,
+        model_id=None,
+        log_probs_dtype="float32",
+        **settings,
     ):
         score(
             model or make_model(),
