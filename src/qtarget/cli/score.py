@@ -34,6 +34,7 @@ def score(
         Literal["float16", "float32"],
         typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
     ] = "float16",
+    known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
     role: Annotated[
         Literal["reference", "teacher"],
         typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
@@ -51,7 +52,15 @@ def score(
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
     manifest = run_scoring(
-        run, Path(directory), top_k, tail_policy, role, sampled=sampled, seed=seed, log_probs_dtype=log_probs_dtype
+        run,
+        Path(directory),
+        top_k,
+        tail_policy,
+        role,
+        sampled=sampled,
+        seed=seed,
+        log_probs_dtype=log_probs_dtype,
+        known=known,
     )
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
@@ -67,7 +76,7 @@ def run_scoring(
     """Score training and validation rows, tokenised exactly as training does.
 
     Args:
-        storage: ``sampled``, ``seed`` and ``log_probs_dtype`` of ``qtarget.integrations.trl_score.score``.
+        storage: ``sampled``, ``seed``, ``log_probs_dtype`` and ``known`` of ``qtarget.integrations.trl_score.score``.
 
     Raises:
         ConfigError: a teacher is to be scored and the config names none.
@@ -99,14 +108,12 @@ def run_scoring(
     )
 
 
-def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
-    """Size and speed of a finished cache."""
+def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:
+    """Size of a finished cache, and how long it took."""
     from qtarget.scoring.files import size_on_disk
 
     size = size_on_disk(directory)
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
-    typer.echo(
-        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, "
-        f"{per_token}, "
-        f"{seconds:.1f} s"
-    )
+    kept = f"{manifest.sampled} draws" if manifest.sampled else f"top_k {manifest.top_k}"
+    took = "" if seconds is None else f", {seconds:.1f} s"
+    typer.echo(f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, {kept}, {per_token}{took}")

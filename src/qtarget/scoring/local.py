@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -239,7 +239,7 @@ def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[Sco
     """Cut the fields of a ``ScoredRow``, given for all tokens of a batch, into rows of so many tokens."""
     ends = np.cumsum(counts)[:-1]
     types = {"topk_ids": np.int32}
-    parts = {
+    parts: dict[str, list[Any]] = {
         name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
     }
     return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
@@ -292,6 +292,7 @@ def score_rows(
     log_probs_dtype: str = "float16",
     sampled: int = 0,
     seed: int = 0,
+    known: Container[str] = (),
     shard_rows: int = 2000,
     tokens_per_batch: int = 8192,
     logit_scale: float = 1.0,
@@ -313,6 +314,7 @@ def score_rows(
         log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
         sampled: draws a token instead of the top k (random-sampling distillation, arXiv 2503.16870; 50 there).
         seed: of the draws.
+        known: checksums of rows that another cache holds already.
         shard_rows: rows a shard.
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
@@ -368,4 +370,5 @@ def score_rows(
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             meter=meter,
+            known=known,
         )
