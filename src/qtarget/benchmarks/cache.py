@@ -53,7 +53,7 @@ class CacheConfig:
     length: int = 128
     disturbance: float = 0.1
     vocab: int = 151_936
-    tokens: int = 16_384
+    tokens: int = 4_096
     draws: int = 50
     seed: int = 0
 

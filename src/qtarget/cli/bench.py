@@ -75,7 +75,7 @@ def cache(
     vocab: Annotated[
         int, typer.Option(min=256, help="Vocabulary of the synthetic teacher that tells bytes.")
     ] = 151_936,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the synthetic teacher.")] = 16_384,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the synthetic teacher.")] = 4096,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
     """Bytes a token, KL and gradient error of every way to cache a teacher."""
@@ -173,9 +173,9 @@ def cache_table(results: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    real, large = results["real"], results["large_vocabulary"]["bytes_per_token"]
+    config, real, large = results["config"], results["real"], results["large_vocabulary"]["bytes_per_token"]
     table = Table(
-        title=f"{results['config']['model']}: {real['tokens']:,} tokens, {real['vocab']:,} ids; large V: {results['config']['vocab']:,}",
+        title=f"{config['model']}: {real['tokens']:,} tokens, {real['vocab']:,} ids; large V: {config['vocab']:,}",
         caption="gradient error: |g - g_full| / |g_full| of single tokens, and of sums over 512 tokens",
         box=box.SIMPLE,
     )

@@ -20,7 +20,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Format = Literal["distillkit", "axolotl", "verl"]
 ROUNDING = {
-    "float16": "half precision: top-k log-probs off by at most 2**-11 of their value, label's and tail's by 2**-18",
+    "float16": "half precision: top-k log-probs off by at most 2**-11 of their value, label's and tail's by 2**-17",
     "float32": "log-probs as they were scored, entropy in half precision",
 }
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from qtarget.scoring.rows import Row, Samples, ScoredRow
 from qtarget.scoring.schema import Provenance
 
-KEPT_BITS = 17
-"""Mantissa bits of stored label log-probs and tail masses: relative error at most 2**-18 (4e-6), a seventh of a byte each."""
+KEPT_BITS = 16
+"""Mantissa bits of stored label log-probs and tail masses: relative error at most 2**-17 (8e-6), a seventh of a byte each."""
 
 LOWEST = float(np.finfo(np.float16).min)
 """Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
