@@ -97,7 +97,7 @@ def run_reading(config: ReadingConfig, say: Callable[[str], None] = lambda _: No
 
     rng = np.random.default_rng(config.seed)
     ids = rng.integers(0, SMOL["vocab_size"], (config.rows, config.length))
-    rows = [{"input_ids": row, "labels": row.tolist()} for row in ids.tolist()]
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
     with tempfile.TemporaryDirectory() as folder:
         write_cache(
             folder, rows, RandomTeacher(), provenance(Mode(top_k=config.top_k), SMOL["vocab_size"]), shard_rows=500
