@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -322,6 +322,7 @@ def score_rows(
     log_probs_dtype: str = "float16",
     sampled: int = 0,
     seed: int = 0,
+    known: Container[str] = (),
     shard_rows: int = 2000,
     tokens_per_batch: int = 8192,
     logit_scale: float = 1.0,
@@ -343,6 +344,7 @@ def score_rows(
         log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
         sampled: draws a token instead of the top k (random-sampling distillation, arXiv 2503.16870; 50 there).
         seed: of the draws.
+        known: checksums of rows that another cache holds already.
         shard_rows: rows a shard.
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
@@ -398,4 +400,5 @@ def score_rows(
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             meter=meter,
+            known=known,
         )
