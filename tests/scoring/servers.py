@@ -101,13 +101,16 @@ class FakeVllm(Engine):
 
 
 class FakeSglang(Engine):
-    """``/generate``, ``/model_info`` and ``/server_info`` of SGLang 0.5; older ones have the ``get_`` names alone."""
+    """``/generate``, ``/v1/models``, ``/model_info`` and ``/server_info`` of SGLang 0.5; older ones have the ``get_`` names alone."""
 
     scoring_path = "/generate"
     old_names = False
 
     def get(self, path: str) -> dict[str, Any] | None:
         prefix = "/get_" if self.old_names else "/"
+        if path == "/v1/models":
+            entry = {"id": "tiny", "object": "model", "owned_by": "sglang", "root": "tiny", "max_model_len": 128}
+            return {"object": "list", "data": [entry]}
         if path == f"{prefix}model_info":
             return {"model_path": "tiny", "tokenizer_path": "tiny", "is_generation": True}
         if path == f"{prefix}server_info":

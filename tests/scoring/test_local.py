@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
-from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
+from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows, spend_logits
 from scoring.helpers import VOCAB, ragged_rows, tiny_model
 from scoring.source_suite import SourceSuite
 
@@ -151,3 +151,27 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
     headless.lm_head = None
     with pytest.raises(UnsupportedModelError, match="no floating-point output embeddings"):
         LocalSource(headless)
+
+
+@pytest.mark.parametrize("top_k", [0, 3, VOCAB])
+def test_spent_logits_give_the_statistics_of_kept_ones(top_k):
+    """Also where tokens are banned; the oracle is float64 and keeps every intermediate."""
+    logits = 5 * torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[2, 5:50] = -torch.inf
+    labels, columns = torch.tensor([3, 1, 2, 60, 4, 0, 9]), torch.tensor([60, 1, 7])
+    log_probs = logits.double().log_softmax(-1).numpy()
+    with np.errstate(invalid="ignore"):
+        entropy = -np.nan_to_num(np.exp(log_probs) * log_probs).sum(-1)
+    found = {name: value.numpy() for name, value in spend_logits(logits.clone(), labels, top_k, columns).items()}
+    np.testing.assert_allclose(found["label_log_probs"], log_probs[np.arange(7), labels], atol=1e-5)
+    np.testing.assert_allclose(found["entropy"], entropy, atol=1e-5)
+    np.testing.assert_allclose(found["candidate_log_probs"], log_probs[:, columns], atol=1e-5)
+    assert len(found) == (6 if top_k else 3)
+    if top_k:
+        order = np.argsort(-log_probs, axis=-1, kind="stable")
+        rest = np.exp(np.take_along_axis(log_probs, order[:, top_k:], -1)).sum(-1)
+        largest = np.take_along_axis(log_probs, order[:, :top_k], -1)
+        np.testing.assert_allclose(found["topk_log_probs"], largest, atol=1e-5)
+        np.testing.assert_allclose(np.exp(found["tail_log_mass"]), rest, rtol=1e-4, atol=1e-30)
+    banned = spend_logits(logits[2:3].clone(), torch.tensor([7]), 0, None)
+    assert banned["label_log_probs"].item() == -np.inf  # and is refused when it is stored

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import bench, demo, noise, score, serve, targets, train
+from qtarget.cli import bench, cache, demo, noise, score, serve, targets, train
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +24,7 @@ app.command("serve")(serve.serve)
 app.command("noise")(noise.noise)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback()

@@ -124,6 +124,54 @@ def serving_table(results: dict[str, Any]) -> Table:
     return table
 
 
+@app.command("cache")
+def cache(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/cache.json"),
+    model: Annotated[
+        str | None, typer.Option(help="Name or path of a trained model; default: the embedded base.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that it writes and scores.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 128,
+    vocab: Annotated[
+        int, typer.Option(min=256, help="Vocabulary of the synthetic teacher that tells bytes.")
+    ] = 151_936,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the synthetic teacher.")] = 4096,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Bytes a token, KL and gradient error of every way to cache a teacher."""
+    from rich.console import Console
+
+    from qtarget.benchmarks.cache import CacheConfig, run_cache
+    from qtarget.data.embedded import base_model_path
+
+    check_writable(output)
+    torch.set_num_threads(threads)
+    config = CacheConfig(model or str(base_model_path()), rows=rows, length=length, vocab=vocab, tokens=tokens)
+    results = run_cache(config, typer.echo)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(cache_table(results))
+    typer.echo(str(output))
+
+
+@app.command("reading")
+def reading(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/reading.json"),
+    rows: Annotated[int, typer.Option(min=500, help="Cached rows.")] = 2000,
+    length: Annotated[int, typer.Option(min=8, help="Tokens a row.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model; 30 makes 135M parameters.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are compared.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """What reading a cache adds to a training step, and the memory that it takes."""
+    from qtarget.benchmarks.reading import ReadingConfig, run_reading
+
+    check_writable(output)
+    torch.set_num_threads(threads)
+    results = run_reading(ReadingConfig(rows=rows, length=length, layers=layers, rounds=rounds), typer.echo)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    typer.echo(str(output))
+
+
 def check_writable(output: Path) -> None:
     """Raise before minutes are spent on results that could not be written.
 
@@ -177,4 +225,26 @@ def memory_table(results: dict[str, Any]) -> Table:
         for tokens, row in by_tokens.items():
             total, gradients = row["beyond_inputs"], row["gradients"]
             table.add_row(name, tokens, f"{total:.0f}", f"{gradients:.0f}", f"{total - gradients:.0f}")
+    return table
+
+
+def cache_table(results: dict[str, Any]) -> Table:
+    """Modes in the order of their size."""
+    from rich import box
+    from rich.table import Table
+
+    config, real, large = results["config"], results["real"], results["large_vocabulary"]["bytes_per_token"]
+    table = Table(
+        title=f"{config['model']}: {real['tokens']:,} tokens, {real['vocab']:,} ids; large V: {config['vocab']:,}",
+        caption="gradient error: |g - g_full| / |g_full| of single tokens, and of sums over 512 tokens",
+        box=box.SIMPLE,
+    )
+    columns = ("cache", "bytes", "at large V", "KL", "distillation", "target_sft")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+    for name, row in real["modes"].items():
+        errors = row.get("gradient_error", {})
+        told = [f"{errors[t]['token']:.1g} / {errors[t]['batch']:.1g}" if t in errors else "-" for t in columns[-2:]]
+        size = f"{large[name]:.1f}" if name in large else "-"
+        table.add_row(name, f"{row['bytes_per_token']:.1f}", size, f"{row['kl']:.2g}" if "kl" in row else "-", *told)
     return table

@@ -35,6 +35,7 @@ def score(
         Literal["float16", "float32"],
         typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
     ] = "float16",
+    known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
     role: Annotated[
         Literal["reference", "teacher"],
         typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
@@ -80,7 +81,13 @@ def score(
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    storage = {"sampled": sampled, "seed": seed, "log_probs_dtype": log_probs_dtype, "shard_rows": shard_rows}
+    storage: dict[str, Any] = {
+        "sampled": sampled,
+        "seed": seed,
+        "log_probs_dtype": log_probs_dtype,
+        "shard_rows": shard_rows,
+        "known": known,
+    }
     manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, **storage)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
@@ -97,7 +104,8 @@ def run_scoring(
     """Score training and validation rows, tokenised exactly as training does.
 
     Args:
-        storage: ``sampled``, ``seed``, ``log_probs_dtype`` and ``shard_rows`` of ``qtarget.integrations.trl_score.score``.
+        storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows`` and ``known`` of
+            ``qtarget.integrations.trl_score.score``.
 
     Raises:
         ConfigError: a teacher is to be scored and the config names none.
@@ -133,14 +141,12 @@ def run_scoring(
     )
 
 
-def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
-    """Size and speed of a finished cache."""
+def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:
+    """Size of a finished cache, and how long it took."""
     from qtarget.scoring.files import size_on_disk
 
     size = size_on_disk(directory)
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
-    typer.echo(
-        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, "
-        f"{per_token}, "
-        f"{seconds:.1f} s"
-    )
+    kept = f"{manifest.sampled} draws" if manifest.sampled else f"top_k {manifest.top_k}"
+    took = "" if seconds is None else f", {seconds:.1f} s"
+    typer.echo(f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, {kept}, {per_token}{took}")

@@ -13,6 +13,7 @@ from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
 from qtarget.scoring.distributed import load_model
 from qtarget.scoring.engines import EngineChoice, connect
 from qtarget.scoring.local import score_rows
+from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
 from qtarget.types import TailPolicy
 
@@ -77,6 +78,7 @@ def score(
     log_probs_dtype: str = "float16",
     sampled: int = 0,
     seed: int = 0,
+    known: str | Path | None = None,
     model_id: str | None = None,
     progress: bool = True,
     engine: EngineChoice | None = None,
@@ -92,6 +94,7 @@ def score(
         tail_policy: see ``qtarget.Reference``.
         log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
         sampled, seed: draws a token instead of the top k, and where they start.
+        known: a finished cache; rows that it holds are left out.
         model_id: what the manifest calls the model; default: its name or path.
         engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
         shard_rows: rows a shard, and the most work a kill can lose.
@@ -124,6 +127,7 @@ def score(
         log_probs_dtype=log_probs_dtype,
         sampled=sampled,
         seed=seed,
+        known=() if known is None else ReferenceCache.open(known).checksums(),
         logit_scale=job.trainer.head_spec.scale,
         logit_softcap=job.trainer.head_spec.softcap,
         progress=progress,

@@ -2,7 +2,8 @@
 
 Bytes of one significance lie together (Parquet's byte-stream split) before zstd. Beyond that:
 
-- log-probs of labels and tails lose their last mantissa bits, which zstd cannot compress (``KEPT_BITS``);
+- log-probs of labels and tails lose their last mantissa bits, which zstd cannot compress (``KEPT_BITS``), unless
+  ``log_probs_dtype`` is float32: then nothing is rounded but the entropy;
 - top-k log-probs in half precision are stored as steps: along a descending row the bit patterns of their magnitudes only
   grow, by little, so a step takes one byte and not two. Nothing is lost by it;
 - sampled ids ascend and are stored as steps too, each with the number of times that it was drawn.
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 from qtarget.scoring.rows import Row, Samples, ScoredRow
 from qtarget.scoring.schema import Provenance
 
-KEPT_BITS = 17
-"""Mantissa bits of stored label log-probs and tail masses: relative error at most 2**-18 (4e-6), a seventh of a byte each."""
+KEPT_BITS = 16
+"""Mantissa bits of stored label log-probs and tail masses: relative error at most 2**-17 (8e-6), a seventh of a byte each."""
 
 LOWEST = float(np.finfo(np.float16).min)
 """Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
@@ -84,7 +85,7 @@ def encode(rows: Sequence[Row], scored: Sequence[ScoredRow], plan: Provenance) -
 
 def _encoded(name: str, values: np.ndarray, plan: Provenance) -> np.ndarray:
     if name in ("label_log_probs", "tail_log_mass"):
-        return round_mantissa(values)
+        return round_mantissa(values) if plan.log_probs_dtype == "float16" else values.astype(np.float32)
     if name == "entropy":
         return values.astype(np.float16)
     if name == "topk_log_probs":

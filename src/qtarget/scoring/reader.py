@@ -116,10 +116,20 @@ class ReferenceCache:
             named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
             raise CacheMismatchError(
                 f"{len(missing)} of {len(wanted)} rows are not in the cache {self.path}: rows {named}; their tokens or "
-                "their mask differ from every scored row; choose another folder, or delete this one, and run "
-                "`qtarget score CONFIG.yaml`"
+                "their mask differ from every scored row; score the rest with `qtarget score CONFIG.yaml --known "
+                f"{self.path} --output MORE`, then join both with `qtarget cache merge {self.path} MORE --output BOTH`"
             )
         return numbers[place].tolist()
+
+    def checksums(self) -> frozenset[str]:
+        """The checksums of all rows."""
+        return frozenset(value.decode() for value in self._checksums()[0])
+
+    def find(self, checksum: str) -> int | None:
+        """The row number of one row, or nothing."""
+        ordered, numbers = self._checksums()
+        place = min(int(np.searchsorted(ordered, checksum.encode())), len(ordered) - 1)
+        return int(numbers[place]) if ordered[place] == checksum.encode() else None
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The numbers of one row at its supervised tokens (``supervised_mask``), in nats; the caller owns the arrays.

@@ -186,8 +186,9 @@ class Provenance:
         dtype: of the forward pass, ``float32``, ``bfloat16`` ...; log-softmax is float32 always.
         top_k: how many log-probs a token are kept; 0 for the label's alone.
         tail_policy: what stands for the unlisted tokens, see ``qtarget.Reference``.
-        log_probs_dtype: of the stored top-k log-probs: ``float16`` (off by at most 2**-11 of its value,
-            below the 8e-3 by which bfloat16 scoring moves log-probs) or ``float32`` (exact, three times the size).
+        log_probs_dtype: of the stored log-probs: ``float16`` (top-k log-probs in half precision, off by at most 2**-11 of
+            their value, label's and tail's by 2**-17: below the 8e-3 by which bfloat16 scoring moves them) or ``float32``
+            (as scored, two to three times the size). Entropy is in half precision always.
         sampled: ids drawn a token, with replacement, instead of its top k; 0 for none.
         seed: of the draws, together with a row's checksum.
         versions: of qtarget, torch, transformers, pyarrow.

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pyarrow.parquet as pq
 
-from qtarget.errors import CacheMismatchError, ConfigError, HyperparameterError, IncompatibleError, NonFiniteLossError
+from qtarget.errors import (
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    HyperparameterError,
+    IncompatibleError,
+    NonFiniteLossError,
+)
 from qtarget.scoring.columns import encode, parquet_bytes
 from qtarget.scoring.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
@@ -43,6 +50,7 @@ def write_cache(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     meter: TokenMeter | None = None,
+    known: Container[str] = (),
 ) -> Manifest:
     """Score all rows that no finished shard holds, and write the manifest last.
 
@@ -54,6 +62,7 @@ def write_cache(
         shard_rows: rows a shard, and the most work a kill can lose.
         logit_scale, logit_softcap: what the source was given; a run may only go on with the same.
         meter: is told of progress, in supervised tokens.
+        known: checksums of rows that another cache holds; they are left out.
 
     Returns:
         The manifest of the finished cache.
@@ -71,7 +80,11 @@ def write_cache(
     directory, meter = Path(directory), meter or TokenMeter(enabled=False)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
-        kept = distinct_rows(rows, provenance.vocab_size)
+        kept = [row for row in distinct_rows(rows, provenance.vocab_size) if row.checksum not in known]
+        if not kept:
+            raise DataError(
+                f"every one of the {len(rows)} rows is in the known cache already; there is nothing to score"
+            )
         plan = Plan(
             **shared_fields(provenance),
             logit_scale=logit_scale,
@@ -249,9 +262,10 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
         NonFiniteLossError: names the row's checksum and the first position.
     """
     for row, numbers in zip(rows, scored, strict=True):
-        good = np.isfinite(numbers.label_log_probs)
-        if numbers.entropy is not None:
-            good &= np.isfinite(numbers.entropy)
+        good = np.ones(len(row.positions), bool)
+        for values in (numbers.label_log_probs, numbers.entropy):
+            if values is not None:  # imported rows may know no label log-prob
+                good &= np.isfinite(values)
         if not good.all():
             t = int(row.positions[np.flatnonzero(~good)[0]])
             raise NonFiniteLossError(
