@@ -24,6 +24,11 @@ HEAVY = (
     "safetensors",
     "typer",
     "rich",
+    "httpx2",
+    "msgspec",
+    "aiohttp",
+    "mosec",
+    "ray",
 )
 
 

@@ -75,6 +75,10 @@ class Combined(Target):
         return self.base.has_residual
 
     @property
+    def linear_in_frozen(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.linear_in_frozen
+
+    @property
     def needs(self) -> Needs:
         return self.weight.needs | self.base.needs
 

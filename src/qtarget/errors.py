@@ -54,5 +54,17 @@ class LossUnderLensError(QTargetError, TypeError):
     """A loss given to the lens cannot be called with logits and labels, or not be differentiated."""
 
 
+class StorageError(QTargetError, OSError):
+    """A file could not be written."""
+
+
 class MissingDependencyError(QTargetError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class ScoringServerError(QTargetError, ConnectionError):
+    """A scoring server cannot be reached, refuses, answers nonsense, or serves another model than was named."""
+
+
+class ServingError(QTargetError, RuntimeError):
+    """A scoring server does not start, or failed too often to go on."""

@@ -11,7 +11,7 @@ import torch
 
 from qtarget.errors import ShapeError
 from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.types import FrozenHead, Outcomes, Reference
+from qtarget.types import NO_TAIL, FrozenHead, Outcomes, Reference
 
 ABSENT = -1e30
 """Log-prob of an outcome that does not exist: finite, so that absent minus absent is 0 and not NaN."""
@@ -52,7 +52,7 @@ def frozen_outcomes(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: T
     """Frozen log-probs of the k listed tokens and, last, of everything else, under the reference's tail policy."""
     assert frozen.topk_log_probs is not None
     kept = frozen.topk_log_probs.to(like.dtype).masked_fill(~listed, ABSENT)
-    if frozen.tail_policy == "renormalize":
+    if frozen.tail_policy in NO_TAIL:
         tail = torch.full_like(kept[:, :1], ABSENT)
         return torch.cat([kept - kept.logsumexp(-1, keepdim=True), tail], dim=-1)
     assert frozen.tail_log_mass is not None
@@ -132,7 +132,7 @@ def check_outcomes(frozen: Reference | FrozenHead | None, vocab: int) -> None:
             f"reference.topk_ids holds id {int(frozen.topk_ids.max())}, the live vocabulary ends at {vocab - 1}; "
             "score again with the tokenizer and model that are trained"
         )
-    if frozen.tail_policy == "renormalize" or frozen.tail_log_mass is None:
+    if frozen.tail_policy in NO_TAIL or frozen.tail_log_mass is None:
         return
     kept = frozen.topk_log_probs.double().masked_fill(~listed_once(frozen.topk_ids), -torch.inf).exp().sum(-1)
     error = float((kept + frozen.tail_log_mass.double().exp() - 1).abs().max())

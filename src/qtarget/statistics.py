@@ -13,7 +13,17 @@ import torch
 from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.outcomes import align, shared_outcomes, tail_log_mass
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import FrozenHead, Needs, Outcomes, Reference, TokenView, missing_message, project
+from qtarget.types import (
+    FrozenHead,
+    Needs,
+    Outcomes,
+    Reference,
+    Target,
+    TokenView,
+    missing_message,
+    project,
+    sampled_message,
+)
 
 
 def entropy_of(log_probs: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
@@ -40,6 +50,17 @@ def check_frozen(frozen: Reference | FrozenHead | None, fields: frozenset[str], 
         present = frozen.has_distribution if field == "distribution" else getattr(frozen, field) is not None
         if not present:
             raise MissingStatisticError(missing_message(target, role, field))
+
+
+def check_sampled(target: Target, frozen: Reference | FrozenHead | None, role: str) -> None:
+    """Refuse draws where they would bias the gradient.
+
+    Raises:
+        IncompatibleError: the reference was sampled, and the target is not linear in the distribution it reads.
+    """
+    sampled = isinstance(frozen, Reference) and frozen.log_probs is None and frozen.tail_policy == "sampled"
+    if sampled and "distribution" in getattr(target.needs, role) and not target.linear_in_frozen:
+        raise IncompatibleError(sampled_message(target.name, role))
 
 
 def token_view(

@@ -11,7 +11,9 @@ import torch
 from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.shapes import Float, Int, Tensor
 
-TailPolicy = Literal["bucket", "spread", "renormalize"]
+TailPolicy = Literal["bucket", "spread", "renormalize", "sampled"]
+NO_TAIL = ("renormalize", "sampled")
+"""Policies under which unlisted tokens have no mass at all."""
 Scope = Literal["token", "sequence", "batch"]
 
 
@@ -27,7 +29,9 @@ class Reference:
         tail_log_mass: ``[tokens]``, nats; log of the probability outside ``topk_ids``.
         log_probs: ``[tokens, vocab]``, nats; the whole distribution, when memory allows.
         tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
-            uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one).
+            uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one). ``sampled``: nothing;
+            listed tokens were drawn from the whole distribution, and their log-probs are log of count / draws, so only
+            targets that are linear in the frozen distribution may use them.
 
     Leading dimensions follow the labels the reference is used with (``[batch, time]`` or flat).
     """
@@ -67,7 +71,7 @@ class Reference:
     @property
     def has_distribution(self) -> bool:
         """Whether more than single tokens is known: full log-probs, or top-k with its tail mass."""
-        sparse = self.topk_ids is not None and (self.tail_log_mass is not None or self.tail_policy == "renormalize")
+        sparse = self.topk_ids is not None and (self.tail_log_mass is not None or self.tail_policy in NO_TAIL)
         return self.log_probs is not None or sparse
 
     def flatten(self, leading: tuple[int, ...]) -> Reference:
@@ -302,6 +306,8 @@ class Target(ABC):
         scope: what must be seen at once: one token, one sequence, or the whole optimizer batch.
         has_label_term: whether it pulls towards the observed token at all.
         has_residual: whether it pulls towards a residual distribution.
+        linear_in_frozen: whether its gradient is linear in the frozen distribution; only then does an unbiased sample of
+            that distribution give an unbiased gradient.
     """
 
     name: ClassVar[str]
@@ -310,6 +316,7 @@ class Target(ABC):
     scope: ClassVar[Scope] = "token"
     has_label_term: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
+    linear_in_frozen: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:
@@ -352,4 +359,13 @@ def missing_message(target: str, role: str, field: str) -> str:
     return (
         f"target {target!r} needs {role}.{field}, which was not given; pass {argument}, "
         f"or in training run `qtarget score CONFIG.yaml{option}` once and set `{role}_cache`"
+    )
+
+
+def sampled_message(target: str, role: str) -> str:
+    """Why draws will not do, and what will."""
+    return (
+        f"target {target!r} is not linear in the {role}'s distribution, so sampled ids would bias its gradient; expected "
+        "top-k log-probs with their tail: score with --top_k 32 instead of --sampled, or choose a target that is "
+        "linear (distillation, hybrid_distillation, sft_kl, asft)"
     )

@@ -12,7 +12,16 @@ from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_to
 
 @pytest.fixture
 def cached(tmp_path):
-    def write(model=None, data=None, evals=None, tokenizer=None, top_k=80, model_id=None, **settings):
+    def write(
+        model=None,
+        data=None,
+        evals=None,
+        tokenizer=None,
+        top_k=80,
+        model_id=None,
+        log_probs_dtype="float32",
+        **settings,
+    ):
         score(
             model or make_model(),
             QTargetConfig(str(tmp_path / "scoring"), **{**SETTINGS, **settings}),
@@ -21,6 +30,7 @@ def cached(tmp_path):
             tokenizer or make_tokenizer(),
             directory=tmp_path / "cache",
             top_k=top_k,
+            log_probs_dtype=log_probs_dtype,
             model_id=model_id,
             progress=False,
         )
@@ -37,7 +47,7 @@ def first_loss(trainer) -> float:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("target", ["prior_surprise", "asft", "sft_kl", "gift", "iw_sft", "rho1"])
 def test_cache_gives_the_loss_of_a_live_model(make_trainer, cached, target, packing):
-    """top_k is the whole vocabulary, so that nothing but the route differs (and half-precision storage)."""
+    """top_k is the whole vocabulary, so that nothing but the route differs; log-probs are stored in full precision."""
     live = make_trainer(target, models={"reference_model": make_model(seed=3)}, packing=packing)
     path = cached(make_model(seed=3), model_id="another base")
     stored = make_trainer(target, reference_cache=path, reference_model_name_or_path="another base", packing=packing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtarget.scoring.local import LocalSource
-from qtarget.scoring.rows import Row, ScoredRow
-from qtarget.scoring.schema import Provenance
+from qtarget.scoring.rows import Row, ScoredRow, check_request
+from qtarget.scoring.schema import Provenance, row_checksum
 from qtarget.scoring.writer import write_cache
 
 VOCAB = 61
@@ -70,6 +69,7 @@ def provenance(top_k: int = 0, **changes: Any) -> Provenance:
             "dtype": "float32",
             "top_k": top_k,
             "tail_policy": "bucket",
+            "log_probs_dtype": "float32",
             "versions": {"qtarget": "0"},
             **changes,
         }
@@ -79,11 +79,16 @@ def provenance(top_k: int = 0, **changes: Any) -> Provenance:
 class HashSource:
     """Numbers that follow from a row's checksum alone; counts the rows that it scored."""
 
+    vocab_size = VOCAB
+
     def __init__(self, top_k: int = 0) -> None:
         self.top_k = top_k
         self.scored: list[str] = []
 
-    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
+    def score(self, token_ids, top_k, candidate_ids=None, *, positions=None) -> list[ScoredRow]:
+        assert top_k == self.top_k
+        checked = check_request(token_ids, top_k, candidate_ids, positions, VOCAB)
+        rows = [Row(ids, at, row_checksum(ids, np.isin(np.arange(len(ids)), at))) for ids, at in zip(*checked)]
         self.scored += [row.checksum for row in rows]
         return [self.numbers(row) for row in rows]
 
@@ -102,22 +107,25 @@ class HashSource:
 class LoggingSource:
     """A local model that notes each call in a file, before it scores: the note outlives a kill."""
 
-    def __init__(self, log: Path, top_k: int) -> None:
-        self._log = log
-        self._source = LocalSource(tiny_model(), top_k=top_k, tokens_per_batch=128)
+    vocab_size = VOCAB
 
-    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._source = LocalSource(tiny_model(), tokens_per_batch=128)
+
+    def score(self, token_ids, top_k, candidate_ids=None, *, positions=None) -> list[ScoredRow]:
+        marks = np.isin(np.arange(len(token_ids[0])), positions[0])
         with self._log.open("a") as handle:
-            handle.write(rows[0].checksum + "\n")
-        return self._source.score(rows)
+            handle.write(row_checksum(token_ids[0], marks) + "\n")
+        return self._source.score(token_ids, top_k, candidate_ids, positions=positions)
 
 
 def score_and_log(directory: Path, log: Path, rows: list[dict[str, list[int]]], top_k: int) -> None:
     """What the killed process runs."""
     torch.set_num_threads(1)
-    write_cache(directory, rows, LoggingSource(log, top_k), provenance(top_k), shard_rows=4)
+    write_cache(directory, rows, LoggingSource(log), provenance(top_k), shard_rows=4)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Every file of a folder; side files of reading lie in a folder of their own."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def test_from_model_to_row(tmp_path, rows, capfd):
         tokens += len(places)
         here = log_probs[[t - 1 for t in places]]
         expected = [log_probs[t - 1, row["labels"][t]] for t in places]
-        np.testing.assert_allclose(found["label_log_probs"], expected, atol=1e-5)
+        np.testing.assert_allclose(found["label_log_probs"], expected, rtol=2**-17, atol=1e-5)
         np.testing.assert_allclose(found["entropy"], -(np.exp(here) * here).sum(-1), rtol=2**-10, atol=1e-5)
         rank = np.argsort(-here, axis=-1)
         np.testing.assert_array_equal(found["topk_ids"], rank[:, :4])
@@ -110,6 +112,10 @@ def test_half_precision_is_a_choice(rows, tmp_path):
         expected = source.numbers(read_row(rows[i], i, VOCAB)).topk_log_probs.astype(np.float16)
         np.testing.assert_array_equal(opened.row(i)["topk_log_probs"], expected)
         assert opened.row(i)["topk_log_probs"].dtype == np.float16
+        for name in ("label_log_probs", "tail_log_mass"):
+            np.testing.assert_allclose(
+                opened.row(i)[name], getattr(source.numbers(read_row(rows[i], i, VOCAB)), name), rtol=2**-17
+            )
 
 
 def test_writing_into_a_row_leaves_the_cache_alone(cache):
@@ -236,8 +242,7 @@ def test_pickling_reopens_and_notices_a_new_cache(cache, rows):
     again = pickle.loads(packed)
     np.testing.assert_array_equal(again.row(5)["topk_ids"], opened.row(5)["topk_ids"])
     assert again.locate(checksums(rows)) == opened.locate(checksums(rows))
-    for path in cache.iterdir():
-        path.unlink()
+    shutil.rmtree(cache)
     write_cache(cache, rows[:3], HashSource(3), provenance(3))
     with pytest.raises(CacheMismatchError, match="written again since it was opened"):
         pickle.loads(packed)
@@ -339,3 +344,21 @@ def test_two_scorers_on_one_folder(tmp_path, rows):
 def test_the_core_does_not_import_the_cache():
     code = "import sys, qtarget; print([m for m in ('pyarrow', 'transformers', 'qtarget.scoring') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_source_that_tells_no_entropy_leaves_the_column_out(tmp_path):
+    class Quiet(HashSource):
+        def score(self, *arguments, **named):
+            return [replace(numbers, entropy=None) for numbers in super().score(*arguments, **named)]
+
+    rows = ragged_rows(6)
+    for top_k in (0, 3):
+        write_cache(tmp_path / f"{top_k}", rows, Quiet(top_k), provenance(top_k), shard_rows=4)
+        write_cache(tmp_path / f"told-{top_k}", rows, HashSource(top_k), provenance(top_k), shard_rows=4)
+        quiet, told = (ReferenceCache.open(tmp_path / name) for name in (f"{top_k}", f"told-{top_k}"))
+        for index in range(len(told)):
+            expected = told.row(index)
+            expected.pop("entropy")
+            assert quiet.row(index).keys() == expected.keys()
+            for name, value in quiet.row(index).items():
+                np.testing.assert_array_equal(value, expected[name])

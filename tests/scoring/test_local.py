@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
-from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
-from qtarget.scoring.rows import read_row
+from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows, spend_logits
 from scoring.helpers import VOCAB, ragged_rows, tiny_model
+from scoring.source_suite import SourceSuite
 
 FINGERPRINTS = {"model_id": "tiny", "tokenizer_fingerprint": "t", "chat_template_fingerprint": "c"}
 
@@ -27,8 +27,24 @@ def oracle(model, row, scale=1.0, softcap=None):
     return logits.log_softmax(-1)[[t - 1 for t in places]].numpy(), ids[places].numpy()
 
 
-def read(rows):
-    return [read_row(row, i, VOCAB) for i, row in enumerate(rows)]
+def score(source, rows, top_k=0):
+    """The supervised positions of training rows."""
+    masks = [np.array(row["labels"][1:]) != -100 for row in rows]
+    return source.score(
+        [np.array(row["input_ids"]) for row in rows], top_k, positions=[np.flatnonzero(mask) + 1 for mask in masks]
+    )
+
+
+class TestLocal(SourceSuite):
+    @pytest.fixture(scope="class")
+    def source(self):
+        return LocalSource(tiny_model(), tokens_per_batch=100)
+
+
+class TestLocalRowByRow(SourceSuite):
+    @pytest.fixture(scope="class")
+    def source(self):
+        return LocalSource(tiny_model(), tokens_per_batch=1)
 
 
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"scale": 2.0, "softcap": 3.0}])
@@ -36,11 +52,9 @@ def read(rows):
 def test_numbers_are_those_of_an_unbatched_forward_in_float64(head, tokens_per_batch):
     model, rows = tiny_model(), ragged_rows(24)
     names = {"scale": "logit_scale", "softcap": "logit_softcap"}
-    source = LocalSource(
-        model, top_k=5, tokens_per_batch=tokens_per_batch, **{names[key]: value for key, value in head.items()}
-    )
+    source = LocalSource(model, tokens_per_batch=tokens_per_batch, **{names[key]: value for key, value in head.items()})
     total = 0
-    for row, scored in zip(rows, source.score(read(rows)), strict=True):
+    for row, scored in zip(rows, score(source, rows, 5), strict=True):
         log_probs, labels = oracle(model, row, **head)
         total += len(labels)
         rank = np.argsort(-log_probs, axis=-1)
@@ -57,7 +71,7 @@ def test_numbers_are_those_of_an_unbatched_forward_in_float64(head, tokens_per_b
 
 def test_a_bfloat16_model_is_read_in_float32():
     model, row = tiny_model().to(torch.bfloat16), ragged_rows(1, seed=3)[0]
-    (scored,) = LocalSource(model).score(read([row]))
+    (scored,) = score(LocalSource(model), [row])
     with torch.no_grad():
         hidden = model.model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0].double()
         log_probs = (hidden @ model.lm_head.weight.double().T).log_softmax(-1).numpy()
@@ -67,14 +81,14 @@ def test_a_bfloat16_model_is_read_in_float32():
 
 
 def test_top_k_of_the_whole_vocabulary_leaves_no_tail():
-    (scored,) = LocalSource(tiny_model(), top_k=VOCAB).score(read(ragged_rows(1, seed=3)))
+    (scored,) = score(LocalSource(tiny_model()), ragged_rows(1, seed=3), VOCAB)
     assert (np.exp(scored.tail_log_mass) == 0).all()
     np.testing.assert_allclose(np.exp(scored.topk_log_probs.astype(np.float64)).sum(-1), 1, atol=1e-5)
 
 
 def test_scoring_twice_gives_the_same_bits():
-    rows = read(ragged_rows(16))
-    once, again = (LocalSource(tiny_model(), top_k=3, tokens_per_batch=200).score(rows) for _ in range(2))
+    rows = ragged_rows(16)
+    once, again = (score(LocalSource(tiny_model(), tokens_per_batch=200), rows, 3) for _ in range(2))
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(a.label_log_probs, b.label_log_probs)
         np.testing.assert_array_equal(a.topk_log_probs, b.topk_log_probs)
@@ -103,25 +117,26 @@ def test_every_module_returns_to_its_mode():
 
 
 def test_dropout_is_off_while_scoring_and_the_model_trains_on():
-    rows = read(ragged_rows(4))
+    rows = ragged_rows(4)
     quiet, noisy = tiny_model(attention_dropout=0.5), tiny_model(attention_dropout=0.5).train()
-    for a, b in zip(LocalSource(quiet).score(rows), LocalSource(noisy).score(rows), strict=True):
+    for a, b in zip(score(LocalSource(quiet), rows), score(LocalSource(noisy), rows), strict=True):
         np.testing.assert_array_equal(a.label_log_probs, b.label_log_probs)
     assert noisy.training
     assert noisy.model.layers[0].training
 
 
 def test_progress_counts_supervised_tokens():
-    rows, seen = read(ragged_rows(9)), []
-    LocalSource(tiny_model(), tokens_per_batch=64, on_tokens=seen.append).score(rows)
-    assert sum(seen) == sum(len(row.positions) for row in rows)
+    rows, seen = ragged_rows(9), []
+    score(LocalSource(tiny_model(), tokens_per_batch=64, on_tokens=seen.append), rows)
+    assert sum(seen) == sum(label != -100 for row in rows for label in row["labels"][1:])
     assert len(seen) > 1
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
     model = tiny_model()
     with pytest.raises(HyperparameterError, match="top_k=62; expected 0 to 61"):
-        LocalSource(model, top_k=62)
+        score_rows(model, ragged_rows(3), tmp_path / "wide", top_k=62, progress=False, **FINGERPRINTS)
+    assert not (tmp_path / "wide").exists()
     with pytest.raises(HyperparameterError, match="tokens_per_batch=0"):
         LocalSource(model, tokens_per_batch=0)
     with torch.no_grad():
@@ -136,3 +151,27 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
     headless.lm_head = None
     with pytest.raises(UnsupportedModelError, match="no floating-point output embeddings"):
         LocalSource(headless)
+
+
+@pytest.mark.parametrize("top_k", [0, 3, VOCAB])
+def test_spent_logits_give_the_statistics_of_kept_ones(top_k):
+    """Also where tokens are banned; the oracle is float64 and keeps every intermediate."""
+    logits = 5 * torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[2, 5:50] = -torch.inf
+    labels, columns = torch.tensor([3, 1, 2, 60, 4, 0, 9]), torch.tensor([60, 1, 7])
+    log_probs = logits.double().log_softmax(-1).numpy()
+    with np.errstate(invalid="ignore"):
+        entropy = -np.nan_to_num(np.exp(log_probs) * log_probs).sum(-1)
+    found = {name: value.numpy() for name, value in spend_logits(logits.clone(), labels, top_k, columns).items()}
+    np.testing.assert_allclose(found["label_log_probs"], log_probs[np.arange(7), labels], atol=1e-5)
+    np.testing.assert_allclose(found["entropy"], entropy, atol=1e-5)
+    np.testing.assert_allclose(found["candidate_log_probs"], log_probs[:, columns], atol=1e-5)
+    assert len(found) == (6 if top_k else 3)
+    if top_k:
+        order = np.argsort(-log_probs, axis=-1, kind="stable")
+        rest = np.exp(np.take_along_axis(log_probs, order[:, top_k:], -1)).sum(-1)
+        largest = np.take_along_axis(log_probs, order[:, :top_k], -1)
+        np.testing.assert_allclose(found["topk_log_probs"], largest, atol=1e-5)
+        np.testing.assert_allclose(np.exp(found["tail_log_mass"]), rest, rtol=1e-4, atol=1e-30)
+    banned = spend_logits(logits[2:3].clone(), torch.tensor([7]), 0, None)
+    assert banned["label_log_probs"].item() == -np.inf  # and is refused when it is stored

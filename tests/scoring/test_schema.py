@@ -194,7 +194,7 @@ def test_manifest_survives_writing_and_reading(cache):
     assert (cache / "manifest.json").read_bytes() == before
     keys = list(json.loads(before))
     assert keys == sorted(keys)
-    assert (manifest.temperature, manifest.alignment, manifest.schema_version) == (1.0, "causal", 1)
+    assert (manifest.temperature, manifest.alignment, manifest.schema_version) == (1.0, "causal", 2)
     assert [shard.name for shard in manifest.shards] == [f"shard-0000{i}.parquet" for i in range(3)]
 
 
@@ -209,7 +209,7 @@ def change(**changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(schema_version=2), "schema_version 2, this qtarget reads 1; .* into another folder"),
+        (change(schema_version=3), "schema_version 3, this qtarget reads 1 to 2; .* into another folder"),
         (change(schema_version=None), "schema_version None"),
         (lambda text: text[:40], "broken JSON.*finished shards are kept"),
         (lambda text: "[]", "unusable"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -13,9 +12,10 @@ import typer
 from qtarget.benchmarks.memory import MEMORY, run_memory
 from qtarget.benchmarks.speed import SUITES, SpeedConfig, run_speed
 from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
+from qtarget.cli import bench_scoring
 from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
+from qtarget.cli.outputs import check_writable, saver
 from qtarget.errors import ConfigError
-from qtarget.scoring.files import write_atomic
 
 DEFAULTS = SpeedConfig()
 SWEEP = SweepConfig()
@@ -28,6 +28,9 @@ def listed(values: tuple[int, ...]) -> str:
 
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+app.command("serve")(bench_scoring.serve)
+app.command("cache")(bench_scoring.cache)
+app.command("reading")(bench_scoring.reading)
 
 
 @app.callback()
@@ -171,11 +174,6 @@ def trainer(
     typer.echo(str(output))
 
 
-def saver(output: Path) -> Callable[[Any], None]:
-    """Writes results; called again and again, so that a run that is stopped loses nothing."""
-    return lambda results: write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
-
-
 def numbers_pair(shape: str) -> tuple[int, int]:
     """``49152x576`` -> vocabulary and width."""
     vocab, _, width = shape.strip().partition("x")
@@ -212,18 +210,3 @@ def check_device(device: str) -> None:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible here; run with --device cpu, or on a GPU machine")
-
-
-def check_writable(output: Path) -> None:
-    """Raise before minutes are spent on results that could not be written.
-
-    Raises:
-        ConfigError: the path is a folder, or its folder cannot be made or written to.
-    """
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'speed.json'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error}; choose another path") from error

@@ -83,3 +83,39 @@ def trainer_table(results: dict[str, Any]) -> Table:
         text = f"{ratio['median']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})"
         table.add_row(name, f"{row['median']:.3g}", text, f"{row['peak_mb']:,.0f}" if "peak_mb" in row else "")
     return table
+
+
+def serving_table(results: dict[str, Any]) -> Table:
+    """One line a variant."""
+    config = results["config"]
+    table = Table(
+        title=f"{config['clients']} clients, rows of {config['shortest']} to {config['longest']} tokens",
+        caption=f"median of {config['rounds']} interleaved rounds of {config['requests']} requests; in brackets, lowest..highest",
+        box=box.SIMPLE,
+    )
+    for column in ("server", "requests/s", "p50 ms", "p99 ms", "sorted is faster by"):
+        table.add_column(column, justify="left" if column == "server" else "right", no_wrap=True)
+    for name, row in results["summary"].items():
+        r = row["sorted_is_faster_by"]
+        factor = "" if name == "sorted" else f"{r['median']:.2f} x ({r['low']:.2f}..{r['high']:.2f})"
+        table.add_row(name, f"{row['requests_per_second']:.1f}", f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", factor)
+    return table
+
+
+def cache_table(results: dict[str, Any]) -> Table:
+    """Modes in the order of their size."""
+    config, real, large = results["config"], results["real"], results["large_vocabulary"]["bytes_per_token"]
+    table = Table(
+        title=f"{config['model']}: {real['tokens']:,} tokens, {real['vocab']:,} ids; large V: {config['vocab']:,}",
+        caption="gradient error: |g - g_full| / |g_full| of single tokens, and of sums over 512 tokens",
+        box=box.SIMPLE,
+    )
+    columns = ("cache", "bytes", "at large V", "KL", "distillation", "target_sft")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+    for name, row in real["modes"].items():
+        errors = row.get("gradient_error", {})
+        told = [f"{errors[t]['token']:.1g} / {errors[t]['batch']:.1g}" if t in errors else "-" for t in columns[-2:]]
+        size = f"{large[name]:.1f}" if name in large else "-"
+        table.add_row(name, f"{row['bytes_per_token']:.1f}", size, f"{row['kl']:.2g}" if "kl" in row else "-", *told)
+    return table

@@ -24,6 +24,7 @@ PATH_KEYS = (
     "model_name_or_path",
     "reference_cache",
     "teacher_cache",
+    "teacher",
     "reference_model_name_or_path",
     "teacher_model_name_or_path",
     "chat_template_path",
@@ -194,7 +195,9 @@ def find_path(key: str, value: str, folder: Path) -> str:
     found = next((c.resolve() for c in (folder / relative, relative) if c.exists()), None)
     if found is not None:
         return str(found)
-    if key.endswith("model_name_or_path") and (value.startswith((".", "/", "~")) or value.count("/") > 1):
+    is_model = key == "teacher" or key.endswith("model_name_or_path")
+    is_path = value.startswith((".", "/", "~")) or (value.count("/") > 1 and "://" not in value)
+    if is_model and is_path:
         raise ConfigError(f"{key}: {value} is neither in {folder.resolve()} nor in {Path.cwd()}; check the path")
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from qtarget.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig
+    from qtarget.scoring.engines import EngineChoice
     from qtarget.scoring.schema import Manifest
 
 
@@ -25,6 +26,16 @@ def score(
         Literal["bucket", "spread", "renormalize"],
         typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
     ] = "bucket",
+    sampled: Annotated[
+        int,
+        typer.Option(min=0, help="Draws a token instead of the top k, for linear targets (distillation); 50 is usual."),
+    ] = 0,
+    seed: Annotated[int, typer.Option("--sampling-seed", min=0, help="Of the draws.")] = 0,
+    log_probs_dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
+    ] = "float16",
+    known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
     role: Annotated[
         Literal["reference", "teacher"],
         typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
@@ -32,16 +43,52 @@ def score(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the cache; default: the config's {role}_cache.")
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray", "mosec", "vllm", "sglang"], typer.Option(help="Who runs the model.")
+    ] = "local",
+    url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray_address", "--ray-address", help="Of a running cluster; default: this machine.")
+    ] = None,
+    trust_server: Annotated[
+        bool,
+        typer.Option(
+            "--trust_server",
+            "--trust-server",
+            help="Compare the server's tokenizer alone; the model fits nowhere here.",
+        ),
+    ] = False,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab_size", "--vocab-size", help="Rows of a trusted server's head; default: the model's here."
+        ),
+    ] = None,
+    shard_rows: Annotated[
+        int, typer.Option("--shard_rows", "--shard-rows", min=1, help="Rows a shard: what a kill can cost, at most.")
+    ] = 2000,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
+    from qtarget.scoring.engines import EngineChoice
 
+    chosen = EngineChoice(
+        engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
+    )
     run = load_config(config, context.args)
     directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role)
+    storage: dict[str, Any] = {
+        "sampled": sampled,
+        "seed": seed,
+        "log_probs_dtype": log_probs_dtype,
+        "shard_rows": shard_rows,
+        "known": known,
+    }
+    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, **storage)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
@@ -51,11 +98,18 @@ def run_scoring(
     top_k: int,
     tail_policy: Literal["bucket", "spread", "renormalize"],
     role: Literal["reference", "teacher"] = "reference",
+    engine: EngineChoice | None = None,
+    **storage: Any,
 ) -> Manifest:
     """Score training and validation rows, tokenised exactly as training does.
 
+    Args:
+        storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows`` and ``known`` of
+            ``qtarget.integrations.trl_score.score``.
+
     Raises:
         ConfigError: a teacher is to be scored and the config names none.
+        ScoringServerError: a server fails, or is not what it should be.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +121,9 @@ def run_scoring(
     set_model_arguments(config)
     student = str(config.model.model_name_or_path)
     named = getattr(config.training, f"{role}_model_name_or_path")
-    if named is None and role == "teacher":
+    if engine is not None and engine.trust_server:
+        named = None  # it is loaded nowhere; the rows need only a tokenizer and a model to hold it
+    elif named is None and role == "teacher":
         raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
     name = str(named or student)
     return score_config(
@@ -80,15 +136,17 @@ def run_scoring(
         top_k=top_k,
         tail_policy=tail_policy,
         model_id=name,
+        engine=engine,
+        **storage,
     )
 
 
-def print_scored(manifest: Manifest, directory: Path, seconds: float) -> None:
-    """Size and speed of a finished cache."""
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:
+    """Size of a finished cache, and how long it took."""
+    from qtarget.scoring.files import size_on_disk
+
+    size = size_on_disk(directory)
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
-    typer.echo(
-        f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, top_k {manifest.top_k}, "
-        f"{per_token}, "
-        f"{seconds:.1f} s"
-    )
+    kept = f"{manifest.sampled} draws" if manifest.sampled else f"top_k {manifest.top_k}"
+    took = "" if seconds is None else f", {seconds:.1f} s"
+    typer.echo(f"{directory}: {manifest.rows:,} rows, {manifest.tokens:,} supervised tokens, {kept}, {per_token}{took}")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig
 
 CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
+TEACHER_CACHE = "teacher_cache"
+"""Folder under ``output_dir`` for what a teacher behind a URL said."""
 
 
 def train(
@@ -39,10 +41,13 @@ def run_training(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the output folder holds an earlier run and ``resume`` is not set.
+        ScoringServerError: the teacher is a URL, and its server fails or is not what it should be.
     """
     from qtarget.cli.datasets import load_datasets
 
     checkpoint = starting_point(config)
+    if config.training.teacher_url is not None:
+        score_teacher(config)
     train_rows, validation_rows = load_datasets(config)
     trainer = build_trainer(config, train_rows, validation_rows)
     begin = time.perf_counter()
@@ -65,6 +70,36 @@ def run_training(config: RunConfig) -> dict[str, Any]:
         print_summary(summary, output)
     trainer.end()
     return summary
+
+
+def score_teacher(config: RunConfig) -> None:
+    """Ask a teacher behind a URL once, before training: its numbers go into a cache under ``output_dir``.
+
+    With ``teacher_model_name_or_path`` beside the URL that model is loaded, and the server must give its numbers; without,
+    the server is trusted. An interrupted scoring goes on where it stopped.
+
+    Raises:
+        ScoringServerError: the server fails, or is not what it should be.
+    """
+    import logging
+
+    from qtarget.cli.score import run_scoring
+    from qtarget.scoring.engines import EngineChoice, detect_engine
+
+    training, url = config.training, str(config.training.teacher_url)
+    folder = Path(str(training.output_dir)) / TEACHER_CACHE
+    with training.main_process_first(local=False, desc="scoring the teacher"):
+        if training.process_index == 0 and _needs_teacher(config):
+            engine = EngineChoice(detect_engine(url), url, trust_server=training.teacher_model_name_or_path is None)
+            logging.getLogger(__name__).warning(
+                "teacher: %s is a %s server, asked once for all rows: its numbers go to %s", url, engine.name, folder
+            )
+            run_scoring(config, folder, training.teacher_top_k, "bucket", "teacher", engine)
+    training.teacher_cache = str(folder)
+
+
+def _needs_teacher(config: RunConfig) -> bool:
+    return bool(config.training.build_target().needs.teacher)
 
 
 def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> Any:

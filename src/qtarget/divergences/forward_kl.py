@@ -26,6 +26,7 @@ class ForwardKL(Target):
     paper = "standard"
     has_label_term = False
     has_residual = True
+    linear_in_frozen = True
 
     @property
     def needs(self) -> Needs:

@@ -46,6 +46,7 @@ class TargetStep:
         sequence_ids: which row of the data set each token comes from.
         loss_weights, label_weights: see ``qtarget.linear_target_loss``.
         num_items: supervised tokens of the whole optimizer batch.
+        vocab_rows: leading rows of the head that count, where student and teacher differ in padding; all if absent.
     """
 
     target: Target
@@ -55,6 +56,7 @@ class TargetStep:
     loss_weights: Tensor | None = None
     label_weights: Tensor | None = None
     num_items: Tensor | int | None = None
+    vocab_rows: int | None = None
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> TargetOutput:
         self.move_to(hidden.device)
@@ -65,10 +67,10 @@ class TargetStep:
             )
         loss, report = linear_target_loss(
             hidden[:, :-1],
-            weight,
+            weight[: self.vocab_rows],
             self.labels[:, 1:],
             self.target,
-            bias=bias,
+            bias=None if bias is None else bias[: self.vocab_rows],
             logit_scale=spec.scale,
             logit_softcap=spec.softcap,
             reference=shifted(self.frozen.get("reference")),
@@ -121,8 +123,13 @@ def pop_reference(inputs: dict[str, Any], role: str, tail_policy: TailPolicy) ->
 
 
 @torch.no_grad()
-def live_head(model: PreTrainedModel, spec: HeadSpec, inputs: dict[str, Any]) -> FrozenHead:
+def live_head(
+    model: PreTrainedModel, spec: HeadSpec, inputs: dict[str, Any], vocab_rows: int | None = None
+) -> FrozenHead:
     """Run a frozen model's backbone on the same tokens; its logits are made chunk by chunk in the loss."""
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()
-    return FrozenHead(hidden, head.weight, getattr(head, "bias", None), spec.scale, spec.softcap)
+    bias = getattr(head, "bias", None)
+    return FrozenHead(
+        hidden, head.weight[:vocab_rows], None if bias is None else bias[:vocab_rows], spec.scale, spec.softcap
+    )

@@ -170,8 +170,11 @@ class TargetCollator(DataCollatorForLanguageModeling):
 def cached_columns(
     cache: ReferenceCache, segments: list[tuple[int, int, int, int]], labels: Tensor, role: str, with_topk: bool
 ) -> dict[str, Tensor]:
-    """Spread the cached numbers of each data row over its supervised tokens."""
-    out: dict[str, Tensor] = {}
+    """Spread the cached numbers of each data row over its supervised tokens.
+
+    Rows of draws differ in width: unused slots hold the id -1.
+    """
+    found: dict[str, list[tuple[int, Tensor, Any]]] = {}
     for b, start, length, index in segments:
         places = (labels[b, start : start + length] != -100).nonzero()[:, 0]
         places = places[places > 0] + start  # the first token of a row is predicted by nothing
@@ -185,9 +188,20 @@ def cached_columns(
                     f"{role} cache row {index} holds {len(values)} tokens, the batch has {len(places)} supervised ones there; "
                     "score again with this configuration (`qtarget score CONFIG.yaml`)"
                 )
-            key = f"{role}_{name}"
-            if key not in out:
-                dtype = torch.long if name == "topk_ids" else torch.float32
-                out[key] = torch.zeros(*labels.shape, *values.shape[1:], dtype=dtype)
-            out[key][b, places] = torch.as_tensor(values).to(out[key].dtype)
+            found.setdefault(name, []).append((b, places, values))
+    return {f"{role}_{name}": spread_rows(name, parts, labels.shape) for name, parts in found.items()}
+
+
+def spread_rows(name: str, parts: list[tuple[int, Tensor, Any]], shape: Sequence[int]) -> Tensor:
+    """One tensor ``[batch, time]`` or ``[batch, time, slots]`` of batch rows, places and values."""
+    dtype = torch.long if name == "topk_ids" else torch.float32
+    slots = max((values.shape[1] for _, _, values in parts if values.ndim == 2), default=None)
+    if slots is None:
+        out = torch.zeros(*shape, dtype=dtype)
+        for b, places, values in parts:
+            out[b, places] = torch.as_tensor(values).to(dtype)
+        return out
+    out = torch.full((*shape, slots), -1 if name == "topk_ids" else -torch.inf, dtype=dtype)
+    for b, places, values in parts:
+        out[b, places, : values.shape[1]] = torch.as_tensor(values).to(dtype)
     return out

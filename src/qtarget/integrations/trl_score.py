@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError
+from qtarget.integrations.teacher import compare_tokenizers
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
+from qtarget.scoring.distributed import load_model
+from qtarget.scoring.engines import EngineChoice, connect
 from qtarget.scoring.local import score_rows
+from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
 from qtarget.types import TailPolicy
 
 
-def score(
-    model: Any,
-    args: QTargetConfig,
-    train_dataset: Any,
-    eval_dataset: Any = None,
-    processing_class: Any = None,
-    *,
-    directory: str | Path,
-    top_k: int = 0,
-    tail_policy: TailPolicy = "bucket",
-    log_probs_dtype: str = "float32",
-    model_id: str | None = None,
-    progress: bool = True,
-) -> Manifest:
-    """Write a reference cache for the training (and evaluation) rows.
+@dataclass(frozen=True)
+class TrainingRows:
+    """What training will see.
 
-    Args:
-        model: the frozen model: a name, path or model.
-        args: the training configuration; its data settings decide the tokens.
-        top_k: how many log-probs a token to keep; 0 keeps the label's alone, which weights need; anchors and teachers
-            need a distribution.
-        tail_policy: see ``qtarget.Reference``.
-        log_probs_dtype: of the stored top-k log-probs; ``float16`` takes two thirds of the space.
+    Attributes:
+        trainer: holds the model and what its head needs.
+        rows: ``input_ids`` and ``labels`` each, of the training data and then the evaluation data.
+        tokenizer_fingerprint, chat_template_fingerprint: of what made them.
+    """
 
-    Returns:
-        The manifest of the finished cache.
+    trainer: QTargetTrainer
+    rows: list[dict[str, Any]]
+    tokenizer_fingerprint: str
+    chat_template_fingerprint: str
+
+
+def training_rows(
+    model: Any, args: QTargetConfig, train_dataset: Any, eval_dataset: Any = None, processing_class: Any = None
+) -> TrainingRows:
+    """Tokenise, mask and truncate as training does, and stop before the first step.
 
     Raises:
         ConfigError: packing that cuts rows apart, or a model split by DeepSpeed ZeRO-3.
@@ -60,19 +60,88 @@ def score(
         *(evals.values() if isinstance(evals, dict) else [evals] if evals is not None else []),
     ]
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for part in sets for row in part]
-    base = trainer._base_model()
     tokenizer = trainer.processing_class
+    return TrainingRows(
+        trainer,
+        rows,
+        fingerprint_tokenizer(tokenizer),
+        fingerprint_chat_template(trainer.chat_template or tokenizer),
+    )
+
+
+def score(
+    model: Any,
+    args: QTargetConfig,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    *,
+    directory: str | Path,
+    top_k: int = 0,
+    tail_policy: TailPolicy = "bucket",
+    log_probs_dtype: str = "float16",
+    sampled: int = 0,
+    seed: int = 0,
+    known: str | Path | None = None,
+    model_id: str | None = None,
+    progress: bool = True,
+    engine: EngineChoice | None = None,
+    shard_rows: int = 2000,
+) -> Manifest:
+    """Write a reference cache for the training (and evaluation) rows.
+
+    Args:
+        model: the frozen model: a name, path or model.
+        args: the training configuration; its data settings decide the tokens.
+        top_k: how many log-probs a token to keep; 0 keeps the label's alone, which weights need; anchors and teachers
+            need a distribution.
+        tail_policy: see ``qtarget.Reference``.
+        log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
+        sampled, seed: draws a token instead of the top k, and where they start.
+        known: a finished cache; rows that it holds are left out.
+        model_id: what the manifest calls the model; default: its name or path.
+        engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
+        shard_rows: rows a shard, and the most work a kill can lose.
+
+    Returns:
+        The manifest of the finished cache.
+
+    Raises:
+        ConfigError: packing that cuts rows apart, or Ray with a model instead of its name.
+        CacheMismatchError: the model named has another tokenizer than ``processing_class``.
+        ScoringServerError: a server fails, or is not what it should be.
+    """
+    job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
+    base, tokenizer = job.trainer._base_model(), job.trainer.processing_class
+    name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
+    if processing_class is not None and name:
+        compare_tokenizers(tokenizer, name, trust_remote_code=args.trust_remote_code)
+    options: Any = args.model_init_kwargs or {}
+    load = partial(load_model, name, **{**options, "dtype": base.dtype})
+    model_id = model_id or name or type(base).__name__
     return score_rows(
         base,
-        rows,
+        job.rows,
         directory,
-        model_id=model_id or str(getattr(base.config, "_name_or_path", "") or type(base).__name__),
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        chat_template_fingerprint=fingerprint_chat_template(trainer.chat_template or tokenizer),
+        model_id=model_id,
+        tokenizer_fingerprint=job.tokenizer_fingerprint,
+        chat_template_fingerprint=job.chat_template_fingerprint,
         top_k=top_k,
         tail_policy=tail_policy,
         log_probs_dtype=log_probs_dtype,
-        logit_scale=trainer.head_spec.scale,
-        logit_softcap=trainer.head_spec.softcap,
+        sampled=sampled,
+        seed=seed,
+        known=() if known is None else ReferenceCache.open(known).checksums(),
+        logit_scale=job.trainer.head_spec.scale,
+        logit_softcap=job.trainer.head_spec.softcap,
         progress=progress,
+        shard_rows=shard_rows,
+        connect=partial(
+            connect,
+            engine or EngineChoice(),
+            base,
+            model_id=model_id,
+            tokenizer=tokenizer,
+            load=load if isinstance(model, str) else None,
+        ),
     )

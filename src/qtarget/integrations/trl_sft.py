@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,17 +12,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
-from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.api import label_weights
 from qtarget.data.audit import audit_rows
-from qtarget.errors import CacheMismatchError, ConfigError, DataError, MissingStatisticError, NonFiniteLossError
+from qtarget.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
 from qtarget.integrations.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.progress import TokenSums
 from qtarget.integrations.samples import RowSamples, describe_rows
 from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference, shifted
+from qtarget.integrations.teacher import head_rows, open_caches, truncate_reference, vocab_with_teacher
+from qtarget.integrations.trl_config import QTargetConfig
 from qtarget.integrations.trl_data import (
     TOKEN_COLUMNS,
     TargetCollator,
@@ -35,57 +34,15 @@ from qtarget.integrations.trl_data import (
 )
 from qtarget.loss.chunked import frozen_label_statistics
 from qtarget.registry import get_target
-from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.shapes import Tensor
-from qtarget.types import FrozenHead, Reference, Target, missing_message
+from qtarget.types import FrozenHead, Reference
 from qtarget.zero3 import is_split, whole_shape
 
 logger = logging.get_logger(__name__)
 
 COMPLETE_MARK = "qtarget_complete"
 """Written last into a checkpoint folder: without it the checkpoint was cut off while being saved."""
-
-
-@dataclass
-class QTargetConfig(SFTConfig):
-    """TRL's ``SFTConfig`` plus the choice of target.
-
-    Args:
-        target: name (``qtarget targets`` lists them), ``weight+base``, or ``package.module:Class``.
-        target_kwargs: its hyper-parameters.
-        reference_cache: folder written by ``qtarget score`` with the frozen base.
-        teacher_cache: folder written by ``qtarget score`` with the teacher.
-        reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
-            cache was made with, when it is not the model that is trained.
-        teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache``, who made the cache.
-        heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
-    """
-
-    target: str = field(default="sft", metadata={"help": "What distribution each token is pulled towards."})
-    target_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Hyper-parameters of the target, as a mapping or a JSON string."}
-    )
-    reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
-    teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
-    reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
-    heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.target_kwargs, str):
-            self.target_kwargs = json.loads(self.target_kwargs)
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise ConfigError(
-                "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
-            )
-        if self.heatmap_rows < 0:
-            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
-
-    def build_target(self) -> Target:
-        """The target that ``target`` and ``target_kwargs`` name."""
-        return get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]
 
 
 class QTargetTrainer(SFTTrainer):
@@ -132,7 +89,7 @@ class QTargetTrainer(SFTTrainer):
                 "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
             )
         self.target = args.build_target()
-        self.caches = _open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
+        self.caches = open_caches(args, self.target, {"reference": reference_model, "teacher": teacher_model})
         self.audits: dict[str, list[str]] = {}
         self.data_descriptions: dict[str, dict[str, Any]] = {}
         super().__init__(
@@ -156,6 +113,11 @@ class QTargetTrainer(SFTTrainer):
         add_target_head(base, self.head_spec)
         self._check_caches(base)
         self.frozen_models = self._load_frozen({"reference": reference_model, "teacher": teacher_model})
+        self.vocab_rows = None
+        if "teacher" in self.caches or "teacher" in self.frozen_models:
+            live = self.frozen_models.get("teacher")
+            rows = head_rows(live[0]) if live else self.caches["teacher"].manifest.vocab_size
+            self.vocab_rows = vocab_with_teacher(args, head_rows(base), rows, self.processing_class)
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._samples = RowSamples(args.heatmap_rows)
         self._records = LiveRecords(self._samples, self.data_descriptions, self.callback_handler.callbacks)
@@ -184,7 +146,8 @@ class QTargetTrainer(SFTTrainer):
         unnamed = [role for role in self.caches if getattr(self.args, f"{role}_model_name_or_path") is None]
         ours = fingerprint_model(base) if unnamed else None
         for role, cache in self.caches.items():
-            cache.require(vocab_size=whole_shape(head.weight)[0])
+            if role == "reference":
+                cache.require(vocab_size=whole_shape(head.weight)[0])
             named = getattr(self.args, f"{role}_model_name_or_path")
             if named is not None and cache.manifest.model_id != named:
                 raise CacheMismatchError(
@@ -327,10 +290,12 @@ class QTargetTrainer(SFTTrainer):
         frozen: dict[str, Reference | FrozenHead | None] = {}
         for role, cache in self.caches.items():
             frozen[role] = pop_reference(inputs, role, cache.manifest.tail_policy)
+            if role == "teacher" and self.vocab_rows:
+                frozen[role] = truncate_reference(frozen[role], self.vocab_rows)  # pyright: ignore[reportArgumentType]
         extra = {name: inputs.pop(name, None) for name in ("labels", "row_ids", "loss_weights", "label_weights")}
         for role, (model, spec) in self.frozen_models.items():
             with self.accelerator.autocast():
-                frozen[role] = live_head(model, spec, inputs)
+                frozen[role] = live_head(model, spec, inputs, self.vocab_rows)
         if extra["loss_weights"] is not None and not self.target.has_label_term:
             raise ConfigError(
                 f"the data has loss weights, but target {self.target.name!r} has no label term to weight; drop the weights"
@@ -343,6 +308,7 @@ class QTargetTrainer(SFTTrainer):
             loss_weights=extra["loss_weights"],
             label_weights=extra["label_weights"],
             num_items=num_items,
+            vocab_rows=self.vocab_rows,
         )
         return step, inputs
 
@@ -411,29 +377,6 @@ def changed(args: Any, **values: Any) -> Any:
     for name, value in values.items():
         setattr(changed, name, value)
     return changed
-
-
-def _open_caches(
-    args: QTargetConfig, target: Target, models: dict[str, PreTrainedModel | None]
-) -> dict[str, ReferenceCache]:
-    """Open the caches that the target needs, and refuse at once when a need has no source."""
-    caches: dict[str, ReferenceCache] = {}
-    for role in ROLES:
-        fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
-        if not fields:
-            continue
-        if path is not None:
-            caches[role] = ReferenceCache.open(path)
-            if "log_probs" in fields or ("distribution" in fields and not caches[role].has_topk):
-                field_name = "log_probs" if "log_probs" in fields else "distribution"
-                raise MissingStatisticError(missing_message(target.name, role, field_name))
-        elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
-            raise MissingStatisticError(
-                f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
-                f"`qtarget score CONFIG.yaml --role {role}` once, "
-                f"or set {role}_model_name_or_path to run one live"
-            )
-    return caches
 
 
 def _gather_ragged(accelerator: Any, values: Tensor) -> Tensor:

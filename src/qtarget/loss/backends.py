@@ -14,7 +14,7 @@ from qtarget.loss.chunked import Plan, whole_vocabulary
 from qtarget.loss.head import Head, Precision
 from qtarget.loss.result import LossRequest
 from qtarget.shapes import Tensor
-from qtarget.statistics import check_frozen
+from qtarget.statistics import check_frozen, check_sampled
 from qtarget.types import FrozenHead, Reference, Target
 
 Backend = Literal["auto", "chunked", "triton", "dense"]
@@ -138,6 +138,8 @@ def explain(
     head.check(hidden.shape[-1])
     check_frozen(reference, target.needs.reference, target.name, "reference")
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
+    check_sampled(target, reference, "reference")
+    check_sampled(target, teacher, "teacher")
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
     request = LossRequest(target, no_labels, reference, teacher)
     name, reasons = choose(backend, hidden, request, sharded)

@@ -17,7 +17,7 @@ from qtarget.loss.vocabulary import vocabulary_of
 from qtarget.outcomes import check_outcomes
 from qtarget.reductions import Reduction, denominator
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen, token_statistics
+from qtarget.statistics import check_frozen, check_sampled, token_statistics
 from qtarget.types import FrozenHead, Reference, Target, TokenView, project
 
 
@@ -55,6 +55,8 @@ def build_request(
         raise ShapeError(f"labels are {labels.dtype}; expected token ids, torch.long")
     check_frozen(reference, target.needs.reference, target.name, "reference")
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
+    check_sampled(target, reference, "reference")
+    check_sampled(target, teacher, "teacher")
     flat_labels = labels.reshape(-1)
     kept = (flat_labels != ignore_index).nonzero()[:, 0]
     trained = flat_labels[kept]

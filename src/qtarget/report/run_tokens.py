@@ -93,8 +93,9 @@ def scored_rows(
     """
     source = LocalSource(model, logit_scale=logit_scale, logit_softcap=logit_softcap)
     read = [read_row(row, i, source.vocab_size) for i, row in enumerate(rows)]
+    found = source.score([row.input_ids for row in read], 0, positions=[row.positions for row in read])
     out = []
-    for i, (row, scored) in enumerate(zip(read, source.score(read), strict=True)):
+    for i, (row, scored) in enumerate(zip(read, found, strict=True)):
         log_probs: list[float | None] = [None] * len(row.input_ids)
         for place, value in zip(row.positions.tolist(), scored.label_log_probs.tolist(), strict=True):
             log_probs[place] = value

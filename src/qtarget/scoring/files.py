@@ -8,23 +8,46 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qtarget.errors import StorageError
+
 TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""
 
 
+DECODED = ".decoded"
+"""Folder of side files inside a cache: no part of it, made again when needed."""
+
+
+def size_on_disk(directory: Path) -> int:
+    """Bytes of all files of a cache, but for its side files."""
+    files = (path for path in directory.rglob("*") if path.is_file() and DECODED not in path.parts)
+    return sum(path.stat().st_size for path in files)
+
+
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content`` so that a kill at any moment leaves the old file or the new one, never a part."""
+    """Write ``content`` so that a kill at any moment leaves the old file or the new one, never a part.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written to.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself is lost in a power cut otherwise
-    finally:
-        os.close(folder)
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself is lost in a power cut otherwise
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # a full disk gets its space back
+        raise StorageError(
+            f"cannot write {path} ({len(content):,} bytes): {error}; free space or fix the folder, then run the same "
+            "command again: what is finished is kept"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

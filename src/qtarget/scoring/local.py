@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,17 +14,23 @@ import torch
 from torch import nn
 
 from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
+from qtarget.scoring.columns import compact
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import Row, ScoredRow
+from qtarget.scoring.rows import IntArray, ScoredRow, Source, check_request, empty_row
 from qtarget.scoring.schema import Manifest, Provenance, fingerprint_model
 from qtarget.scoring.writer import write_cache
 from qtarget.shapes import Tensor
-from qtarget.statistics import token_statistics
-from qtarget.types import Reference, TailPolicy
+from qtarget.statistics import statistics_of
+from qtarget.types import TailPolicy, project
 
 LOGITS_AT_ONCE = 2**25
 """Logits that exist at once, 128 MiB in float32; softmax and top-k need a few times that."""
+
+CACHED_LOGITS = 2**21
+"""Logits of which a processor's cache holds a good part: passes over them run from there."""
+LOWEST_LOGIT = -1e30
+"""Stands for minus infinity where it is multiplied."""
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -69,33 +77,28 @@ class LocalSource:
 
     Args:
         model: with ``base_model(...).last_hidden_state`` and output embeddings; on its device, in its dtype.
-        top_k: log-probs a token to keep; 0 for none.
         logit_scale, logit_softcap: ``logits = softcap(scale (h W^T + b))``.
         tokens_per_batch: padded tokens a forward pass.
         on_tokens: called with the number of supervised tokens after each batch.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, or a head that is missing, quantised or wrapped by an adapter.
-        HyperparameterError: ``top_k`` or ``tokens_per_batch`` is out of range.
+        HyperparameterError: ``tokens_per_batch`` is not positive.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        top_k: int = 0,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         tokens_per_batch: int = 8192,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         self._weight, self._bias = head_of(model)
-        if not 0 <= top_k <= self.vocab_size:
-            raise HyperparameterError(f"top_k={top_k}; expected 0 to {self.vocab_size}, the model's vocabulary")
         if tokens_per_batch < 1:
             raise HyperparameterError(f"tokens_per_batch={tokens_per_batch}; expected at least 1")
         self._model = model
-        self._top_k = top_k
         self._scale, self._softcap = logit_scale, logit_softcap
         self._tokens_per_batch = tokens_per_batch
         self._on_tokens = on_tokens
@@ -106,45 +109,94 @@ class LocalSource:
         return self._weight.shape[0]
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[ScoredRow]:
-        """The model's numbers at the supervised tokens of each row, in the order given.
+    def score(
+        self,
+        token_ids: Sequence[IntArray],
+        top_k: int,
+        candidate_ids: Sequence[int] | None = None,
+        *,
+        positions: Sequence[IntArray] | None = None,
+    ) -> list[ScoredRow]:
+        """See ``qtarget.scoring.Source``.
 
         Raises:
             UnsupportedModelError: the backbone returns no ``last_hidden_state``.
+            DataError, HyperparameterError: see ``check_request``.
         """
-        supervised = [i for i, row in enumerate(rows) if len(row.positions)]
-        out = [self._empty() for _ in rows]
-        with evaluating(self._model):
-            for batch in plan_batches([len(rows[i].input_ids) for i in supervised], self._tokens_per_batch):
-                members = [supervised[i] for i in batch]
-                numbers = self._score_batch([rows[i] for i in members])
-                for i, scored in zip(members, numbers, strict=True):
-                    out[i] = scored
-                if self._on_tokens:
-                    self._on_tokens(sum(len(rows[i].positions) for i in members))
+        rows, places = check_request(token_ids, top_k, candidate_ids, positions, self.vocab_size)
+        wanted = [i for i, at in enumerate(places) if len(at)]
+        out = [empty_row(top_k, candidate_ids, entropy=True) for _ in rows]
+        for members, hidden, labels in self._batches(rows, places, wanted):
+            numbers = self._statistics(hidden, labels, top_k, candidate_ids)
+            for i, scored in zip(members, split_rows(numbers, [len(places[i]) for i in members]), strict=True):
+                out[i] = scored
         return out
 
-    def _score_batch(self, rows: Sequence[Row]) -> list[ScoredRow]:
-        hidden, labels = self._hidden(rows)
-        statistics = token_statistics(
-            hidden=hidden,
-            labels=labels,
-            lm_head_weight=self._weight,
-            bias=self._bias,
-            logit_scale=self._scale,
-            logit_softcap=self._softcap,
-            top_k=self._top_k,
-            chunk_size=max(1, LOGITS_AT_ONCE // self.vocab_size),
-        )
-        return split_rows(statistics, [len(row.positions) for row in rows])
+    @torch.no_grad()
+    def sample(
+        self, token_ids: Sequence[IntArray], uniforms: Sequence[np.ndarray], *, positions: Sequence[IntArray]
+    ) -> list[ScoredRow]:
+        """See ``qtarget.scoring.rows.SamplingSource``; probabilities are summed in float64.
 
-    def _hidden(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[tokens, width]`` that predict the supervised tokens, and those tokens ``[tokens]``."""
-        ids = torch.zeros(len(rows), max(len(row.input_ids) for row in rows), dtype=torch.long)
+        Raises:
+            DataError, UnsupportedModelError: as ``score``.
+        """
+        rows, places = check_request(token_ids, 0, None, positions, self.vocab_size)
+        none = np.zeros(0, np.float32)
+        out = [ScoredRow(none, none, samples=compact(np.zeros(at.shape, np.int32))) for at in uniforms]
+        for members, hidden, labels in self._batches(rows, places, [i for i, at in enumerate(places) if len(at)]):
+            at = torch.from_numpy(np.concatenate([uniforms[i] for i in members])).to(labels.device)
+            numbers, drawn = [], []
+            chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+            for states, ids, u in zip(*(value.split(chunk_size) for value in (hidden, labels, at)), strict=True):
+                logits = self._logits(states)
+                numbers.append(statistics_of(logits, ids, 0))
+                drawn.append(inverse_cumulative(logits, u))
+            joined = {name: torch.cat([n[name] for n in numbers]) for name in numbers[0]}
+            counts = [len(places[i]) for i in members]
+            draws = np.split(torch.cat(drawn).cpu().numpy(), np.cumsum(counts)[:-1])
+            for i, scored, part in zip(members, split_rows(joined, counts), draws, strict=True):
+                out[i] = replace(scored, samples=compact(part))
+        return out
+
+    def _batches(
+        self, rows: Sequence[np.ndarray], places: Sequence[np.ndarray], wanted: Sequence[int]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Rows of a batch, hidden states that predict their wanted tokens, and those tokens."""
+        with evaluating(self._model):
+            for batch in plan_batches([len(rows[i]) for i in wanted], self._tokens_per_batch):
+                members = [wanted[i] for i in batch]
+                hidden, labels = self._hidden([rows[i] for i in members], [places[i] for i in members])
+                yield members, hidden, labels
+                if self._on_tokens:
+                    self._on_tokens(len(labels))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return project(hidden, self._weight, self._bias, self._scale, self._softcap, exact=True)
+
+    def _statistics(
+        self, hidden: Tensor, labels: Tensor, top_k: int, candidate_ids: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """Fields of a ``ScoredRow`` for all tokens of a batch; logits exist for some of them at a time."""
+        columns = None
+        if candidate_ids is not None:
+            columns = torch.tensor(list(candidate_ids), dtype=torch.long, device=labels.device)
+        pieces: list[dict[str, Tensor]] = []
+        chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        at_once = max(1, CACHED_LOGITS // self.vocab_size) if labels.device.type == "cpu" else chunk_size
+        for states, at in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            logits = self._logits(states).split(at_once)
+            for piece, ids in zip(logits, at.split(at_once), strict=True):
+                pieces.append(spend_logits(piece, ids, top_k, columns))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _hidden(self, rows: Sequence[np.ndarray], places: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[tokens, width]`` that predict the wanted tokens, and those tokens ``[tokens]``."""
+        ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for b, row in enumerate(rows):
-            ids[b, : len(row.input_ids)] = torch.from_numpy(row.input_ids)
-            mask[b, : len(row.input_ids)] = 1
+            ids[b, : len(row)] = torch.from_numpy(row)
+            mask[b, : len(row)] = 1
         device = self._model.device
         output = self._model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         states = getattr(output, "last_hidden_state", None)
@@ -153,18 +205,41 @@ class LocalSource:
                 f"{type(self._model).__name__}.base_model returns no last_hidden_state; expected a plain causal "
                 "language model; of a PEFT model merge the adapter first, or score its base model"
             )
-        batch = np.concatenate([np.full(len(row.positions), b) for b, row in enumerate(rows)])
-        place = np.concatenate([row.positions for row in rows])
-        at = torch.from_numpy(batch), torch.from_numpy(place)
-        hidden = states[at[0].to(states.device), at[1].to(states.device) - 1]
-        return hidden.to(self._weight.device), ids[at].to(self._weight.device)
+        batch = torch.from_numpy(np.concatenate([np.full(len(at), b) for b, at in enumerate(places)]))
+        place = torch.from_numpy(np.concatenate(places))
+        hidden = states[batch.to(states.device), place.to(states.device) - 1]
+        return hidden.to(self._weight.device), ids[batch, place].to(self._weight.device)
 
-    def _empty(self) -> ScoredRow:
-        none = np.zeros(0, np.float32)
-        if not self._top_k:
-            return ScoredRow(none, none)
-        wide = np.zeros((0, self._top_k), np.float32)
-        return ScoredRow(none, none, wide.astype(np.int32), wide, none)
+
+def inverse_cumulative(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws ``[tokens, n]``: the first id at which the cumulative probability exceeds each number ``[tokens, n]``."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return ids.clamp(max=logits.shape[-1] - 1)
+
+
+def spend_logits(logits: Tensor, labels: Tensor, top_k: int, columns: Tensor | None) -> dict[str, Tensor]:
+    """Fields of a ``ScoredRow`` for ``[tokens, vocab]`` logits, which are overwritten: four passes and one copy.
+
+    The same numbers as ``qtarget.statistics.statistics_of`` at a third of its time. The tail is a sum over what is not
+    listed, never one minus what is: nothing cancels.
+    """
+    logits.sub_(logits.amax(-1, keepdim=True))
+    at_label = logits.gather(-1, labels[:, None])[:, 0]
+    at_columns = None if columns is None else logits[:, columns]
+    largest, ids = logits.topk(top_k, dim=-1) if top_k else (None, None)
+    odds = logits.exp()
+    total = odds.sum(-1)
+    log_total = total.log()
+    # a banned token has odds of zero, and zero times minus infinity is no number
+    mean = torch.einsum("tv,tv->t", odds, logits.clamp_(min=LOWEST_LOGIT)) / total
+    out = {"label_log_probs": at_label - log_total, "entropy": log_total - mean}
+    if largest is not None and ids is not None:
+        out |= {"topk_ids": ids, "topk_log_probs": largest - log_total[:, None]}
+        out["tail_log_mass"] = odds.scatter_(-1, ids, 0.0).sum(-1).log() - log_total
+    if at_columns is not None:
+        out["candidate_log_probs"] = at_columns - log_total[:, None]
+    return out
 
 
 def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -190,16 +265,47 @@ def head_of(model: Any) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(head, "bias", None)
 
 
-def split_rows(statistics: Reference, counts: Sequence[int]) -> list[ScoredRow]:
-    """Cut flat statistics into rows of so many tokens."""
+def split_rows(numbers: Mapping[str, Tensor], counts: Sequence[int]) -> list[ScoredRow]:
+    """Cut the fields of a ``ScoredRow``, given for all tokens of a batch, into rows of so many tokens."""
     ends = np.cumsum(counts)[:-1]
     types = {"topk_ids": np.int32}
-    parts: dict[str, list[np.ndarray]] = {}
-    for name in ScoredRow.__dataclass_fields__:
-        value = getattr(statistics, name)
-        if value is not None:
-            parts[name] = np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends)
+    parts: dict[str, list[Any]] = {
+        name: np.split(value.cpu().numpy().astype(types.get(name, np.float32)), ends) for name, value in numbers.items()
+    }
     return [ScoredRow(**{name: values[i] for name, values in parts.items()}) for i in range(len(counts))]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A source that is ready, and what the manifest says of it.
+
+    Attributes:
+        source: the engine.
+        model_id, model_fingerprint, dtype, engine, engine_version: see ``Provenance``.
+    """
+
+    source: Source
+    model_id: str
+    model_fingerprint: str
+    dtype: str
+    engine: str
+    engine_version: str
+
+
+def local_connection(model: Any, *, model_id: str, model_fingerprint: str | None = None, **options: Any) -> Connection:
+    """A model of this process; ``options`` are those of ``LocalSource``.
+
+    Raises:
+        UnsupportedModelError, HyperparameterError: see ``LocalSource``.
+    """
+    return Connection(
+        LocalSource(model, **options),
+        model_id,
+        model_fingerprint or fingerprint_model(model),
+        str(model.dtype).removeprefix("torch."),
+        "transformers",
+        tool_versions()["transformers"],
+    )
 
 
 def score_rows(
@@ -213,12 +319,16 @@ def score_rows(
     model_fingerprint: str | None = None,
     top_k: int = 0,
     tail_policy: TailPolicy = "bucket",
-    log_probs_dtype: str = "float32",
+    log_probs_dtype: str = "float16",
+    sampled: int = 0,
+    seed: int = 0,
+    known: Container[str] = (),
     shard_rows: int = 2000,
     tokens_per_batch: int = 8192,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     progress: bool = True,
+    connect: Callable[..., Connection] | None = None,
 ) -> Manifest:
     """Write the reference cache of a model over some rows, or go on with one that was interrupted.
 
@@ -231,11 +341,15 @@ def score_rows(
         model_fingerprint: computed if absent.
         top_k: log-probs a token to keep; 0 keeps the label's and the entropy alone.
         tail_policy: what training lets stand for the unlisted tokens.
-        log_probs_dtype: of the stored top-k log-probs, ``float32`` or ``float16``.
+        log_probs_dtype: of the stored top-k log-probs: ``float16``, off by at most 2**-11 of their value, or ``float32``.
+        sampled: draws a token instead of the top k (random-sampling distillation, arXiv 2503.16870; 50 there).
+        seed: of the draws.
+        known: checksums of rows that another cache holds already.
         shard_rows: rows a shard.
         tokens_per_batch: padded tokens a forward pass; may change between a kill and going on.
         logit_scale, logit_softcap: of the model's head, ``logits = softcap(scale (h W^T + b))``.
         progress: show a bar on a terminal.
+        connect: makes another engine's source from the options of ``LocalSource``; default: the model itself.
 
     Returns:
         The manifest of the finished cache.
@@ -252,33 +366,39 @@ def score_rows(
     if log_probs_dtype not in ("float32", "float16"):
         raise IncompatibleError(f"log_probs_dtype {log_probs_dtype!r} is unknown; expected float32 or float16")
     with TokenMeter(enabled=progress) as meter:
-        source = LocalSource(
-            model,
-            top_k=top_k,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            tokens_per_batch=tokens_per_batch,
-            on_tokens=meter.advance,
-        )
+        options: dict[str, Any] = {
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "tokens_per_batch": tokens_per_batch,
+            "on_tokens": meter.advance,
+        }
+        connection = (
+            connect or partial(local_connection, model, model_id=model_id, model_fingerprint=model_fingerprint)
+        )(**options)
         provenance = Provenance(
-            model_id=model_id,
-            model_fingerprint=model_fingerprint or fingerprint_model(model),
+            model_id=connection.model_id,
+            model_fingerprint=connection.model_fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint,
             chat_template_fingerprint=chat_template_fingerprint,
-            vocab_size=source.vocab_size,
-            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=connection.source.vocab_size,
+            dtype=connection.dtype,
             top_k=top_k,
-            tail_policy=tail_policy,
+            tail_policy="sampled" if sampled else tail_policy,
             log_probs_dtype=log_probs_dtype,
+            sampled=sampled,
+            seed=seed,
             versions=tool_versions(),
+            engine=connection.engine,
+            engine_version=connection.engine_version,
         )
         return write_cache(
             directory,
             rows,
-            source,
+            connection.source,
             provenance,
             shard_rows=shard_rows,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             meter=meter,
+            known=known,
         )

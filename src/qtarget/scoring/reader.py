@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qtarget.errors import CacheMismatchError
+from qtarget.scoring.columns import expand
+from qtarget.scoring.decoded import LoadedShard, drop_damaged, load_shard
 from qtarget.scoring.files import digest_file
 from qtarget.scoring.schema import Manifest, ShardRecord
 
@@ -21,19 +21,12 @@ NAMED = 5
 """How many missing rows a message names."""
 
 
-@dataclass(frozen=True)
-class LoadedShard:
-    """The columns of a shard as flat arrays; tokens of row i are ``offsets[i] : offsets[i + 1]``."""
-
-    offsets: list[int]
-    columns: dict[str, np.ndarray]
-
-
 class ReferenceCache:
     """A finished reference cache, opened with ``ReferenceCache.open``.
 
-    Shards are read when a row of theirs is first asked for, and kept in memory, uncompressed: 6 bytes a supervised
-    token, and 4 + 6k more with top-k. Pickling sends path and manifest; a data loader's worker opens the folder again.
+    A shard is decoded into a side file when a row of its is first asked for, and mapped from there ever after (see
+    ``qtarget.scoring.decoded``): rows may be asked for in any order, and memory does not grow with the cache. Pickling
+    sends path and manifest; a data loader's worker opens the folder again and maps the same files.
 
     Attributes:
         path: the folder.
@@ -62,12 +55,14 @@ class ReferenceCache:
         manifest = Manifest.read(path)
         for shard in manifest.shards:
             check_shard(path, shard, verify)
+            if verify:
+                drop_damaged(path, shard)
         return cls(path, manifest)
 
     @property
     def has_topk(self) -> bool:
-        """Whether top-k ids, log-probs and tail mass are stored."""
-        return self.manifest.top_k > 0
+        """Whether a distribution is stored: top-k log-probs, or draws."""
+        return self.manifest.top_k > 0 or self.manifest.sampled > 0
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -117,8 +112,8 @@ class ReferenceCache:
             named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
             raise CacheMismatchError(
                 f"{len(missing)} of {len(found)} rows are not in the cache {self.path}: rows {named}; their tokens or "
-                "their mask differ from every scored row; choose another folder, or delete this one, and run "
-                "`qtarget score CONFIG.yaml`"
+                "their mask differ from every scored row; score the rest with `qtarget score CONFIG.yaml --known "
+                f"{self.path} --output MORE`, then join both with `qtarget cache merge {self.path} MORE --output BOTH`"
             )
         return found.tolist()
 
@@ -131,12 +126,17 @@ class ReferenceCache:
         place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
         return np.where(ordered[place] == wanted, numbers[place], -1)
 
+    def checksums(self) -> frozenset[str]:
+        """The checksums of all rows."""
+        return frozenset(value.decode() for value in self._checksums()[0])
+
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The numbers of one row at its supervised tokens (``supervised_mask``), in nats; the caller owns the arrays.
 
         Returns:
-            ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k ``topk_ids [tokens, k]``
-            int32, ``topk_log_probs [tokens, k]`` (the manifest's ``log_probs_dtype``) and ``tail_log_mass [tokens]`` float32.
+            Of the manifest's columns ``label_log_probs [tokens]`` float32, ``entropy [tokens]`` float16; with top-k
+            ``topk_ids [tokens, k]`` int32, ``topk_log_probs [tokens, k]`` (the manifest's ``log_probs_dtype``) and
+            ``tail_log_mass [tokens]`` float32. Draws come as ``topk_ids`` and ``topk_log_probs`` too, see ``expand``.
 
         Raises:
             IndexError: no such row.
@@ -144,10 +144,17 @@ class ReferenceCache:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a cache of {len(self)} rows; use locate(checksums)")
         number = bisect_right(self._starts, index) - 1
-        shard = self._loaded.get(number) or self._load(number)
+        shard = self._loaded.get(number)
+        if shard is None:
+            shard = self._loaded[number] = load_shard(self.path, self.manifest.shards[number], self.manifest)
         local = index - self._starts[number]
         begin, end = shard.offsets[local], shard.offsets[local + 1]
-        return {name: values[begin:end].copy() for name, values in shard.columns.items()}
+        row = {n: v[begin:end].copy() for n, v in shard.columns.items() if n not in ("sample_ids", "sample_counts")}
+        if shard.drawn is not None:
+            first, last = shard.drawn[local], shard.drawn[local + 1]
+            ids, counts = (shard.columns[n][first:last] for n in ("sample_ids", "sample_counts"))
+            row |= expand(row.pop("sample_sizes"), ids, counts)
+        return row
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -171,19 +178,6 @@ class ReferenceCache:
             order = np.argsort(checksums)
             self._index = checksums[order], order
         return self._index
-
-    def _load(self, number: int) -> LoadedShard:
-        table = pq.read_table(self.path / self.manifest.shards[number].name, use_threads=False)
-        offsets: list[int] = []
-        columns: dict[str, np.ndarray] = {}
-        for name in table.column_names[1:]:
-            lists: Any = pa.concat_arrays(table[name].chunks)
-            flat = lists.flatten().to_numpy(zero_copy_only=True)
-            if name == "label_log_probs":
-                offsets = lists.offsets.to_numpy().tolist()
-            columns[name] = flat.reshape(-1, self.manifest.top_k) if name.startswith("topk") else flat
-        self._loaded[number] = LoadedShard(offsets, columns)
-        return self._loaded[number]
 
 
 def check_shard(directory: Path, shard: ShardRecord, verify: bool) -> None:

@@ -18,7 +18,9 @@ from qtarget.scoring.files import digest, write_json
 from qtarget.types import TailPolicy
 from qtarget.zero3 import gathered
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 stored numbers without steps and said less about its columns; it is still read."""
 MANIFEST = "manifest.json"
 IGNORE_INDEX = -100
 SAMPLED_ABOVE = 2**20
@@ -186,10 +188,16 @@ class Provenance:
         dtype: of the forward pass, ``float32``, ``bfloat16`` ...; log-softmax is float32 always.
         top_k: how many log-probs a token are kept; 0 for the label's alone.
         tail_policy: what stands for the unlisted tokens, see ``qtarget.Reference``.
-        log_probs_dtype: of the stored top-k log-probs: ``float32``, or ``float16`` at two thirds of the size.
+        log_probs_dtype: of the stored log-probs: ``float16`` (top-k log-probs in half precision, off by at most 2**-11 of
+            their value, label's and tail's by 2**-17: below the 8e-3 by which bfloat16 scoring moves them) or ``float32``
+            (as scored, two to three times the size). Entropy is in half precision always.
+        sampled: ids drawn a token, with replacement, instead of its top k; 0 for none.
+        seed: of the draws, together with a row's checksum.
         versions: of qtarget, torch, transformers, pyarrow.
         temperature: of the stored log-probs; always 1.
         alignment: ``causal``: position t holds the log-prob of token t given those before it.
+        engine: what ran the model: ``transformers`` (in this process, or in Ray's), ``vllm``, ``sglang``, ``mosec``.
+        engine_version: of that engine, as it tells; empty if it does not.
     """
 
     model_id: str
@@ -201,9 +209,13 @@ class Provenance:
     top_k: int
     tail_policy: TailPolicy
     versions: dict[str, str]
-    log_probs_dtype: str = "float32"
+    log_probs_dtype: str = "float16"
+    sampled: int = 0
+    seed: int = 0
     temperature: float = 1.0
     alignment: str = "causal"
+    engine: str = "transformers"
+    engine_version: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,11 +235,13 @@ class Manifest(Provenance):
 
     Attributes:
         rows, tokens: distinct rows, and supervised tokens in them.
+        columns: what is known of each token: ``label_log_probs``, ``entropy`` ...; engines and importers may know less.
         shards: in row order.
     """
 
     rows: int
     tokens: int
+    columns: tuple[str, ...]
     shards: tuple[ShardRecord, ...]
     schema_version: int = SCHEMA_VERSION
 
@@ -254,8 +268,8 @@ class Manifest(Provenance):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             version = value.get("schema_version")
-            if version == SCHEMA_VERSION:
-                return cls._parse(value)
+            if version in READABLE_VERSIONS:
+                return cls._parse(upgraded(value) if version == 1 else value)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             reason = f"broken JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise CacheMismatchError(
@@ -263,8 +277,8 @@ class Manifest(Provenance):
                 "finished shards are kept"
             ) from error
         raise CacheMismatchError(
-            f"{path} has schema_version {version!r}, this qtarget reads {SCHEMA_VERSION}; install the qtarget that "
-            "wrote it, or run `qtarget score CONFIG.yaml` into another folder"
+            f"{path} has schema_version {version!r}, this qtarget reads {READABLE_VERSIONS[0]} to {SCHEMA_VERSION}; "
+            "install the qtarget that wrote it, or run `qtarget score CONFIG.yaml` into another folder"
         )
 
     @classmethod
@@ -278,4 +292,13 @@ class Manifest(Provenance):
         counts = (sum(s.rows for s in shards), sum(s.tokens for s in shards))
         if counts != (value["rows"], value["tokens"]):
             raise ValueError(f"shards hold {counts} rows and tokens, expected {(value['rows'], value['tokens'])}")
-        return cls(**{**value, "shards": shards})
+        return cls(**{**value, "shards": shards, "columns": tuple(value["columns"])})
+
+
+def upgraded(value: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 with the fields it had no need to say."""
+    columns = ["label_log_probs", "entropy"]
+    if value.get("top_k"):
+        columns += ["topk_ids", "topk_log_probs", "tail_log_mass"]
+    added = {"columns": columns, "sampled": 0, "seed": 0, "engine": "transformers", "engine_version": ""}
+    return {**added, "log_probs_dtype": "float32", **value}

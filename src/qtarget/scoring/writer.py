@@ -7,41 +7,36 @@ written first, the Parquet file renamed last, so no order of events makes half a
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qtarget.errors import ConfigError, NonFiniteLossError
+from qtarget.errors import (
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    HyperparameterError,
+    IncompatibleError,
+    NonFiniteLossError,
+)
+from qtarget.scoring.columns import encode, parquet_bytes
 from qtarget.scoring.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.progress import TokenMeter
-from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
+from qtarget.scoring.rows import Row, SamplingSource, ScoredRow, Source, check_request, read_row
 from qtarget.scoring.schema import Manifest, Provenance, ShardRecord
 
-COLUMNS: dict[str, np.dtype] = {
-    "label_log_probs": np.dtype(np.float32),
-    "entropy": np.dtype(np.float16),
-    "topk_ids": np.dtype(np.int32),
-    "topk_log_probs": np.dtype(np.float32),
-    "tail_log_mass": np.dtype(np.float32),
-}
-"""Stored types; those of top-k log-probs are a choice (``log_probs_dtype``). Log-probs enter losses as they are: float32
-keeps a cached loss within 1e-5 of a live one. Half precision rounds entropy and, where chosen, top-k log-probs by at most
-2**-11 of their value (below the 8e-3 by which bfloat16 scoring moves log-probs); the KL it causes is second order in that
-(below 1e-6 nats), the loss value moves by some 1e-5."""
-
-LOWEST = float(np.finfo(np.float16).min)
-"""Top-k log-probs below it (banned tokens: minus infinity) are stored as it: probability 0 either way, and finite."""
-
 LOCK = ".lock"
+MOST_DRAWS = 255
+"""Counts are stored in a byte."""
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +50,7 @@ def write_cache(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     meter: TokenMeter | None = None,
+    known: Container[str] = (),
 ) -> Manifest:
     """Score all rows that no finished shard holds, and write the manifest last.
 
@@ -66,22 +62,31 @@ def write_cache(
         shard_rows: rows a shard, and the most work a kill can lose.
         logit_scale, logit_softcap: what the source was given; a run may only go on with the same.
         meter: is told of progress, in supervised tokens.
+        known: checksums of rows that another cache holds; they are left out.
 
     Returns:
         The manifest of the finished cache.
 
     Raises:
         ConfigError: another process is scoring into the folder.
-        CacheMismatchError: the folder was begun with another plan.
+        CacheMismatchError: the folder was begun with another plan, or a source changed which columns it tells.
         DataError: a row is unusable.
+        HyperparameterError: ``top_k`` exceeds the vocabulary, or ``sampled`` a byte.
+        IncompatibleError: draws from a source that cannot make them, or together with top-k.
         NonFiniteLossError: the source returned NaN or infinite numbers.
     """
+    check_request([], provenance.top_k, None, None, provenance.vocab_size)
+    check_sampling(source, provenance)
     directory, meter = Path(directory), meter or TokenMeter(enabled=False)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
-        kept = distinct_rows(rows, provenance.vocab_size)
+        kept = [row for row in distinct_rows(rows, provenance.vocab_size) if row.checksum not in known]
+        if not kept:
+            raise DataError(
+                f"every one of the {len(rows)} rows is in the known cache already; there is nothing to score"
+            )
         plan = Plan(
-            **_shared_fields(provenance),
+            **shared_fields(provenance),
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             shard_rows=shard_rows,
@@ -91,21 +96,67 @@ def write_cache(
         for leftover in directory.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         meter.start(plan.tokens)
-        records = []
+        records: dict[int, ShardRecord] = {}
         for number, shard in enumerate(plan.shards):
-            record = finished_shard(directory, shard)
-            if record is None:
-                part = kept[number * shard_rows : (number + 1) * shard_rows]
-                record = write_shard(directory, shard, read_again(rows, part, plan.vocab_size), source, plan)
-            else:
+            if (record := finished_shard(directory, shard)) is not None:
+                records[number] = record
                 meter.skip(shard.tokens)
-            records.append(record)
-        manifest = Manifest(**_shared_fields(provenance), rows=len(kept), tokens=plan.tokens, shards=tuple(records))
+        missing = [number for number in range(len(plan.shards)) if number not in records]
+        work = ((n, read_again(rows, kept[n * shard_rows : (n + 1) * shard_rows], plan.vocab_size)) for n in missing)
+        for number, content in scored_shards(source, work, plan):
+            records[number] = place_shard(directory, plan.shards[number], content)
+            if isinstance(source, ShardMapper):
+                meter.advance(plan.shards[number].tokens)
+        ordered = tuple(records[number] for number in range(len(plan.shards)))
+        columns = common_columns(directory, ordered)
+        manifest = Manifest(
+            **shared_fields(provenance), rows=len(kept), tokens=plan.tokens, columns=columns, shards=ordered
+        )
         manifest.write(directory)
     return manifest
 
 
-def _shared_fields(provenance: Provenance) -> dict[str, Any]:
+def check_sampling(source: Any, provenance: Provenance) -> None:
+    """Refuse draws that the source cannot make, before any work.
+
+    Raises:
+        IncompatibleError: the source sees no whole distribution, or samples and top-k are both asked for.
+        HyperparameterError: more draws than a byte can count.
+    """
+    draws = provenance.sampled
+    if not 0 <= draws <= MOST_DRAWS:
+        raise HyperparameterError(
+            f"sampled={draws}; expected 0 (none) to {MOST_DRAWS} draws a token; 50 is the paper's"
+        )
+    if draws and provenance.top_k:
+        raise IncompatibleError(
+            f"sampled={draws} and top_k={provenance.top_k}; a cache holds one of them: set one to 0"
+        )
+    if draws and not isinstance(source, SamplingSource | ShardMapper):
+        raise IncompatibleError(
+            f"{type(source).__name__} tells its largest log-probs only, and sampling needs the whole distribution; "
+            "score with a model in this process, or take --top_k instead of --sampled"
+        )
+
+
+def common_columns(directory: Path, shards: Sequence[ShardRecord]) -> tuple[str, ...]:
+    """The columns that every shard has.
+
+    Raises:
+        CacheMismatchError: shards differ: a server changed what it tells while it was asked.
+    """
+    found = {shard.name: tuple(pq.read_schema(directory / shard.name).names[1:]) for shard in shards}
+    first = next(iter(found.values()))
+    for name, columns in found.items():
+        if columns != first:
+            raise CacheMismatchError(
+                f"{directory / name} holds {', '.join(columns)}, the shards before it {', '.join(first)}; expected one "
+                "set; delete this shard and run `qtarget score CONFIG.yaml` again"
+            )
+    return first
+
+
+def shared_fields(provenance: Provenance) -> dict[str, Any]:
     return {field.name: getattr(provenance, field.name) for field in fields(Provenance)}
 
 
@@ -150,17 +201,53 @@ def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
     return None
 
 
-def write_shard(
-    directory: Path, shard: PlannedShard, rows: Sequence[Row], source: Source, plan: Provenance
-) -> ShardRecord:
-    """Score the rows of one shard and put it into place.
+@runtime_checkable
+class ShardMapper(Protocol):
+    """A source that scores many shards at once, elsewhere; names, resume and counts stay with ``write_cache``."""
+
+    def map_shards(
+        self, work: Iterator[tuple[int, list[Row]]], plan: Provenance
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """``shard_content`` of each numbered shard, each once, in any order."""
+        ...
+
+
+def scored_shards(
+    source: Source, work: Iterator[tuple[int, list[Row]]], plan: Provenance
+) -> Iterator[tuple[int, bytes | memoryview]]:
+    """The content of each numbered shard, in the order in which they are done."""
+    if isinstance(source, ShardMapper):
+        yield from source.map_shards(work, plan)
+    else:
+        for number, rows in work:
+            yield number, shard_content(rows, source, plan)
+
+
+def shard_content(rows: Sequence[Row], source: Source, plan: Provenance) -> memoryview:
+    """Score the rows of one shard: the bytes of its Parquet file.
 
     Raises:
         NonFiniteLossError: a number is NaN or infinite.
     """
-    scored = source.score(rows)
+    ids, places = [row.input_ids for row in rows], [row.positions for row in rows]
+    if plan.sampled:
+        draws = [uniforms(row.checksum, plan.seed, len(row.positions), plan.sampled) for row in rows]
+        assert isinstance(source, SamplingSource)
+        scored = source.sample(ids, draws, positions=places)
+    else:
+        scored = source.score(ids, plan.top_k, positions=places)
     check_finite(rows, scored)
-    content = shard_bytes(rows, scored, plan.top_k, plan.log_probs_dtype)
+    return parquet_bytes(encode(rows, scored, plan))
+
+
+def uniforms(checksum: str, seed: int, tokens: int, draws: int) -> np.ndarray:
+    """Numbers in [0, 1) ``[tokens, draws]`` that follow from a row and a seed alone, whatever is scored beside it."""
+    key = hashlib.blake2b(f"{seed}:{checksum}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
+
+
+def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryview) -> ShardRecord:
+    """Write a shard's receipt, then the shard itself."""
     record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
     path = directory / shard.name
     write_json(path.with_suffix(".json"), asdict(record))
@@ -175,37 +262,13 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
         NonFiniteLossError: names the row's checksum and the first position.
     """
     for row, numbers in zip(rows, scored, strict=True):
-        good = np.isfinite(numbers.label_log_probs) & np.isfinite(numbers.entropy)
+        good = np.ones(len(row.positions), bool)
+        for values in (numbers.label_log_probs, numbers.entropy):
+            if values is not None:  # imported rows may know no label log-prob
+                good &= np.isfinite(values)
         if not good.all():
             t = int(row.positions[np.flatnonzero(~good)[0]])
             raise NonFiniteLossError(
                 f"the frozen model gives a log-prob or entropy that is NaN or infinite at position {t} of row "
                 f"{row.checksum}; expected finite numbers; load the model in float32 or bfloat16 and check its weights"
             )
-
-
-def shard_bytes(rows: Sequence[Row], scored: Sequence[ScoredRow], top_k: int, log_probs_dtype: str) -> memoryview:
-    """The Parquet file of a shard: one row group, the same bytes for the same numbers."""
-    counts = [len(numbers.label_log_probs) for numbers in scored]
-    columns: dict[str, pa.Array] = {
-        "checksum": pa.array([bytes.fromhex(row.checksum) for row in rows], pa.binary(16)),
-    }
-    for name in list(COLUMNS)[: None if top_k else 2]:
-        flat = np.concatenate([getattr(numbers, name).reshape(-1) for numbers in scored])
-        flat = flat.clip(min=LOWEST).astype(log_probs_dtype) if name == "topk_log_probs" else flat.astype(COLUMNS[name])
-        width = top_k if name.startswith("topk") else 1
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) * width
-        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-    table = pa.table(columns)
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        row_group_size=max(1, len(rows)),
-        use_dictionary=False,
-        write_statistics=False,
-        # bytes of one significance together: a third smaller than plain, and read as fast
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names[1:]},
-    )
-    return memoryview(sink.getvalue())

@@ -34,6 +34,7 @@ class ASFT(Target):
     formula = "-sg(p_y) log p_y + lambda KL(p_ref || p)"
     paper = "2509.23753"
     has_residual = True
+    linear_in_frozen = True
 
     def __post_init__(self) -> None:
         in_range(self, "kl_weight", 0)

@@ -34,6 +34,7 @@ class Distillation(Target):
     paper = "1503.02531"
     has_label_term = False
     has_residual = True
+    linear_in_frozen = True
 
     def __post_init__(self) -> None:
         in_range(self, "temperature", 0, open_low=True)

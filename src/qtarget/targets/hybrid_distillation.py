@@ -31,6 +31,7 @@ class HybridDistillation(Target):
     formula = "(1-l) CE(d_y, p) + l CE(p_T, p)"
     paper = "1503.02531"
     has_residual = True
+    linear_in_frozen = True
 
     def __post_init__(self) -> None:
         in_range(self, "teacher_weight", 0, 1)

@@ -1,0 +1,199 @@
+"""``qtarget cache``: look at reference caches, check them, join them, and trade them with other projects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtarget.errors import CacheMismatchError, ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.integrations.trl_score import TrainingRows
+    from qtarget.scoring.schema import Manifest
+
+app = typer.Typer(no_args_is_help=True, help="Look at reference caches, check, join, import and export them.")
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Format = Literal["distillkit", "axolotl", "verl"]
+ROUNDING = {
+    "float16": "half precision: top-k log-probs off by at most 2**-11 of their value, label's and tail's by 2**-17",
+    "float32": "log-probs as they were scored, entropy in half precision",
+}
+
+
+@app.callback()
+def options() -> None:
+    """Look at reference caches, check, join, import and export them."""
+
+
+@app.command("info")
+def info(
+    directory: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a cache is of, what it holds, and what it weighs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from qtarget.scoring.files import size_on_disk
+    from qtarget.scoring.schema import Manifest
+
+    facts = described(Manifest.read(directory), size_on_disk(directory))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    table = Table(title=str(directory), show_header=False, box=box.SIMPLE)
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else str(value)
+        table.add_row(name, shown)
+    Console().print(table)
+
+
+def described(manifest: Manifest, size: int) -> dict[str, Any]:
+    """The manifest without its list of shards, and sizes."""
+    facts = asdict(manifest) | {"columns": list(manifest.columns), "shards": len(manifest.shards), "bytes": size}
+    facts["bytes_per_token"] = round(size / max(1, manifest.tokens), 2)
+    facts["rounding"] = ROUNDING[manifest.log_probs_dtype]
+    return facts
+
+
+@app.command("verify", context_settings=PASS_ON)
+def verify(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
+    model: Annotated[str | None, typer.Option(help="Score some rows again with this model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The config that was scored: a cache knows no tokens.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that are scored again.")] = 16,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a log-prob, nats.")] = 0.02,
+    seed: Annotated[int, typer.Option("--sample-seed", help="Which rows.")] = 0,
+) -> None:
+    """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
+    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.verify import check_counts
+
+    if (model is None) != (config is None):
+        raise ConfigError(
+            "--model and --config go together: the config has the rows, a cache knows only their checksums"
+        )
+    cache = ReferenceCache.open(directory)
+    check_counts(cache)
+    typer.echo(f"{directory}: {len(cache.manifest.shards)} shards, {len(cache):,} rows: every hash and count is right")
+    if model is not None and config is not None:
+        again(cache, rows_of(config, context.args, model), model, rows, tolerance, seed)
+
+
+def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
+    """The rows of a config, tokenised as its training does, and a model that is no part of it."""
+    from transformers import AutoTokenizer
+
+    from qtarget.cli.config import load_config
+    from qtarget.cli.datasets import load_datasets
+    from qtarget.cli.train import set_model_arguments
+    from qtarget.integrations.trl_score import training_rows
+
+    run = load_config(config, arguments)
+    train_rows, validation_rows = load_datasets(run)
+    set_model_arguments(run)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(run.model.model_name_or_path), trust_remote_code=run.training.trust_remote_code
+    )
+    return training_rows(model, run.training, train_rows, validation_rows, tokenizer)
+
+
+def again(cache: Any, job: TrainingRows, model: str, rows: int, tolerance: float, seed: int) -> None:
+    """Score a sample again and print the largest differences.
+
+    Raises:
+        CacheMismatchError: one exceeds the tolerance.
+    """
+    from qtarget.scoring.local import LocalSource
+    from qtarget.scoring.schema import fingerprint_model
+    from qtarget.scoring.verify import rescore
+
+    base, spec = job.trainer._base_model(), job.trainer.head_spec
+    source = LocalSource(base, logit_scale=spec.scale, logit_softcap=spec.softcap)
+    found = rescore(cache, source, job.rows, count=rows, seed=seed)
+    for name, value in found.items():
+        typer.echo(f"  {name}: {value:.3g}" + ("" if name.endswith("share") else " nats, largest difference"))
+    if (ours := fingerprint_model(base)) != cache.manifest.model_fingerprint:
+        typer.echo(f"  model_fingerprint is {cache.manifest.model_fingerprint} in the cache, {ours} for {model}")
+    wrong = [
+        f"{name} by {value:.3g}" for name, value in found.items() if not name.endswith("share") and value > tolerance
+    ]
+    if wrong:
+        raise CacheMismatchError(
+            f"{model} differs from {cache.path}: {', '.join(wrong)} nats, expected at most {tolerance}; name the model that "
+            "was scored, or score again into another folder"
+        )
+
+
+@app.command("merge")
+def merge(
+    directories: Annotated[list[Path], typer.Argument(metavar="CACHE...", help="Folders of finished caches.")],
+    output: Annotated[Path, typer.Option(help="New folder.")],
+) -> None:
+    """Join caches of one model; a repeated row is taken from the first."""
+    from qtarget.cli.score import print_scored
+    from qtarget.scoring.merge import merge_caches
+
+    print_scored(merge_caches(directories, output), output)
+
+
+@app.command("import")
+def import_(
+    name: Annotated[Format, typer.Argument(metavar="FORMAT", help="distillkit, axolotl or verl.")],
+    path: Annotated[Path, typer.Argument(metavar="ROWS", help="A .parquet or .jsonl file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    model: Annotated[str, typer.Option(help="The teacher's name, for people; it is not loaded.")],
+    tokenizer: Annotated[str, typer.Option(help="Name or path of the tokenizer that made the ids.")],
+    vocab_size: Annotated[
+        int | None,
+        typer.Option("--vocab-size", min=1, help="Rows of the teacher's head; default: the tokenizer's length."),
+    ] = None,
+    shift: Annotated[
+        int | None,
+        typer.Option(min=-1, help="Numbers about token t lie at t - shift; default: the format's, measured."),
+    ] = None,
+) -> None:
+    """Read rows that another project scored; refuses rows whose alignment does not fit."""
+    from transformers import AutoTokenizer
+
+    from qtarget.cli.score import print_scored
+    from qtarget.scoring.foreign import import_rows
+    from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    manifest = import_rows(
+        name,
+        path,
+        output,
+        model_id=model,
+        tokenizer_fingerprint=fingerprint_tokenizer(loaded),
+        chat_template_fingerprint=fingerprint_chat_template(loaded),
+        vocab_size=vocab_size or len(loaded),
+        shift=shift,
+    )
+    print_scored(manifest, output)
+
+
+@app.command("export", context_settings=PASS_ON)
+def export(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
+    name: Annotated[Format, typer.Argument(metavar="FORMAT", help="distillkit, axolotl or verl.")],
+    config: Annotated[Path, typer.Option(help="The config that was scored: a cache knows no tokens.")],
+    output: Annotated[Path, typer.Option(help="New folder.")],
+) -> None:
+    """Write a cache in the columns of another project."""
+    from qtarget.cli.config import load_config
+    from qtarget.scoring.export import export_rows
+    from qtarget.scoring.reader import ReferenceCache
+
+    student = str(load_config(config, context.args).model.model_name_or_path)
+    count = export_rows(ReferenceCache.open(directory), rows_of(config, context.args, student).rows, name, output)
+    typer.echo(f"{output}: {count:,} rows for {name}")

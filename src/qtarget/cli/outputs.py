@@ -1,0 +1,31 @@
+"""Where a verb writes its results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qtarget.errors import ConfigError
+from qtarget.scoring.files import write_atomic
+
+
+def check_writable(output: Path) -> None:
+    """Raise before minutes are spent on results that could not be written.
+
+    Raises:
+        ConfigError: the path is a folder, or its folder cannot be made or written to.
+    """
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'speed.json'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error}; choose another path") from error
+
+
+def saver(output: Path) -> Callable[[Any], None]:
+    """Writes results; called again and again, so that a run that is stopped loses nothing."""
+    return lambda results: write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())

@@ -1,0 +1,173 @@
+"""Where the frozen model's numbers come from: a cache, a model, a URL; and whether its tokens are ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from qtarget.errors import ConfigError, IncompatibleError, MissingStatisticError
+from qtarget.integrations.step import ROLES
+from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.schema import MANIFEST
+from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
+from qtarget.shapes import Tensor
+from qtarget.types import Reference, Target, missing_message, sampled_message
+from qtarget.zero3 import whole_shape
+
+if TYPE_CHECKING:
+    from qtarget.integrations.trl_config import QTargetConfig
+
+logger = logging.get_logger(__name__)
+
+
+def place_teacher(args: QTargetConfig) -> str | None:
+    """Read ``teacher`` for what it is, and set the key that says so; a URL is returned.
+
+    Raises:
+        ConfigError: the longer key is set too, or a folder is neither cache nor model.
+    """
+    value = args.teacher
+    if value is None:
+        return None
+    if value.startswith(("http://", "https://")):
+        if args.teacher_cache is not None:
+            raise ConfigError(
+                f"teacher: {value} and teacher_cache: {args.teacher_cache} are both set; keep one of them"
+            )
+        return value
+    folder = Path(value)
+    if (folder / MANIFEST).is_file():
+        key, kind = "teacher_cache", "a cache"
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"teacher: {value} has neither {MANIFEST} (a finished cache) nor config.json (a model); finish the cache with "
+            "`qtarget score CONFIG.yaml --role teacher`, or name a model"
+        )
+    else:
+        key, kind = "teacher_model_name_or_path", "a model, run live at each step"
+    if (other := getattr(args, key)) is not None:
+        raise ConfigError(f"teacher: {value} is {kind}, and {key}: {other} is set too; keep one of them")
+    if key != "teacher_cache" and args.teacher_cache is not None:
+        raise ConfigError(
+            f"teacher: {value} is {kind}, and teacher_cache: {args.teacher_cache} is set too; keep one of them"
+        )
+    setattr(args, key, value)
+    logger.warning(f"teacher: {value} is {kind}")
+    return None
+
+
+def open_caches(
+    args: QTargetConfig, target: Target, models: dict[str, PreTrainedModel | None]
+) -> dict[str, ReferenceCache]:
+    """Open the caches that the target needs, and refuse at once when a need has no source.
+
+    Raises:
+        MissingStatisticError, IncompatibleError: see the message.
+        ConfigError: the teacher is a URL, which nobody has scored yet.
+    """
+    caches: dict[str, ReferenceCache] = {}
+    for role in ROLES:
+        fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
+        if not fields:
+            continue
+        if path is not None:
+            caches[role] = ReferenceCache.open(path)
+            check_columns(caches[role], target, role)
+        elif role == "teacher" and args.teacher_url is not None:
+            raise ConfigError(
+                f"teacher: {args.teacher_url} is asked once, before training; `qtarget train` does that, from Python call "
+                "qtarget.integrations.trl_score.score and set teacher to the folder"
+            )
+        elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
+            raise MissingStatisticError(
+                f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
+                f"`qtarget score CONFIG.yaml --role {role}` once, "
+                f"or set {role}_model_name_or_path to run one live"
+            )
+    return caches
+
+
+def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
+    """Make sure that a cache holds what the target reads of it.
+
+    Raises:
+        MissingStatisticError: a column that the target needs is absent.
+        IncompatibleError: draws, for a target that they would bias.
+    """
+    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else [])}
+    for name in sorted(getattr(target.needs, role)):
+        if name not in known:
+            raise MissingStatisticError(
+                f"{missing_message(target.name, role, name)}; {cache.path} holds {', '.join(cache.manifest.columns)} only"
+            )
+        if name == "distribution" and cache.manifest.sampled and not target.linear_in_frozen:
+            raise IncompatibleError(sampled_message(target.name, role))
+
+
+def compare_tokenizers(ours: Any, name: str, **options: Any) -> None:
+    """Make sure that the tokenizer of the model ``name`` has our tokens.
+
+    Raises:
+        CacheMismatchError: names the first tokens that differ.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{name} comes without a tokenizer, so its tokens were not compared with ours ({error})")
+        return
+    require_same_tokens(getattr(ours, "tokenizer", ours), theirs, name)
+
+
+def vocab_with_teacher(args: QTargetConfig, student: int, teacher: int, tokenizer: Any) -> int | None:
+    """``shared_vocab``, said in the log; a live teacher that is loaded by name must have our tokens as well.
+
+    Args:
+        student, teacher: vocabulary rows of their heads.
+        tokenizer: of the model that is trained.
+
+    Raises:
+        CacheMismatchError: the tokens differ, or the sizes and ``vocab_padding`` refuses.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if args.teacher_cache is None and args.teacher_model_name_or_path is not None:
+        compare_tokenizers(tokenizer, args.teacher_model_name_or_path)
+    shared = shared_vocab(student, teacher, tokenizer, args.vocab_padding)  # pyright: ignore[reportArgumentType]
+    if shared is not None:
+        logger.warning(
+            f"vocab_padding: the model has {student} vocabulary rows, the teacher {teacher}; both are compared on the first "
+            f"{shared}, the others belong to no token"
+        )
+    return shared
+
+
+def head_rows(model: Any) -> int:
+    """Vocabulary rows of a model's head."""
+    return whole_shape(model.get_output_embeddings().weight)[0]
+
+
+def truncate_reference(reference: Reference, rows: int) -> Reference:
+    """The same distribution given that the token is one of the first ``rows``: listed ids beyond them leave their slots.
+
+    What a longer teacher gave to ids of padding that its top-k does not list stays in the tail.
+    """
+    ids, log_probs = reference.topk_ids, reference.topk_log_probs
+    if ids is None or log_probs is None or not (beyond := ids >= rows).any():
+        return reference
+    lost = log_probs.masked_fill(~beyond, -torch.inf).exp().sum(-1)
+    kept = torch.log1p(-lost)  # of the mass, in nats
+
+    def given(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value - kept
+
+    return replace(
+        reference,
+        label_log_probs=given(reference.label_log_probs),
+        topk_ids=ids.masked_fill(beyond, -1),
+        topk_log_probs=(log_probs - kept[..., None]).masked_fill(beyond, -torch.inf),
+        tail_log_mass=given(reference.tail_log_mass),
+    )

@@ -1,0 +1,126 @@
+"""``qtarget serve``: gateway and supervisor in one event loop, from start to a clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import tempfile
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qtarget.errors import ConfigError
+from qtarget.scoring.identity import Identity
+from qtarget.serving.gateway import Gateway
+from qtarget.serving.settings import ServeSettings
+from qtarget.serving.supervisor import Supervisor
+
+
+async def serve(
+    settings: ServeSettings,
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    on_ready: Callable[[str, Identity], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT: requests under way are answered first; a second signal ends them.
+
+    Args:
+        settings: of the model and the pipeline.
+        host, port: where to listen; port 0 lets the system choose.
+        token: bearer token that clients must send.
+        on_ready: is told the URL and the model once requests are answered.
+
+    Raises:
+        ConfigError: another address than this machine's own, without a token.
+        ServingError: the address is taken, the model does not load, or the pipeline breaks too often.
+    """
+    check_address(host, token)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    signals: list[int] = []
+
+    def on_signal(number: int) -> None:
+        signals.append(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    with tempfile.TemporaryDirectory(prefix="qtarget-", ignore_cleanup_errors=True) as folder:
+        supervisor = Supervisor(settings, Path(folder))
+        gateway = Gateway(supervisor, token=token, body_bytes=settings.limits.body_bytes, timeout=settings.timeout)
+        at = await gateway.open(host, port)
+        try:
+            stopped = asyncio.create_task(stop.wait())
+            if await _first(supervisor.start(), stopped):
+                assert supervisor.identity is not None
+                on_ready(f"http://{f'[{host}]' if ':' in host else host}:{at}", supervisor.identity)
+                watch = asyncio.create_task(supervisor.watch())
+                await asyncio.wait([watch, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if not watch.done():
+                    await _drain(gateway, settings.timeout, signals)
+                await _end(watch)
+        finally:
+            await supervisor.stop()
+            await gateway.close()
+
+
+async def _first(work: Coroutine[Any, Any, None], stopped: asyncio.Task[bool]) -> bool:
+    """Whether ``work`` came to its end before a signal; it is cancelled else. Its error is raised."""
+    task = asyncio.create_task(work)
+    await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finished = task.done()
+    await _end(task)
+    return finished
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel what still runs; raise what it raised before."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _drain(gateway: Gateway, seconds: float, signals: list[int]) -> None:
+    """Until all requests are answered, or their time-out is over, or a second signal comes."""
+    draining = asyncio.create_task(gateway.drain(seconds))
+    while not draining.done() and len(signals) < 2:
+        await asyncio.sleep(0.05)
+    draining.cancel()
+
+
+def check_address(host: str, token: str | None) -> None:
+    """Refuse to offer a model to a network unasked.
+
+    Raises:
+        ConfigError: ``host`` is not a loop-back address and there is no token.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not token:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines; expected a token then: write one to a file and pass "
+            "--token-file FILE, or keep 127.0.0.1"
+        )
+
+
+def read_token(path: Path | None, variable: str | None) -> str | None:
+    """The token from a file, else from the value of an environment variable, else none.
+
+    Raises:
+        ConfigError: the file cannot be read, or the token is empty or has spaces or non-ASCII characters inside.
+    """
+    if path is None:
+        token = variable
+    else:
+        try:
+            token = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
+    if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError("the token is empty or has spaces or non-ASCII characters; expected one printable ASCII word")
+    return token
