@@ -74,3 +74,18 @@ def test_what_it_does_not_know_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             invoke("--device", "cuda")
+
+
+def test_scoring_is_timed_against_its_floor(tmp_path):
+    """Small shapes: what is checked is the book-keeping, and that scoring does all that the floor does."""
+    path = tmp_path / "scoring.json"
+    options = ["--rows", "4", "--layers", "1", "--width", "18", "--vocab", "500", "--rounds", "2", "--threads", "1"]
+    result = CliRunner().invoke(app, ["bench", "score", *options, "--output", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    results = json.loads(path.read_text())
+    assert list(results["rows"]) == ["floor", "top_k 0", "top_k 32"]
+    assert results["tokens"]["all"] > results["tokens"]["supervised"] > 0
+    for name, row in results["rows"].items():
+        ratios = sorted(a / b for a, b in zip(row["seconds"], results["rows"]["floor"]["seconds"]))
+        assert [row["ratio"]["low"], row["ratio"]["high"]] == pytest.approx(ratios)
+        assert name in result.output

@@ -295,8 +295,8 @@ def test_another_tokenizer_is_refused_with_the_tokens_that_differ(make_trainer, 
     words = r"teacher has another tokenizer .*: id 3 is 'a' here and 'b' there; id 4 is 'b' here and 'a' there"
     with pytest.raises(CacheMismatchError, match=words):
         make_trainer("distillation", teacher=folder)
+    args = QTargetConfig(str(tmp_path / "scoring"), **SETTINGS)
     with pytest.raises(CacheMismatchError, match=words):
-        args = QTargetConfig(str(tmp_path / "scoring"), **SETTINGS)
         score(folder, args, make_rows(), None, make_tokenizer(), directory=tmp_path / "cache", top_k=2, progress=False)
     make_tokenizer().save_pretrained(folder)
     live = losses(make_trainer("distillation", teacher=folder), TEACHER_TARGETS)

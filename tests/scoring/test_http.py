@@ -287,7 +287,7 @@ def test_a_cache_survives_the_server(kind, engine, tmp_path):
 def test_a_token_beyond_the_vocabulary_is_refused(kind, engine):
     with serving(engine) as url:
         source = KINDS[kind][1](Endpoint(url), vocab_size=VOCAB - 1)
-        with pytest.raises(ScoringServerError, match="lists token 60, beyond a vocabulary of 60 rows.*--vocab-size"):
+        with pytest.raises(ScoringServerError, match=r"lists token 60, beyond a vocabulary of 60 rows.*--vocab-size"):
             source.score([np.arange(40)], 20)
 
 

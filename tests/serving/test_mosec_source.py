@@ -113,7 +113,7 @@ def test_another_model_or_tokenizer_is_refused(embedded):
         mosec_connection(source, model, tokenizer, model_id="base")
     assert mosec_connection(source, model, tokenizer, model_id="x", trust_server=True).model_id == "base_model"
     tokenizer.add_tokens(["<more>"])
-    with pytest.raises(ScoringServerError, match="tokenizer_fingerprint is .*serve the model that the configuration"):
+    with pytest.raises(ScoringServerError, match=r"tokenizer_fingerprint is .*serve the model that the configuration"):
         mosec_connection(source, model, tokenizer, model_id="x", trust_server=True)
     with pytest.raises(ScoringServerError, match="vocab_size is 512, expected 600; "):
         source.require(vocab_size=600, dtype="float32")

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -133,7 +134,7 @@ def listening(pids: list[int]) -> list[int]:
                 inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
             except FileNotFoundError:
                 continue
-    lines = [line.split() for line in open("/proc/net/tcp").read().splitlines()[1:]]
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [int(f[1].split(":")[1], 16) for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in inodes]
 
 

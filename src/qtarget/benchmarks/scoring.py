@@ -100,10 +100,7 @@ def run_scoring_speed(config: ScoringConfig, say: Callable[[str], None] = lambda
     source = LocalSource(model, tokens_per_batch=config.tokens_per_batch)
     contenders: dict[str, Callable[[], Any]] = {
         "floor": lambda: floor(model, rows, places, config.tokens_per_batch),
-        **{
-            f"top_k {k}": lambda k=k: source.score(rows, k, positions=places)
-            for k in config.top_ks
-        },
+        **{f"top_k {k}": lambda k=k: source.score(rows, k, positions=places) for k in config.top_ks},
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(config.rounds + 1):

@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from qtarget.benchmarks.serving import ServingConfig, run_serving
 from qtarget.benchmarks.speed import SpeedConfig, run_memory, run_speed
+from qtarget.cli import bench_score
+from qtarget.cli.outputs import check_writable
 from qtarget.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DEFAULTS = SpeedConfig()
+SERVING = ServingConfig()
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+
+
+app.command("score")(bench_score.score)
 
 
 @app.callback()
@@ -112,19 +119,62 @@ def reading(
     typer.echo(str(output))
 
 
-def check_writable(output: Path) -> None:
-    """Raise before minutes are spent on results that could not be written.
+@app.command("serve")
+def serve(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/serving.json"),
+    clients: Annotated[int, typer.Option(min=1, help="That ask at the same time.")] = SERVING.clients,
+    requests: Annotated[int, typer.Option(min=1, help="A round, of all clients together.")] = SERVING.requests,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = SERVING.rounds,
+    shortest: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = SERVING.shortest,
+    typical: Annotated[int, typer.Option(min=2, help="Median of the log-normal lengths.")] = SERVING.typical,
+    longest: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = SERVING.longest,
+    top_k: Annotated[int, typer.Option(min=0, help="Log-probs a position.")] = SERVING.top_k,
+    width: Annotated[int, typer.Option(min=4, help="Of the random Llama.")] = SERVING.width,
+    layers: Annotated[int, typer.Option(min=1, help="Of the random Llama.")] = SERVING.layers,
+    vocab: Annotated[int, typer.Option(min=512, help="Of the random Llama.")] = SERVING.vocab,
+    workers: Annotated[int, typer.Option(min=1, help="That score, one thread each.")] = SERVING.workers,
+) -> None:
+    """Load `qtarget serve` on this machine: length-sorted sub-batches against naive padding and against batch size 1."""
+    from rich.console import Console
 
-    Raises:
-        ConfigError: the path is a folder, or its folder cannot be made or written to.
-    """
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'speed.json'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error}; choose another path") from error
+    check_writable(output)
+    config = ServingConfig(
+        clients=clients,
+        requests=requests,
+        rounds=rounds,
+        shortest=shortest,
+        typical=typical,
+        longest=longest,
+        top_k=top_k,
+        width=width,
+        layers=layers,
+        vocab=vocab,
+        workers=workers,
+    )
+    results = run_serving(config, typer.echo)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(serving_table(results))
+    typer.echo(str(output))
+
+
+def serving_table(results: dict[str, Any]) -> Table:
+    """One line a variant."""
+    from rich import box
+    from rich.table import Table
+
+    config = results["config"]
+    table = Table(
+        title=f"{config['clients']} clients, rows of {config['shortest']} to {config['longest']} tokens",
+        caption=f"median of {config['rounds']} interleaved rounds of {config['requests']} requests; in brackets, lowest..highest",
+        box=box.SIMPLE,
+    )
+    for column in ("server", "requests/s", "p50 ms", "p99 ms", "sorted is faster by"):
+        table.add_column(column, justify="left" if column == "server" else "right", no_wrap=True)
+    for name, row in results["summary"].items():
+        r = row["sorted_is_faster_by"]
+        factor = "" if name == "sorted" else f"{r['median']:.2f} x ({r['low']:.2f}..{r['high']:.2f})"
+        table.add_row(name, f"{row['requests_per_second']:.1f}", f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", factor)
+    return table
 
 
 def speed_table(results: dict[str, Any]) -> Table:

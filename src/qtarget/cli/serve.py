@@ -28,11 +28,12 @@ def serve(
     workers: Annotated[
         int, typer.Option(help="Processes that score, one thread each; on a CPU they share the weights.")
     ] = 1,
-    max_batch: Annotated[int, typer.Option("--max-batch", "--max_batch", help="Requests scored together.")] = 32,
+    max_batch: Annotated[int, typer.Option("--max-batch", "--max_batch", help="Requests scored together.")] = 16,
     wait_ms: Annotated[int, typer.Option("--wait-ms", "--wait_ms", help="How long the first of them waits.")] = 5,
     tokens_per_batch: Annotated[
-        int, typer.Option("--tokens-per-batch", "--tokens_per_batch", help="Padded tokens a forward pass.")
-    ] = 1024,
+        int,
+        typer.Option("--tokens-per-batch", "--tokens_per_batch", help="Padded tokens a forward pass; 0: by device."),
+    ] = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond: 429.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included; beyond: 408.")] = 60.0,
     start_timeout: Annotated[

@@ -25,6 +25,7 @@ CANARY_TOLERANCE = 0.02
 a bfloat16 model by up to 8e-3."""
 
 ENGINE = "qtarget"
+RETRIES = Retries()
 
 
 class MosecSource:
@@ -61,7 +62,7 @@ class MosecSource:
         *,
         token: str | None = None,
         timeout: float = 600.0,
-        retries: Retries = Retries(),
+        retries: Retries = RETRIES,
         concurrency: int = 16,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:

@@ -25,6 +25,7 @@ Answer::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -160,23 +161,29 @@ def unpack_answer(
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedError(f"the answer is unreadable: {error}") from error
     tokens, ends = sum(counts), np.cumsum(counts)[:-1]
-    widths = {"topk_ids": top_k, "topk_log_probs": top_k, "tail_log_mass": 1 if top_k else 0}
+    wide = None if candidates is None else (tokens, candidates)
+    listed, flat = (tokens, top_k), (tokens,)
+    shapes = {
+        "label_log_probs": flat,
+        "entropy": flat,
+        "topk_ids": listed if top_k else None,
+        "topk_log_probs": listed if top_k else None,
+        "tail_log_mass": flat if top_k else None,
+        "candidate_log_probs": wide,
+    }
     parts: dict[str, list[np.ndarray]] = {}
-    for name, dtype in DTYPES.items():
-        width = (
-            (candidates if candidates is not None else None) if name == "candidate_log_probs" else widths.get(name, 1)
-        )
-        wanted = candidates is not None if name == "candidate_log_probs" else bool(width)
+    for name, shape in shapes.items():
         buffer = getattr(answer, name)
-        if (buffer is not None) != wanted or (wanted and len(buffer) != tokens * (width or 0) * dtype.itemsize):
+        expected = None if shape is None else int(np.prod(shape)) * DTYPES[name].itemsize
+        if expected != (None if buffer is None else len(buffer)):
             raise MalformedError(
                 f"the answer's {name} has {'no' if buffer is None else len(buffer)} bytes; expected "
-                f"{tokens * (width or 0) * dtype.itemsize if wanted else 'none'} for {tokens} tokens"
+                f"{'none' if expected is None else expected} for {tokens} tokens"
             )
-        if wanted:
-            shape = (tokens, width or 0) if name.startswith(("topk", "candidate")) else (tokens,)
-            parts[name] = np.split(np.frombuffer(buffer, dtype).reshape(shape), ends)
-    return answer.model, [ScoredRow(**{n: values[i] for n, values in parts.items()}) for i in range(len(counts))]
+        if shape is not None:
+            parts[name] = np.split(np.frombuffer(buffer, DTYPES[name]).reshape(shape), ends)
+    each: list[dict[str, Any]] = [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
+    return answer.model, [ScoredRow(**fields) for fields in each]
 
 
 def answer_bytes(tokens: int, top_k: int, candidates: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def load(settings: ServeSettings) -> Loaded:
 
     trust = {"trust_remote_code": settings.trust_remote_code}
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **trust).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **trust).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model, **trust)
     head = probe_head(model)
 
@@ -55,7 +56,7 @@ def load(settings: ServeSettings) -> Loaded:
             model.to(device),
             logit_scale=head.scale,
             logit_softcap=head.softcap,
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=settings.padded_tokens,
         )
 
     here = source("cpu")

@@ -10,6 +10,8 @@ from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_json
 from qtarget.scoring.identity import Limits
 
+CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
+
 IDENTITY = "identity.json"
 """Where the pipeline writes who it is, for the gateway."""
 
@@ -25,9 +27,11 @@ class ServeSettings:
         device: of the forward pass; each worker moves its own copy there (on a CPU all share one).
         trust_remote_code: run code that comes with the model.
         workers: processes that score, one torch thread each.
-        max_batch: requests that are scored together.
+        max_batch: requests that are scored together; with twice as many clients, one batch is scored while the answers of
+            the last are on their way.
         wait_ms: how long the first of them waits for others.
-        tokens_per_batch: padded tokens a forward pass; a batch is sorted by length and cut to it.
+        tokens_per_batch: padded tokens a forward pass; a batch is sorted by length and cut to it. 0: 512 on a CPU, where
+            more only pads more (benchmarks/results/serving.json), else 16384.
         queue: requests that may wait; beyond: 429.
         timeout: seconds a request may take, waiting included; beyond: 408.
         start_timeout: seconds until it must be ready.
@@ -41,9 +45,9 @@ class ServeSettings:
     device: str = "cpu"
     trust_remote_code: bool = False
     workers: int = 1
-    max_batch: int = 32
+    max_batch: int = 16
     wait_ms: int = 5
-    tokens_per_batch: int = 1024
+    tokens_per_batch: int = 0
     queue: int = 1024
     timeout: float = 60.0
     start_timeout: float = 600.0
@@ -51,17 +55,23 @@ class ServeSettings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_batch", "wait_ms", "tokens_per_batch", "queue"):
+        for name in ("workers", "max_batch", "wait_ms", "queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("timeout", "start_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)} seconds; expected more than 0")
-        if self.max_restarts < 0:
-            raise ConfigError(f"max_restarts is {self.max_restarts}; expected at least 0")
+        for name in ("max_restarts", "tokens_per_batch"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
         known = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in known:
             raise ConfigError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(known)}")
+
+    @property
+    def padded_tokens(self) -> int:
+        """``tokens_per_batch``, or what 0 stands for."""
+        return self.tokens_per_batch or (CPU_TOKENS if self.device == "cpu" else ACCELERATOR_TOKENS)
 
     def write(self, path: Path) -> None:
         """As JSON."""
