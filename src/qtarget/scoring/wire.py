@@ -180,7 +180,7 @@ def unpack_answer(
                 f"the answer's {name} has {'no' if buffer is None else len(buffer)} bytes; expected "
                 f"{'none' if expected is None else expected} for {tokens} tokens"
             )
-        if shape is not None:
+        if shape is not None and buffer is not None:
             parts[name] = np.split(np.frombuffer(buffer, DTYPES[name]).reshape(shape), ends)
     each: list[dict[str, Any]] = [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
     return answer.model, [ScoredRow(**fields) for fields in each]
