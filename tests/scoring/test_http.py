@@ -237,7 +237,10 @@ def test_the_key_comes_from_the_environment(kind, engine, monkeypatch):
 
 
 def test_the_other_engine_is_recognised():
-    with serving(FakeSglang(tiny_model())) as url, pytest.raises(ScoringServerError, match=r"version answers 404.*--engine"):
+    with (
+        serving(FakeSglang(tiny_model())) as url,
+        pytest.raises(ScoringServerError, match=r"version answers 404.*--engine"),
+    ):
         connect("vllm", url).describe()
     with serving(FakeVllm(tiny_model())) as url, pytest.raises(ScoringServerError, match=r"404.*--engine"):
         connect("sglang", url).score([ROW], 0)
