@@ -129,6 +129,17 @@ def test_damaged_side_files_are_made_again(cache, damage):
     assert path.read_bytes() == content
 
 
+def test_side_files_of_an_earlier_cache_go(cache):
+    ReferenceCache.open(cache).row(0)
+    for path in cache.iterdir():
+        if path.is_file():
+            path.unlink()
+    write_cache(cache, ROWS[::-1], HashSource(3), provenance(3), shard_rows=4)
+    opened = ReferenceCache.open(cache)
+    opened.row(0)
+    assert [p.stem for p in (cache / DECODED).glob("*.arrow")] == [opened.manifest.shards[0].blake2b]
+
+
 def read_all(path, order, found):
     cache = ReferenceCache.open(path, verify=False)
     found.put({i: cache.row(i)["label_log_probs"].tolist() for i in order})
