@@ -16,6 +16,7 @@ import pytest
 
 from qtarget.benchmarks.cache import CacheConfig, SyntheticTeacher, modes
 from qtarget.benchmarks.cache import provenance as provenance_of
+from qtarget.benchmarks.reading import anonymous_memory
 from qtarget.errors import CacheMismatchError, ConfigError, StorageError
 from qtarget.scoring.columns import compact
 from qtarget.scoring.decoded import side_file
@@ -166,9 +167,11 @@ def read_within(path, limit, answer):
     data = 1024 * int(status["VmData"].split()[0])
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (data + limit, before[1]))
-    total = 0.0
+    before_reading, total = anonymous_memory(), 0.0
     for index in np.random.default_rng(0).permutation(len(cache)):
         total += float(cache.row(int(index))["topk_log_probs"].astype(np.float64).sum())
+    grown = anonymous_memory() - before_reading
+    assert grown < limit, f"{grown} bytes of memory that belong to no file"  # an allocator may have reserved its own
     with pytest.raises(MemoryError):  # the limit is a real one
         np.ones(2 * limit, np.int8)
     resource.setrlimit(resource.RLIMIT_DATA, before)
