@@ -151,7 +151,7 @@ def alternate(
         segments = [(b, 0, config.length, int(index)) for b, index in enumerate(chosen)]
         columns = cached_columns(cache, segments, labels, "reference", True)
         middle = time.perf_counter()
-        values = {name: columns.get(f"reference_{name}") for name in REFERENCE_FIELDS}
+        values: dict[str, Any] = {name: columns.get(f"reference_{name}") for name in REFERENCE_FIELDS}
         reference = Reference(**values).map_tensors(lambda _, value: value[:, 1:])
         train_step(model, labels, reference)
         end = time.perf_counter()
