@@ -25,6 +25,9 @@ HEAVY = (
     "typer",
     "rich",
     "httpx2",
+    "msgspec",
+    "aiohttp",
+    "mosec",
     "ray",
 )
 

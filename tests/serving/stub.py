@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -79,6 +81,17 @@ def load(settings: ServeSettings) -> Loaded:
         canary_log_probs=expected(np.array(ids), np.arange(1, 5)).tolist(),
     )
     return Loaded(identity, StubSource)
+
+
+def load_named(settings: ServeSettings) -> Loaded:
+    """The model is what its file says at the moment."""
+    return load(replace(settings, model=Path(settings.model).read_text()))
+
+
+def never(settings: ServeSettings) -> Loaded:
+    Path(settings.model).touch()
+    while True:
+        time.sleep(1)
 
 
 def fail(settings: ServeSettings) -> Loaded:

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -221,11 +223,49 @@ def test_too_many_restarts_end_the_server():
 )
 def test_a_failing_start_is_a_failure(settings, words, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", ENVIRONMENT)
+    before = set(descendants(os.getpid()))
     supervisor = Supervisor(ServeSettings(**{"loader": "serving.stub:load", "model": "stub", **settings}), tmp_path)
     with pytest.raises(ServingError) as raised:
         asyncio.run(supervisor.start())
     assert re.search(words, str(raised.value), re.DOTALL), raised.value
-    assert not descendants(os.getpid())
+    assert set(descendants(os.getpid())) <= before
+
+
+def test_a_signal_ends_a_start(tmp_path):
+    text = json.dumps({"loader": "serving.stub:never", "model": str(tmp_path / "begun"), "token": None})
+    process = subprocess.Popen([sys.executable, "-m", "serving.helpers", text], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    until((tmp_path / "begun").exists, 60)
+    started = descendants(process.pid)
+    assert started
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
+    assert not any(alive(pid) for pid in started)
+
+
+def test_another_model_after_a_restart_ends_the_server(tmp_path, monkeypatch):
+    """Its clients would mix the numbers of two models."""
+    monkeypatch.setattr(os, "environ", ENVIRONMENT)
+    before = set(descendants(os.getpid()))
+    name = tmp_path / "name"
+    name.write_text("one")
+
+    async def run() -> None:
+        (tmp_path / "run").mkdir()
+        supervisor = Supervisor(ServeSettings(model=str(name), loader="serving.stub:load_named"), tmp_path / "run")
+        try:
+            await supervisor.start()
+            name.write_text("another")
+            os.kill(supervisor._process.pid, signal.SIGKILL)
+            await asyncio.wait_for(supervisor.watch(), 60)
+        finally:
+            await supervisor.stop()
+
+    with pytest.raises(
+        ServingError, match="changed while it was served: its fingerprint was stub one and is stub another"
+    ):
+        asyncio.run(run())
+    assert set(descendants(os.getpid())) <= before
 
 
 def test_a_port_that_is_taken_is_said_at_once(server):

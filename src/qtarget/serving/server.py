@@ -6,9 +6,10 @@ import asyncio
 import ipaddress
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qtarget.errors import ConfigError
 from qtarget.scoring.identity import Identity
@@ -53,27 +54,33 @@ async def serve(
         at = await gateway.open(host, port)
         try:
             stopped = asyncio.create_task(stop.wait())
-            if await _first(asyncio.create_task(supervisor.start()), stopped):
+            if await _first(supervisor.start(), stopped):
                 assert supervisor.identity is not None
                 on_ready(f"http://{f'[{host}]' if ':' in host else host}:{at}", supervisor.identity)
                 watch = asyncio.create_task(supervisor.watch())
-                await _first(watch, stopped)
-                await _drain(gateway, settings.timeout, signals)
-                watch.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watch
+                await asyncio.wait([watch, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if not watch.done():
+                    await _drain(gateway, settings.timeout, signals)
+                await _end(watch)
         finally:
             await supervisor.stop()
             await gateway.close()
 
 
-async def _first(work: asyncio.Task[None], stopped: asyncio.Task[bool]) -> bool:
-    """Whether ``work`` came to its end before a signal; its error if it failed. Else it goes on, or is cancelled unready."""
-    await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
-    if work.done():
-        work.result()
-        return True
-    return False
+async def _first(work: Coroutine[Any, Any, None], stopped: asyncio.Task[bool]) -> bool:
+    """Whether ``work`` came to its end before a signal; it is cancelled else. Its error is raised."""
+    task = asyncio.create_task(work)
+    await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finished = task.done()
+    await _end(task)
+    return finished
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel what still runs; raise what it raised before."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def _drain(gateway: Gateway, seconds: float, signals: list[int]) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 import aiohttp
 
 from qtarget.errors import ServingError
+from qtarget.scoring.http import KEY_VARIABLE
 from qtarget.scoring.identity import Identity
 from qtarget.serving.heartbeat import read_heartbeats
 from qtarget.serving.pipeline import SECRET, SETTINGS
@@ -34,6 +35,10 @@ LONGEST_PAUSE = 30.0
 LOG_LINES = 40
 
 logger = logging.getLogger(__name__)
+
+
+class ModelChangedError(ServingError):
+    """The files of the model are others than when the server started."""
 
 
 class Supervisor:
@@ -155,7 +160,7 @@ class Supervisor:
             "--log-level": "error",
         }
         # mosec lets the environment fill in what the command line leaves out
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MOSEC_")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MOSEC_") and k != KEY_VARIABLE}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -199,7 +204,7 @@ class Supervisor:
     def _adopt_identity(self, identity: Identity) -> None:
         before = self.identity
         if before is not None and before.model_fingerprint != identity.model_fingerprint:
-            raise ServingError(
+            raise ModelChangedError(
                 f"the model on disk changed while it was served: its fingerprint was {before.model_fingerprint} and is "
                 f"{identity.model_fingerprint}; start the server again to serve the new one"
             )
@@ -241,9 +246,10 @@ class Supervisor:
                 await self.start()
                 logger.warning("restarted in %.1f s: %s", self._start_seconds, reason)
                 return
+            except ModelChangedError:
+                raise
             except ServingError as error:
-                if failed == FAILED_STARTS - 1 or "changed while it was served" in str(error):
-                    await self.kill()
+                if failed == FAILED_STARTS - 1:
                     raise
                 reason = str(error)
 
