@@ -189,3 +189,18 @@ def test_whole_steps_of_both_trainers(tmp_path):
     assert losses[0:9:3] == losses[1:9:3]  # TRL's and ours
     with pytest.raises(ConfigError, match="token scope"):
         CliRunner().invoke(app, ["bench", "trainer", "--targets", "talr"], catch_exceptions=False)
+
+
+def test_scoring_is_timed_against_its_floor(tmp_path):
+    """Small shapes: what is checked is the book-keeping, and that scoring does all that the floor does."""
+    path = tmp_path / "scoring.json"
+    options = ["--rows", "4", "--layers", "1", "--width", "18", "--vocab", "500", "--rounds", "2", "--threads", "1"]
+    result = CliRunner().invoke(app, ["bench", "score", *options, "--output", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    results = json.loads(path.read_text())
+    assert list(results["rows"]) == ["floor", "top_k 0", "top_k 32"]
+    assert results["tokens"]["all"] > results["tokens"]["supervised"] > 0
+    for name, row in results["rows"].items():
+        ratios = sorted(a / b for a, b in zip(row["seconds"], results["rows"]["floor"]["seconds"]))
+        assert [row["ratio"]["low"], row["ratio"]["high"]] == pytest.approx(ratios)
+        assert name in result.output

@@ -101,7 +101,7 @@ class FakeVllm(Engine):
 
 
 class FakeSglang(Engine):
-    """``/generate``, ``/v1/models``, ``/model_info`` and ``/server_info`` of SGLang 0.5 (older ones: the ``get_`` names alone)."""
+    """``/generate``, ``/v1/models``, ``/model_info`` and ``/server_info`` of SGLang 0.5; older ones know ``/get_...``."""
 
     scoring_path = "/generate"
     old_names = False

@@ -90,6 +90,7 @@ def drive(path, model_path, address, rows):
     write_cache(path, rows, source, provenance(3), shard_rows=100)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_then_a_killed_actor_leave_no_trace(cluster, model_path, rows, undisturbed, tmp_path):
     process = PROCESSES.Process(target=drive, args=(tmp_path, model_path, cluster, rows))
     process.start()

@@ -16,6 +16,7 @@ import pytest
 
 from qtarget.benchmarks.cache import CacheConfig, SyntheticTeacher, modes
 from qtarget.benchmarks.cache import provenance as provenance_of
+from qtarget.benchmarks.reading import anonymous_memory
 from qtarget.errors import CacheMismatchError, ConfigError, StorageError
 from qtarget.scoring.columns import compact
 from qtarget.scoring.decoded import side_file
@@ -129,6 +130,17 @@ def test_damaged_side_files_are_made_again(cache, damage):
     assert path.read_bytes() == content
 
 
+def test_side_files_of_an_earlier_cache_go(cache):
+    ReferenceCache.open(cache).row(0)
+    for path in cache.iterdir():
+        if path.is_file():
+            path.unlink()
+    write_cache(cache, ROWS[::-1], HashSource(3), provenance(3), shard_rows=4)
+    opened = ReferenceCache.open(cache)
+    opened.row(0)
+    assert [p.stem for p in (cache / DECODED).glob("*.arrow")] == [opened.manifest.shards[0].blake2b]
+
+
 def read_all(path, order, found):
     cache = ReferenceCache.open(path, verify=False)
     found.put({i: cache.row(i)["label_log_probs"].tolist() for i in order})
@@ -155,9 +167,11 @@ def read_within(path, limit, answer):
     data = 1024 * int(status["VmData"].split()[0])
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (data + limit, before[1]))
-    total = 0.0
+    before_reading, total = anonymous_memory(), 0.0
     for index in np.random.default_rng(0).permutation(len(cache)):
         total += float(cache.row(int(index))["topk_log_probs"].astype(np.float64).sum())
+    grown = anonymous_memory() - before_reading
+    assert grown < limit, f"{grown} bytes of memory that belong to no file"  # an allocator may have reserved its own
     with pytest.raises(MemoryError):  # the limit is a real one
         np.ones(2 * limit, np.int8)
     resource.setrlimit(resource.RLIMIT_DATA, before)

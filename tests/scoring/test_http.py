@@ -237,8 +237,11 @@ def test_the_key_comes_from_the_environment(kind, engine, monkeypatch):
 
 
 def test_the_other_engine_is_recognised():
-    with serving(FakeSglang(tiny_model())) as url, pytest.raises(ScoringServerError, match=r"404.*--engine"):
-        connect("vllm", url)
+    with (
+        serving(FakeSglang(tiny_model())) as url,
+        pytest.raises(ScoringServerError, match=r"version answers 404.*--engine"),
+    ):
+        connect("vllm", url).describe()
     with serving(FakeVllm(tiny_model())) as url, pytest.raises(ScoringServerError, match=r"404.*--engine"):
         connect("sglang", url).score([ROW], 0)
     with pytest.raises(ScoringServerError, match="no URL of a server"):

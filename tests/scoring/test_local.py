@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
-from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows, spend_logits
+from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
+from qtarget.scoring.logits import spend_logits
 from scoring.helpers import VOCAB, ragged_rows, tiny_model
 from scoring.source_suite import SourceSuite
 

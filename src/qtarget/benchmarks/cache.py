@@ -241,14 +241,14 @@ def relative_errors(found: Tensor, full: Tensor) -> dict[str, float]:
     return {"token": float((found - full).norm() / full.norm()), "batch": float(apart)}
 
 
-def reconstruction_kl(teacher: Tensor, reference: Reference) -> float:
-    """Mean ``KL(teacher || reconstruction)`` in nats, the tail spread evenly; infinite where ids are left out."""
+def reconstruction_kl(teacher: Tensor, reference: Reference) -> float | None:
+    """Mean ``KL(teacher || reconstruction)`` in nats, the tail spread evenly; absent where it is infinite (draws)."""
     from dataclasses import replace
 
     from qtarget.outcomes import align
 
     if reference.tail_policy == "sampled":
-        return float("inf")
+        return None
     rebuilt = align(replace(reference, tail_policy="spread"), teacher).frozen
     return float((teacher.exp() * (teacher - rebuilt)).sum(-1).mean())
 

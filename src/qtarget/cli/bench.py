@@ -12,7 +12,7 @@ import typer
 from qtarget.benchmarks.memory import MEMORY, run_memory
 from qtarget.benchmarks.speed import SUITES, SpeedConfig, run_speed
 from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
-from qtarget.cli import bench_scoring
+from qtarget.cli import bench_score, bench_scoring
 from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
 from qtarget.cli.outputs import check_writable, saver
 from qtarget.errors import ConfigError
@@ -28,6 +28,7 @@ def listed(values: tuple[int, ...]) -> str:
 
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+app.command("score")(bench_score.score)
 app.command("serve")(bench_scoring.serve)
 app.command("cache")(bench_scoring.cache)
 app.command("reading")(bench_scoring.reading)

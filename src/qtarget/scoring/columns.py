@@ -152,5 +152,6 @@ def expand(sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> dict[str, 
 
 def flat_lists(table: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Offsets ``[rows + 1]`` and values of a column of lists."""
-    lists: Any = pa.concat_arrays(table[name].chunks)
+    chunks = table[name].chunks
+    lists: Any = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # one chunk stays where it is: on the file
     return lists.offsets.to_numpy(), lists.flatten().to_numpy(zero_copy_only=True)

@@ -78,6 +78,8 @@ def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path
     """Decode one shard; one at a time is in memory."""
     if path.parent.parent != directory:
         logger.warning("%s is read-only; its decoded numbers go to %s", directory, path.parent)
+    else:
+        drop_stale(path.parent, manifest)
     table = decoded_table(pq.read_table(directory / shard.name, use_threads=False), manifest)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -85,6 +87,15 @@ def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path
     content = memoryview(sink.getvalue())
     write_json(path.with_suffix(".json"), {"bytes": len(content), "blake2b": digest(content)})
     write_atomic(path, content)
+
+
+def drop_stale(folder: Path, manifest: Manifest) -> None:
+    """Delete side files of shards that the cache no longer has; whoever mapped them keeps them."""
+    known = {shard.blake2b for shard in manifest.shards}
+    for path in folder.glob("*.arrow"):
+        if path.stem not in known:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def decoded_table(table: pa.Table, manifest: Manifest) -> pa.Table:

@@ -15,6 +15,7 @@ from torch import nn
 
 from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
 from qtarget.scoring.columns import compact
+from qtarget.scoring.logits import spend_logits
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.progress import TokenMeter
 from qtarget.scoring.rows import IntArray, ScoredRow, Source, check_request, empty_row
@@ -29,8 +30,6 @@ LOGITS_AT_ONCE = 2**25
 
 CACHED_LOGITS = 2**21
 """Logits of which a processor's cache holds a good part: passes over them run from there."""
-LOWEST_LOGIT = -1e30
-"""Stands for minus infinity where it is multiplied."""
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -216,30 +215,6 @@ def inverse_cumulative(logits: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     return ids.clamp(max=logits.shape[-1] - 1)
-
-
-def spend_logits(logits: Tensor, labels: Tensor, top_k: int, columns: Tensor | None) -> dict[str, Tensor]:
-    """Fields of a ``ScoredRow`` for ``[tokens, vocab]`` logits, which are overwritten: four passes and one copy.
-
-    The same numbers as ``qtarget.statistics.statistics_of`` at a third of its time. The tail is a sum over what is not
-    listed, never one minus what is: nothing cancels.
-    """
-    logits.sub_(logits.amax(-1, keepdim=True))
-    at_label = logits.gather(-1, labels[:, None])[:, 0]
-    at_columns = None if columns is None else logits[:, columns]
-    largest, ids = logits.topk(top_k, dim=-1) if top_k else (None, None)
-    odds = logits.exp()
-    total = odds.sum(-1)
-    log_total = total.log()
-    # a banned token has odds of zero, and zero times minus infinity is no number
-    mean = torch.einsum("tv,tv->t", odds, logits.clamp_(min=LOWEST_LOGIT)) / total
-    out = {"label_log_probs": at_label - log_total, "entropy": log_total - mean}
-    if largest is not None and ids is not None:
-        out |= {"topk_ids": ids, "topk_log_probs": largest - log_total[:, None]}
-        out["tail_log_mass"] = odds.scatter_(-1, ids, 0.0).sum(-1).log() - log_total
-    if at_columns is not None:
-        out["candidate_log_probs"] = at_columns - log_total[:, None]
-    return out
 
 
 def head_of(model: Any) -> tuple[Tensor, Tensor | None]:

@@ -96,24 +96,37 @@ def write_cache(
         for leftover in directory.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         meter.start(plan.tokens)
-        records: dict[int, ShardRecord] = {}
-        for number, shard in enumerate(plan.shards):
-            if (record := finished_shard(directory, shard)) is not None:
-                records[number] = record
-                meter.skip(shard.tokens)
-        missing = [number for number in range(len(plan.shards)) if number not in records]
-        work = ((n, read_again(rows, kept[n * shard_rows : (n + 1) * shard_rows], plan.vocab_size)) for n in missing)
-        for number, content in scored_shards(source, work, plan):
-            records[number] = place_shard(directory, plan.shards[number], content)
-            if isinstance(source, ShardMapper):
-                meter.advance(plan.shards[number].tokens)
-        ordered = tuple(records[number] for number in range(len(plan.shards)))
-        columns = common_columns(directory, ordered)
+        shards = write_missing(directory, rows, kept, source, plan, meter)
+        columns = common_columns(directory, shards)
         manifest = Manifest(
-            **shared_fields(provenance), rows=len(kept), tokens=plan.tokens, columns=columns, shards=ordered
+            **shared_fields(provenance), rows=len(kept), tokens=plan.tokens, columns=columns, shards=shards
         )
         manifest.write(directory)
     return manifest
+
+
+def write_missing(
+    directory: Path,
+    rows: Sequence[Mapping[str, Any]],
+    kept: Sequence[KeptRow],
+    source: Source,
+    plan: Plan,
+    meter: TokenMeter,
+) -> tuple[ShardRecord, ...]:
+    """Score and place every planned shard that is not finished; the records of all, in order."""
+    records: dict[int, ShardRecord] = {}
+    for number, shard in enumerate(plan.shards):
+        if (record := finished_shard(directory, shard)) is not None:
+            records[number] = record
+            meter.skip(shard.tokens)
+    size = plan.shard_rows
+    missing = [number for number in range(len(plan.shards)) if number not in records]
+    work = ((n, read_again(rows, kept[n * size : (n + 1) * size], plan.vocab_size)) for n in missing)
+    for number, content in scored_shards(source, work, plan):
+        records[number] = place_shard(directory, plan.shards[number], content)
+        if isinstance(source, ShardMapper):
+            meter.advance(plan.shards[number].tokens)
+    return tuple(records[number] for number in range(len(plan.shards)))
 
 
 def check_sampling(source: Any, provenance: Provenance) -> None:
