@@ -20,24 +20,14 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Tokenizer, processors
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import qtarget
+from qtarget.benchmarks.marked_data import SOLVERS, load_story_tokenizer
 from qtarget.integrations.trl_score import score
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, last_complete_checkpoint
 
 TARGETS = ("sft", "prior_surprise", "dft", "asft", "target_sft")
-SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer's own file: the transformers wrapper drops letters that it does not know, and adds a start mark."""
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end_story|>", unk_token="<unk>", pad_token="<unk>"
-    )
 
 
 def read(path: Path) -> list[dict]:
@@ -97,7 +87,7 @@ def settings(output: Path, **changes) -> dict:
 
 def run(name: str, rows: dict[str, list[dict]], model_path: Path, output: Path, steps: int) -> dict:
     """Score, train every target, evaluate; one of the runs is stopped half-way and resumed."""
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_story_tokenizer(model_path)
     data = {split: Dataset.from_list(part) for split, part in rows.items()}
 
     def base():

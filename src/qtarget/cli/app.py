@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import bench, demo, noise, score, targets, train
+from qtarget.cli import audit_data, bench, demo, noise, score, targets, train
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("targets")(targets.targets)
 app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)
+app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
 app.command("noise")(noise.noise)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")

@@ -107,7 +107,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             contradict each other.
     """
     path = Path(path)
-    settings = drop_other_targets_kwargs(read_settings(path, overrides))
+    return build_config(read_settings(path, overrides), path)
+
+
+def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
+    """``load_config`` of settings that are read already.
+
+    Args:
+        path: the file that they belong to; relative paths start at its folder.
+    """
+    settings = drop_other_targets_kwargs(settings)
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.trl_sft import QTargetConfig

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from qtarget.data.findings import Finding, Severity, finding
 from qtarget.errors import DataError
 
 IGNORE_INDEX = -100
-ROWS_NAMED = 5
+UNUSABLE = ("empty", "unsupervised", "cut_off")
 
-# finding -> (what it means, the next step); the order is that of the messages
+# check -> (what it means, the next step); the order is that of the messages
 FINDINGS = {
     "empty": ("have no tokens", "remove them, or check the template and the tokenizer"),
     "unsupervised": (
@@ -24,14 +27,6 @@ FINDINGS = {
 
 
 @dataclass(frozen=True)
-class Finding:
-    """How many rows have one defect, and the indices of the first few."""
-
-    count: int = 0
-    first_rows: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class AuditReport:
     """Counts over tokenised rows; each row has at most one finding.
 
@@ -41,8 +36,8 @@ class AuditReport:
         supervised_tokens: labels that remain and are predicted from at least one token.
         lost_tokens: supervised tokens beyond ``max_length``.
         max_length: tokens kept of a row, or None for all.
-        findings: by name (``FINDINGS``). ``empty``, ``unsupervised`` and ``cut_off`` rows train on nothing;
-            ``truncated`` rows train on a part.
+        findings: those that occurred, by name (``FINDINGS``). ``empty``, ``unsupervised`` and ``cut_off`` rows train on
+            nothing and are errors; ``truncated`` rows train on a part, a warning.
     """
 
     rows: int
@@ -55,20 +50,11 @@ class AuditReport:
     @property
     def unusable_rows(self) -> int:
         """Rows that train on nothing."""
-        return sum(self.findings[name].count for name in ("empty", "unsupervised", "cut_off"))
+        return sum(self.findings[name].count for name in UNUSABLE if name in self.findings)
 
     def messages(self) -> list[str]:
         """One line a finding: how many rows, which, and what to do; empty if all is well."""
-        lines = []
-        for name, (meaning, step) in FINDINGS.items():
-            found = self.findings[name]
-            if found.count:
-                more = ", ..." if found.count > len(found.first_rows) else ""
-                which = ", ".join(map(str, found.first_rows)) + more
-                length = f" (max_length {self.max_length})" if name in ("cut_off", "truncated") else ""
-                lost = f", {self.lost_tokens} supervised tokens lost in all" if name == "truncated" else ""
-                lines.append(f"{found.count} of {self.rows} rows {meaning}{length}{lost}: rows {which}; {step}")
-        return lines
+        return [found.message for found in self.findings.values()]
 
     def raise_if_unusable(self) -> None:
         """Refuse a data set none of whose rows trains on anything.
@@ -103,19 +89,23 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None, kee
         >>> report.messages()[0][:50]
         '1 of 1 rows are truncated before their end (max_le'
     """
-    counts = dict.fromkeys(FINDINGS, 0)
-    first: dict[str, list[int]] = {name: [] for name in FINDINGS}
+    concerned: dict[str, list[int]] = {name: [] for name in FINDINGS}
     total = tokens = supervised = lost = 0
     for index, row in enumerate(rows):
         length, kept, beyond = _supervision(index, row, max_length, keep_end)
         total, tokens, supervised, lost = total + 1, tokens + length, supervised + kept, lost + beyond
         name = _finding(length, kept, beyond)
         if name is not None:
-            counts[name] += 1
-            if len(first[name]) < ROWS_NAMED:
-                first[name].append(index)
-    findings = {name: Finding(counts[name], tuple(first[name])) for name in FINDINGS}
-    return AuditReport(total, tokens, supervised, lost, max_length, findings)
+            concerned[name].append(index)
+    found: dict[str, Finding] = {}
+    for name, (meaning, step) in FINDINGS.items():
+        severity: Severity = "error" if name in UNUSABLE else "warning"
+        limit = f" (max_length {max_length})" if name in ("cut_off", "truncated") else ""
+        cut = f", {lost} supervised tokens lost in all" if name == "truncated" else ""
+        evidence = {"max_length": max_length, "lost_tokens": lost} if limit else {}
+        for made in finding(name, severity, concerned[name], total, meaning + limit + cut, step, **evidence):
+            found[name] = made
+    return AuditReport(total, tokens, supervised, lost, max_length, found)
 
 
 def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, keep_end: bool) -> tuple[int, int, int]:
@@ -132,8 +122,9 @@ def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, kee
         )
     end = length if max_length is None else min(length, max_length)
     first = length - end + 1 if keep_end else 1  # the first token that is kept is predicted by nothing
-    total = sum(label != IGNORE_INDEX for label in labels[1:])
-    kept = sum(label != IGNORE_INDEX for label in labels[first : first + end - 1]) if end else 0
+    trained = np.asarray(labels) != IGNORE_INDEX
+    total = int(trained[1:].sum())
+    kept = int(trained[first : first + end - 1].sum()) if end else 0
     return end, kept, total - kept
 
 

@@ -12,27 +12,6 @@ from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerpr
 from qtarget.types import TailPolicy
 
 
-def tokenising_trainer(
-    model: Any, args: QTargetConfig, train_dataset: Any, eval_dataset: Any = None, processing_class: Any = None
-) -> tuple[QTargetTrainer, list[Any]]:
-    """A trainer whose rows are whole (no packing), and its tokenised training and evaluation sets.
-
-    Raises:
-        ConfigError: packing that cuts rows apart.
-    """
-    if args.packing and args.packing_strategy != "bfd":
-        raise ConfigError(
-            f"packing_strategy {args.packing_strategy!r} cuts rows apart, and a cache holds whole rows; use 'bfd'"
-        )
-    plain = changed(
-        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
-    )
-    trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
-    evals: Any = trainer.eval_dataset
-    parts = evals.values() if isinstance(evals, dict) else [evals] if evals is not None else []
-    return trainer, [trainer.train_dataset, *parts]
-
-
 def score(
     model: Any,
     args: QTargetConfig,
@@ -63,7 +42,19 @@ def score(
     Raises:
         ConfigError: packing that cuts rows apart.
     """
-    trainer, sets = tokenising_trainer(model, args, train_dataset, eval_dataset, processing_class)
+    if args.packing and args.packing_strategy != "bfd":
+        raise ConfigError(
+            f"packing_strategy {args.packing_strategy!r} cuts rows apart, and a cache holds whole rows; use 'bfd'"
+        )
+    plain = changed(
+        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
+    )
+    trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
+    evals: Any = trainer.eval_dataset
+    sets: list[Any] = [
+        trainer.train_dataset,
+        *(evals.values() if isinstance(evals, dict) else [evals] if evals is not None else []),
+    ]
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for part in sets for row in part]
     base = trainer._base_model()
     tokenizer = trainer.processing_class

@@ -10,6 +10,7 @@ import numpy as np
 
 from qtarget.data.noise import noise_token_mask, response_text
 from qtarget.errors import ConfigError, DataError
+from qtarget.report.roc import roc_auc
 
 CURVE_POINTS = 101
 RESAMPLES = 200
@@ -100,9 +101,8 @@ def roc(scores: np.ndarray, marked: np.ndarray) -> dict[str, Any]:
     last = np.concatenate([ordered[1:] != ordered[:-1], [True]])  # a tie is one step of the curve
     hits, misses = np.cumsum(marked[order])[last], np.cumsum(~marked[order])[last]
     tpr, fpr = np.concatenate([[0], hits]) / positives, np.concatenate([[0], misses]) / negatives
-    auc = float(np.trapezoid(tpr, fpr))
     grid = np.unique(np.linspace(0, len(tpr) - 1, CURVE_POINTS).round().astype(int))
-    return {"auc": auc, "curve": np.stack([fpr[grid], tpr[grid]], -1).round(4).tolist()}
+    return {"auc": roc_auc(scores, marked), "curve": np.stack([fpr[grid], tpr[grid]], -1).round(4).tolist()}
 
 
 def interval(scores: np.ndarray, marked: np.ndarray, seed: int = 0) -> list[float] | None:
@@ -111,7 +111,7 @@ def interval(scores: np.ndarray, marked: np.ndarray, seed: int = 0) -> list[floa
         return None
     rng = np.random.default_rng(seed)
     samples = rng.integers(0, len(scores), (RESAMPLES, len(scores)))
-    found = [roc(scores[i], marked[i])["auc"] for i in samples]
+    found = [roc_auc(scores[i], marked[i]) for i in samples]
     return [float(v) for v in np.percentile([v for v in found if v is not None], [2.5, 97.5])]
 
 

@@ -111,20 +111,25 @@ class ReferenceCache:
         Raises:
             CacheMismatchError: rows that were never scored, by their number in ``checksums``, with the command.
         """
-        if not len(checksums):
-            return []
-        ordered, numbers = self._checksums()
-        wanted = np.array([checksum.encode() for checksum in checksums])
-        place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
-        missing = np.flatnonzero(ordered[place] != wanted)
+        found = self.find(checksums)
+        missing = np.flatnonzero(found < 0)
         if len(missing):
             named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
             raise CacheMismatchError(
-                f"{len(missing)} of {len(wanted)} rows are not in the cache {self.path}: rows {named}; their tokens or "
+                f"{len(missing)} of {len(found)} rows are not in the cache {self.path}: rows {named}; their tokens or "
                 "their mask differ from every scored row; choose another folder, or delete this one, and run "
                 "`qtarget score CONFIG.yaml`"
             )
-        return numbers[place].tolist()
+        return found.tolist()
+
+    def find(self, checksums: Sequence[str]) -> np.ndarray:
+        """Row numbers of some rows ``[rows]``, -1 for those that were never scored; ``locate`` refuses them."""
+        ordered, numbers = self._checksums()
+        if not len(checksums) or not len(ordered):
+            return np.full(len(checksums), -1)
+        wanted = np.array([checksum.encode() for checksum in checksums])
+        place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
+        return np.where(ordered[place] == wanted, numbers[place], -1)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """The numbers of one row at its supervised tokens (``supervised_mask``), in nats; the caller owns the arrays.

@@ -1,0 +1,225 @@
+"""``qtarget audit-data``: what is wrong with the rows before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtarget.errors import CacheMismatchError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qtarget.cli.config import RunConfig
+    from qtarget.cli.settings import Setting
+    from qtarget.data.findings import Finding
+    from qtarget.report.advice import Advice
+    from qtarget.report.audit import DataAudit
+    from qtarget.scoring.reader import ReferenceCache
+
+FAILED = 1
+EXAMPLES = 3
+STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+# Nothing is trained, so the machine need not be able to; none of these decides a token.
+HARDWARE = {"use_cpu": True, "bf16": False, "fp16": False}
+
+
+def audit_data(
+    context: typer.Context,
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml|DATA", help="A config of `qtarget train`, or a file of rows.")
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything as JSON.")
+    ] = None,
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
+) -> None:
+    """Check rows, tokens, masks and the base's surprise; exit code 1 on errors. Any key can be set by `--key value`."""
+    from rich.console import Console
+
+    from qtarget.cli.settings import parse_overrides
+
+    audit = run_audit(source, parse_overrides(context.args), split)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print_audit(audit, Console())
+    if audit.errors:
+        raise typer.Exit(FAILED)
+
+
+def run_audit(
+    source: Path, overrides: Mapping[str, Setting], split: Literal["train", "validation"] = "train"
+) -> DataAudit:
+    """Audit the rows of a config, or of a file: with its tokens where ``model_name_or_path`` is given.
+
+    Raises:
+        ConfigError: no such split, or settings that training refuses too.
+        DataError: the file is unusable.
+        CacheMismatchError: the command line names a cache that is none.
+    """
+    from qtarget.cli.config import build_config
+    from qtarget.cli.settings import Setting, read_settings
+    from qtarget.data.loading import READABLE
+
+    is_data = source.name.lower().endswith(READABLE)
+    if is_data and "model_name_or_path" not in overrides:
+        return _texts_alone(source, overrides, split)
+    settings = dict(overrides) if is_data else read_settings(source, []) | dict(overrides)
+    if is_data:
+        settings["train_file"] = Setting(str(source.absolute()), "the command line")
+    settings |= {key: Setting(value, "audit-data") for key, value in HARDWARE.items()}
+    return audit_config(build_config(settings, source), split, cache_required="reference_cache" in overrides)
+
+
+def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
+    from qtarget.data.loading import load_rows
+    from qtarget.report.audit import audit_texts
+
+    unused = sorted(set(overrides) - {"dataset_text_field"})
+    if unused or split != "train":
+        raise ConfigError(
+            f"{', '.join(f'--{key}' for key in unused) or '--split'} says nothing about {source} without a tokenizer; pass "
+            "CONFIG.yaml, or --model_name_or_path MODEL too"
+        )
+    text_field = str(overrides["dataset_text_field"].value) if overrides else "text"
+    return audit_texts(load_rows(source, text_field=text_field), text_field=text_field)
+
+
+def audit_config(config: RunConfig, split: Literal["train", "validation"], *, cache_required: bool) -> DataAudit:
+    """Audit the rows of a config, tokenised exactly as training does; the model's weights are not read.
+
+    Args:
+        cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
+    """
+    from qtarget.cli.datasets import load_datasets
+    from qtarget.data.token_checks import Vocabulary
+    from qtarget.integrations.trl_audit import cut, tokenise
+    from qtarget.report.audit import audit_data
+
+    training = config.training
+    rows = load_datasets(config)[split == "validation"]
+    if rows is None:
+        raise ConfigError("--split validation: the config names no validation_file; set it, or audit the training rows")
+    tokenizer, size, ends = _load_tokenizer(config)
+    tokens = tokenise(training, rows, tokenizer)
+    cache = _open_cache(training.reference_cache, cache_required)
+    return audit_data(
+        list(rows),  # pyright: ignore[reportArgumentType]
+        tokens.rows,
+        [cut(row, training) for row in tokens.rows],
+        tokenizer=tokens.tokenizer,
+        vocabulary=Vocabulary.of(tokens.tokenizer, size, ends),
+        max_length=training.max_length,
+        keep_end=training.truncation_mode == "keep_end",
+        chat_template=tokens.chat_template,
+        assistant_only=training.assistant_only_loss,
+        text_field=training.dataset_text_field,
+        cache=cache,
+        teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
+        more=_cache_findings(cache, tokens, size, len(rows)) if cache is not None else (),
+    )
+
+
+def _load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
+    """Tokenizer, rows of the model's embeddings, and its end tokens."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    name, revision = str(config.model.model_name_or_path), config.model.model_revision
+    keywords = {"revision": revision, "trust_remote_code": config.training.trust_remote_code}
+    try:
+        model = AutoConfig.from_pretrained(name, **keywords).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(name, **keywords)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path {name} cannot be loaded: {error}; expected a folder with config.json and a tokenizer, or a "
+            "hub name"
+        ) from error
+    try:
+        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except OSError:  # many models have no generation_config.json
+        ends = model.eos_token_id
+    return tokenizer, model.vocab_size, [ends] if isinstance(ends, int) else list(ends or [])
+
+
+def _open_cache(path: str | None, required: bool) -> ReferenceCache | None:
+    from qtarget.scoring.reader import ReferenceCache
+
+    if path is None or (not required and not Path(path).exists()):
+        return None
+    return ReferenceCache.open(path, verify=False)
+
+
+def _cache_findings(cache: ReferenceCache, tokens: Any, vocab_size: int, rows: int) -> list[Finding]:
+    """A cache of another tokenizer, template or vocabulary, at which training stops."""
+    from qtarget.data.findings import Finding
+    from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
+
+    try:
+        cache.require(
+            tokenizer_fingerprint=fingerprint_tokenizer(tokens.tokenizer),
+            chat_template_fingerprint=fingerprint_chat_template(tokens.chat_template or tokens.tokenizer),
+            vocab_size=vocab_size,
+        )
+    except CacheMismatchError as error:
+        return [Finding("cache_mismatch", "error", rows, (), str(error))]
+    return []
+
+
+def print_audit(audit: DataAudit, console: Console) -> None:
+    """Findings with a few examples each, then the suggestion."""
+    from rich.text import Text
+
+    for found in audit.findings:
+        line = Text(f"{found.severity:8}", style=STYLES[found.severity])
+        console.print(line + Text(f"{found.check}: ", style="bold") + Text(_visible(found.message)), soft_wrap=True)
+        for example in found.evidence.get("examples", ())[:EXAMPLES]:
+            console.print(Text(f"          {example_line(example)}", style="dim"), soft_wrap=True)
+    console.print()
+    _print_advice(audit.advice, console)
+    words = f"{audit.errors} kinds of errors" if audit.errors else "no errors"
+    console.print(Text(f"\n{audit.rows} rows: {words}", style="bold red" if audit.errors else "bold green"))
+
+
+def _print_advice(advice: Advice, console: Console) -> None:
+    from rich.text import Text
+
+    console.print(Text("Which target? ", style="bold") + Text(advice.summary, style=""), soft_wrap=True)
+    lines = [(f"{i}. {', '.join(s.targets)}", s) for i, s in enumerate(advice.ranked, start=1)]
+    lines += [(f"not {', '.join(s.targets)}", s) for s in advice.avoid]
+    for name, statement in lines:
+        sources = ", ".join(dict.fromkeys(entry["file"] for entry in statement.evidence))
+        console.print(Text(f"  {name}: {statement.reason} [{sources}]"), soft_wrap=True)
+    for note in advice.notes:
+        console.print(Text(f"  note: {note}"), soft_wrap=True)
+
+
+def example_line(example: Mapping[str, Any]) -> str:
+    """One example of a finding, its text quoted.
+
+    Example:
+        >>> example_line({"row": 3, "text": "\\n", "log_prob": -9.5, "rank": None, "base_text": " a", "base_probability": 0.98})
+        "row 3: '\\\\n' log p -9.50, rank beyond top-k; the base: ' a' (0.98)"
+    """
+    where = f"row {example['row']}" + (f", token {example['position']}" if "position" in example else "")
+    if "answer" in example:
+        return f"{where}: {example['answer']!r}, row {example['other_row']}: {example['other_answer']!r}"
+    text = f"{example['before']!r} + " if example.get("before") else ""
+    line = f"{where}: {text}{example['text']!r}"
+    if "log_prob" in example:
+        line += f" log p {example['log_prob']:.2f}"
+    if "base_text" in example:
+        rank = example["rank"] or "beyond top-k"
+        line += f", rank {rank}; the base: {example['base_text']!r} ({example['base_probability']:.2f})"
+    if "rows_agreeing" in example:
+        line += f"; {example['rows_agreeing']} rows agree"
+    return line
+
+
+def _visible(text: str) -> str:
+    """Without characters that steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,105 @@
+"""All checks of a data set before training, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtarget.data.audit import audit_rows
+from qtarget.data.findings import Finding, in_order
+from qtarget.data.text_checks import check_texts
+from qtarget.data.token_checks import Vocabulary, check_roles, check_tokens
+from qtarget.report.advice import Advice, facts_of, which_target
+from qtarget.report.noise_checks import check_noise
+from qtarget.report.prior_check import check_prior
+from qtarget.report.scored import check_coverage, score_from_cache
+from qtarget.scoring.reader import ReferenceCache
+
+
+@dataclass(frozen=True)
+class DataAudit:
+    """What ``qtarget audit-data`` prints, and writes as JSON (``as_dict``).
+
+    Attributes:
+        rows: of the data.
+        findings: errors first.
+        advice: which target.
+    """
+
+    rows: int
+    findings: tuple[Finding, ...]
+    advice: Advice
+
+    @property
+    def errors(self) -> int:
+        """Findings with severity ``error``."""
+        return sum(found.severity == "error" for found in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"rows", "errors", "findings": [Finding.as_dict()], "which_target": Advice.as_dict()}``."""
+        return {
+            "rows": self.rows,
+            "errors": self.errors,
+            "findings": [found.as_dict() for found in self.findings],
+            "which_target": self.advice.as_dict(),
+        }
+
+
+def audit_texts(raw: Sequence[Mapping[str, Any]], *, text_field: str = "text") -> DataAudit:
+    """The checks that need no tokenizer."""
+    message = (
+        "tokens, masks, lengths and the base's surprise were not checked: no tokenizer; pass CONFIG.yaml, or "
+        "--model_name_or_path MODEL"
+    )
+    unchecked = Finding("tokens_unchecked", "info", len(raw), (), message)
+    return _complete(len(raw), [*check_texts(raw, text_field=text_field), unchecked], teacher=False)
+
+
+def audit_data(
+    raw: Sequence[Mapping[str, Any]],
+    whole: Sequence[Mapping[str, Any]],
+    trained: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    max_length: int | None,
+    keep_end: bool = False,
+    chat_template: str | None = None,
+    assistant_only: bool = False,
+    text_field: str = "text",
+    cache: ReferenceCache | None = None,
+    teacher: bool = False,
+    more: Sequence[Finding] = (),
+) -> DataAudit:
+    """Every check, on rows in three states; row i is the same in each.
+
+    Args:
+        raw: as the user wrote them.
+        whole: tokenised, not cut: ``input_ids`` and ``labels``.
+        trained: cut to ``max_length`` as training cuts them; their checksums name them in the cache.
+        tokenizer, chat_template, assistant_only: as in training; for the roles of a conversation's tokens.
+        cache: of the base, for what it finds surprising; None leaves those checks out.
+        teacher: whether one is at hand.
+        more: findings of the caller (a cache of another model).
+    """
+    findings = [
+        *more,
+        *audit_rows(whole, max_length=max_length, keep_end=keep_end).findings.values(),
+        *check_tokens(whole, vocabulary, max_length=max_length),
+        *check_roles(raw, whole, tokenizer, chat_template=chat_template, assistant_only=assistant_only),
+        *check_texts(raw, text_field=text_field),
+    ]
+    if cache is None:
+        message = "what the base finds surprising was not checked: no reference_cache; run `qtarget score CONFIG.yaml --top_k 8`"
+        findings.append(Finding("base_unchecked", "info", len(raw), (), message))
+    elif not any(found.check == "outside_vocabulary" for found in findings):
+        scored, missing = score_from_cache(trained, cache)
+        findings += check_coverage(missing, len(missing) + len(scored.numbers), cache)
+        findings += check_noise(scored, vocabulary.decode)
+        findings += check_prior(scored, vocabulary.decode)
+    return _complete(len(raw), findings, teacher=teacher)
+
+
+def _complete(rows: int, findings: Sequence[Finding], *, teacher: bool) -> DataAudit:
+    return DataAudit(rows, tuple(in_order(findings)), which_target(facts_of(findings, rows=rows, teacher=teacher)))

@@ -1,0 +1,161 @@
+"""Suspected label noise: tokens and rows at which the base is more surprised than it usually is on this data.
+
+Surprise alone marks every place where much can be said. The excess, surprise minus entropy, marks those where the base
+expected something else. How well either finds real noise is measured in ``docs/audit.md``; on answers that are wrong but
+fluent, hardly at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qtarget.data.findings import ROWS_NAMED, Finding
+from qtarget.report.scored import Decode, ScoredTokens
+
+DEVIATIONS = 4.0
+"""Robust standard deviations above the median from which an excess is an outlier (Leys et al. 2013 suggest 2 to 3)."""
+LEAST_EXCESS = 3.0
+"""Nats: an outlier token is also 20 times less likely than the base's own text is there."""
+MAD_TO_DEVIATION = 1.4826
+"""Of a normal distribution."""
+KNOWS_TOO_LITTLE = 0.35
+"""Labels that are the base's first choice, as a share, below which surprise does not tell noise from what is new: at up to
+0.27 it found marked rows no better than an ROC-AUC of 0.58, at 0.65 and above with 1.00; nothing between was measured."""
+FEWEST_ROWS = 20
+"""Below this, "usual on this data" means nothing for rows."""
+
+
+def token_threshold(scored: ScoredTokens) -> float:
+    """The excess, in nats, above which a token is suspected."""
+    return max(LEAST_EXCESS, _outliers_from(scored.excess)) if len(scored.places) else LEAST_EXCESS
+
+
+def suspected_tokens(scored: ScoredTokens) -> np.ndarray:
+    """``[labels]`` booleans: the base expected something else there, more than it usually does on this data."""
+    return scored.excess > token_threshold(scored)
+
+
+def row_means(scored: ScoredTokens, values: np.ndarray) -> np.ndarray:
+    """``[rows]`` mean of ``values [labels]`` over each row's trained tokens."""
+    count = np.bincount(scored.rows, minlength=len(scored.numbers))
+    return np.bincount(scored.rows, values, minlength=len(scored.numbers)) / np.maximum(count, 1)
+
+
+def suspected_rows(scored: ScoredTokens) -> np.ndarray:
+    """``[rows]`` booleans: mean surprise is an outlier among the rows."""
+    means = row_means(scored, -scored.log_probs.astype(np.float64))
+    return means > _outliers_from(means) if len(means) >= FEWEST_ROWS else np.zeros(len(means), dtype=bool)
+
+
+def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
+    """How surprised the base is, and where it is surprised beyond that."""
+    if not len(scored.places):
+        return []
+    return [_surprise(scored), *_tokens(scored, decode), *_rows(scored, decode)]
+
+
+def _surprise(scored: ScoredTokens) -> Finding:
+    surprise = -scored.log_probs.astype(np.float64)
+    evidence = {
+        "labels": len(surprise),
+        "mean_surprise": round(float(surprise.mean()), 4),
+        "median_surprise": round(float(np.median(surprise)), 4),
+        "mean_entropy": round(float(scored.entropy.astype(np.float64).mean()), 4),
+        "favourite_share": None if scored.ranks is None else round(float((scored.ranks == 1).mean()), 4),
+    }
+    favourite = "" if scored.ranks is None else f"; {evidence['favourite_share']:.0%} of labels are its first choice"
+    if scored.ranks is not None and (scored.ranks == 1).mean() < KNOWS_TOO_LITTLE:
+        favourite += "; it knows too little of this data for its surprise to tell noise (docs/audit.md)"
+    message = (
+        f"the base's surprise at the labels is {evidence['mean_surprise']:.2f} nats a token (median "
+        f"{evidence['median_surprise']:.2f}), its entropy there {evidence['mean_entropy']:.2f}{favourite}"
+    )
+    return Finding("base_surprise", "info", len(scored.numbers), (), message, evidence)
+
+
+def _tokens(scored: ScoredTokens, decode: Decode) -> list[Finding]:
+    suspected, rows_of = suspected_tokens(scored), scored.rows
+    rows, worst = np.unique(rows_of[suspected]), np.flatnonzero(suspected)
+    if not len(worst):
+        return []
+    worst = worst[np.argsort(-scored.excess[worst], kind="stable")][: 2 * ROWS_NAMED]
+    found_spans = spans(suspected, rows_of)
+    threshold, share = token_threshold(scored), float(suspected.mean())
+    message = (
+        f"{suspected.sum()} of {len(suspected)} labels ({share:.1%}, in {len(rows)} of {len(scored.numbers)} rows, "
+        f"{len(found_spans)} spans) surprise the base by {threshold:.1f} nats more than it expected there; read the "
+        "examples: noise, or something that the base has to learn"
+    )
+    evidence = {
+        "labels": int(suspected.sum()),
+        "share": round(share, 4),
+        "spans": len(found_spans),
+        "threshold": round(threshold, 4),
+        "examples": [scored.evidence(int(i), decode) for i in worst],
+        "longest_spans": [
+            _span(scored, *s, decode) for s in sorted(found_spans, key=lambda s: s[0] - s[1])[:ROWS_NAMED]
+        ],
+    }
+    return [Finding("surprising_tokens", "warning", len(rows), _named(scored, rows), message, evidence)]
+
+
+def spans(suspected: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
+    """Runs ``[start, stop)`` of suspected labels in one row; a single unsuspected label does not end a run.
+
+    Example:
+        >>> spans(np.array([1, 1, 0, 1, 0, 0, 1, 1], bool), np.array([0, 0, 0, 0, 0, 0, 0, 1]))
+        [(0, 4), (6, 7), (7, 8)]
+    """
+    at = np.flatnonzero(suspected)
+    if not len(at):
+        return []
+    breaks = np.flatnonzero((np.diff(at) > 2) | (np.diff(rows[at]) != 0))
+    starts, stops = at[np.concatenate([[0], breaks + 1])], at[np.concatenate([breaks, [len(at) - 1]])] + 1
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _span(scored: ScoredTokens, start: int, stop: int, decode: Decode) -> dict[str, Any]:
+    row = int(scored.rows[start])
+    first, last = (int(scored.places[i] - scored.offsets[row]) for i in (start, stop - 1))
+    return {
+        "row": int(scored.numbers[row]),
+        "position": first,
+        "end": last + 1,
+        "text": decode(scored.labels[start:stop].tolist()),
+        "log_prob": round(float(scored.log_probs[start:stop].sum(dtype=np.float64)), 4),
+    }
+
+
+def _rows(scored: ScoredTokens, decode: Decode) -> list[Finding]:
+    rows = np.flatnonzero(suspected_rows(scored))
+    if not len(rows):
+        return []
+    surprise = -scored.log_probs.astype(np.float64)
+    means = row_means(scored, surprise)
+    rows = rows[np.argsort(-means[rows], kind="stable")]
+    examples = []
+    for row in rows[:ROWS_NAMED]:
+        labels = np.flatnonzero(scored.rows == row)
+        worst = int(labels[np.argmax(surprise[labels])])
+        examples.append(
+            {"mean_surprise": round(float(means[row]), 4), "labels": len(labels)} | scored.evidence(worst, decode)
+        )
+    message = (
+        f"{len(rows)} of {len(means)} rows surprise the base by {_outliers_from(means):.2f} nats a token or more, where "
+        f"half of the rows do by {np.median(means):.2f} or less: rows {', '.join(map(str, _named(scored, rows)))}; read "
+        "them: wrong answers, another language or format, or just short rows"
+    )
+    evidence = {"threshold": round(_outliers_from(means), 4), "examples": examples}
+    return [Finding("surprising_rows", "warning", len(rows), _named(scored, rows), message, evidence)]
+
+
+def _named(scored: ScoredTokens, rows: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(scored.numbers[row]) for row in rows[:ROWS_NAMED])
+
+
+def _outliers_from(values: np.ndarray) -> float:
+    """Median plus ``DEVIATIONS`` robust standard deviations."""
+    median = float(np.median(values))
+    return median + DEVIATIONS * MAD_TO_DEVIATION * float(np.median(np.abs(values - median)))

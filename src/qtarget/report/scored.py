@@ -1,0 +1,125 @@
+"""What the base said at every label of a data set, as flat columns, with the rows that it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qtarget.data.findings import Finding, finding
+from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.schema import row_checksum, supervised_mask
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """A frozen base at the trained tokens of some rows; log-probs and entropies in nats.
+
+    Attributes:
+        ids: ``[tokens]`` all token ids, row after row, prompts included.
+        offsets: ``[rows + 1]`` row i holds ``ids[offsets[i]:offsets[i + 1]]``.
+        numbers: ``[rows]`` each row's number in the user's data.
+        places: ``[labels]`` index into ``ids`` of every trained token, ascending.
+        log_probs: ``[labels]`` of the observed token.
+        entropy: ``[labels]``.
+        top_ids: ``[labels]`` the base's favourite; None without top-k in the cache, as the next two.
+        top_log_probs: ``[labels]``.
+        ranks: ``[labels]`` of the observed token, from 1; 0 where it is beyond the cached top-k.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    numbers: np.ndarray
+    places: np.ndarray
+    log_probs: np.ndarray
+    entropy: np.ndarray
+    top_ids: np.ndarray | None = None
+    top_log_probs: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """``[labels]`` ids of the trained tokens."""
+        return self.ids[self.places]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """``[labels]`` index of each trained token's row (``numbers`` names it)."""
+        return np.searchsorted(self.offsets, self.places, side="right") - 1
+
+    @cached_property
+    def excess(self) -> np.ndarray:
+        """``[labels]`` surprise beyond what the base expected there: ``-log p(label) - H``; mean 0 for the base's own text."""
+        return -self.log_probs.astype(np.float64) - self.entropy.astype(np.float64)
+
+    def evidence(self, label: int, decode: Decode) -> dict[str, Any]:
+        """One trained token as a finding shows it, see ``Finding.evidence``."""
+        row, place = int(self.rows[label]), int(self.places[label])
+        out: dict[str, Any] = {
+            "row": int(self.numbers[row]),
+            "position": place - int(self.offsets[row]),
+            "text": decode([int(self.ids[place])]),
+            "before": decode(self.ids[max(int(self.offsets[row]), place - 12) : place].tolist()),
+            "log_prob": round(float(self.log_probs[label]), 4),
+            "entropy": round(float(self.entropy[label]), 4),
+        }
+        if self.top_ids is not None and self.top_log_probs is not None and self.ranks is not None:
+            out |= {
+                "rank": int(self.ranks[label]) or None,
+                "base_text": decode([int(self.top_ids[label])]),
+                "base_probability": round(float(np.exp(self.top_log_probs[label])), 4),
+            }
+        return out
+
+
+def score_from_cache(rows: Sequence[Mapping[str, Any]], cache: ReferenceCache) -> tuple[ScoredTokens, list[int]]:
+    """Look up the rows that train on something.
+
+    Args:
+        rows: ``input_ids`` and ``labels``, cut as training cuts them; row i is row i of the data.
+
+    Returns:
+        What the cache holds, and the numbers of the rows that it lacks.
+    """
+    masks = [np.asarray(supervised_mask(row["labels"]), dtype=bool) for row in rows]
+    wanted = [i for i, mask in enumerate(masks) if mask.any()]
+    found = cache.find([row_checksum(rows[i]["input_ids"], supervised_mask(rows[i]["labels"])) for i in wanted])
+    kept = [(i, int(place)) for i, place in zip(wanted, found) if place >= 0]
+    lengths = [len(masks[i]) for i, _ in kept]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    columns = _columns([cache.row(place) for _, place in kept])
+    ids = [np.asarray(rows[i]["input_ids"], dtype=np.int64) for i, _ in kept]
+    places = [np.flatnonzero(masks[i]) + start for (i, _), start in zip(kept, offsets)]
+    flat_ids, flat_places = _joined(ids, np.int64), _joined(places, np.int64)
+    top: dict[str, np.ndarray] = {}
+    if "topk_ids" in columns:
+        equal = columns["topk_ids"] == flat_ids[flat_places][:, None]
+        top = {
+            "top_ids": columns["topk_ids"][:, 0].astype(np.int64),
+            "top_log_probs": columns["topk_log_probs"][:, 0].astype(np.float32),
+            "ranks": np.where(equal.any(1), equal.argmax(1) + 1, 0),
+        }
+    numbers = np.array([i for i, _ in kept], dtype=np.int64)
+    log_probs, entropy = (columns.get(n, np.zeros(0, np.float32)) for n in ("label_log_probs", "entropy"))
+    missing = [i for i, place in zip(wanted, found) if place < 0]
+    return ScoredTokens(flat_ids, offsets, numbers, flat_places, log_probs, entropy, **top), missing
+
+
+def _columns(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def check_coverage(missing: Sequence[int], of: int, cache: ReferenceCache) -> list[Finding]:
+    """Rows that the cache lacks: training with it refuses to start."""
+    step = "run `qtarget score CONFIG.yaml` into a new folder: their tokens or their mask differ from every scored row"
+    what = f"are not in the cache {cache.path.name} (of model {cache.manifest.model_id!r})"
+    return finding("cache_coverage", "error", missing, of, what, step, cache_rows=len(cache))

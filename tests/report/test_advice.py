@@ -1,0 +1,96 @@
+"""A suggestion comes from measured facts and the files it names, or says that there is not enough evidence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import qtarget
+from qtarget.data.findings import Finding
+from qtarget.report.advice import evidence, facts_of, which_target
+
+ROOT = Path(__file__).parents[2]
+
+
+def facts(favourite: float | None, **more) -> dict:
+    surprise = None if favourite is None else 9.0
+    base = {"favourite_share": favourite, "mean_surprise": surprise, "median_surprise": surprise, "mean_entropy": 1.0,
+            "suspected_share": 0.0, "flawed_prior_share": 0.0, "duplicate_share": 0.0, "contradictory_share": 0.0,
+            "rows": 600, "teacher": False}  # fmt: skip
+    return base | more
+
+
+def test_the_evidence_is_what_the_result_files_say():
+    spec = importlib.util.spec_from_file_location("update_evidence", ROOT / "scripts" / "update_evidence.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.collect() == evidence(), "run `python scripts/update_evidence.py`"
+
+
+def test_a_base_that_does_not_know_the_format_gets_the_tie_of_the_demo():
+    advice = which_target(facts(0.15))
+    assert advice.verdict == "suggestion"
+    assert advice.ranked[0].targets == ("sft_kl", "sft", "label_smoothing")
+    assert {name for statement in advice.avoid for name in statement.targets} == {
+        "prior_surprise", "dft", "target_sft", "p_power", "asft",
+    }  # fmt: skip
+    raw = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    worst = min(run["accuracy_percent"] for run in raw["runs"]["sft"])
+    assert all(run["accuracy_percent"] < worst for run in raw["runs"]["prior_surprise"])
+
+
+@pytest.mark.parametrize("known", [None, 0.35, 0.7, 1.0])
+def test_elsewhere_there_is_not_enough_evidence(known):
+    advice = which_target(facts(known))
+    assert (advice.verdict, advice.ranked, advice.avoid) == ("not enough evidence", (), ())
+    assert "Not enough evidence" in advice.summary
+    assert ("qtarget score" in advice.summary) == (known is None)
+
+
+def test_no_name_stands_bare_and_every_name_and_file_exists():
+    advice = which_target(facts(0.15))
+    for statement in (*advice.ranked, *advice.avoid):
+        assert statement.reason and statement.evidence
+        assert set(statement.targets) <= set(qtarget.available_targets())
+        for entry in statement.evidence:
+            assert (ROOT / entry["file"]).is_file()
+            assert entry["seeds"] >= 1
+    assert advice.as_dict()["ranked"][0]["targets"] == ["sft_kl", "sft", "label_smoothing"]
+
+
+def test_notes_follow_the_facts():
+    assert which_target(facts(0.5)).notes == ()
+    notes = which_target(
+        facts(0.5, teacher=True, duplicate_share=0.1, flawed_prior_share=0.02, suspected_share=0.03)
+    ).notes
+    assert len(notes) == 4
+    assert "10.0% of the rows repeat" in notes[0]
+    assert "2.00% of the labels" in notes[1] and "not benchmarked" in notes[1]
+    assert "3.00% of the labels" in notes[2]
+    assert "not enough evidence" in notes[3]
+
+
+def test_facts_are_taken_from_the_findings():
+    surprise = {"mean_surprise": 2.0, "median_surprise": 1.0, "mean_entropy": 0.5, "favourite_share": 0.6}
+    findings = [
+        Finding("base_surprise", "info", 10, (), "", surprise),
+        Finding("surprising_tokens", "warning", 2, (1, 2), "", {"share": 0.04}),
+        Finding("duplicates", "warning", 5, (1,), ""),
+    ]
+    found = facts_of(findings, rows=10, teacher=True)
+    assert found == surprise | {
+        "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
+        "rows": 10, "teacher": True,
+    }  # fmt: skip
+    unscored = facts_of(findings[2:], rows=10, teacher=False)
+    assert (unscored["mean_surprise"], unscored["suspected_share"], unscored["flawed_prior_share"]) == (
+        None,
+        None,
+        None,
+    )
+    unchecked = facts_of([findings[0], Finding("flawed_prior_unchecked", "info", 10, (), "")], rows=10, teacher=False)
+    assert unchecked["flawed_prior_share"] is None
