@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import audit_data, bench, demo, noise, score, targets, train
+from qtarget.cli import audit_data, bench, demo, inspect, noise, score, targets, train
 
 app = typer.Typer(
     add_completion=False,
@@ -21,6 +21,7 @@ app.command("targets")(targets.targets)
 app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)
 app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
+app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
 app.command("noise")(noise.noise)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
