@@ -58,6 +58,9 @@ def inspect(
         str | None, typer.Option("--group_by", "--group-by", help="Column to compare by; default: source, dataset, ...")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    page_megabytes: Annotated[
+        float, typer.Option("--page_megabytes", "--page-megabytes", min=0.1, help="Beyond it fewer rows are shown in full.")
+    ] = 24.0,
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
@@ -71,7 +74,7 @@ def inspect(
     paths = tuple(part for part in (checkpoints or "").split(",") if part)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
     found = inspect_config(build_config(settings, config), options)
-    document, packer = pack(found)
+    document, packer = pack(found, int(page_megabytes * 1e6))
     write_text(output, render_inspection(document))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
 
     from qtarget.cli.datasets import load_datasets
     from qtarget.integrations.trl_audit import cut, tokenise
-    from qtarget.report.inspection import Inspection, View
+    from qtarget.report.inspection import Inspection, View, ids_shown
     from qtarget.report.texts import token_texts
     from qtarget.report.tokens import flatten_rows
 
@@ -118,7 +121,6 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     views = [View(model, _weigh(shown, rows, model, frozen)) for model in (live, *later)]
     raw: list[dict[str, Any]] = list(data)
     row_marks, token_marks = _marks(options, raw, rows, tokens.tokenizer)
-    ids = [rows.ids, *(m.topk_ids.ravel() for m in (live, *later) if m.topk_ids is not None)]
     sampled = len(whole) > len(data)
     return Inspection(
         options.title or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
@@ -126,7 +128,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         rows,
         views,
         hidden,
-        token_texts(tokens.tokenizer, {int(i) for part in ids for i in set(part.tolist())}),
+        token_texts(tokens.tokenizer, ids_shown(rows, views)),
         _groups(options, raw),
         row_marks,
         token_marks,

@@ -77,11 +77,11 @@ def plain(values: np.ndarray) -> list[float | None]:
     return [six(v) if np.isfinite(v) else None for v in values.tolist()]
 
 
-def marks_of(found: Inspection) -> dict[str, Any] | None:
-    """ROC of each score against the marks, by row and by token."""
+def marks_of(found: Inspection, view: View) -> dict[str, Any] | None:
+    """ROC of each of a model's scores against the marks, by row and by token."""
     if found.row_marks is None:
         return None
-    rows, view = found.rows, found.views[0]
+    rows = found.rows
     surprise, entropy = -view.live.label_log_probs, view.live.entropy
     by_token = {"surprise, -log p": surprise, "surprise - entropy": surprise - entropy, "entropy": entropy}
     by_token |= {f"low weight under {t.name}": -t.label_weights for t in view.targets if np.ptp(t.label_weights) > 0}
@@ -112,6 +112,7 @@ def overview(found: Inspection) -> dict[str, Any]:
                 "model": view.live.name,
                 "top_k": view.live.top_k,
                 **distribution(rows, view.live, view.targets, groups),
+                "marks": marks_of(found, view),
                 "row_nll": plain(row_means(-view.live.label_log_probs, rows)),
                 "row_weight": [plain(row_means(t.label_weights, rows)) for t in view.targets],
                 "row_moved": [plain(row_means(t.moved, rows)) for t in view.targets],
@@ -129,7 +130,6 @@ def overview(found: Inspection) -> dict[str, Any]:
         "row_tokens": rows.lengths.tolist(),
         "row_trained": np.diff(rows.trained_offsets).tolist(),
         "row_marked": None if found.row_marks is None else found.row_marks.tolist(),
-        "marks": marks_of(found),
         "audit": found.audit,
         **found.extra,
     }
@@ -183,12 +183,16 @@ def quantised(view: View, rows: TokenRows) -> TokenView:
     )
 
 
-def vocabulary_of(ids: np.ndarray, views: Sequence[TokenView]) -> np.ndarray:
-    """All ids that occur, most frequent first: small numbers for frequent tokens pack best."""
-    parts = [ids, *(view.alternatives.ravel() for view in views if view.alternatives is not None)]
-    values, counts = np.unique(np.concatenate(parts), return_counts=True)
+def ids_shown(rows: TokenRows, views: Sequence[View]) -> np.ndarray:
+    """All ids that a page may name, most frequent first: small numbers for frequent tokens pack best."""
+    listed = [view.live.topk_ids[:, :SHOWN].ravel() for view in views if view.live.topk_ids is not None]
+    counts = sum(np.bincount(ids[ids >= 0], minlength=_largest(rows, listed) + 1) for ids in (rows.ids, *listed))
     order = np.argsort(-counts, kind="stable")
-    return values[order][values[order] >= 0]
+    return order[counts[order] > 0]
+
+
+def _largest(rows: TokenRows, listed: Sequence[np.ndarray]) -> int:
+    return max(int(ids.max(initial=0)) for ids in (rows.ids, *listed))
 
 
 def planes(numbers: np.ndarray) -> list[dict[str, Any]]:
@@ -203,7 +207,7 @@ class Packer:
     def __init__(self, found: Inspection) -> None:
         self.found = found
         self.views = [quantised(view, found.rows) for view in found.views]
-        self.vocabulary = vocabulary_of(found.rows.ids, self.views)
+        self.vocabulary = ids_shown(found.rows, found.views)
         self._number = np.full(int(self.vocabulary.max(initial=0)) + 2, 0, dtype=np.int64)
         self._number[self.vocabulary] = np.arange(len(self.vocabulary))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,16 @@ class ModelNumbers:
         )
 
 
+def short_name(model: str) -> str:
+    """A model as pages name it: a folder by its last part, a hub name whole.
+
+    Example:
+        >>> short_name("/data/models/tiny"), short_name("owner/name")
+        ('tiny', 'owner/name')
+    """
+    return PurePath(model).name if PurePath(model).is_absolute() else model
+
+
 FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")
 
 
@@ -157,7 +168,7 @@ def numbers_from_cache(cache: ReferenceCache, rows: TokenRows) -> ModelNumbers:
     found = [cache.row(index) for index in cache.locate(checksums)]
     joined = {name: np.concatenate([row[name] for row in found]) for name in FIELDS if name in found[0]}
     manifest = cache.manifest
-    return ModelNumbers(manifest.model_id, manifest.vocab_size, **joined, tail_policy=manifest.tail_policy)
+    return ModelNumbers(short_name(manifest.model_id), manifest.vocab_size, **joined, tail_policy=manifest.tail_policy)
 
 
 def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: int) -> ModelNumbers:
@@ -172,4 +183,4 @@ def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: 
         checked.append(read_row({"input_ids": rows.ids[a:b], "labels": labels}, i, vocab_size))
     scored: list[ScoredRow] = source.score(checked)
     present = [field for field in FIELDS if getattr(scored[0], field) is not None]
-    return ModelNumbers(name, vocab_size, **{f: np.concatenate([getattr(row, f) for row in scored]) for f in present})
+    return ModelNumbers(short_name(name), vocab_size, **{f: np.concatenate([getattr(row, f) for row in scored]) for f in present})

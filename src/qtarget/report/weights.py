@@ -106,13 +106,16 @@ def target_numbers(
         MissingStatisticError: a frozen model lacks what the target needs.
     """
     batch = _batch_weights(target, rows, live, frozen)
+    pointwise = not target.has_residual and not target.needs.soft  # then the label and the rest say everything
     labels = torch.from_numpy(rows.labels)
     given = None if rows.loss_weights is None else torch.from_numpy(rows.loss_weights)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
         compared = {role: frozen[role] for role in frozen if "distribution" in getattr(target.needs, role)}
-        outcomes = shared_outcomes(labels[part], live.reference(part), _references(compared, part))
+        listed = live.reference(part)
+        listed = replace(listed, topk_ids=None, topk_log_probs=None) if pointwise else listed
+        outcomes = shared_outcomes(labels[part], listed, _references(compared, part))
         weights = None if batch is None else batch[part]
         parts.append(_chunk(target, outcomes, live, frozen, part, weights, None if given is None else given[part], shown))
     a, b, moved, q, plain = (torch.cat([p[i] for p in parts]).numpy() for i in range(5))
@@ -177,18 +180,28 @@ def on_outcomes(
         listed = torch.where(ids == labels[:, None], label, listed)
         rest = torch.log1p(-label.exp().clamp(max=1 - 1e-7))
         return torch.cat([listed, own, rest], dim=-1).log_softmax(-1)
-    match = (ids[:, :, None] == model.topk_ids[:, None, :]) & (ids >= 0)[:, :, None]
-    listed = torch.where(match, model.topk_log_probs[:, None, :], ABSENT).amax(-1)
+    at_label = (model.topk_ids == labels[:, None]) & (model.topk_ids >= 0)
+    if ids.shape == model.topk_ids.shape and bool(((ids == model.topk_ids) | (ids < 0)).all()):
+        listed, beyond = model.topk_log_probs.masked_fill(ids < 0, ABSENT), ids >= 0  # the model's own list
+    else:
+        listed, beyond = _looked_up(model, ids)
     listed = torch.where(ids == labels[:, None], label, listed)
-    beyond = match.any(1) | (model.topk_ids < 0) | (model.topk_ids == labels[:, None])
+    beyond = beyond | (model.topk_ids < 0) | at_label
     tail = torch.full_like(label, ABSENT) if model.tail_log_mass is None else model.tail_log_mass[:, None]
     if model.tail_policy == "renormalize":
         tail = torch.full_like(label, ABSENT)
-    in_tail = ~(model.topk_ids == labels[:, None]).any(-1, keepdim=True)
+    in_tail = ~at_label.any(-1, keepdim=True)
     left = tail + torch.log1p(-(label - tail).exp().clamp(max=1 - 1e-6))
     tail = torch.where(in_tail, left, tail)
     rest = torch.cat([model.topk_log_probs.masked_fill(beyond, ABSENT), tail], dim=-1).logsumexp(-1, keepdim=True)
     return torch.cat([listed, own, rest], dim=-1).log_softmax(-1)
+
+
+def _looked_up(model: Reference, ids: Int[Tensor, "tokens k"]) -> tuple[Tensor, Tensor]:
+    """Log-probs ``[tokens, k]`` of ``ids`` in a model's list, and which ``[tokens, its k]`` of its entries they are."""
+    assert model.topk_ids is not None and model.topk_log_probs is not None
+    match = (ids[:, :, None] == model.topk_ids[:, None, :]) & (ids >= 0)[:, :, None]
+    return torch.where(match, model.topk_log_probs[:, None, :], ABSENT).amax(-1), match.any(1)
 
 
 def _chunk(

@@ -260,9 +260,9 @@
         v.groups.names.map((n, i) => [el("span", {}, QT.visible(n)), v.groups.counts[i], v.groups.nll[i], v.groups.entropy[i], ...v.groups.targets.flatMap((t) => [t.weight_mean[i], percent(t.gradient_share[i])])]))] : []));
   }
   function drawMarks() {
-    const m = data.marks, section = $("marks");
+    const m = data.views[state.view].marks, section = $("marks");
     const part = (title, found, count, of, unit) => [el("h2", {}, `${title}: ${count.toLocaleString("en-US")} of ${of.toLocaleString("en-US")} ${unit} marked`),
-      QT.table("Area under the ROC curve: the chance that a marked one scores higher than an unmarked one; 0.5 is a coin. Base model's numbers.", ["score", "AUC", "95 % interval (bootstrap)"], found.map((f) => [f.score, f.auc, f.interval ? `${number(f.interval[0])} .. ${number(f.interval[1])}` : "\u2013"])),
+      QT.table("Area under the ROC curve: the chance that a marked one scores higher than an unmarked one; 0.5 is a coin. Numbers of " + data.views[state.view].model + ".", ["score", "AUC", "95 % interval (bootstrap)"], found.map((f) => [f.score, f.auc, f.interval ? `${number(f.interval[0])} .. ${number(f.interval[1])}` : "\u2013"])),
       QT.lineChart({ title: "ROC", x: "share of the unmarked that is flagged", y: "share of the marked that is found", range: [0, 1], series: [...found.filter((f) => f.curve.length).slice(0, 3).map((f) => ({ name: f.score, points: f.curve })), { name: "chance", points: [[0, 0], [1, 1]] }] })];
     section.replaceChildren(...part("By row", m.by_row, m.marked_rows, m.rows, "rows"), ...(m.by_token ? part("By token", m.by_token, m.marked_tokens, m.tokens, "tokens") : []));
   }
@@ -289,12 +289,12 @@
   $("view").closest("label").hidden = data.views.length < 2;
   await loadView(0);
   const draw = { distribution: drawDistribution, marks: drawMarks, audit: drawAudit, about: drawAbout };
-  const showTab = QT.tabs($("tabs"), [["tokens", "Tokens"], ["distribution", "Distribution"], ...(data.marks ? [["marks", "Noise marks"]] : []), ...(data.audit ? [["audit", "Audit"]] : []), ["about", "About this page"]],
+  const showTab = QT.tabs($("tabs"), [["tokens", "Tokens"], ["distribution", "Distribution"], ...(data.views[0].marks ? [["marks", "Noise marks"]] : []), ...(data.audit ? [["audit", "Audit"]] : []), ["about", "About this page"]],
     (id) => draw[id] && draw[id]());
   $("target").addEventListener("change", () => { state.target = Number($("target").value); if (["weighted", "trained"].includes(state.sort)) sortRows(); repaint(); });
   $("quantity").addEventListener("change", () => { state.quantity = $("quantity").value; repaint(); });
   $("sort").addEventListener("change", () => { state.sort = $("sort").value; sortRows(); scrollTo(0, 0); });
-  $("view").addEventListener("change", async () => { state.view = Number($("view").value); await loadView(state.view); sortRows(); repaint(); drawDistribution(); });
+  $("view").addEventListener("change", async () => { state.view = Number($("view").value); await loadView(state.view); sortRows(); repaint(); drawDistribution(); if (data.views[0].marks) drawMarks(); });
   let waiting = 0;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 120); });
   QT.onTheme(repaint);
