@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/inspect"))
-    parser.add_argument("--limit", type=int, help="first so many rows of each")
-    parser.add_argument("--steps", type=int, default=300, help="of the short training on clean rows, 8 rows each")
+    parser.add_argument("--limit", type=int, default=1200, help="first so many rows of each")
+    parser.add_argument("--steps", type=int, default=100, help="of the short training on clean rows, 8 rows each")
     parser.add_argument("--page-megabytes", type=float, default=1.5)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def main() -> None:
         command("score", config, "--top_k", 20)
         page, numbers = options.output / f"{name}.html", folder / "page.json"
         command(
-            "inspect", config, "--targets", "sft,prior_surprise,dft,asft", "--checkpoints", folder / "after-clean-rows",
+            "inspect", config, "--targets", "sft,prior_surprise,dft", "--checkpoints", folder / "after-clean-rows",
             "--mark", "is_noise=true", "--title", f"{name}: what a tiny story model makes of it",
             "--page_megabytes", options.page_megabytes, "--output", page, "--json", numbers,
         )  # fmt: skip
@@ -111,7 +111,9 @@ def main() -> None:
             ],
         }  # fmt: skip
     steps = f"python examples/inspect_marked.py --steps {options.steps}"
-    text = json.dumps({"command": steps + (f" --limit {options.limit}" if options.limit else ""), "data": results}, indent=1)
+    text = json.dumps(
+        {"command": steps + (f" --limit {options.limit}" if options.limit else ""), "data": results}, indent=1
+    )
     (options.output / "auc.json").write_text(text + "\n")
     print(text)
 

@@ -50,7 +50,9 @@ class Synthetic:
             logs = np.log(top).astype(np.float32)
             entropy = -(top * logs).sum(-1)
             label = logs[np.arange(n), slot]
-            out.append(ScoredRow(label, entropy.astype(np.float32), ids.astype(np.int32), logs[:, :TOP_K], logs[:, TOP_K]))
+            out.append(
+                ScoredRow(label, entropy.astype(np.float32), ids.astype(np.int32), logs[:, :TOP_K], logs[:, TOP_K])
+            )
         return out
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +30,10 @@ from .hostile import HOSTILE
 TARGETS = ["sft", "prior_surprise", "asft(kl_weight=0.1)", "label_smoothing"]
 
 
-def command(*arguments: str) -> None:
+DOCS = Path(__file__).parents[2] / "docs/inspect.md"
+
+
+def command(*arguments: object) -> None:
     with pytest.raises(SystemExit) as stopped:
         run([str(a) for a in arguments])
     assert not stopped.value.code
@@ -36,23 +41,24 @@ def command(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder with ``page.html``, ``page.json`` and the cache of 80 rows with marked noise."""
+    """A folder in which the commands of the documentation ran: 80 rows with marked noise, cache, page and JSON."""
     folder = tmp_path_factory.mktemp("inspect")
-    lines = [json.dumps(row) for row in load_demonstrations("train")[:80]]
-    (folder / "clean.jsonl").write_text("\n".join(lines))
+    clean = [json.dumps(row) for row in load_demonstrations("train")[:80]]
+    (folder / "rows.jsonl").write_text("\n".join(clean))
     base = str(base_model_path())
-    noise = ("--kind", "random_tokens", "--rate", "0.1", "--tokenizer", base)
-    command("noise", folder / "clean.jsonl", folder / "rows.jsonl", *noise)
     settings = {
-        "model_name_or_path": base, "train_file": str(folder / "rows.jsonl"), "reference_cache": str(folder / "cache"),
+        "model_name_or_path": base, "train_file": "noisy.jsonl", "reference_cache": str(folder / "cache"),
         "output_dir": str(folder / "out"), "report_to": "none", "bf16": False, "use_cpu": True, "max_length": 128,
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    command("score", folder / "run.yaml", "--top_k", "20")
-    command(
-        "inspect", folder / "run.yaml", "--targets", ",".join([*TARGETS, "gem"]), "--checkpoints", base,
-        "--output", folder / "page.html", "--json", folder / "page.json",
-    )  # fmt: skip
+    block = DOCS.read_text().split("```sh\n")[1].split("```")[0]
+    lines = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["noise", "score", "inspect"]
+    extra = {"noise": ["--tokenizer", base], "inspect": ["--checkpoints", base]}
+    with chdir(folder):
+        for line in lines:
+            wanted = [part.replace(",asft(kl_weight=0.1),", ",asft(kl_weight=0.1),label_smoothing,") for part in line]
+            command(*wanted, *extra.get(line[0], []))
     return folder
 
 
@@ -107,7 +113,7 @@ def test_summary_is_exact(numbers, cached):
 
 def test_marks_are_those_of_the_noise(made, numbers):
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    rows = [json.loads(line) for line in (made / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (made / "noisy.jsonl").read_text().splitlines()]
     for row in numbers["rows"]:
         source = rows[row["row"]]
         encoded = tokenizer(source["completion"], return_offsets_mapping=True, add_special_tokens=False)
@@ -136,11 +142,18 @@ def test_more_rows_than_asked_for_are_sampled_and_the_page_says_so(made, capsys)
     assert len(few["rows"]) == 7 and few["row_numbers"] == sorted(few["row_numbers"])
     about = dict(few["about"])
     assert about["rows"] == "7 of 80 rows, sampled uniformly without replacement, seed 3"
-    rows = [json.loads(line) for line in (made / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (made / "noisy.jsonl").read_text().splitlines()]
     assert few["row_marked"] == [rows[i]["skill"] == "add" for i in few["row_numbers"]]
 
 
-@pytest.mark.parametrize(("option", "value", "message"), [("--mark", "nothing=1", "no row has a value"), ("--targets", "gem", "no target can be shown"), ("--group_by", "nowhere", "no such column")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--mark", "nothing=1", "no row has a value"),
+        ("--targets", "gem", "no target can be shown"),
+        ("--group_by", "nowhere", "no such column"),
+    ],
+)
 def test_what_cannot_be_done_is_said(made, capsys, option, value, message):
     with pytest.raises(SystemExit) as stopped:
         run(["inspect", str(made / "run.yaml"), "--rows", "5", option, value, "--output", str(made / "x.html")])
@@ -158,7 +171,9 @@ def test_roc_against_all_pairs():
     assert area == pytest.approx(found["auc"], abs=1e-3)
 
 
-@pytest.mark.parametrize("numbers", [np.linspace(-30, 0, 999), np.linspace(0, 2, 999), np.linspace(-1, 3, 999), np.zeros(5)])
+@pytest.mark.parametrize(
+    "numbers", [np.linspace(-30, 0, 999), np.linspace(0, 2, 999), np.linspace(-1, 3, 999), np.zeros(5)]
+)
 def test_rounding_error_is_at_most_half_a_level(numbers):
     codes = quantise(numbers)
     gaps = np.abs(np.diff(codes.values)).max()
@@ -218,7 +233,9 @@ def test_hover_shows_the_numbers_and_alternatives_of_the_json(page, numbers):
     text = page.locator("#qt-tip").inner_text()
     assert f"log p {shown(view['log_prob'][place])} nats" in text
     assert f"entropy {shown(view['entropy'][place])} nats" in text
-    table = page.locator("#qt-tip tbody tr").evaluate_all("rows => rows.map(r => [...r.children].map(c => c.textContent))")
+    table = page.locator("#qt-tip tbody tr").evaluate_all(
+        "rows => rows.map(r => [...r.children].map(c => c.textContent))"
+    )
     for cells, name, target in zip(table, TARGETS, view["targets"], strict=True):
         assert cells[:3] == [name, shown(target["weight"][place]), shown(target["moved"][place])]
     names = page.locator("#qt-tip .bars .name").all_inner_texts()
@@ -341,7 +358,7 @@ def test_hostile_tokens_are_shown_and_do_nothing(tmp_path, open_page):
     assert page.locator("main img, main b script, #about u").count() == 0
 
 
-@pytest.mark.parametrize("budget", [24000, 60000, 400000])
+@pytest.mark.parametrize("budget", [30000, 60000, 400000])
 def test_a_page_keeps_to_its_budget_and_says_what_it_left_out(budget, tmp_path, open_page):
     found = by_hand({i: f" w{i}" for i in range(9)}, rows=60, length=200)
     document, packer = pack(found, budget)

@@ -16,7 +16,9 @@ VOCAB, ROWS, LENGTH = 40, 4, 9
 
 def model_numbers(logits, labels, top_k, name="m", tail_policy="bucket"):
     stats = qtarget.token_statistics(logits, labels, top_k=top_k)
-    parts = {f: getattr(stats, f) for f in ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")}
+    parts = {
+        f: getattr(stats, f) for f in ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")
+    }
     arrays = {f: v.float().numpy() if v.is_floating_point() else v.numpy() for f, v in parts.items() if v is not None}
     return ModelNumbers(name, logits.shape[-1], **arrays, tail_policy=tail_policy)
 
@@ -80,7 +82,8 @@ def test_with_every_token_listed_all_numbers_are_those_of_the_loss(case, name, a
 
 @pytest.mark.parametrize("top_k", [0, 3])
 @pytest.mark.parametrize(
-    "name", ["sft", "dft", "prior_surprise", "iw_sft", "talr", "rho1", "idft", "p_power", "profit", "psft", "label_smoothing"]
+    "name",
+    ["sft", "dft", "prior_surprise", "iw_sft", "talr", "rho1", "idft", "p_power", "profit", "psft", "label_smoothing"],
 )
 def test_label_weights_need_no_list_and_are_exact_without(case, name, top_k):
     base, _, _, labels, rows = case

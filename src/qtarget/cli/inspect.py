@@ -43,7 +43,8 @@ def inspect(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `qtarget train`.")],
     targets: Annotated[
-        str | None, typer.Option(help="Targets, apart by commas: sft,dft,target_sft(eta=0.5). Default: sft and the config's.")
+        str | None,
+        typer.Option(help="Targets, apart by commas: sft,dft,target_sft(eta=0.5). Default: sft and the config's."),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
@@ -59,7 +60,8 @@ def inspect(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     page_megabytes: Annotated[
-        float, typer.Option("--page_megabytes", "--page-megabytes", min=0.1, help="Beyond it fewer rows are shown in full.")
+        float,
+        typer.Option("--page_megabytes", "--page-megabytes", min=0.1, help="Beyond it fewer rows are shown in full."),
     ] = 24.0,
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
 ) -> None:
@@ -107,7 +109,9 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     training, name = config.training, str(config.model.model_name_or_path)
     whole: Any = load_datasets(config)[options.split == "validation"]
     if whole is None:
-        raise ConfigError("--split validation: the config names no validation_file; set it, or look at the training rows")
+        raise ConfigError(
+            "--split validation: the config names no validation_file; set it, or look at the training rows"
+        )
     numbers, data = sample(whole, options.rows, options.seed)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training.trust_remote_code)
     tokens = tokenise(training, data, tokenizer)
@@ -119,11 +123,12 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     chosen = parse_targets(options.targets, config)
     shown, hidden = split_targets(chosen, [live, *later], frozen)
     views = [View(model, _weigh(shown, rows, model, frozen)) for model in (live, *later)]
-    raw: list[dict[str, Any]] = list(data)
+    raw: list[Any] = list(data)
     row_marks, token_marks = _marks(options, raw, rows, tokens.tokenizer)
     sampled = len(whole) > len(data)
     return Inspection(
-        options.title or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
+        options.title
+        or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
         about(config, options, rows, len(whole), [live, *later], frozen),
         rows,
         views,
@@ -155,8 +160,9 @@ def _data_weights(data: Dataset, tokens: Any) -> list[dict[str, Any]]:
     if not has_weights(data):
         return [{} for _ in tokens.rows]
     out = []
-    for i, (raw, row) in enumerate(zip(data, tokens.rows, strict=True)):
-        full = {**raw, ROW: i, "input_ids": row["input_ids"].tolist()}  # pyright: ignore[reportCallIssue]
+    rows: Any = data
+    for i, (raw, row) in enumerate(zip(rows, tokens.rows, strict=True)):
+        full = {**raw, ROW: i, "input_ids": row["input_ids"].tolist()}
         weights = token_weights(full, tokens.tokenizer, tokens.chat_template)
         out.append({"loss_weights": np.array(weights, dtype=np.float32)})
     return out
@@ -195,7 +201,9 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNu
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=config.model.dtype, trust_remote_code=trust).eval()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name") from error
+        raise ConfigError(
+            f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
+        ) from error
     with torch.no_grad():
         head = probe_head(model)
     source = LocalSource(model, top_k=TOP_K, logit_scale=head.scale, logit_softcap=head.softcap)
@@ -253,7 +261,9 @@ def split_targets(
     return shown, reasons
 
 
-def _weigh(targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]) -> list[Any]:
+def _weigh(
+    targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]
+) -> list[Any]:
     from qtarget.report.inspection import SHOWN
     from qtarget.report.weights import target_numbers
 
@@ -322,7 +332,11 @@ def about(
 ) -> list[tuple[str, str]]:
     """Where the numbers come from."""
     of = f"{len(rows):,} of {available:,} rows"
-    how = f"{of}, sampled uniformly without replacement, seed {options.seed}" if len(rows) < available else f"all {available:,}"
+    how = (
+        f"{of}, sampled uniformly without replacement, seed {options.seed}"
+        if len(rows) < available
+        else f"all {available:,}"
+    )
     facts = [
         ("data", f"{Path(config.data.train_file or config.data.dataset_name or '').name}, {options.split} rows"),
         ("rows", how),
@@ -336,5 +350,3 @@ def about(
     if len(rows) < available:
         facts.append(("audit", "not run on a sample; `qtarget audit-data` looks at all rows"))
     return facts
-
-

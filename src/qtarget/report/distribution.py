@@ -88,7 +88,11 @@ def summary(target: TargetNumbers, log_probs: np.ndarray) -> dict[str, Any]:
 
 
 def parts(
-    index: np.ndarray, names: Sequence[str], log_probs: np.ndarray, entropy: np.ndarray, targets: Sequence[TargetNumbers]
+    index: np.ndarray,
+    names: Sequence[str],
+    log_probs: np.ndarray,
+    entropy: np.ndarray,
+    targets: Sequence[TargetNumbers],
 ) -> dict[str, Any]:
     """Tokens by part: their number, mean nll and entropy, and each target's share of weight and of gradient."""
 

@@ -20,6 +20,8 @@ SHOWN = 5
 """Alternatives of a token that travel in a page."""
 PAGE_BYTES = 24_000_000
 """Packed tokens of a page at most: fewer rows travel, then fewer alternatives, and the page says so."""
+RESERVED = 8192
+"""Bytes of a page kept for its notes and for one row's alternatives, whatever the budget."""
 LEAST_SHOWN = 0.005
 """Alternatives of a smaller probability are counted in the rest."""
 
@@ -186,13 +188,11 @@ def quantised(view: View, rows: TokenRows) -> TokenView:
 def ids_shown(rows: TokenRows, views: Sequence[View]) -> np.ndarray:
     """All ids that a page may name, most frequent first: small numbers for frequent tokens pack best."""
     listed = [view.live.topk_ids[:, :SHOWN].ravel() for view in views if view.live.topk_ids is not None]
-    counts = sum(np.bincount(ids[ids >= 0], minlength=_largest(rows, listed) + 1) for ids in (rows.ids, *listed))
+    everything = (rows.ids, *listed)
+    size = max(int(ids.max(initial=0)) for ids in everything) + 1
+    counts = np.sum([np.bincount(ids[ids >= 0], minlength=size) for ids in everything], axis=0)
     order = np.argsort(-counts, kind="stable")
     return order[counts[order] > 0]
-
-
-def _largest(rows: TokenRows, listed: Sequence[np.ndarray]) -> int:
-    return max(int(ids.max(initial=0)) for ids in (rows.ids, *listed))
 
 
 def planes(numbers: np.ndarray) -> list[dict[str, Any]]:
@@ -286,14 +286,14 @@ def pack(found: Inspection, budget: int = PAGE_BYTES) -> tuple[dict[str, Any], P
     packer = Packer(found)
     everything = overview(found)
     texts = packer.texts()
-    left = budget - size_of(everything) - size_of(texts)
+    left = budget - RESERVED - size_of(everything) - size_of(texts)
     kept = np.arange(len(found.rows))
     tokens = packer.tokens(kept)
     while size_of(tokens) > left and len(kept) > 1:
         count = max(1, int(len(kept) * 0.97 * left / size_of(tokens)))
         kept = np.unique(np.linspace(0, len(found.rows) - 1, count).astype(int))
         tokens = packer.tokens(kept)
-    left -= size_of(tokens)
+    left += RESERVED // 2 - size_of(tokens)
     surprise = row_means(-found.views[0].live.label_log_probs, found.rows)[kept]
     order = kept[np.argsort(-np.nan_to_num(surprise), kind="stable")]
     alternatives = packer.alternatives(np.sort(order))

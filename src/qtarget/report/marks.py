@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def token_offsets(tokenizer: Any, ids: np.ndarray, whole: str) -> list[tuple[int
         if encoded["input_ids"] == ids.tolist():
             return [tuple(pair) for pair in encoded["offset_mapping"]]
     ends = [0, *(len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids)))]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def roc(scores: np.ndarray, marked: np.ndarray) -> dict[str, Any]:

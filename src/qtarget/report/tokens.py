@@ -81,7 +81,7 @@ def spans(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     if not len(rows):
         return np.zeros(0, dtype=np.int64)
-    return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows])
+    return np.concatenate([np.arange(int(offsets[i]), int(offsets[i + 1])) for i in rows])
 
 
 def flatten_rows(rows: Sequence[Mapping[str, Any]], name: str = "qtarget_row") -> TokenRows:
@@ -166,7 +166,7 @@ def numbers_from_cache(cache: ReferenceCache, rows: TokenRows) -> ModelNumbers:
     bounds = list(zip(rows.offsets[:-1], rows.offsets[1:], strict=True))
     checksums = [row_checksum(rows.ids[a:b], rows.supervised[a:b]) for a, b in bounds]  # pyright: ignore[reportArgumentType]
     found = [cache.row(index) for index in cache.locate(checksums)]
-    joined = {name: np.concatenate([row[name] for row in found]) for name in FIELDS if name in found[0]}
+    joined: dict[str, Any] = {f: np.concatenate([row[f] for row in found]) for f in FIELDS if f in found[0]}
     manifest = cache.manifest
     return ModelNumbers(short_name(manifest.model_id), manifest.vocab_size, **joined, tail_policy=manifest.tail_policy)
 
@@ -183,4 +183,6 @@ def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: 
         checked.append(read_row({"input_ids": rows.ids[a:b], "labels": labels}, i, vocab_size))
     scored: list[ScoredRow] = source.score(checked)
     present = [field for field in FIELDS if getattr(scored[0], field) is not None]
-    return ModelNumbers(short_name(name), vocab_size, **{f: np.concatenate([getattr(row, f) for row in scored]) for f in present})
+    return ModelNumbers(
+        short_name(name), vocab_size, **{f: np.concatenate([getattr(row, f) for row in scored]) for f in present}
+    )

@@ -70,7 +70,9 @@ def unavailable(target: Target, live: ModelNumbers, frozen: dict[str, ModelNumbe
     if needs.log_probs:
         return "reads the live model's whole distribution, of which listed numbers hold the top alone"
     if needs.top_k > live.top_k:
-        return f"reads the top {needs.top_k} log-probs, {live.name} lists {live.top_k}: score with --top_k {needs.top_k}"
+        return (
+            f"reads the top {needs.top_k} log-probs, {live.name} lists {live.top_k}: score with --top_k {needs.top_k}"
+        )
     for role in ("reference", "teacher"):
         wanted = getattr(needs, role)
         if wanted and role not in frozen:
@@ -117,7 +119,9 @@ def target_numbers(
         listed = replace(listed, topk_ids=None, topk_log_probs=None) if pointwise else listed
         outcomes = shared_outcomes(labels[part], listed, _references(compared, part))
         weights = None if batch is None else batch[part]
-        parts.append(_chunk(target, outcomes, live, frozen, part, weights, None if given is None else given[part], shown))
+        parts.append(
+            _chunk(target, outcomes, live, frozen, part, weights, None if given is None else given[part], shown)
+        )
     a, b, moved, q, plain = (torch.cat([p[i] for p in parts]).numpy() for i in range(5))
     simple = not len(q) or not np.nanmax(np.abs(q - plain)) >= SAME_Q
     return TargetNumbers(name or target.name, a, b, moved, None if simple else q)
