@@ -49,20 +49,26 @@ def prepare(data: Path, name: str, output: Path, limit: int | None, steps: int) 
     base, clean = output / "tinystories-656k", output / "after-clean-rows"
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    training = QTargetConfig(
-        output_dir=str(output / "training"), max_length=256, per_device_train_batch_size=8, learning_rate=1e-3,
-        lr_scheduler_type="cosine", warmup_steps=5, max_steps=steps, save_strategy="no", report_to=[], disable_tqdm=True,
-        bf16=False, use_cpu=True, activation_checkpointing=False, seed=0,
-    )  # fmt: skip
-    trainer = QTargetTrainer(str(base), training, Dataset.from_list(clean_rows(data, name, 8 * steps)), None, tokenizer)
-    trainer.train()
-    trainer.save_model(str(clean))
+    if steps:
+        train_on_clean_rows(base, clean, clean_rows(data, name, 8 * steps), tokenizer, steps)
     settings = {
         "model_name_or_path": "tinystories-656k", "train_file": f"{name}.jsonl", "reference_cache": str(output / "cache"),
         "output_dir": str(output / "out"), "max_length": 512, "bf16": False, "use_cpu": True, "report_to": "none",
     }  # fmt: skip
     (output / "run.yaml").write_text(yaml.safe_dump(settings))
     return output / "run.yaml"
+
+
+def train_on_clean_rows(base: Path, output: Path, rows: list[dict[str, str]], tokenizer, steps: int) -> None:
+    """A short plain fine-tuning, batches of 8 rows."""
+    training = QTargetConfig(
+        output_dir=str(output), max_length=256, per_device_train_batch_size=8, learning_rate=1e-3,
+        lr_scheduler_type="cosine", warmup_steps=5, max_steps=steps, save_strategy="no", report_to=[], disable_tqdm=True,
+        bf16=False, use_cpu=True, activation_checkpointing=False, seed=0,
+    )  # fmt: skip
+    trainer = QTargetTrainer(str(base), training, Dataset.from_list(rows), None, tokenizer)
+    trainer.train()
+    trainer.save_model(str(output))
 
 
 def command(*arguments: object) -> None:
@@ -79,7 +85,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/inspect"))
     parser.add_argument("--limit", type=int, default=1200, help="first so many rows of each")
-    parser.add_argument("--steps", type=int, default=100, help="of the short training on clean rows, 8 rows each")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="of the second model's training, 8 rows each; 0: no second model"
+    )
     parser.add_argument("--page-megabytes", type=float, default=1.5)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -89,11 +97,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         config = prepare(options.data, name, folder, options.limit, options.steps)
         command("score", config, "--top_k", 20)
+        second = ("--checkpoints", folder / "after-clean-rows") if options.steps else ()
         page, numbers = options.output / f"{name}.html", folder / "page.json"
         command(
-            "inspect", config, "--targets", "sft,prior_surprise,dft", "--checkpoints", folder / "after-clean-rows",
-            "--mark", "is_noise=true", "--title", f"{name}: what a tiny story model makes of it",
-            "--page_megabytes", options.page_megabytes, "--output", page, "--json", numbers,
+            "inspect", config, "--targets", "sft,prior_surprise,dft", *second, "--mark", "is_noise=true",
+            "--title", f"{name}: what a tiny story model makes of it", "--page_megabytes", options.page_megabytes,
+            "--output", page, "--json", numbers,
         )  # fmt: skip
         document = json.loads(numbers.read_text())
         results[name] = {
