@@ -284,7 +284,7 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     """Marks by row and by trained token, where the data has any."""
     import numpy as np
 
-    from qtarget.report.marks import check_marks, noise_spans, row_marks, token_marks
+    from qtarget.report.marks import UNPLACED, check_marks, noise_spans, row_marks, token_marks
 
     by_row = row_marks(raw, options.mark)
     check_marks(options.mark, by_row)
@@ -294,7 +294,7 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     parts = []
     for row, a, b in zip(raw, starts, starts[1:], strict=False):
         marked = token_marks(row, labels[a:b], tokenizer)
-        parts.append(np.zeros(b - a, dtype=bool) if marked is None else marked)
+        parts.append(np.full(b - a, UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
     return by_row, np.concatenate(parts)
 
 

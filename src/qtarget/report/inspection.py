@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.report.distribution import distribution
-from qtarget.report.marks import scored
+from qtarget.report.marks import UNPLACED, scored
 from qtarget.report.page import pack_column, render_page
 from qtarget.report.quantise import Codes, quantise, six
 from qtarget.report.tokens import ModelNumbers, TokenRows, spans
@@ -46,7 +46,7 @@ class Inspection:
         hidden: targets that cannot be shown, with the reason.
         texts: text of each token id that occurs anywhere.
         groups: a name for each row, and what it is called (``source``).
-        row_marks, token_marks: known noise, by row and by trained token.
+        row_marks, token_marks: known noise, by row (booleans) and by trained token (0, 1, or ``UNPLACED``).
         audit: ``DataAudit.as_dict()``, or None.
     """
 
@@ -94,12 +94,17 @@ def marks_of(found: Inspection, view: View) -> dict[str, Any] | None:
     by_row["trained tokens"] = np.diff(rows.trained_offsets)[trained].astype(np.float64)
     kept = found.row_marks[trained]
     out = {"rows": len(kept), "marked_rows": int(kept.sum()), "by_row": scored(by_row, kept, rows=True)}
-    if found.token_marks is not None and found.token_marks.any():
-        out |= {
-            "tokens": len(found.token_marks),
-            "marked_tokens": int(found.token_marks.sum()),
-            "by_token": scored(by_token, found.token_marks, rows=False),
-        }
+    if found.token_marks is not None:
+        placed = found.token_marks != UNPLACED
+        marked = found.token_marks[placed] == 1
+        out["unplaced_rows"] = len(np.unique(rows.row_of_trained[~placed]))
+        if marked.any():
+            by_token = {name: scores[placed] for name, scores in by_token.items()}
+            out |= {
+                "tokens": len(marked),
+                "marked_tokens": int(marked.sum()),
+                "by_token": scored(by_token, marked, rows=False),
+            }
     return out
 
 
@@ -344,7 +349,9 @@ class _Tables:
         self._words: dict[int, list[str]] = {}
 
     def text(self, codes: Codes, part: slice) -> str:
-        words = self._words.setdefault(id(codes), [*map(json.dumps, codes.values), "null"])
+        if id(codes) not in self._words:
+            self._words[id(codes)] = [*map(json.dumps, codes.values), "null"]
+        words = self._words[id(codes)]
         return "[" + ",".join([words[c] for c in codes.codes[part].tolist()]) + "]"
 
 

@@ -13,6 +13,8 @@ from qtarget.data.noise import noise_token_mask, response_text
 from qtarget.errors import ConfigError, DataError
 from qtarget.report.roc import roc_auc
 
+UNPLACED = 2
+"""Mark of a token whose row has spans that could not be found in it: neither noise nor clean."""
 CURVE_POINTS = 101
 RESAMPLES = 200
 
@@ -60,12 +62,34 @@ def token_marks(row: Mapping[str, Any], trained_ids: np.ndarray, tokenizer: Any)
         response = response_text(dict(row))
     except DataError:
         return None
+    direct = offsets_in_response(row, response, trained_ids, tokenizer)
+    if direct is not None:
+        return np.array(noise_token_mask(direct, spans), dtype=bool)
     whole = decode(tokenizer, trained_ids)
     start = whole.find(response)
     if start < 0 and not response.startswith(whole):  # startswith: cut at max_length
         return None
     offsets = [(a - max(start, 0), b - max(start, 0)) for a, b in token_offsets(tokenizer, trained_ids, whole)]
     return np.array(noise_token_mask(offsets, spans), dtype=bool)
+
+
+def offsets_in_response(
+    row: Mapping[str, Any], response: str, trained_ids: np.ndarray, tokenizer: Any
+) -> list[tuple[int, int]] | None:
+    """Places of the trained tokens in the response, where they are the last ones of prompt and response tokenised at once.
+
+    Decoding would not find a response with letters that the tokenizer does not know.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not getattr(tokenizer, "is_fast", False):
+        return None
+    encoded = tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = [(t, pair) for t, pair in zip(encoded["input_ids"], encoded["offset_mapping"]) if pair[1] > len(prompt)]
+    count = min(len(pairs), len(trained_ids))  # behind them an end mark may follow; max_length may have cut them
+    if not count or [t for t, _ in pairs[:count]] != trained_ids[:count].tolist():
+        return None
+    inside = [(max(a - len(prompt), 0), b - len(prompt)) for _, (a, b) in pairs[:count]]
+    return inside + [(len(response), len(response))] * (len(trained_ids) - count)
 
 
 def decode(tokenizer: Any, ids: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
@@ -38,27 +39,27 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """``[trained]`` ids of the trained tokens."""
         return self.ids[self.supervised]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """``[rows]`` tokens of each row."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def trained_offsets(self) -> np.ndarray:
         """``[rows + 1]`` the same as ``offsets``, counting trained tokens alone."""
         return np.concatenate([[0], np.cumsum(self.supervised)])[self.offsets]
 
-    @property
+    @cached_property
     def row_of_trained(self) -> np.ndarray:
         """``[trained]`` index of the row of each trained token."""
         return np.repeat(np.arange(len(self)), np.diff(self.trained_offsets))
 
-    @property
+    @cached_property
     def place_of_trained(self) -> np.ndarray:
         """``[trained]`` how many trained tokens of its row come before."""
         starts = self.trained_offsets
@@ -183,6 +184,5 @@ def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: 
         checked.append(read_row({"input_ids": rows.ids[a:b], "labels": labels}, i, vocab_size))
     scored: list[ScoredRow] = source.score(checked)
     present = [field for field in FIELDS if getattr(scored[0], field) is not None]
-    return ModelNumbers(
-        short_name(name), vocab_size, **{f: np.concatenate([getattr(row, f) for row in scored]) for f in present}
-    )
+    joined: dict[str, Any] = {f: np.concatenate([getattr(row, f) for row in scored]) for f in present}
+    return ModelNumbers(short_name(name), vocab_size, **joined)

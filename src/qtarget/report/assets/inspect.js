@@ -106,7 +106,7 @@
       const token = el("span", { class: "tok", tabindex: "-1", "data-k": k }, shown === "" ? el("span", { class: "qt-control", title: "a token without text" }, "empty") : QT.visible(shown));
       if (trained[first + k]) {
         token.dataset.j = j;
-        if (marks && marks[j]) token.classList.add(whole ? "whole-noise" : "noise");
+        if (marks && marks[j] === 1) token.classList.add(whole ? "whole-noise" : "noise");
         j++;
       } else token.classList.add("masked");
       text.append(token);
@@ -116,7 +116,7 @@
     cards[r].style.minHeight = "";
   }
   function allMarked(r) {
-    for (let j = trainedOffsets[r]; j < trainedOffsets[r + 1] - 1; j++) if (!marks[j]) return false;
+    for (let j = trainedOffsets[r]; j < trainedOffsets[r + 1] - 1; j++) if (marks[j] !== 1) return false;
     return true;
   }
   function paint(r) {
@@ -194,7 +194,7 @@
     const rank = view.ranks[j] ? `rank ${view.ranks[j]}` : topK() ? `beyond the top ${topK()}` : "rank not listed";
     const lines = [head, el("div", { class: "tip-facts" }, place),
       el("div", {}, `p ${number(Math.exp(view.logProbs(j)))}, log p ${number(view.logProbs(j))} nats, ${rank}, entropy ${number(view.entropy(j))} nats`),
-      marks && marks[j] ? el("div", {}, "\u2691 marked as noise") : null,
+      marks && marks[j] === 1 ? el("div", {}, "\u2691 marked as noise") : null,
       QT.table("under each target", ["target", "label weight", "mass moved", "x mean token", "share of all gradient"], data.targets.map((name, t) =>
         [name, weightOf(t, j), movedOf(t, j), number(movedOf(t, j) / (data.views[state.view].summary[t].moved_mean || 1)), percent(movedOf(t, j) / ((data.views[state.view].summary[t].moved_mean || 1) * data.views[state.view].tokens))]))];
     QT.showTip(token, ...lines.filter(Boolean), ...await bars(r, j, id));
@@ -264,7 +264,7 @@
     const part = (title, found, count, of, unit) => [el("h2", {}, `${title}: ${count.toLocaleString("en-US")} of ${of.toLocaleString("en-US")} ${unit} marked`),
       QT.table("Area under the ROC curve: the chance that a marked one scores higher than an unmarked one; 0.5 is a coin. Numbers of " + data.views[state.view].model + ".", ["score", "AUC", "95 % interval (bootstrap)"], found.map((f) => [f.score, f.auc, f.interval ? `${number(f.interval[0])} .. ${number(f.interval[1])}` : "\u2013"])),
       QT.lineChart({ title: "ROC", x: "share of the unmarked that is flagged", y: "share of the marked that is found", range: [0, 1], series: [...found.filter((f) => f.curve.length).slice(0, 3).map((f) => ({ name: f.score, points: f.curve })), { name: "chance", points: [[0, 0], [1, 1]] }] })];
-    section.replaceChildren(...part("By row", m.by_row, m.marked_rows, m.rows, "rows"), ...(m.by_token ? part("By token", m.by_token, m.marked_tokens, m.tokens, "tokens") : []));
+    section.replaceChildren(...part("By row", m.by_row, m.marked_rows, m.rows, "rows"), ...(m.unplaced_rows ? [el("p", { class: "qt-note" }, `The spans of ${m.unplaced_rows} rows could not be found in their tokens; they count in no curve of tokens.`)] : []), ...(m.by_token ? part("By token", m.by_token, m.marked_tokens, m.tokens, "tokens") : []));
   }
   function rowLinks(numbers) { return numbers.flatMap((n) => [" ", el("a", { href: `#row=${n}` }, `row ${n}`)]); }
   function drawAudit() {
