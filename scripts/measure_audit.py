@@ -135,16 +135,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/audit_noise.json"))
     parser.add_argument("--limit", type=int, help="first so many rows of each real data set")
+    parser.add_argument("--only", choices=("injected", "real"), help="measure one part, keep the other of --output")
     options = parser.parse_args()
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    results = {
-        "command": "python scripts/measure_audit.py" + (f" --limit {options.limit}" if options.limit else ""),
+    known = json.loads(options.output.read_text()) if options.only and options.output.is_file() else {}
+    limit = f" --limit {options.limit}" if options.limit else ""
+    results = known | {
+        "command": f"python scripts/measure_audit.py{limit}",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "qtarget": qtarget.__version__},
-        "injected": injected(600),
-        "real": real(options.data, options.limit),
     }
+    if options.only != "real":
+        results["injected"] = injected(600)
+    if options.only != "injected":
+        results["real"] = real(options.data, options.limit)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(options.output)

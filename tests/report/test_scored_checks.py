@@ -94,6 +94,8 @@ class TestNoise:
         assert (found.count, found.rows) == (1, (140,))
         assert found.evidence["examples"][0]["mean_surprise"] == 8.0
         assert not suspected_rows(scored([*rows[:10], [START, (5, -8.0, 6, 0.5)]])).any()
+        alike = scored([[[START, usual()], [START, usual(), (6, -0.9, 6, 0.4)]][i == 7] for i in range(30)])
+        assert not suspected_rows(alike).any()  # 0.4 nats above rows that are all equal
         assert row_means(data, -data.log_probs)[[0, 40]].tolist() == [1.0, 8.0]
 
     def test_a_base_that_knows_nothing_is_said_to_be_no_judge(self):

@@ -18,6 +18,8 @@ DEVIATIONS = 4.0
 """Robust standard deviations above the median from which an excess is an outlier (Leys et al. 2013 suggest 2 to 3)."""
 LEAST_EXCESS = 3.0
 """Nats: an outlier token is also 20 times less likely than the base's own text is there."""
+LEAST_ROW_SURPRISE = 0.5
+"""Nats a token: an outlier row also stands this far above the median row, however alike the others are."""
 MAD_TO_DEVIATION = 1.4826
 """Of a normal distribution."""
 KNOWS_TOO_LITTLE = 0.35
@@ -46,7 +48,12 @@ def row_means(scored: ScoredTokens, values: np.ndarray) -> np.ndarray:
 def suspected_rows(scored: ScoredTokens) -> np.ndarray:
     """``[rows]`` booleans: mean surprise is an outlier among the rows."""
     means = row_means(scored, -scored.log_probs.astype(np.float64))
-    return means > _outliers_from(means) if len(means) >= FEWEST_ROWS else np.zeros(len(means), dtype=bool)
+    return means > row_threshold(means) if len(means) >= FEWEST_ROWS else np.zeros(len(means), dtype=bool)
+
+
+def row_threshold(means: np.ndarray) -> float:
+    """The mean surprise, in nats a token, above which a row is suspected; ``means [rows]``."""
+    return max(_outliers_from(means), float(np.median(means)) + LEAST_ROW_SURPRISE)
 
 
 def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
@@ -143,11 +150,11 @@ def _rows(scored: ScoredTokens, decode: Decode) -> list[Finding]:
             {"mean_surprise": round(float(means[row]), 4), "labels": len(labels)} | scored.evidence(worst, decode)
         )
     message = (
-        f"{len(rows)} of {len(means)} rows surprise the base by {_outliers_from(means):.2f} nats a token or more, where "
+        f"{len(rows)} of {len(means)} rows surprise the base by {row_threshold(means):.2f} nats a token or more, where "
         f"half of the rows do by {np.median(means):.2f} or less: rows {', '.join(map(str, _named(scored, rows)))}; read "
         "them: wrong answers, another language or format, or just short rows"
     )
-    evidence = {"threshold": round(_outliers_from(means), 4), "examples": examples}
+    evidence = {"threshold": round(row_threshold(means), 4), "examples": examples}
     return [Finding("surprising_rows", "warning", len(rows), _named(scored, rows), message, evidence)]
 
 
