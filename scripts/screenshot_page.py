@@ -1,6 +1,6 @@
-"""A picture of a page of `qtarget inspect`, marked rows first, one token explained.
+"""A picture of a page of `qtarget inspect`, the first rows, one token explained.
 
-python scripts/screenshot_page.py docs/inspect/halueval_general.html docs/inspect.png
+python scripts/screenshot_page.py docs/inspect/gsm8k_model_solutions.html docs/inspect.png
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ def main() -> None:
         tab.goto(options.page.absolute().as_uri())
         tab.wait_for_selector("html[data-ready]")
         tab.select_option("#target", "1")
-        tab.select_option("#sort", "marked")
+        tab.select_option("#sort", "order")
         tab.wait_for_timeout(800)
-        marked = tab.locator(".tok.noise, .tok.whole-noise")
-        marked.nth(min(3, marked.count() - 1)).hover()
+        tab.locator(".row").nth(1).locator(".tok[data-j]").nth(9).hover()
         tab.wait_for_selector("#qt-tip:not([hidden])")
         tab.wait_for_timeout(300)
         tab.screenshot(path=options.picture)
