@@ -14,17 +14,7 @@ from qtarget.errors import DataError
 from qtarget.report import page as report_page
 from qtarget.report.page import pack_column, render_page, safe_json, unpack_column, write_text
 
-HOSTILE = [
-    "<script>document.title='owned'</script>",
-    "</script><script>document.title='owned'</script>",
-    "<!--<script>",
-    "<img src=x onerror=\"document.title='owned'\">",
-    "javascript:document.title='owned'",
-    "{{ 7 * 7 }} {% raw %} ${7*7} &lt; &amp;",
-    "a\u202eb\u200bc\u2066d\ufeff\u00ad\x00\x1b\u2028\u2029",
-    "\ud800 alone \udc00",
-    "'\"`\\",
-]
+from .hostile import HOSTILE
 
 
 @pytest.mark.parametrize("text", HOSTILE)

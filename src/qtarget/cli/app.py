@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import audit_data, bench, cache, demo, lens, noise, report, score, serve, targets, train
+from qtarget.cli import audit_data, bench, cache, demo, inspect, lens, noise, report, score, serve, targets, train
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +22,7 @@ app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)
 app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
 app.command("serve")(serve.serve)
+app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)

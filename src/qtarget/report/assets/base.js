@@ -145,14 +145,14 @@ const QT = (() => {
   // -- tables and charts ---------------------------------------------------------------------------------------------
   /** A table; cells are text, numbers or nodes. */
   function table(caption, head, rows) {
-    return el("table", { class: "qt" }, el("caption", {}, caption),
+    return el("div", { class: "qt-wide" }, el("table", { class: "qt" }, el("caption", {}, caption),
       el("thead", {}, el("tr", {}, head.map((cell) => el("th", { scope: "col" }, cell)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, typeof cell === "number" || cell === null ? number(cell) : cell))))));
+      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, typeof cell === "number" || cell === null ? number(cell) : cell)))))));
   }
 
-  const SERIES = ["var(--one)", "var(--two)", "var(--three)", "var(--four)"];
-  const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
-  const W = 620, H = 240, LEFT = 62, BOTTOM = 44, TOP = 12, RIGHT = 12;
+  const SERIES = ["one", "two", "three", "four", "five", "six", "seven", "eight"].map((name) => `var(--${name})`);
+  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "", "6 3", "2 3", "8 3 2 3"];
+  const W = 620, H = 240, LEFT = 84, BOTTOM = 44, TOP = 12, RIGHT = 12;
 
   function frame(x, y, labels) {
     const svg = el("svg:svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": labels.title });
@@ -161,7 +161,7 @@ const QT = (() => {
     for (let i = 0; i <= 4; i++) {
       const value = y[0] + (y[1] - y[0]) * i / 4;
       svg.append(el("svg:line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: sy(value), y2: sy(value) }),
-        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(value)));
+        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(Number(value.toPrecision(3)))));
     }
     svg.append(el("svg:text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle" }, labels.x),
       el("svg:text", { x: 14, y: (H - BOTTOM + TOP) / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${(H - BOTTOM + TOP) / 2})` }, labels.y));
@@ -172,7 +172,7 @@ const QT = (() => {
   }
   function legend(names) {
     return el("p", { class: "qt-note" }, names.map((name, i) => [el("svg:svg", { width: 34, height: 10 }, el("svg:line", { x1: 2, x2: 30, y1: 5, y2: 5,
-      "stroke-width": 3, "stroke-dasharray": DASHES[i % 4] || null, style: `stroke:${SERIES[i % 4]}` })), name + "\u2003"]).flat());
+      "stroke-width": 3, "stroke-dasharray": DASHES[i % 8] || null, style: `stroke:${SERIES[i % 8]}` })), name + "\u2003"]).flat());
   }
   /** Lines: `series` is `[{name, points: [[x, y], ...]}, ...]`; points with y null are left out; numbers on hover. */
   function lineChart({ title, x, y, series, caption = "", range = null, xticks = null }) {
@@ -185,8 +185,8 @@ const QT = (() => {
     series.forEach((s, i) => {
       const kept = s.points.filter((p) => p[1] !== null);
       svg.append(el("svg:polyline", { points: kept.map((p) => `${sx(p[0])},${sy(p[1])}`).join(" "), fill: "none", "stroke-width": 2,
-        "stroke-dasharray": DASHES[i % 4] || null, style: `stroke:${SERIES[i % 4]}` }));
-      if (kept.length <= 64) for (const p of kept) svg.append(el("svg:circle", { cx: sx(p[0]), cy: sy(p[1]), r: 4, style: `fill:${SERIES[i % 4]}` },
+        "stroke-dasharray": DASHES[i % 8] || null, style: `stroke:${SERIES[i % 8]}` }));
+      if (kept.length <= 64) for (const p of kept) svg.append(el("svg:circle", { cx: sx(p[0]), cy: sy(p[1]), r: 4, style: `fill:${SERIES[i % 8]}` },
         el("svg:title", {}, `${s.name}: ${x} ${p[2] || number(p[0])}, ${y} ${number(p[1])}`)));
     });
     return el("figure", { class: "qt-figure" }, el("strong", {}, title), svg, series.length > 1 ? legend(series.map((s) => s.name)) : null, el("figcaption", {}, caption));
@@ -201,7 +201,7 @@ const QT = (() => {
       if (value === null) return;
       const top = Math.min(sy(value), sy(0));
       svg.append(el("svg:rect", { x: sx(i) + (sx(1) - sx(0)) * 0.07 + j * width, y: top, width: Math.max(1, width - 1), height: Math.max(0.5, Math.abs(sy(value) - sy(0))),
-        style: `fill:${SERIES[j % 4]}`, "fill-opacity": 1 - 0.12 * Math.floor(j / 4) }, el("svg:title", {}, `${s.name}, ${labels[i]}: ${number(value)}`)));
+        style: `fill:${SERIES[j % 8]}` }, el("svg:title", {}, `${s.name}, ${labels[i]}: ${number(value)}`)));
     }));
     return el("figure", { class: "qt-figure" }, el("strong", {}, title), svg, series.length > 1 ? legend(series.map((s) => s.name)) : null, el("figcaption", {}, caption));
   }

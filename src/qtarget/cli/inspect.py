@@ -1,0 +1,352 @@
+"""``qtarget inspect``: the data as the model sees it, under any number of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtarget.cli.audit_data import HARDWARE
+from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qtarget.cli.config import RunConfig
+    from qtarget.report.inspection import Inspection
+    from qtarget.report.tokens import ModelNumbers, TokenRows
+    from qtarget.types import Target
+
+GROUP_COLUMNS = ("source", "dataset", "category", "skill", "role")
+TOP_K = 20  # listed where a model is run here; eaft reads as many
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``qtarget inspect`` was asked for, beside the config; see the command's help."""
+
+    targets: str | None = None
+    rows: int = 5000
+    seed: int = 0
+    split: Literal["train", "validation"] = "train"
+    checkpoints: tuple[str, ...] = ()
+    mark: str | None = None
+    group: str | None = None
+    title: str | None = None
+    audit: bool = True
+
+
+def inspect(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `qtarget train`.")],
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Targets, apart by commas: sft,dft,target_sft(eta=0.5). Default: sft and the config's."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows at most; more are sampled uniformly.")] = 5000,
+    sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", help="Of the sample.")] = 0,
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
+    checkpoints: Annotated[str | None, typer.Option(help="Folders of trained models, apart by commas.")] = None,
+    mark: Annotated[
+        str | None, typer.Option(help="COLUMN=VALUE of rows known to be noise; default: rows with noise_spans.")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option("--group_by", "--group-by", help="Column to compare by; default: source, dataset, ...")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    page_megabytes: Annotated[
+        float,
+        typer.Option("--page_megabytes", "--page-megabytes", min=0.1, help="Beyond it fewer rows are shown in full."),
+    ] = 24.0,
+    audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
+) -> None:
+    """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
+    from qtarget.cli.config import build_config
+    from qtarget.cli.settings import Setting, read_settings
+    from qtarget.report.inspection import json_parts, pack, render_inspection
+    from qtarget.report.page import write_text
+
+    settings = read_settings(config, context.args)
+    settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
+    paths = tuple(part for part in (checkpoints or "").split(",") if part)
+    options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
+    found = inspect_config(build_config(settings, config), options)
+    document, packer = pack(found, int(page_megabytes * 1e6))
+    write_text(output, render_inspection(document))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        with json_file.open("w", encoding="ascii") as file:
+            file.writelines(json_parts(found, document, packer))
+    kept = len(document["tokens"]["rows"])
+    typer.echo(
+        f"{output}: {kept:,} rows, {len(found.rows.labels):,} trained tokens, targets {', '.join(document['targets'])}, "
+        f"{output.stat().st_size / 1e6:.1f} MB"
+    )
+    for name, reason in found.hidden.items():
+        typer.echo(f"not shown: {name} {reason}")
+
+
+def inspect_config(config: RunConfig, options: Options) -> Inspection:
+    """Tokenise as training does, look up or score the models, weigh every token.
+
+    Raises:
+        ConfigError: no such rows, no target that can be shown, or a checkpoint that cannot be loaded.
+        CacheMismatchError: the cache is of other rows.
+    """
+    from transformers import AutoTokenizer
+
+    from qtarget.cli.datasets import load_datasets
+    from qtarget.integrations.trl_audit import cut, tokenise
+    from qtarget.report.inspection import Inspection, View, ids_shown
+    from qtarget.report.texts import token_texts
+    from qtarget.report.tokens import flatten_rows
+
+    training, name = config.training, str(config.model.model_name_or_path)
+    whole: Any = load_datasets(config)[options.split == "validation"]
+    if whole is None:
+        raise ConfigError(
+            "--split validation: the config names no validation_file; set it, or look at the training rows"
+        )
+    numbers, data = sample(whole, options.rows, options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training.trust_remote_code)
+    tokens = tokenise(training, data, tokenizer)
+    weights = _data_weights(data, tokens)
+    cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
+    rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
+    live, frozen = models_of(config, rows)
+    later = [_scored(config, path, rows, Path(path).name) for path in options.checkpoints]
+    chosen = parse_targets(options.targets, config)
+    shown, hidden = split_targets(chosen, [live, *later], frozen)
+    views = [View(model, _weigh(shown, rows, model, frozen)) for model in (live, *later)]
+    raw: list[Any] = list(data)
+    row_marks, token_marks = _marks(options, raw, rows, tokens.tokenizer)
+    sampled = len(whole) > len(data)
+    return Inspection(
+        options.title
+        or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
+        about(config, options, rows, len(whole), [live, *later], frozen),
+        rows,
+        views,
+        hidden,
+        token_texts(tokens.tokenizer, ids_shown(rows, views)),
+        _groups(options, raw),
+        row_marks,
+        token_marks,
+        _audit(config, raw, tokens, cut_rows, live.vocab_size) if options.audit and not sampled else None,
+    )
+
+
+def sample(data: Dataset, rows: int, seed: int) -> tuple[Sequence[int], Dataset]:
+    """At most so many rows, uniformly without replacement, in their order; and their numbers."""
+    import numpy as np
+
+    if len(data) <= rows:
+        return range(len(data)), data
+    chosen = np.sort(np.random.default_rng(seed).choice(len(data), rows, replace=False)).tolist()
+    return chosen, data.select(chosen)
+
+
+def _data_weights(data: Dataset, tokens: Any) -> list[dict[str, Any]]:
+    """``loss_weights`` of each row as training reads them, or nothing."""
+    import numpy as np
+
+    from qtarget.integrations.trl_data import ROW, has_weights, token_weights
+
+    if not has_weights(data):
+        return [{} for _ in tokens.rows]
+    out = []
+    rows: Any = data
+    for i, (raw, row) in enumerate(zip(rows, tokens.rows, strict=True)):
+        full = {**raw, ROW: i, "input_ids": row["input_ids"].tolist()}
+        weights = token_weights(full, tokens.tokenizer, tokens.chat_template)
+        out.append({"loss_weights": np.array(weights, dtype=np.float32)})
+    return out
+
+
+def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[str, ModelNumbers]]:
+    """The model at the start of training, and the frozen ones: from caches, or run here."""
+    from qtarget.report.tokens import numbers_from_cache
+    from qtarget.scoring.reader import ReferenceCache
+
+    training, model = config.training, str(config.model.model_name_or_path)
+    frozen: dict[str, ModelNumbers] = {}
+    for role in ("reference", "teacher"):
+        path, named = getattr(training, f"{role}_cache"), getattr(training, f"{role}_model_name_or_path")
+        if path is not None and Path(path).is_dir():
+            frozen[role] = numbers_from_cache(ReferenceCache.open(path, verify=False), rows)
+        elif named is not None:
+            frozen[role] = _scored(config, named, rows, named)
+    other = training.reference_model_name_or_path
+    if "reference" in frozen and other in (None, model):
+        return frozen["reference"], frozen
+    live = _scored(config, model, rows, model)
+    return live, {"reference": live} | frozen
+
+
+def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNumbers:
+    """Run a model over the rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qtarget.integrations.heads import probe_head
+    from qtarget.report.tokens import numbers_from_source
+    from qtarget.scoring.local import LocalSource
+
+    trust = config.training.trust_remote_code
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=config.model.dtype, trust_remote_code=trust).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
+        ) from error
+    with torch.no_grad():
+        head = probe_head(model)
+    source = LocalSource(model, top_k=TOP_K, logit_scale=head.scale, logit_softcap=head.softcap)
+    return numbers_from_source(source, rows, name, source.vocab_size)
+
+
+def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
+    """Targets by the name they are shown under.
+
+    Raises:
+        ConfigError: brackets that do not close, or values that are no ``key=value``.
+        UnknownTargetError, HyperparameterError: as for ``qtarget train``.
+    """
+    import re
+
+    from qtarget.cli.settings import parse_yaml
+    from qtarget.registry import get_target
+
+    own = config.training.target
+    out: dict[str, Target] = {}
+    for part in re.split(r",(?![^(]*\))", text or ("sft" if own == "sft" else f"sft,{own}")):
+        match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
+        if match is None:
+            raise ConfigError(f"--targets: {part!r} is no target; expected name or name(key=value, key=value)")
+        name, inside = match[1], match[2]
+        if inside is None:
+            keywords = config.training.target_kwargs or {} if name == own else {}
+        else:
+            pairs = [pair.partition("=") for pair in inside.split(",") if pair.strip()]
+            if any(not equals for _, equals, _ in pairs):
+                raise ConfigError(f"--targets: {part!r}: expected name(key=value, key=value)")
+            keywords = {key.strip(): parse_yaml(value) for key, _, value in pairs}
+        out[part.strip()] = get_target(name, **keywords)  # pyright: ignore[reportCallIssue]
+    return out
+
+
+def split_targets(
+    targets: dict[str, Target], models: Sequence[ModelNumbers], frozen: dict[str, ModelNumbers]
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """Those that can be shown for every model, and why the others cannot.
+
+    Raises:
+        ConfigError: none can.
+    """
+    from qtarget.report.weights import unavailable
+
+    reasons = {}
+    for name, target in targets.items():
+        reason = next((r for model in models if (r := unavailable(target, model, frozen))), None)
+        if reason:
+            reasons[name] = reason
+    shown = {name: target for name, target in targets.items() if name not in reasons}
+    if not shown:
+        raise ConfigError("no target can be shown: " + "; ".join(f"{name} {why}" for name, why in reasons.items()))
+    return shown, reasons
+
+
+def _weigh(
+    targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]
+) -> list[Any]:
+    from qtarget.report.inspection import SHOWN
+    from qtarget.report.weights import target_numbers
+
+    return [target_numbers(target, rows, live, frozen, name=name, shown=SHOWN) for name, target in targets.items()]
+
+
+def _groups(options: Options, raw: list[dict[str, Any]]) -> tuple[str, list[str]] | None:
+    """The column to compare by, and each row's value."""
+    names = [options.group] if options.group else [n for n in GROUP_COLUMNS if isinstance(raw[0].get(n), str)]
+    if not names:
+        return None
+    if names[0] not in raw[0]:
+        raise ConfigError(f"--group_by {names[0]}: the data has no such column; columns: {', '.join(raw[0])}")
+    return names[0], [str(row.get(names[0])) for row in raw]
+
+
+def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokenizer: Any) -> tuple[Any, Any]:
+    """Marks by row and by trained token, where the data has any."""
+    import numpy as np
+
+    from qtarget.report.marks import UNPLACED, check_marks, noise_spans, row_marks, token_marks
+
+    by_row = row_marks(raw, options.mark)
+    check_marks(options.mark, by_row)
+    if by_row is None or not any(noise_spans(row) for row in raw):
+        return by_row, None
+    labels, starts = rows.labels, rows.trained_offsets
+    parts = []
+    for row, a, b in zip(raw, starts, starts[1:], strict=False):
+        marked = token_marks(row, labels[a:b], tokenizer)
+        parts.append(np.full(b - a, UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
+    return by_row, np.concatenate(parts)
+
+
+def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, vocab_size: int) -> Any:
+    """The findings of ``qtarget audit-data`` on the same tokens."""
+    from qtarget.cli.audit_data import _load_tokenizer, _open_cache
+    from qtarget.data.token_checks import Vocabulary
+    from qtarget.report.audit import audit_data
+
+    training = config.training
+    _, size, ends = _load_tokenizer(config)
+    return audit_data(
+        raw,
+        tokens.rows,
+        cut_rows,
+        tokenizer=tokens.tokenizer,
+        vocabulary=Vocabulary.of(tokens.tokenizer, size, ends),
+        max_length=training.max_length,
+        keep_end=training.truncation_mode == "keep_end",
+        chat_template=tokens.chat_template,
+        assistant_only=training.assistant_only_loss,
+        text_field=training.dataset_text_field,
+        cache=_open_cache(training.reference_cache, False),
+        teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
+    ).as_dict()
+
+
+def about(
+    config: RunConfig,
+    options: Options,
+    rows: TokenRows,
+    available: int,
+    models: Sequence[ModelNumbers],
+    frozen: dict[str, ModelNumbers],
+) -> list[tuple[str, str]]:
+    """Where the numbers come from."""
+    of = f"{len(rows):,} of {available:,} rows"
+    how = (
+        f"{of}, sampled uniformly without replacement, seed {options.seed}"
+        if len(rows) < available
+        else f"all {available:,}"
+    )
+    facts = [
+        ("data", f"{Path(config.data.train_file or config.data.dataset_name or '').name}, {options.split} rows"),
+        ("rows", how),
+        ("tokens", f"{len(rows.ids):,}, of them {len(rows.labels):,} trained; max_length {config.training.max_length}"),
+        ("models", "; ".join(f"{m.name} (top {m.top_k} listed)" for m in models)),
+        ("frozen models", "; ".join(f"{role}: {m.name}" for role, m in frozen.items()) or "none"),
+        ("base", "the model as it is at the start of training: weights are those of step one"),
+        ("batch targets", "rho1, talr, inverse_likelihood and others see all rows here as one batch"),
+        ("mass moved", "1/2 |p - Q|_1 on the listed tokens, the label and one rest: half the absolute logit gradient"),
+    ]
+    if len(rows) < available:
+        facts.append(("audit", "not run on a sample; `qtarget audit-data` looks at all rows"))
+    return facts
