@@ -206,8 +206,8 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNu
         ) from error
     with torch.no_grad():
         head = probe_head(model)
-    source = LocalSource(model, top_k=TOP_K, logit_scale=head.scale, logit_softcap=head.softcap)
-    return numbers_from_source(source, rows, name, source.vocab_size)
+    source = LocalSource(model, logit_scale=head.scale, logit_softcap=head.softcap)
+    return numbers_from_source(source, rows, name, TOP_K)
 
 
 def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:

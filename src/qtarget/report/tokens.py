@@ -172,8 +172,8 @@ def numbers_from_cache(cache: ReferenceCache, rows: TokenRows) -> ModelNumbers:
     return ModelNumbers(short_name(manifest.model_id), manifest.vocab_size, **joined, tail_policy=manifest.tail_policy)
 
 
-def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: int) -> ModelNumbers:
-    """Run a model over the rows.
+def numbers_from_source(source: Source, rows: TokenRows, name: str, top_k: int) -> ModelNumbers:
+    """Run a model over the rows, keeping ``top_k`` alternatives a token.
 
     Raises:
         DataError: a token id outside the model's vocabulary.
@@ -181,8 +181,10 @@ def numbers_from_source(source: Source, rows: TokenRows, name: str, vocab_size: 
     checked: list[Row] = []
     for i, (a, b) in enumerate(zip(rows.offsets[:-1], rows.offsets[1:], strict=True)):
         labels = np.where(rows.supervised[a:b], rows.ids[a:b], -100)
-        checked.append(read_row({"input_ids": rows.ids[a:b], "labels": labels}, i, vocab_size))
-    scored: list[ScoredRow] = source.score(checked)
+        checked.append(read_row({"input_ids": rows.ids[a:b], "labels": labels}, i, source.vocab_size))
+    scored: list[ScoredRow] = source.score(
+        [row.input_ids for row in checked], top_k, positions=[row.positions for row in checked]
+    )
     present = [field for field in FIELDS if getattr(scored[0], field) is not None]
     joined: dict[str, Any] = {f: np.concatenate([getattr(row, f) for row in scored]) for f in present}
-    return ModelNumbers(short_name(name), vocab_size, **joined)
+    return ModelNumbers(short_name(name), source.vocab_size, **joined)
