@@ -93,7 +93,7 @@ def speed_note() -> str:
     return (
         "Two machines: *AVX-512* has bfloat16 instructions; *AVX2* has none, and was timed before special columns were written in "
         "place (until then `scatter_` copied every chunk), so its columns overstate. In bfloat16 the products are so fast that the "
-        f"two passes over the logits count: `sft` takes {ours:.2f} x the floor, naive cross entropy {naive:.2f}; `asft`, whose "
+        f"passes over the logits count: `sft` takes {ours:.2f} x the floor, naive cross entropy {naive:.2f}; `asft`, whose "
         f"logits are float32, {soft:.2f}, naive with float32 logits {wide:.2f}: there the loss saves memory, not time. Without the "
         "instructions the loss multiplies widened blocks of the head in float32, which is faster there, and exact."
     )
