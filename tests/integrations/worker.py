@@ -57,6 +57,8 @@ def main() -> None:
         torch.save(dict(state), f"{options.output}/final.pt")
         with open(f"{options.output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def chromium_path() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, this thread has a running event loop, which other tests need free
 def browser():
     """A headless Chromium for the whole session."""
     playwright = pytest.importorskip(

@@ -175,12 +175,12 @@ class TestFlawedPrior:
 class FixedSource:
     """The base's numbers are the row's ids: easy to recognise."""
 
-    def score(self, rows):
+    def score(self, token_ids, top_k, candidate_ids=None, *, positions):
         out = []
-        for row in rows:
-            ids = row.input_ids[row.positions].astype(np.float32)
-            tops = np.stack([row.input_ids[row.positions], row.input_ids[row.positions] + 1], 1).astype(np.int32)
-            tops[row.positions % 2 == 1] = tops[row.positions % 2 == 1][:, ::-1]
+        for row, places in zip(token_ids, positions, strict=True):
+            ids = row[places].astype(np.float32)
+            tops = np.stack([row[places], row[places] + 1], 1).astype(np.int32)
+            tops[places % 2 == 1] = tops[places % 2 == 1][:, ::-1]
             log_probs = np.tile(np.log(np.array([0.6, 0.3], np.float32)), (len(ids), 1))
             out.append(ScoredRow(-ids, ids / 2, tops, log_probs, np.full(len(ids), math.log(0.1), np.float32)))
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ from qtarget.scoring.distributed import RaySource, connected, load_model
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.schema import fingerprint_model
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import PROCESSES, VOCAB, contents, provenance, ragged_rows, tiny_model
+from scoring.helpers import VOCAB, contents, provenance, ragged_rows, tiny_model
 from scoring.source_suite import SourceSuite
 
 SMALL_STORE = 100 * 2**20
@@ -92,7 +93,8 @@ def drive(path, model_path, address, rows):
 
 @pytest.mark.slow
 def test_a_killed_driver_and_then_a_killed_actor_leave_no_trace(cluster, model_path, rows, undisturbed, tmp_path):
-    process = PROCESSES.Process(target=drive, args=(tmp_path, model_path, cluster, rows))
+    # a new interpreter: Ray has put its token into this one's environment, and a fork server may be older
+    process = multiprocessing.get_context("spawn").Process(target=drive, args=(tmp_path, model_path, cluster, rows))
     process.start()
     wait_for(lambda: finished(tmp_path) >= 2 or not process.is_alive())
     os.kill(process.pid, signal.SIGKILL)

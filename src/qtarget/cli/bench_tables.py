@@ -117,5 +117,6 @@ def cache_table(results: dict[str, Any]) -> Table:
         errors = row.get("gradient_error", {})
         told = [f"{errors[t]['token']:.1g} / {errors[t]['batch']:.1g}" if t in errors else "-" for t in columns[-2:]]
         size = f"{large[name]:.1f}" if name in large else "-"
-        table.add_row(name, f"{row['bytes_per_token']:.1f}", size, f"{row['kl']:.2g}" if "kl" in row else "-", *told)
+        kl = row.get("kl")
+        table.add_row(name, f"{row['bytes_per_token']:.1f}", size, "-" if kl is None else f"{kl:.2g}", *told)
     return table

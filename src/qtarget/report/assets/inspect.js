@@ -294,7 +294,7 @@
   $("target").addEventListener("change", () => { state.target = Number($("target").value); if (["weighted", "trained"].includes(state.sort)) sortRows(); repaint(); });
   $("quantity").addEventListener("change", () => { state.quantity = $("quantity").value; repaint(); });
   $("sort").addEventListener("change", () => { state.sort = $("sort").value; sortRows(); scrollTo(0, 0); });
-  $("view").addEventListener("change", async () => { state.view = Number($("view").value); await loadView(state.view); sortRows(); repaint(); drawDistribution(); if (data.views[0].marks) drawMarks(); });
+  $("view").addEventListener("change", async () => { const chosen = Number($("view").value); await loadView(chosen); if (Number($("view").value) !== chosen) return; state.view = chosen; sortRows(); repaint(); drawDistribution(); if (data.views[0].marks) drawMarks(); });
   let waiting = 0;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 120); });
   QT.onTheme(repaint);
