@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 
 import torch
 from transformers import TrainerCallback
@@ -58,7 +59,8 @@ def main() -> None:
         with open(f"{options.output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
+        sys.stdout.flush()
+        os._exit(0)  # all is written; gloo's threads abort a process that winds down while the other one still talks
 
 
 if __name__ == "__main__":
