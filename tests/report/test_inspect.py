@@ -93,6 +93,22 @@ def test_json_holds_the_cached_numbers(numbers, cached):
     assert len(by_length) == len(numbers["row_numbers"]) == 80
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--reference_cache", "nowhere"], "there is no cache folder .*nowhere; run `qtarget score"),
+        (["--teacher_cache", "nowhere"], "there is no cache folder .*nowhere"),
+        (["--reference_model_name_or_path", "another"], "made with model .*, the config says 'another'; score again"),
+    ],
+)
+def test_a_cache_that_is_not_the_one_meant_is_refused(made, changes, words, capsys):
+    """Never the model itself instead, and never another model's numbers under this one's name."""
+    with pytest.raises(SystemExit) as stopped, chdir(made):
+        run(["inspect", "run.yaml", "--targets", "sft", "--output", "other.html", *changes])
+    assert stopped.value.code == 2
+    assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
 def test_summary_is_exact(numbers, cached):
     log_probs = np.concatenate([c["label_log_probs"] for c in cached]).astype(np.float64)
     assert len(log_probs) == numbers["views"][0]["tokens"]

@@ -105,9 +105,9 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     rows = load_datasets(config)[split == "validation"]
     if rows is None:
         raise ConfigError("--split validation: the config names no validation_file; set it, or audit the training rows")
-    tokenizer, size, ends = _load_tokenizer(config)
+    tokenizer, size, ends = load_tokenizer(config)
     tokens = tokenise(training, rows, tokenizer)
-    cache = _open_cache(training.reference_cache, cache_required)
+    cache = open_cache(training.reference_cache, cache_required)
     return audit_data(
         list(rows),  # pyright: ignore[reportArgumentType]
         tokens.rows,
@@ -121,11 +121,11 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         text_field=training.dataset_text_field,
         cache=cache,
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
-        more=_cache_findings(cache, tokens, size, len(rows)) if cache is not None else (),
+        more=cache_findings(cache, tokens, size, len(rows)) if cache is not None else (),
     )
 
 
-def _load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
+def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
     """Tokenizer, rows of the model's embeddings, and its end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -146,7 +146,7 @@ def _load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
     return tokenizer, model.vocab_size, [ends] if isinstance(ends, int) else list(ends or [])
 
 
-def _open_cache(path: str | None, required: bool) -> ReferenceCache | None:
+def open_cache(path: str | None, required: bool) -> ReferenceCache | None:
     from qtarget.scoring.reader import ReferenceCache
 
     if path is None or (not required and not Path(path).exists()):
@@ -154,7 +154,7 @@ def _open_cache(path: str | None, required: bool) -> ReferenceCache | None:
     return ReferenceCache.open(path, verify=False)
 
 
-def _cache_findings(cache: ReferenceCache, tokens: Any, vocab_size: int, rows: int) -> list[Finding]:
+def cache_findings(cache: ReferenceCache, tokens: Any, vocab_size: int, rows: int) -> list[Finding]:
     """A cache of another tokenizer, template or vocabulary, at which training stops."""
     from qtarget.data.findings import Finding
     from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.audit_data import HARDWARE
-from qtarget.errors import ConfigError
+from qtarget.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,8 +177,10 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
     frozen: dict[str, ModelNumbers] = {}
     for role in ("reference", "teacher"):
         path, named = getattr(training, f"{role}_cache"), getattr(training, f"{role}_model_name_or_path")
-        if path is not None and Path(path).is_dir():
-            frozen[role] = numbers_from_cache(ReferenceCache.open(path, verify=False), rows)
+        if path is not None:
+            cache = ReferenceCache.open(path, verify=False)
+            _check_origin(cache.manifest.model_id, named or (model if role == "reference" else None), role)
+            frozen[role] = numbers_from_cache(cache, rows)
         elif named is not None:
             frozen[role] = _scored(config, named, rows, named)
     other = training.reference_model_name_or_path
@@ -186,6 +188,19 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
         return frozen["reference"], frozen
     live = _scored(config, model, rows, model)
     return live, {"reference": live} | frozen
+
+
+def _check_origin(found: str, expected: str | None, role: str) -> None:
+    """Raise where a cache's manifest names another model than the config; `train` compares the weights as well.
+
+    Raises:
+        CacheMismatchError: says which, and the next step.
+    """
+    if expected is not None and found != expected:
+        raise CacheMismatchError(
+            f"{role}_cache was made with model {found!r}, the config says {expected!r}; score again with that model, or "
+            f"set {role}_model_name_or_path: {found}"
+        )
 
 
 def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNumbers:
@@ -300,12 +315,13 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
 
 def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, vocab_size: int) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
-    from qtarget.cli.audit_data import _load_tokenizer, _open_cache
+    from qtarget.cli.audit_data import cache_findings, load_tokenizer, open_cache
     from qtarget.data.token_checks import Vocabulary
     from qtarget.report.audit import audit_data
 
     training = config.training
-    _, size, ends = _load_tokenizer(config)
+    _, size, ends = load_tokenizer(config)
+    cache = open_cache(training.reference_cache, True)
     return audit_data(
         raw,
         tokens.rows,
@@ -317,7 +333,8 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
         chat_template=tokens.chat_template,
         assistant_only=training.assistant_only_loss,
         text_field=training.dataset_text_field,
-        cache=_open_cache(training.reference_cache, False),
+        cache=cache,
+        more=cache_findings(cache, tokens, size, len(raw)) if cache is not None else (),
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
     ).as_dict()
 
