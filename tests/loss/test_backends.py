@@ -218,6 +218,25 @@ def test_exponentials_take_the_place_of_the_logits(transposed: bool, dtypes, mon
     torch.testing.assert_close(moved, exact * torch.tensor(-2.0).exp().to(dtypes[0]))
 
 
+def test_the_setting_for_bfloat16_products_survives_threads_and_errors(monkeypatch) -> None:
+    """It is the process's: a thread that leaves first must not take it from one that is still inside, nor keep it."""
+    from qtarget.loss import head
+
+    monkeypatch.setattr(head, "multiplies_bfloat16", lambda _: True)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    first, second = head.bfloat16_operands(), head.bfloat16_operands()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before
+    with pytest.raises(ZeroDivisionError), head.bfloat16_operands():
+        raise ZeroDivisionError
+    assert settings.fp32_precision == before
+
+
 @dataclass(frozen=True)
 class EntropyBonus(qtarget.Target):
     """A loss whose gradient has all parts: label, uniform level, and the slope of an entropy."""

@@ -22,7 +22,8 @@ from qtarget.coefficients import differentiate, logit_gradient
 from qtarget.errors import HyperparameterError
 from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
-from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision, blocks
+from qtarget.loss.gradients import Gradients
+from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
 from qtarget.loss.result import LossRequest, TokenReport, report
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
@@ -118,78 +119,6 @@ def whole_vocabulary(request: LossRequest) -> str:
         if model.tail_policy == "spread":
             return f"the {role}'s tail is spread over the whole vocabulary"
     return ""
-
-
-@dataclass
-class Gradients:
-    """Running gradients of the summed loss; the head's are float32 at least, whatever the model's dtype.
-
-    Attributes:
-        hidden: ``[all tokens, width]``, zero where masked.
-        weight, bias: like the head's.
-        every_row: ``[width]``, to be added to each row of ``weight``.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    every_row: Tensor | None = None
-
-    @classmethod
-    def empty(cls, hidden: Tensor, head: Head, needs_grad: tuple[bool, bool, bool]) -> Gradients:
-        """Buffers for the inputs that require a gradient."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return cls(
-            torch.zeros_like(hidden) if needs_grad[0] else None,
-            torch.empty_like(head.weight, dtype=wide) if needs_grad[1] else None,
-            torch.zeros_like(head.bias, dtype=wide) if needs_grad[2] and head.bias is not None else None,
-        )
-
-    def add(
-        self,
-        index: Int[Tensor, " chunk"] | slice,
-        gradient: LogitGradient,
-        hidden: Float[Tensor, "tokens width"],
-        products: HeadProducts,
-        vocabulary: Vocabulary,
-        *,
-        first: bool,
-    ) -> None:
-        """Add one chunk, the ``first`` or a later one, given its gradient by ``h W^T + b``."""
-        if self.bias is not None:
-            self.bias += gradient.column_sum(self.bias.dtype)
-        if self.hidden is not None:
-            self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
-        if self.weight is not None:
-            products.add_weight_gradient(self.weight, gradient, hidden, first=first)
-            if gradient.level is not None:
-                row = gradient.level.to(self.weight.dtype) @ hidden.to(self.weight.dtype)
-                self.every_row = row if self.every_row is None else self.every_row + row
-
-    def finish(self) -> None:
-        """Add what all rows of the head share."""
-        if self.weight is not None and self.every_row is not None:
-            self.weight += self.every_row
-
-    def hand_out(self, upstream: Float[Tensor, ""], dtypes: tuple[Any, Any, Any], keep: bool) -> list[Tensor | None]:
-        """Scaled by the upstream gradient, in place unless they must be kept for another backward pass."""
-        values = (self.hidden, self.weight, self.bias)
-        scaled = [
-            None if v is None else scale_to(v, upstream, dtype, keep) for v, dtype in zip(values, dtypes, strict=True)
-        ]
-        if not keep:
-            self.hidden = self.weight = self.bias = None
-        return scaled
-
-
-def scale_to(value: Tensor, factor: Float[Tensor, ""], dtype: torch.dtype, keep: bool) -> Tensor:
-    """``factor value`` in a dtype; in place where it is that of the value and the value need not be kept."""
-    if value.dtype == dtype:
-        return value * factor if keep else value.mul_(factor)
-    out = torch.empty_like(value, dtype=dtype)
-    for block in blocks(value):  # while it is in the cache
-        out[block] = value[block] * factor
-    return out
 
 
 class _ChunkedLoss(torch.autograd.Function):

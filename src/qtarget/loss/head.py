@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -80,18 +81,36 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right)
 
 
+class _Operands:
+    """The process-wide setting that ``bfloat16_operands`` changes, and how many threads are inside it."""
+
+    lock = threading.Lock()
+    inside = 0
+    before = ""
+
+
 @contextmanager
 def bfloat16_operands() -> Iterator[None]:
-    """Float32 products on a CPU whose operands are bfloat16 numbers, widened: its bfloat16 instructions are exact there."""
+    """Float32 products on a CPU whose operands are bfloat16 numbers, widened: its bfloat16 instructions are exact there.
+
+    The setting is the process's, not the thread's: the first thread in notes what it was, the last one out restores it.
+    """
     if not multiplies_bfloat16("cpu"):
         yield
         return
     settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    with _Operands.lock:
+        if not _Operands.inside:
+            _Operands.before = settings.fp32_precision
+            settings.fp32_precision = "bf16"
+        _Operands.inside += 1
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _Operands.lock:
+            _Operands.inside -= 1
+            if not _Operands.inside:
+                settings.fp32_precision = _Operands.before
 
 
 @functools.cache

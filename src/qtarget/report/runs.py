@@ -234,8 +234,10 @@ def check_comparable(runs: Sequence[Run], same_rows: bool = False) -> None:
         if not same_rows:
             found |= {f"rows of {name!r}": d["fingerprint"] for name, d in data.items() if name != "train"}
         for what, value in found.items():
+            if value is None:  # unknown: it neither agrees nor stands for the others
+                continue
             other, holder = first.setdefault(what, (value, run))
-            if value is None or other is None or value == other:
+            if value == other:
                 continue
             advice = (
                 "report them one by one"
