@@ -74,13 +74,33 @@ def speed_table() -> str:
 
 
 def memory_table() -> str:
-    """Peak memory by loss and number of tokens."""
-    lines = ["| N = | tokens | beyond inputs | of it gradients | beyond both |", "|---|---|---|---|---|"]
-    for name, by_tokens in results_of("memory_cpu_float32_49152.json")["rows"].items():
-        for tokens, row in by_tokens.items():
-            total, gradients = row["beyond_inputs"], row["gradients"]
-            lines.append(f"| {name} | {int(tokens):,} | {total:.0f} | {gradients:.0f} | {total - gradients:.0f} |")
-    return "\n".join(lines).replace("| N = |", "| |")
+    """Peak memory beyond inputs and gradients, by loss, shape and number of tokens."""
+    points = results_of("memory_cpu_float32.json")["memory"]
+    columns = list(dict.fromkeys((p["vocab"], p["width"], p["tokens"]) for p in points))
+    lines = [
+        "| MB | " + " | ".join(f"V={v:,} D={w} N={n:,}" for v, w, n in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in dict.fromkeys(p["loss"] for p in points):
+        cells = []
+        for column in columns:
+            [point] = [p for p in points if (p["loss"], p["vocab"], p["width"], p["tokens"]) == (name, *column)]
+            if "computed" in point:
+                cells.append(f"({point['computed']:,.0f}, computed)")
+            else:
+                cells.append(f"{point['beyond_inputs'] - point['gradients']:,.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def trainer_table() -> str:
+    """Whole training steps against TRL's."""
+    lines = ["| trainer | CPU seconds a step | x SFTTrainer (lowest .. highest step) | peak MB |", "|---|---|---|---|"]
+    for name, row in results_of("trainer_cpu_float32.json")["rows"].items():
+        ratio = row["ratio"]
+        spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})"
+        lines.append(f"| {name} | {row['median']:.1f} | {spread} | {row['peak_mb']:,.0f} |")
+    return "\n".join(lines)
 
 
 def speed_note() -> str:
@@ -107,6 +127,7 @@ def render() -> str:
         "SPEED": speed_table(),
         "SPEED_NOTE": speed_note(),
         "MEMORY": memory_table(),
+        "TRAINER": trainer_table(),
         "EXAMPLE": (ROOT / "examples/train_with_trl.py").read_text().strip(),
         "YAML": (ROOT / "examples/noisy.yaml").read_text().split("\n", 9)[-1].strip(),
     }
