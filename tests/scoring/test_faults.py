@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import subprocess
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +129,47 @@ def test_damaged_side_files_are_made_again(cache, damage):
         path.with_suffix(".json").write_text("")
     assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
     assert path.read_bytes() == content
+
+
+@pytest.fixture
+def shared(cache, tmp_path, monkeypatch):
+    """The cache cannot be written to; gives where its side files go, in a temporary folder that others share."""
+    temporary, may = tmp_path / "shared", os.access
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK) and may(path, mode))
+    return temporary / f"qtarget-decoded-{os.getuid()}"
+
+
+def test_side_files_of_a_read_only_cache_are_ours_alone(cache, shared):
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+    assert not (cache / DECODED).exists()
+    assert shared.stat().st_mode & 0o777 == 0o700
+    assert len(list(shared.glob("*.arrow"))) == 3
+    shared.chmod(0o755)  # may be read by others, as earlier versions made it
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [("link", "is no folder"), ("file", "is no folder"), ("group", "mode 775"), ("others", "mode 707"),
+     ("another", "belongs to user")],
+)  # fmt: skip
+def test_side_files_that_another_user_may_have_made_are_not_read(cache, shared, planted, words, monkeypatch):
+    if planted == "link":
+        (shared.parent / "elsewhere").mkdir()
+        shared.symlink_to(shared.parent / "elsewhere")
+    elif planted == "file":
+        shared.write_text("")
+    else:
+        shared.mkdir(mode=0o700)
+        shared.chmod({"group": 0o775, "others": 0o707}.get(planted, 0o755))
+    if planted == "another":
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        shared.rename(shared.with_name(f"qtarget-decoded-{user + 1}"))
+    with pytest.raises(StorageError, match=rf"{words}.*remove it, or set TMPDIR"):
+        ReferenceCache.open(cache, verify=False).row(0)
 
 
 def test_side_files_of_an_earlier_cache_go(cache):
