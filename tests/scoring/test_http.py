@@ -295,6 +295,51 @@ def test_a_token_beyond_the_vocabulary_is_refused(kind, engine):
             source.score([np.arange(40)], 20)
 
 
+def shifted(kind, by):
+    """Adds ``by`` to every log-prob: what a server of raw logits says, or worse."""
+
+    def edit(answer):
+        if kind == "vllm":
+            for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+                for value in entry.values():
+                    value["logprob"] += by
+        else:
+            meta = answer["meta_info"]
+            tops = [triple for triples in meta.get("input_top_logprobs", [])[1:] for triple in triples]
+            for triple in [*meta["input_token_logprobs"][1:], *tops]:
+                triple[0] += by
+
+    return changed(edit)
+
+
+@pytest.mark.parametrize(
+    ("by", "top_k", "words"),
+    [
+        (40.0, 0, r"gives [\d.]+ as a log-prob; expected at most 0.*--logprobs-mode raw_logprobs"),
+        (float("nan"), 0, "gives nan as a log-prob"),
+        (40.0, 3, "as a log-prob; expected at most 0"),
+        (float("inf"), 3, "gives inf as a log-prob"),
+        (0.05, VOCAB, r"sum to 1\.05\d*; expected at most 1"),
+    ],
+)
+def test_numbers_that_are_no_log_probs_are_refused(kind, engine, by, top_k, words):
+    engine.max_logprobs = -1
+    engine.faults = [shifted(kind, by)]
+    # near uniform, so that no log-prob is near 0
+    engine.model = tiny_model(initializer_range=0.01)
+    with serving(engine) as url, pytest.raises(ScoringServerError, match=words):
+        connect(kind, url).score([ROW], top_k)
+
+
+@pytest.mark.parametrize("by", [0.005, -float("inf")])
+def test_rounding_and_banned_tokens_are_log_probs(kind, engine, by):
+    engine.max_logprobs = -1
+    engine.faults = [shifted(kind, by)]
+    with serving(engine) as url:
+        (scored,) = connect(kind, url).score([ROW], VOCAB)
+    assert not np.isnan(scored.topk_log_probs).any()
+
+
 # -- canary ------------------------------------------------------------------------------------------------------
 
 
