@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from qtarget.errors import CacheMismatchError, ConfigError, DataError, HyperparameterError, IncompatibleError
+from qtarget.errors import (
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    HyperparameterError,
+    IncompatibleError,
+    NonFiniteLossError,
+)
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.reader import ReferenceCache
@@ -147,6 +154,22 @@ def test_banned_tokens_are_stored_finite(tmp_path):
     assert len(stored)
     assert np.isfinite(stored).all()
     assert (np.exp(stored) == 0).all()
+
+
+@pytest.mark.parametrize("column", ["topk_log_probs", "tail_log_mass"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_top_k_and_tail_that_are_no_numbers_are_refused(tmp_path, column, value):
+    source, row = HashSource(2), {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}
+    plain = source.numbers
+
+    def numbers(row):
+        scored = plain(row)
+        getattr(scored, column)[-1] = value
+        return scored
+
+    source.numbers = numbers
+    with pytest.raises(NonFiniteLossError, match="NaN or infinite at position 3 of row"):
+        write_cache(tmp_path, [row], source, provenance(2))
 
 
 def test_repeated_rows_are_scored_once_and_keep_their_order(tmp_path, rows):

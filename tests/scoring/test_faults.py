@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import subprocess
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from qtarget.scoring.merge import merge_caches
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import row_checksum, supervised_mask
-from qtarget.scoring.verify import check_counts, rescore
+from qtarget.scoring.verify import check_counts, rescore, shared_places
 from qtarget.scoring.writer import write_cache
 from scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
 
@@ -128,6 +129,47 @@ def test_damaged_side_files_are_made_again(cache, damage):
         path.with_suffix(".json").write_text("")
     assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
     assert path.read_bytes() == content
+
+
+@pytest.fixture
+def shared(cache, tmp_path, monkeypatch):
+    """The cache cannot be written to; gives where its side files go, in a temporary folder that others share."""
+    temporary, may = tmp_path / "shared", os.access
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK) and may(path, mode))
+    return temporary / f"qtarget-decoded-{os.getuid()}"
+
+
+def test_side_files_of_a_read_only_cache_are_ours_alone(cache, shared):
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+    assert not (cache / DECODED).exists()
+    assert shared.stat().st_mode & 0o777 == 0o700
+    assert len(list(shared.glob("*.arrow"))) == 3
+    shared.chmod(0o755)  # may be read by others, as earlier versions made it
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+
+
+@pytest.mark.parametrize(
+    ("planted", "words"),
+    [("link", "is no folder"), ("file", "is no folder"), ("group", "mode 775"), ("others", "mode 707"),
+     ("another", "belongs to user")],
+)  # fmt: skip
+def test_side_files_that_another_user_may_have_made_are_not_read(cache, shared, planted, words, monkeypatch):
+    if planted == "link":
+        (shared.parent / "elsewhere").mkdir()
+        shared.symlink_to(shared.parent / "elsewhere")
+    elif planted == "file":
+        shared.write_text("")
+    else:
+        shared.mkdir(mode=0o700)
+        shared.chmod({"group": 0o775, "others": 0o707}.get(planted, 0o755))
+    if planted == "another":
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        shared.rename(shared.with_name(f"qtarget-decoded-{user + 1}"))
+    with pytest.raises(StorageError, match=rf"{words}.*remove it, or set TMPDIR"):
+        ReferenceCache.open(cache, verify=False).row(0)
 
 
 def test_side_files_of_an_earlier_cache_go(cache):
@@ -305,6 +347,62 @@ def test_rescoring_tells_the_largest_difference(cache):
     found = rescore(opened, Off(3), ROWS, count=4)
     assert found["label_log_probs"] == pytest.approx(0.25, abs=1e-6)
     assert found["topk_log_probs"] >= 0.5 - 1e-6
+
+
+def test_a_difference_beside_banned_tokens_is_seen(tmp_path):
+    """Stored as the lowest half-precision number, scored as minus infinity: no difference, and it hides none."""
+
+    class Banned(HashSource):
+        lower = 0.0
+
+        def numbers(self, row):
+            found = super().numbers(row)
+            ids = np.arange(3, dtype=np.int32) + np.zeros_like(found.topk_ids)
+            found.topk_log_probs[:, 0] -= self.lower
+            found.topk_log_probs[:, 2] = found.tail_log_mass[:1] = -np.inf
+            return replace(found, topk_ids=ids, tail_log_mass=found.tail_log_mass - np.float32(self.lower))
+
+    write_cache(tmp_path, ROWS, Banned(3), provenance(3))
+    opened, now = ReferenceCache.open(tmp_path), Banned(3)
+    same = rescore(opened, now, ROWS)
+    assert (same["topk_log_probs"], same["tail_log_mass"]) == (0, 0)
+    now.lower = 0.25
+    found = rescore(opened, now, ROWS)
+    assert found["topk_log_probs"] == pytest.approx(0.25, abs=1e-6)
+    assert found["tail_log_mass"] == pytest.approx(0.25, abs=1e-6)
+    now.lower = float("nan")
+    assert rescore(opened, now, ROWS)["topk_log_probs"] == np.inf
+
+
+def test_half_precision_far_down_is_rounding_not_a_difference(tmp_path):
+    class Deep(HashSource):
+        lower = 0.0
+
+        def numbers(self, row):
+            found = super().numbers(row)
+            ids = np.arange(3, dtype=np.int32) + np.zeros_like(found.topk_ids)
+            log_probs = np.sort(found.topk_log_probs * 1000)[:, ::-1] - self.lower
+            return replace(found, topk_ids=ids, topk_log_probs=log_probs.astype(np.float32))
+
+    write_cache(tmp_path, ROWS, Deep(3), provenance(3, log_probs_dtype="float16"))
+    opened, now = ReferenceCache.open(tmp_path), Deep(3)
+    raw = [np.abs(opened.row(i)["topk_log_probs"] - now.numbers(read_row(r, i, VOCAB)).topk_log_probs).max()
+           for i, r in enumerate(ROWS) if any(mark != -100 for mark in r["labels"][1:])]  # fmt: skip
+    assert max(raw) > 0.02, "half precision alone moves them by more than the tolerance"
+    assert all(value == 0 for value in rescore(opened, now, ROWS).values())
+    now.lower = 1.0
+    assert 0.5 < rescore(opened, now, ROWS)["topk_log_probs"] < 1.5
+
+
+def test_ids_are_matched_token_by_token():
+    rng = np.random.default_rng(0)
+    ours, theirs = (np.stack([rng.permutation(40)[:12] for _ in range(30)]) for _ in range(2))
+    ours[:, 9:] = -1
+    theirs[::2, 7:] = -1
+    here, there, share = shared_places(ours, theirs)
+    pairs = [(t, i, j) for t in range(30) for i in range(12) for j in range(12) if ours[t, i] == theirs[t, j] >= 0]
+    assert sorted(zip(here.tolist(), there.tolist(), strict=True)) == [(12 * t + i, 12 * t + j) for t, i, j in pairs]
+    assert share == pytest.approx(len(pairs) / (30 * 9))
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from qtarget.errors import ConfigError, DataError, IncompatibleError
+from qtarget.scoring import foreign
 from qtarget.scoring.bits import pack_bits, unpack_bits
 from qtarget.scoring.export import export_rows
 from qtarget.scoring.foreign import import_rows
@@ -57,7 +58,8 @@ def axolotl(row, wrong=0):
     shift = 1 + wrong
     blank_ids, blank = np.tile(np.arange(K), (shift, 1)), np.full((shift, K), -np.inf)
     ids, values = np.concatenate([blank_ids, ids])[: len(ids)], np.concatenate([blank, values])[: len(values)]
-    mask = np.array([[int(label != -100 and t >= shift)] * K for t, label in enumerate(row["labels"])])
+    labels = np.roll(row["labels"], wrong)  # a mask lies with its numbers
+    mask = np.array([[int(label != -100 and t >= shift)] * K for t, label in enumerate(labels)])
     return {
         **row,
         "target_token_ids": ids.tolist(),
@@ -155,6 +157,51 @@ def test_a_wrong_shift_is_refused_and_may_be_stated(tmp_path, wrong):
     ids, _ = top(full_log_probs(rows[0]["input_ids"]))
     places = [t for t in range(1, len(rows[0]["labels"]) - max(0, wrong)) if rows[0]["labels"][t] != -100]
     np.testing.assert_array_equal(cache.row(0)["topk_ids"], ids[[t - 1 for t in places]])
+
+
+def test_masked_slots_mean_nothing(tmp_path):
+    """Each third slot is masked and holds a token of probability one."""
+    rows = spoken_rows(12)
+    raw = [axolotl(row) for row in rows]
+    for row in raw:
+        for values, mask in zip(row["target_logprobs"], row["target_mask"], strict=True):
+            values[2], mask[2] = 0.0, 0
+    cache = read("axolotl", write(tmp_path / "theirs", "axolotl", raw), tmp_path / "c")
+    assert cache.manifest.tail_policy == "bucket"
+    for row, index in zip(rows, cache.locate(checksums(rows)), strict=True):
+        places = [t for t in range(1, len(row["labels"])) if row["labels"][t] != -100]
+        ids, values = top(full_log_probs(row["input_ids"])[[t - 1 for t in places]])
+        p = np.exp(values - np.log(np.exp(values).sum(-1, keepdims=True)))
+        found = cache.row(index)
+        np.testing.assert_array_equal(found["topk_ids"], np.c_[np.delete(ids, 2, 1), np.full(len(ids), -1)])
+        np.testing.assert_allclose(np.exp(found["topk_log_probs"]), np.c_[np.delete(p, 2, 1), 0 * p[:, :1]], atol=1e-6)
+        np.testing.assert_allclose(np.exp(found["tail_log_mass"]), p[:, 2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("target_logprobs", -0.1, r"row 1: listed probabilities sum to 4\.524; expected log-probs at temperature 1"),
+        ("target_logprobs", float("nan"), "row 1: listed probabilities sum to nan"),
+        ("target_token_ids", VOCAB, rf"row 1 lists id {VOCAB}, expected 0 to {VOCAB - 1}; .*--vocab-size"),
+        ("target_token_ids", -1, "row 1 lists id -1"),
+    ],
+)
+def test_every_row_is_judged_not_the_probed_ones_alone(tmp_path, monkeypatch, column, value, words):
+    monkeypatch.setattr(foreign, "PROBED", 2)  # the first and the last
+    raw = [axolotl(row) for row in spoken_rows(12)]
+    raw[1][column] = np.full_like(raw[1][column], value).tolist()
+    with pytest.raises(DataError, match=words):
+        read("axolotl", write(tmp_path / "theirs", "axolotl", raw), tmp_path / "c", shift=0)
+
+
+def test_one_row_that_is_not_scaled_up_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "PROBED", 2)
+    raw = [axolotl(row) for row in spoken_rows(12)]
+    raw[1]["target_logprobs"] = (np.array(raw[1]["target_logprobs"]) - np.log(2)).tolist()
+    cache = read("axolotl", write(tmp_path / "theirs", "axolotl", raw), tmp_path / "c", shift=0)
+    assert cache.manifest.tail_policy == "bucket"
+    np.testing.assert_allclose(np.exp(cache.row(1)["tail_log_mass"]), 0.5, atol=1e-5)
 
 
 def test_rows_of_noise_are_refused(tmp_path):

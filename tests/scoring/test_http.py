@@ -8,7 +8,10 @@ import torch
 
 from qtarget.errors import ScoringServerError
 from qtarget.scoring.canary import CANARY, TOLERANCE, check_model, check_tokenizer
+from qtarget.scoring.engines import EngineChoice
+from qtarget.scoring.engines import connect as connect_engine
 from qtarget.scoring.http import KEY_VARIABLE, Endpoint, Retries, ServedModel
+from qtarget.scoring.local import LocalSource
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.sglang import SglangSource
 from qtarget.scoring.vllm import VllmSource
@@ -65,8 +68,6 @@ def engine(kind):
 
 @pytest.fixture
 def expected():
-    from qtarget.scoring.local import LocalSource
-
     (scored,) = LocalSource(tiny_model()).score([ROW], 3)
     return scored
 
@@ -294,6 +295,51 @@ def test_a_token_beyond_the_vocabulary_is_refused(kind, engine):
             source.score([np.arange(40)], 20)
 
 
+def shifted(kind, by):
+    """Adds ``by`` to every log-prob: what a server of raw logits says, or worse."""
+
+    def edit(answer):
+        if kind == "vllm":
+            for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+                for value in entry.values():
+                    value["logprob"] += by
+        else:
+            meta = answer["meta_info"]
+            tops = [triple for triples in meta.get("input_top_logprobs", [])[1:] for triple in triples]
+            for triple in [*meta["input_token_logprobs"][1:], *tops]:
+                triple[0] += by
+
+    return changed(edit)
+
+
+@pytest.mark.parametrize(
+    ("by", "top_k", "words"),
+    [
+        (40.0, 0, r"gives [\d.]+ as a log-prob; expected at most 0.*--logprobs-mode raw_logprobs"),
+        (float("nan"), 0, "gives nan as a log-prob"),
+        (40.0, 3, "as a log-prob; expected at most 0"),
+        (float("inf"), 3, "gives inf as a log-prob"),
+        (0.05, VOCAB, r"sum to 1\.05\d*; expected at most 1"),
+    ],
+)
+def test_numbers_that_are_no_log_probs_are_refused(kind, engine, by, top_k, words):
+    engine.max_logprobs = -1
+    engine.faults = [shifted(kind, by)]
+    # near uniform, so that no log-prob is near 0
+    engine.model = tiny_model(initializer_range=0.01)
+    with serving(engine) as url, pytest.raises(ScoringServerError, match=words):
+        connect(kind, url).score([ROW], top_k)
+
+
+@pytest.mark.parametrize("by", [0.005, -float("inf")])
+def test_rounding_and_banned_tokens_are_log_probs(kind, engine, by):
+    engine.max_logprobs = -1
+    engine.faults = [shifted(kind, by)]
+    with serving(engine) as url:
+        (scored,) = connect(kind, url).score([ROW], VOCAB)
+    assert not np.isnan(scored.topk_log_probs).any()
+
+
 # -- canary ------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +355,7 @@ def characters(extra: str = ""):
 
 
 def test_the_canary_accepts_the_same_model_also_in_bfloat16(kind):
-    here = tiny_model()
+    here = LocalSource(tiny_model())
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, TOLERANCE)):
         with serving(KINDS[kind][0](tiny_model().to(dtype), characters())) as url:
             source = connect(kind, url)
@@ -329,7 +375,7 @@ def test_the_canary_refuses_another_model(kind):
             source = connect(kind, url)
             ids = check_tokenizer(source, characters())
             with pytest.raises(ScoringServerError, match=r"is not tiny: .* differ by .* expected at most 0.05"):
-                check_model(source, ids, tiny_model(), "tiny", tolerance=TOLERANCE)
+                check_model(source, ids, LocalSource(tiny_model()), "tiny", tolerance=TOLERANCE)
 
 
 def test_the_canary_refuses_another_tokenizer(kind):
@@ -340,3 +386,29 @@ def test_the_canary_refuses_another_tokenizer(kind):
         ),
     ):
         check_tokenizer(connect(kind, url), characters())
+
+
+def heads():
+    """Models whose forward pass scales or caps its logits, and what a local source must be told of it."""
+    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.5,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=2.0)).eval()
+    scaled = CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.25)).eval()
+    return {"softcap": (capped, {"logit_softcap": 2.0}), "scale": (scaled, {"logit_scale": 0.25})}
+
+
+@pytest.mark.parametrize("head", ["softcap", "scale"])
+def test_a_server_whose_model_shapes_its_logits_is_accepted(kind, head):
+    model, told = heads()[head]
+    with serving(KINDS[kind][0](model, characters())) as url:
+        choice = EngineChoice(kind, url)
+        found = connect_engine(choice, model, model_id="tiny", tokenizer=characters(), **told)
+        assert found.model_id == "tiny"
+        with pytest.raises(ScoringServerError, match="is not tiny"):
+            connect_engine(choice, model, model_id="tiny", tokenizer=characters())

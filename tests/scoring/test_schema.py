@@ -206,6 +206,17 @@ def change(**changes):
     return edit
 
 
+def shard(number=1, **changes):
+    """Changes one shard's record; the manifest's own counts still hold."""
+
+    def edit(text):
+        value = json.loads(text)
+        value["shards"][number] |= changes
+        return json.dumps(value)
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -218,6 +229,19 @@ def change(**changes):
         (change(tail_policy="drop"), "tail_policy 'drop'"),
         (change(rows=6), "rows and tokens"),
         (change(shards=[{"name": "x"}]), "unusable"),
+        (
+            shard(name="../shard-00001.parquet"),
+            r"named '../shard-00001.parquet', expected a name like shard-00000.parquet",
+        ),
+        (shard(name="/shard-00001.parquet"), "a shard is named"),
+        (shard(name="shard-00001.parquet\n"), "a shard is named"),
+        (shard(name=7), "unusable"),
+        (shard(name="shard-00000.parquet"), "two shards have one name"),
+        (shard(blake2b="../" * 8 + "elsewhe"), "shard-00001.parquet has the hash .*32 hexadecimal digits"),
+        (shard(blake2b="AB" * 16), "32 hexadecimal digits"),
+        (shard(bytes=-1), "none negative"),
+        (shard(bytes=1.0), "whole numbers"),
+        (shard(bytes=True), "whole numbers"),
     ],
 )
 def test_manifest_refuses(cache, edit, message):

@@ -119,7 +119,9 @@ def again(cache: Any, job: TrainingRows, model: str, rows: int, tolerance: float
     source = LocalSource(base, logit_scale=spec.scale, logit_softcap=spec.softcap)
     found = rescore(cache, source, job.rows, count=rows, seed=seed)
     for name, value in found.items():
-        typer.echo(f"  {name}: {value:.3g}" + ("" if name.endswith("share") else " nats, largest difference"))
+        typer.echo(
+            f"  {name}: {value:.3g}" + ("" if name.endswith("share") else " nats, largest difference beyond rounding")
+        )
     if (ours := fingerprint_model(base)) != cache.manifest.model_fingerprint:
         typer.echo(f"  model_fingerprint is {cache.manifest.model_fingerprint} in the cache, {ours} for {model}")
     wrong = [

@@ -9,7 +9,7 @@ import numpy as np
 
 from qtarget.errors import ScoringServerError
 from qtarget.scoring.http import HttpSource
-from qtarget.scoring.local import LocalSource
+from qtarget.scoring.rows import Source
 
 CANARY = (
     "In 1815, M. Charles-François Myriel was Bishop of Digne. def f(x): return x ** 2 + 3 * x - 17  "
@@ -57,12 +57,13 @@ def check_tokenizer(source: HttpSource, tokenizer: Any) -> list[int]:
     )
 
 
-def check_model(source: HttpSource, ids: list[int], model: Any, name: str, *, tolerance: float) -> CanaryReport:
-    """Make sure that the server gives the canary the log-probs that ``model`` gives it here.
+def check_model(source: HttpSource, ids: list[int], local: Source, name: str, *, tolerance: float) -> CanaryReport:
+    """Make sure that the server gives the canary the log-probs that a model gives it here.
 
     Args:
         ids: of the canary.
-        model: the model that the server is said to serve, or its like in another dtype.
+        local: scores with the model that the server is said to serve, or its like in another dtype; with its logit scale
+            and soft-cap, which the server applies as the model's config says.
         name: of that model, for the message.
         tolerance: nats, of the mean absolute difference.
 
@@ -70,7 +71,7 @@ def check_model(source: HttpSource, ids: list[int], model: Any, name: str, *, to
         ScoringServerError: it does not.
     """
     row = np.array(ids[:CANARY_TOKENS])
-    (there,), (here,) = source.score([row], 1), LocalSource(model).score([row], 1)
+    (there,), (here,) = source.score([row], 1), local.score([row], 1)
     apart = np.abs(there.label_log_probs.astype(np.float64) - here.label_log_probs)
     report = CanaryReport(len(apart), float(apart.mean()), float(apart.max()))
     if not report.mean <= tolerance:

@@ -11,9 +11,10 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qtarget.errors import StorageError
 from qtarget.scoring.columns import PER_TOKEN, flat_lists, from_half_steps
 from qtarget.scoring.files import DECODED, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.schema import Manifest, ShardRecord
@@ -67,11 +69,38 @@ def load_shard(directory: Path, shard: ShardRecord, manifest: Manifest) -> Loade
 
 
 def side_file(directory: Path, shard: ShardRecord) -> Path:
-    """Where a shard's side file is, or will be: beside the cache, or in the temporary folder if that is read-only."""
+    """Where a shard's side file is, or will be: beside the cache, or in the temporary folder if that is read-only.
+
+    Raises:
+        StorageError: see ``private_folder``.
+    """
     folder = directory / DECODED
     if not os.access(folder if folder.exists() else directory, os.W_OK):
-        folder = Path(tempfile.gettempdir()) / f"qtarget-decoded-{os.getuid()}"
+        folder = private_folder(Path(tempfile.gettempdir()) / f"qtarget-decoded-{os.getuid()}")
     return folder / f"{shard.blake2b}.arrow"
+
+
+def private_folder(path: Path) -> Path:
+    """A folder below a shared one, made if absent, into which nobody else can have put a file.
+
+    Raises:
+        StorageError: what is there is a link or no folder, belongs to somebody else, or others may write into it.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()  # of a link, the link's own
+    if not stat.S_ISDIR(found.st_mode):
+        wrong = "is no folder"
+    elif found.st_uid != os.getuid():
+        wrong = f"belongs to user {found.st_uid}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        wrong = f"may be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return path
+    raise StorageError(
+        f"{path} {wrong}; expected a folder of user {os.getuid()} that nobody else can write to, for decoded numbers are "
+        "read from there unchecked; remove it, or set TMPDIR to a folder of your own"
+    )
 
 
 def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path: Path) -> None:
@@ -128,7 +157,7 @@ def drop_damaged(directory: Path, shard: ShardRecord) -> None:
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
     """One process decodes at a time; the others wait and find its files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,7 @@ from qtarget.errors import ConfigError, ScoringServerError
 from qtarget.scoring.canary import TOLERANCE, check_model, check_tokenizer
 from qtarget.scoring.distributed import Load, RaySource
 from qtarget.scoring.http import Endpoint, HttpSource
-from qtarget.scoring.local import Connection, local_connection
+from qtarget.scoring.local import Connection, LocalSource, local_connection
 from qtarget.scoring.mosec import MosecSource, mosec_connection
 from qtarget.scoring.plan import tool_versions
 from qtarget.scoring.schema import fingerprint_model
@@ -120,7 +120,7 @@ def connect(
     if choice.name == "local":
         return local_connection(model, model_id=model_id, on_tokens=on_tokens, **options)
     if choice.is_server:
-        return _connect_server(choice, model, model_id, tokenizer, on_tokens)
+        return _connect_server(choice, model, model_id, tokenizer, on_tokens, (logit_scale, logit_softcap))
     if load is None:
         raise ConfigError("engine 'ray' loads the model in every worker; give the model by name or path")
     fingerprint = fingerprint_model(model)
@@ -138,7 +138,12 @@ def connect(
 
 
 def _connect_server(
-    choice: EngineChoice, model: Any, model_id: str, tokenizer: Any, on_tokens: Callable[[int], None] | None
+    choice: EngineChoice,
+    model: Any,
+    model_id: str,
+    tokenizer: Any,
+    on_tokens: Callable[[int], None] | None,
+    head: tuple[float, float | None],
 ) -> Connection:
     if choice.name == "mosec":
         ours = MosecSource(str(choice.url), concurrency=choice.concurrency, on_tokens=on_tokens)
@@ -158,7 +163,9 @@ def _connect_server(
         )
     else:
         fingerprint = fingerprint_model(model)
-        report = check_model(source, ids, model, model_id, tolerance=choice.canary_tolerance)
+        scale, softcap = head
+        here = LocalSource(model, logit_scale=scale, logit_softcap=softcap)
+        report = check_model(source, ids, here, model_id, tolerance=choice.canary_tolerance)
         logger.info(
             "%s serves %s: log-probs of %d canary tokens agree within %.2g nats on average, %.2g at most",
             *(choice.url, model_id, report.tokens, report.mean, report.largest),

@@ -11,7 +11,7 @@ likelier than under any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def read_axolotl(raw: Mapping[str, Any]) -> Listed:
     ids = np.asarray(column(raw, "target_token_ids", "axolotl"), np.int64)
     mask = np.asarray(column(raw, "target_mask", "axolotl"), bool)
     log_probs = np.asarray(column(raw, "target_logprobs", "axolotl"), np.float32)
-    log_probs = np.where(log_probs > LOWEST, log_probs, -np.inf)  # padded slots carry minus infinity or -1e9
+    log_probs = np.where(mask & ~(log_probs <= LOWEST), log_probs, -np.inf)  # padded slots carry minus infinity or -1e9
     input_ids = np.asarray(raw["input_ids"], np.int64)
     known = {"labels": raw.get("labels")}
     supervised = trained(known, len(input_ids)) if known["labels"] is not None else np.asarray(mask.any(1))
@@ -191,7 +191,7 @@ def aligned(row: Listed, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     if len(at):
         found = row.log_probs[at - shift]
         blank = (found == 0).all(1) & (found.shape[1] > 1)  # verl pads with zeros
-        at = at[np.isfinite(found).any(1) & ~blank]
+        at = at[(found != -np.inf).any(1) & ~blank]  # NaN stays, to be refused
     ids, log_probs = row.ids[at - shift], row.log_probs[at - shift]
     order = np.argsort(-log_probs, axis=1, kind="stable")
     return at, np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1)
@@ -242,22 +242,49 @@ class ForeignSource:
         read: see ``reader_of``.
         shift: numbers about token ``t`` lie at ``t - shift``.
         vocab_size: of the teacher's head.
-        renormalized: listed probabilities sum to one, so no tail mass is known.
+
+    Attributes:
+        top_k: most slots that a token of any row has.
+        renormalized: listed probabilities sum to one in every row, so no tail mass is known.
+
+    Raises:
+        DataError: no row has numbers, or a row's are no log-probs over this vocabulary.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        read: Callable[[Mapping[str, Any]], Listed],
-        shift: int,
-        vocab_size: int,
-        top_k: int,
-        renormalized: bool,
-    ) -> None:
+    def __init__(self, rows: Any, read: Callable[[Mapping[str, Any]], Listed], shift: int, vocab_size: int) -> None:
         self._rows, self._read, self._shift = rows, read, shift
-        self._top_k, self._renormalized = top_k, renormalized
         self.vocab_size = vocab_size
-        self._where = {self._key(*self._tokens(i)): i for i in range(len(rows))}
+        self._where: dict[str, int] = {}
+        self.top_k, tokens, furthest = 0, 0, 0.0
+        for index in range(len(rows)):
+            row = read(rows[index])
+            at, ids, log_probs = aligned(row, shift)
+            mass = self._mass(index, ids, log_probs)
+            self._where[self._key(row.input_ids, at)] = index
+            self.top_k, tokens = max(self.top_k, ids.shape[1]), tokens + len(at)
+            furthest = max(furthest, float(np.abs(mass - 1).max(initial=0.0)))
+        if not tokens:
+            raise DataError("no trained token of any row has numbers; expected some; check labels and masks")
+        self.renormalized = furthest < MASS_SLACK
+
+    def _mass(self, index: int, ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        """Listed probability at each position of a row, ``[positions]`` float64.
+
+        Raises:
+            DataError: it exceeds one, or an id is outside the vocabulary.
+        """
+        used = ids[log_probs != -np.inf]
+        if len(wrong := used[(used < 0) | (used >= self.vocab_size)]):
+            raise DataError(
+                f"row {index} lists id {wrong[0]}, expected 0 to {self.vocab_size - 1}; state the rows of the teacher's head: "
+                "--vocab-size"
+            )
+        mass = np.exp(log_probs.astype(np.float64)).sum(1)
+        if len(wrong := mass[~(mass <= 1 + 10 * MASS_SLACK)]):
+            raise DataError(
+                f"row {index}: listed probabilities sum to {wrong[0]:.4g}; expected log-probs at temperature 1, at most 1 in all"
+            )
+        return mass
 
     def _tokens(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         row = self._read(self._rows[index])
@@ -290,17 +317,14 @@ class ForeignSource:
         _, ids, log_probs = aligned(self._read(self._rows[index]), self._shift)
         ids = np.where(np.isfinite(log_probs), ids, -1).astype(np.int32)
         tail = None
-        if not self._renormalized:
+        if not self.renormalized:
             rest = 1 - np.exp(log_probs.astype(np.float64)).sum(1)
             tail = np.log(rest.clip(min=np.finfo(np.float32).tiny)).astype(np.float32)
         listed, found = self._padded(ids, -1), self._padded(log_probs.clip(min=LOWEST), LOWEST)
         return ScoredRow(None, None, listed, found, tail)  # pyright: ignore[reportArgumentType]
 
     def _padded(self, values: np.ndarray, fill: float) -> np.ndarray:
-        missing = self._top_k - values.shape[1]
-        if missing < 0:
-            raise DataError(f"a row lists {values.shape[1]} ids a token, the first rows {self._top_k}; expected one k")
-        return np.pad(values, ((0, 0), (0, missing)), constant_values=fill) if missing > 0 else values
+        return np.pad(values, ((0, 0), (0, self.top_k - values.shape[1])), constant_values=fill)
 
 
 class ForeignRows(Sequence[Mapping[str, Any]]):
@@ -319,12 +343,6 @@ class ForeignRows(Sequence[Mapping[str, Any]]):
 def probe(rows: Any, read: Callable[[Mapping[str, Any]], Listed]) -> list[Listed]:
     """Some rows, spread over all."""
     return [read(rows[int(i)]) for i in np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-
-
-def sums(rows: Sequence[Listed], shift: int) -> Iterator[np.ndarray]:
-    """Listed probability at each position of each row."""
-    for row in rows:
-        yield np.exp(aligned(row, shift)[2].astype(np.float64)).sum(1)
 
 
 def import_rows(
@@ -353,16 +371,7 @@ def import_rows(
         ConfigError: no such file or format.
     """
     rows, read = open_rows(path), reader_of(name, path)
-    probed = probe(rows, read)
-    shift = check_shift(probed, name, shift)
-    masses = np.concatenate(list(sums(probed, shift)))
-    if not len(masses):
-        raise DataError(f"{path}: no trained token has numbers; expected some; check labels and masks")
-    if masses.max() > 1 + 10 * MASS_SLACK:
-        raise DataError(f"{path}: listed probabilities sum to {masses.max():.4g}; expected log-probs at temperature 1")
-    renormalized = bool(np.abs(masses - 1).max() < MASS_SLACK)
-    top_k = max(row.ids.shape[1] for row in probed)
-    source = ForeignSource(rows, read, shift, vocab_size, top_k, renormalized)
+    source = ForeignSource(rows, read, check_shift(probe(rows, read), name, shift), vocab_size)
     files = sorted(Path(path).glob("*")) if Path(path).is_dir() else [Path(path)]
     provenance = Provenance(
         model_id=model_id,
@@ -371,8 +380,8 @@ def import_rows(
         chat_template_fingerprint=chat_template_fingerprint,
         vocab_size=vocab_size,
         dtype="unknown",
-        top_k=top_k,
-        tail_policy="renormalize" if renormalized else "bucket",
+        top_k=source.top_k,
+        tail_policy="renormalize" if source.renormalized else "bucket",
         log_probs_dtype=log_probs_dtype,
         versions=tool_versions(),
         engine=f"imported from {name}",

@@ -22,6 +22,12 @@ T = TypeVar("T")
 RETRIED = frozenset({408, 429, 502, 503, 504})
 """Time-out, queue full, and what a restarting server or the proxy before it answers: worth asking again."""
 
+LOG_PROB_SLACK = MASS_SLACK = 1e-2
+"""How far rounding may push a server's log-prob above 0, or listed probabilities above 1: half precision's."""
+
+LOG_SOFTMAX = "start vLLM with --logprobs-mode raw_logprobs (its default); other engines must give a log-softmax too"
+"""What to do about numbers that are logits, or log-probs of something else."""
+
 KEY_VARIABLE = "QTARGET_API_KEY"
 """Environment variable with the bearer token of a server that asks for one."""
 
@@ -299,17 +305,26 @@ def listed_row(
         listed: of each position, the ``top_k`` most probable, in any order.
 
     Raises:
-        ScoringServerError: an id is outside the vocabulary.
+        ScoringServerError: an id is outside the vocabulary, or the numbers are no log-probs of one distribution.
     """
     label = np.array(label_log_probs, np.float32)
     candidates = None if candidate_log_probs is None else np.array(candidate_log_probs, np.float32)
+    for values in (label, candidates):
+        if values is not None:
+            require_log_probs(values)
     if not top_k:
         return ScoredRow(label, candidate_log_probs=candidates)
     descending = [sorted(pairs, key=lambda pair: (-pair[0], pair[1])) for pairs in listed]
     log_probs = np.array([[value for value, _ in pairs] for pairs in descending], np.float64)
     ids = np.array([[token for _, token in pairs] for pairs in descending], np.int32)
+    require_log_probs(log_probs)
+    mass = np.exp(log_probs).sum(-1)
+    if mass.max(initial=0.0) > 1 + MASS_SLACK:
+        raise ScoringServerError(
+            f"the server lists probabilities that sum to {mass.max():.4g}; expected at most 1; {LOG_SOFTMAX}"
+        )
     with np.errstate(divide="ignore"):
-        left = 1 - np.exp(log_probs).sum(-1) if top_k < vocab_size else np.zeros(len(log_probs))
+        left = 1 - mass if top_k < vocab_size else np.zeros(len(log_probs))
         tail = np.log(np.maximum(left, 0.0))
     if len(ids) and ids.max() >= vocab_size:
         raise ScoringServerError(
@@ -317,3 +332,16 @@ def listed_row(
             "pass its --vocab-size"
         )
     return ScoredRow(label, None, ids, log_probs.astype(np.float32), tail.astype(np.float32), candidates)
+
+
+def require_log_probs(values: np.ndarray) -> None:
+    """Make sure that a server's numbers may be log-probs; minus infinity is one.
+
+    Raises:
+        ScoringServerError: NaN, or a number above zero by more than rounding.
+    """
+    wrong = values[~(values <= LOG_PROB_SLACK)]
+    if wrong.size:
+        raise ScoringServerError(
+            f"the server gives {wrong[0]:.4g} as a log-prob; expected at most 0, and no NaN; {LOG_SOFTMAX}"
+        )

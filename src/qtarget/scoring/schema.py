@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -289,10 +290,29 @@ class Manifest(Provenance):
         if value["tail_policy"] not in get_args(TailPolicy):
             raise ValueError(f"tail_policy {value['tail_policy']!r}, expected one of {', '.join(get_args(TailPolicy))}")
         shards = tuple(ShardRecord(**shard) for shard in value["shards"])
+        check_records(shards)
         counts = (sum(s.rows for s in shards), sum(s.tokens for s in shards))
         if counts != (value["rows"], value["tokens"]):
             raise ValueError(f"shards hold {counts} rows and tokens, expected {(value['rows'], value['tokens'])}")
         return cls(**{**value, "shards": shards, "columns": tuple(value["columns"])})
+
+
+def check_records(shards: Sequence[ShardRecord]) -> None:
+    """Make sure that names are names of shards, so that no path leads out of the folder, and numbers are numbers.
+
+    Raises:
+        ValueError: names the first entry that is none.
+    """
+    for shard in shards:
+        counts = (shard.rows, shard.tokens, shard.bytes)
+        if not re.fullmatch(r"shard-[0-9]{5,}\.parquet", shard.name):
+            raise ValueError(f"a shard is named {shard.name!r}, expected a name like shard-00000.parquet")
+        if not re.fullmatch("[0-9a-f]{32}", shard.blake2b):
+            raise ValueError(f"{shard.name} has the hash {shard.blake2b!r}, expected 32 hexadecimal digits")
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"{shard.name} has rows, tokens and bytes {counts}, expected whole numbers, none negative")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("two shards have one name")
 
 
 def upgraded(value: dict[str, Any]) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryvie
 
 
 def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
-    """Refuse log-probs and entropies that are no numbers, before they are stored.
+    """Refuse what is no log-prob or entropy before it is stored; a banned or empty top-k or tail may be minus infinity.
 
     Raises:
         NonFiniteLossError: names the row's checksum and the first position.
@@ -279,6 +279,11 @@ def check_finite(rows: Sequence[Row], scored: Sequence[ScoredRow]) -> None:
         for values in (numbers.label_log_probs, numbers.entropy):
             if values is not None:  # imported rows may know no label log-prob
                 good &= np.isfinite(values)
+        for values in (numbers.topk_log_probs, numbers.tail_log_mass):
+            if values is not None:
+                good &= (
+                    (values < np.inf).reshape(len(good), values.size // max(1, len(good))).all(1)
+                )  # NaN is not below it
         if not good.all():
             t = int(row.positions[np.flatnonzero(~good)[0]])
             raise NonFiniteLossError(
