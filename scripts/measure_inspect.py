@@ -36,16 +36,16 @@ class Synthetic:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def score(self, rows):
+    def score(self, token_ids, top_k, candidate_ids=None, *, positions):
         out = []
-        for row in rows:
-            rng = np.random.default_rng(int(row.checksum[:8], 16))
-            n = len(row.positions)
+        for row, places in zip(token_ids, positions, strict=True):
+            rng = np.random.default_rng(row[:8])
+            n = len(places)
             top = rng.dirichlet([0.05] * (TOP_K + 1), n).clip(1e-9)
             top[:, :TOP_K] = -np.sort(-top[:, :TOP_K])
             ids = rng.zipf(1.3, (n, TOP_K)) % self.vocab_size
             slot = np.where(rng.random(n) < 0.75, 0, rng.integers(0, TOP_K, n))
-            ids[np.arange(n), slot] = row.input_ids[row.positions]
+            ids[np.arange(n), slot] = row[places]
             top /= top.sum(-1, keepdims=True)
             logs = np.log(top).astype(np.float32)
             entropy = -(top * logs).sum(-1)
