@@ -1,0 +1,169 @@
+"""A bare fine-tuning loop for benchmarks that train thousands of tiny models: seconds a run, and nothing but the target.
+
+`QTargetTrainer` sets up for longer than such a run lasts; a test holds this loop equal to it, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+
+from qtarget.api import linear_target_loss
+from qtarget.data.noise import noise_token_mask
+from qtarget.shapes import Float, Int, Tensor
+from qtarget.types import Reference, Target
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as token ids; ``completion`` ends with end-of-text, ``noise`` marks its noise tokens."""
+
+    prompt: list[int]
+    completion: list[int]
+    noise: list[bool]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a training run but its target and its rows: AdamW, linear warm-up over a tenth of the steps, linear decay.
+
+    Attributes:
+        learning_rate: the peak.
+        batch_size: rows a step.
+        steps: optimizer steps; rows are reshuffled whenever they run out.
+        seed: of the order of the rows.
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps: int
+    seed: int = 0
+
+
+@dataclass
+class Trained:
+    """What a run reports beside the model: the share of the label pull (``sum |w (1 - p)|``) spent on noise tokens."""
+
+    on_noise: float = 0.0
+    in_all: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def noise_share(self) -> float | None:
+        """In [0, 1]; None when nothing was pulled."""
+        return self.on_noise / self.in_all if self.in_all else None
+
+
+def encode(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+    """Prompt and completion tokenised apart, as the training format of prompt and completion does."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    texts = tokenizer([row["completion"] for row in rows], return_offsets_mapping=True)
+    out = []
+    for row, prompt, ids, offsets in zip(rows, prompts, texts["input_ids"], texts["offset_mapping"], strict=True):
+        noise = noise_token_mask(offsets, row.get("noise_spans", ()))
+        out.append(Encoded(prompt, [*ids, tokenizer.eos_token_id], [*noise, False]))
+    return out
+
+
+def collate(rows: Sequence[Encoded]) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Input ids, and labels shifted to the position that predicts them (-100 on prompts and padding, on the right)."""
+    width = max(len(row.prompt) + len(row.completion) for row in rows) - 1
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for i, row in enumerate(rows):
+        whole = torch.tensor(row.prompt + row.completion)
+        ids[i, : len(whole) - 1] = whole[:-1]
+        labels[i, len(row.prompt) - 1 : len(whole) - 1] = whole[len(row.prompt) :]
+    return ids, labels
+
+
+def hidden_states(model: Any, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
+    """Last hidden states; padding stands on the right, where causal attention does not see it."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: Any, rows: Sequence[Encoded], batch_size: int = 64
+) -> list[Float[Tensor, "completion vocab"]]:
+    """The model's whole log-softmax at every completion token, row by row, nats."""
+    out: list[Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        ids, labels = collate(rows[start : start + batch_size])
+        hidden = hidden_states(model, ids)
+        log_probs = (hidden[labels >= 0] @ model.lm_head.weight.T).log_softmax(-1)
+        out += log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
+    return out
+
+
+def order(count: int, recipe: Recipe) -> list[list[int]]:
+    """Indices of the rows of each step."""
+    random, stream = Random(recipe.seed), []
+    while len(stream) < recipe.batch_size * recipe.steps:
+        stream += random.sample(range(count), count)
+    return [stream[i * recipe.batch_size : (i + 1) * recipe.batch_size] for i in range(recipe.steps)]
+
+
+def fine_tune(
+    model: Any,
+    rows: Sequence[Encoded],
+    target: Target,
+    recipe: Recipe,
+    *,
+    reference: Sequence[Reference] | None = None,
+    teacher: Sequence[Reference] | None = None,
+    after_step: Any = None,
+) -> Trained:
+    """Train ``model`` in place, every step one batch; the loss is the mean over its supervised tokens.
+
+    Args:
+        reference, teacher: what is known of a frozen model at the completion tokens of each row.
+        after_step: called with the number of steps done; a true answer ends the run (early stopping).
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    trained = Trained()
+    model.train()
+    for step, chosen in enumerate(order(len(rows), recipe)):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
+        batch = [rows[i] for i in chosen]
+        ids, labels = collate(batch)
+        kept = labels >= 0
+        hidden, flat = hidden_states(model, ids)[kept], labels[kept]
+        frozen = {
+            name: _joined(numbers, chosen)
+            for name, numbers in (("reference", reference), ("teacher", teacher))
+            if numbers is not None
+        }
+        sequences = torch.arange(len(batch)).repeat_interleave(kept.sum(-1))
+        loss, report = linear_target_loss(
+            hidden, model.lm_head.weight, flat, target, sequence_ids=sequences, return_report=True, **frozen
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _count(trained, report, [noise for row in batch for noise in row.noise])
+        trained.losses.append(loss.item())
+        if after_step is not None and after_step(step + 1):
+            break
+    return trained
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: up over the first tenth, then down to zero."""
+    warmup = max(1, round(steps / 10))
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+
+def _count(trained: Trained, report: Any, noise: list[bool]) -> None:
+    pull = (report.label_weights.abs() * (1 - report.label_log_probs.exp())).double()
+    trained.in_all += float(pull.sum())
+    trained.on_noise += float(pull[torch.tensor(noise)].sum())
+
+
+def _joined(numbers: Sequence[Reference], chosen: Sequence[int]) -> Reference:
+    parts = [numbers[i] for i in chosen]
+    return parts[0].map_tensors(lambda name, _: torch.cat([getattr(part, name) for part in parts]))
