@@ -3,6 +3,7 @@
 from qtarget.api import explain_backend, label_weights, linear_target_loss, target_loss
 from qtarget.combined import Combined
 from qtarget.errors import QTargetError
+from qtarget.guarded import Guarded
 from qtarget.induced import InducedTarget, induced_target
 from qtarget.loss.backends import BackendChoice
 from qtarget.loss.result import TokenReport
@@ -16,6 +17,7 @@ __all__ = [
     "BackendChoice",
     "Combined",
     "FrozenHead",
+    "Guarded",
     "InducedTarget",
     "LabelWeight",
     "Needs",

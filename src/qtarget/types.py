@@ -15,6 +15,8 @@ TailPolicy = Literal["bucket", "spread", "renormalize", "sampled"]
 NO_TAIL = ("renormalize", "sampled")
 """Policies under which unlisted tokens have no mass at all."""
 Scope = Literal["token", "sequence", "batch"]
+DATA_FIELDS = ("agreement", "reliability", "conflict")
+"""Fields of a ``Reference`` that are counted from the training rows (``qtarget.data.agreement``)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Reference:
         agreement: ``[tokens]`` in [0, 1); share of the other rows that say the same (``qtarget.data.agreement``).
         reliability: ``[tokens]`` in [0, 1]; how much of what the rows agree on the frozen model knew
             (``prior_reliability``), one number for all tokens, or one for each source of the data.
+        conflict: ``[tokens]`` in [0, 1); how far the rows agree against the frozen model (``prior_conflict``).
         tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
             uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one). ``sampled``: nothing;
             listed tokens were drawn from the whole distribution, and their log-probs are log of count / draws, so only
@@ -47,6 +50,7 @@ class Reference:
     log_probs: Tensor | None = None
     agreement: Tensor | None = None
     reliability: Tensor | None = None
+    conflict: Tensor | None = None
     tail_policy: TailPolicy = "bucket"
 
     def __post_init__(self) -> None:
@@ -359,7 +363,7 @@ def require(reference: Reference | None, field: str, target: str, role: str = "r
 
 def missing_message(target: str, role: str, field: str) -> str:
     """One wording for every absent statistic."""
-    if field in ("agreement", "reliability"):
+    if field in DATA_FIELDS:
         return (
             f"target {target!r} needs {role}.{field}, which was not given; pass reference=qtarget.Reference({field}=...) from "
             f"qtarget.data.agreement; in training it is counted from the data when `{role}_cache` is set (`qtarget score`)"

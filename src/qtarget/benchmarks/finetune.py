@@ -148,15 +148,12 @@ def fine_tune(
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
         factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
-        frozen = {
-            name: _joined(numbers, chosen)
-            for name, numbers in (("reference", reference), ("teacher", teacher))
-            if numbers is not None
-        }
         sequences = torch.arange(len(batch)).repeat_interleave(kept.sum(-1))
         loss, report = linear_target_loss(
             hidden, model.lm_head.weight, flat, target, sequence_ids=sequences, return_report=True,
-            loss_weights=None if all(factors) else torch.tensor(factors), **frozen,
+            loss_weights=None if all(factors) else torch.tensor(factors),
+            reference=None if reference is None else _joined(reference, chosen),
+            teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -53,7 +53,9 @@ def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[
     return [_shares(row, contexts, pairs) for row in rows]
 
 
-Observation = tuple[Hashable, int]
+Context = tuple[str, tuple[int, ...]]
+"""What a context is made of (``last``, ``back`` or ``depth``) and its numbers."""
+Observation = tuple[Context, int]
 """A context and the token that follows it."""
 
 
@@ -69,13 +71,13 @@ def _observations(ids: Sequence[int], mask: Sequence[bool], number: int) -> list
     return out
 
 
-def _contexts(ids: Sequence[int], place: int, depth: int) -> Iterator[Hashable]:
-    for length in range(SHORTEST, min(LONGEST, place) + 1):
-        yield tuple(ids[place - length : place])
+def _contexts(ids: Sequence[int], place: int, depth: int) -> Iterator[Context]:
+    for length in range(min(LONGEST, place), SHORTEST - 1, -1):
+        yield "last", tuple(ids[place - length : place])
     for gap in GAPS:
         if gap <= place:
-            yield gap, "back", ids[place - gap]
-    yield depth, "in"
+            yield "back", (gap, ids[place - gap])
+    yield "depth", (depth,)
 
 
 def _shares(row: list[list[Observation]], contexts: Counter, pairs: Counter) -> np.ndarray:
@@ -116,3 +118,82 @@ def prior_reliability(agreements: np.ndarray, label_log_probs: np.ndarray) -> fl
     weight = np.asarray(agreements, dtype=np.float64)
     known = np.exp(np.asarray(label_log_probs, dtype=np.float64))
     return float((weight * known).sum() / weight.sum()) if weight.sum() else 0.0
+
+
+SURPRISING = 0.1
+"""Probability under the frozen base below which a label counts as one that the base did not expect."""
+WITNESSES = 3
+"""Other rows that a context needs before its rows can be said to agree."""
+SUPPORT = 0.05
+"""Agreement at which a label has half the support that it can have."""
+
+
+def prior_conflict(
+    token_ids: Sequence[Sequence[int]],
+    supervised: Sequence[Sequence[bool]],
+    label_log_probs: Sequence[np.ndarray],
+    agreements: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """Where the demonstrations agree against the frozen base: ``(2 share - 1)^+ A / (A + 0.05)``, in [0, 1).
+
+    ``share`` is how many of the *other* rows surprise the base at the token's context (the longest one, of at most three
+    tokens, that at least three other rows have). Noise surprises it now and then, a flawed or missing prior nearly always, so
+    a share below one half counts nothing. ``A`` is the label's ``agreement``: a token that no other row supports stays
+    unsupported, however wrong the base is around it.
+
+    Args:
+        token_ids, supervised: as for ``agreement``.
+        label_log_probs: ``[supervised tokens]`` of the frozen base a row, nats.
+        agreements: what ``agreement`` returns.
+
+    Raises:
+        ShapeError: a row has another number of numbers than supervised tokens.
+
+    Example:
+        >>> import numpy as np
+        >>> rows, masks = [[5, 7, 7, 1]] * 5, [[False, False, False, True]] * 5
+        >>> unexpected = [np.array([-9.0])] * 5  # the base thinks nothing of a token that all rows agree on
+        >>> [round(float(found[0]), 2) for found in prior_conflict(rows, masks, unexpected, agreement(rows, masks))]
+        [0.94, 0.94, 0.94, 0.94, 0.94]
+    """
+    rows = [
+        _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
+    ]
+    surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
+    for number, (row, flags, shares) in enumerate(zip(rows, surprised, agreements, strict=True)):
+        if not len(row) == len(flags) == len(shares):
+            raise ShapeError(
+                f"row {number}: {len(row)} supervised tokens, {len(flags)} log-probs, {len(shares)} agreements; expected as many"
+            )
+    seen, against = Counter(), Counter()
+    for row, flags in zip(rows, surprised, strict=True):
+        for found, flag in zip(row, flags, strict=True):
+            for context in _plain(found):
+                seen[context] += 1
+                against[context] += bool(flag)
+    return [
+        _conflicts(row, flags, seen, against) * shares / (shares + SUPPORT)
+        for row, flags, shares in zip(rows, surprised, agreements, strict=True)
+    ]
+
+
+def _plain(found: list[Observation]) -> list[Context]:
+    """The contexts of the last one to three tokens, longest first."""
+    return [context for context, _ in found if context[0] == "last"]
+
+
+def _conflicts(row: list[list[Observation]], flags: np.ndarray, seen: Counter, against: Counter) -> np.ndarray:
+    """``(2 share - 1)^+`` of each token, the row's own tokens taken out."""
+    own_seen, own_against = Counter(), Counter()
+    for found, flag in zip(row, flags, strict=True):
+        for context in _plain(found):
+            own_seen[context] += 1
+            own_against[context] += bool(flag)
+    out = np.zeros(len(row), dtype=np.float32)
+    for place, found in enumerate(row):
+        for context in _plain(found):
+            others = seen[context] - own_seen[context]
+            if others >= WITNESSES:
+                out[place] = max(0.0, 2 * (against[context] - own_against[context]) / others - 1)
+                break
+    return out

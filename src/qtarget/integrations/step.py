@@ -13,10 +13,11 @@ from qtarget.api import linear_target_loss
 from qtarget.integrations.heads import HeadSpec
 from qtarget.loss.result import TokenReport
 from qtarget.shapes import Tensor
-from qtarget.types import FrozenHead, Reference, TailPolicy, Target
+from qtarget.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
 
 ROLES = ("reference", "teacher")
 REFERENCE_FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")
+"""Columns of a cache."""
 
 
 @dataclass
@@ -116,7 +117,7 @@ def shifted(frozen: Reference | FrozenHead | None) -> Reference | FrozenHead | N
 
 def pop_reference(inputs: dict[str, Any], role: str, tail_policy: TailPolicy) -> Reference | None:
     """Take a cached reference's columns out of a batch."""
-    values = {name: inputs.pop(f"{role}_{name}", None) for name in REFERENCE_FIELDS}
+    values = {name: inputs.pop(f"{role}_{name}", None) for name in (*REFERENCE_FIELDS, *DATA_FIELDS)}
     if all(v is None for v in values.values()):
         return None
     return Reference(**values, tail_policy=tail_policy)

@@ -16,7 +16,7 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import MANIFEST
 from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
 from qtarget.shapes import Tensor
-from qtarget.types import Reference, Target, missing_message, sampled_message
+from qtarget.types import DATA_FIELDS, Reference, Target, missing_message, sampled_message
 from qtarget.zero3 import whole_shape
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def open_caches(
                 f"teacher: {args.teacher_url} is asked once, before training; `qtarget train` does that, from Python call "
                 "qtarget.integrations.trl_score.score and set teacher to the folder"
             )
+        elif fields & set(DATA_FIELDS):
+            raise MissingStatisticError(
+                f"target {target.name!r} weighs what the rows agree on against the frozen {role}'s numbers, all of them before "
+                f"training: set {role}_cache and run `qtarget score CONFIG.yaml --role {role}` once"
+            )
         elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
             raise MissingStatisticError(
                 f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
@@ -99,7 +104,7 @@ def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
         MissingStatisticError: a column that the target needs is absent.
         IncompatibleError: draws, for a target that they would bias.
     """
-    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else [])}
+    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else []), *DATA_FIELDS}
     for name in sorted(getattr(target.needs, role)):
         if name not in known:
             raise MissingStatisticError(

@@ -9,6 +9,7 @@ from typing import Any
 from trl.trainer.sft_config import SFTConfig
 
 from qtarget.errors import ConfigError
+from qtarget.guarded import Guarded
 from qtarget.integrations.teacher import place_teacher
 from qtarget.registry import get_target
 from qtarget.types import Target
@@ -21,6 +22,7 @@ class QTargetConfig(SFTConfig):
     Args:
         target: name (``qtarget targets`` lists them), ``weight+base``, or ``package.module:Class``.
         target_kwargs: its hyper-parameters.
+        guard: give labels their weight back where the rows agree against the frozen model (``qtarget.Guarded``).
         reference_cache: folder written by ``qtarget score`` with the frozen base.
         teacher_cache: folder written by ``qtarget score`` with the teacher.
         reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
@@ -38,6 +40,7 @@ class QTargetConfig(SFTConfig):
     target_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyper-parameters of the target, as a mapping or a JSON string."}
     )
+    guard: bool = field(default=False, metadata={"help": "Guard the target against a flawed prior."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
@@ -62,5 +65,6 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     def build_target(self) -> Target:
-        """The target that ``target`` and ``target_kwargs`` name."""
-        return get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        """The target that ``target``, ``target_kwargs`` and ``guard`` name."""
+        target = get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        return Guarded(target) if self.guard else target

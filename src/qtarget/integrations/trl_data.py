@@ -11,18 +11,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
 from qtarget.data.columns import message_token_weights, row_loss_weights
 from qtarget.errors import CacheMismatchError, DataError
-from qtarget.integrations.step import REFERENCE_FIELDS
+from qtarget.integrations.step import REFERENCE_FIELDS, ROLES
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.shapes import Tensor
+from qtarget.types import DATA_FIELDS
 
-TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows")
+logger = logging.get_logger(__name__)
+
+DATA_COLUMNS = tuple(f"{role}_{field}" for role in ROLES for field in DATA_FIELDS)
+"""What the other rows say of a token, counted against one frozen model."""
+TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows", *DATA_COLUMNS)
 """Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
 
 
@@ -121,6 +129,38 @@ def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name
     return dataset.add_column(f"{role}_rows", column)  # pyright: ignore[reportCallIssue]
 
 
+def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields: frozenset[str]) -> Dataset:
+    """Add what the rows say of one another (``DATA_FIELDS``), counted within this data set; 0 where not trained on.
+
+    Args:
+        dataset: located rows, not packed yet.
+        fields: which of ``DATA_FIELDS`` the target needs of this role; nothing is counted without.
+    """
+    if not fields & set(DATA_FIELDS):
+        return dataset
+    rows: list[Any] = list(dataset)
+    ids, masks = [row["input_ids"] for row in rows], [supervised_mask(row["labels"]) for row in rows]
+    known = [cache.row(row[f"{role}_rows"][0])["label_log_probs"] for row in rows]
+    agreed = agreement(ids, masks)
+    found = {"agreement": agreed}
+    if "reliability" in fields:
+        rho = prior_reliability(np.concatenate(agreed), np.concatenate(known))
+        logger.warning(f"{role}: the frozen model knew {rho:.0%} of what the rows agree on (reliability)")
+        found["reliability"] = [np.full(len(shares), rho, dtype=np.float32) for shares in agreed]
+    if "conflict" in fields:
+        found["conflict"] = prior_conflict(ids, masks, known, agreed)
+    for name in sorted(fields & set(DATA_FIELDS)):
+        column = [_spread(values, mask) for values, mask in zip(found[name], masks, strict=True)]
+        dataset = dataset.add_column(f"{role}_{name}", column)  # pyright: ignore[reportCallIssue]
+    return dataset
+
+
+def _spread(values: Any, mask: Sequence[bool]) -> list[float]:
+    out = np.zeros(len(mask), dtype=np.float32)
+    out[np.asarray(mask, dtype=bool)] = values
+    return out.tolist()
+
+
 @dataclass
 class TargetCollator(DataCollatorForLanguageModeling):
     """TRL's collator, plus the per-token columns and the cached numbers of each label.
@@ -138,6 +178,9 @@ class TargetCollator(DataCollatorForLanguageModeling):
         batch["row_ids"] = self._column(examples, "row_ids", shape, -1)
         if "loss_weights" in examples[0]:
             batch["loss_weights"] = self._column(examples, "loss_weights", shape, 1.0)
+        for name in DATA_COLUMNS:
+            if name in examples[0]:
+                batch[name] = self._column(examples, name, shape, 0.0)
         for role, cache in self.caches.items():
             segments = list(self._segments(examples, f"{role}_rows"))
             batch |= cached_columns(cache, segments, batch["labels"], role, self.with_topk[role])

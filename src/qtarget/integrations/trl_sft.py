@@ -27,6 +27,7 @@ from qtarget.integrations.trl_config import QTargetConfig
 from qtarget.integrations.trl_data import (
     TOKEN_COLUMNS,
     TargetCollator,
+    add_data_columns,
     add_token_columns,
     cut_to_tokens,
     locate_rows,
@@ -206,6 +207,7 @@ class QTargetTrainer(SFTTrainer):
                 chat_template_fingerprint=fingerprint_chat_template(self.chat_template or processing_class),
             )
             tokens = locate_rows(tokens, cache, role, dataset_name)
+            tokens = add_data_columns(tokens, cache, role, getattr(self.target.needs, role))
         if not packing:
             return tokens
         columns = [c for c in ("input_ids", "labels", *TOKEN_COLUMNS) if c in tokens.column_names]
