@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.demo_runs import BASELINE, DemoConfig, DemoRuns, one_thread, quiet_libraries, run_jobs
+from qtarget.benchmarks.demo_runs import BASELINE, DemoConfig, DemoRuns
 from qtarget.benchmarks.figure import comparison_figure, save_figure
+from qtarget.benchmarks.pool import one_thread, quiet_libraries, run_jobs
 from qtarget.benchmarks.seeds import finding, over_seeds, paired_difference
 
 CAPTION = (
@@ -53,7 +54,12 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
         report(1, total, "answering with the untrained model")
         untrained = bench.evaluate(bench.base_model())
         report(2, total, f"training {len(jobs)} models")
-        found = run_jobs(bench, jobs, lambda done, job: report(2 + done, total, f"{job[0]}, seed {job[1]}"))
+        found = run_jobs(
+            bench.train_and_evaluate,
+            jobs,
+            config.workers,
+            lambda done, job, _: report(2 + done, total, f"{job[0]}, seed {job[1]}"),
+        )
     runs = {name: [{"seed": seed} | found[name, seed] for seed in range(config.seeds)] for name in config.targets}
     results = {
         "benchmark": "demo",
