@@ -19,7 +19,7 @@ Scope = Literal["token", "sequence", "batch"]
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known of a frozen model at each label; every field but the policy may be absent.
+    """What is known of a frozen model at each label, and of the data around it; every field but the policy may be absent.
 
     Attributes:
         label_log_probs: ``[tokens]``, nats; log-probability of the observed token.
@@ -28,6 +28,9 @@ class Reference:
         topk_log_probs: ``[tokens, k]``, nats, at temperature 1.
         tail_log_mass: ``[tokens]``, nats; log of the probability outside ``topk_ids``.
         log_probs: ``[tokens, vocab]``, nats; the whole distribution, when memory allows.
+        agreement: ``[tokens]`` in [0, 1); share of the other rows that say the same (``qtarget.data.agreement``).
+        reliability: ``[tokens]`` in [0, 1]; how much of what the rows agree on the frozen model knew
+            (``prior_reliability``), one number for all tokens, or one for each source of the data.
         tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
             uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one). ``sampled``: nothing;
             listed tokens were drawn from the whole distribution, and their log-probs are log of count / draws, so only
@@ -42,6 +45,8 @@ class Reference:
     topk_log_probs: Tensor | None = None
     tail_log_mass: Tensor | None = None
     log_probs: Tensor | None = None
+    agreement: Tensor | None = None
+    reliability: Tensor | None = None
     tail_policy: TailPolicy = "bucket"
 
     def __post_init__(self) -> None:
@@ -354,6 +359,11 @@ def require(reference: Reference | None, field: str, target: str, role: str = "r
 
 def missing_message(target: str, role: str, field: str) -> str:
     """One wording for every absent statistic."""
+    if field in ("agreement", "reliability"):
+        return (
+            f"target {target!r} needs {role}.{field}, which was not given; pass reference=qtarget.Reference({field}=...) from "
+            f"qtarget.data.agreement; in training it is counted from the data when `{role}_cache` is set (`qtarget score`)"
+        )
     argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
     option = (" --role teacher" if role == "teacher" else "") + (" --top_k 32" if field == "distribution" else "")
     return (

@@ -12,6 +12,7 @@ from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.types import Reference
 
 STEPS, BATCH = 4, 3
+LENGTHS = [3, 9, 4, 8, 5, 7]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,12 @@ def test_a_step_of_the_loop_is_a_step_of_the_trainer(tokenizer, tmp_path):
         assert apart.double().mean() < 1e-3, name  # a sign may turn where a gradient is all but zero
 
 
-def test_every_row_comes_once_an_epoch_and_the_seed_decides_the_order():
-    steps = order(6, Recipe(1.0, batch_size=2, steps=6, seed=1))
+def test_every_row_comes_once_an_epoch_beside_rows_of_its_length():
+    steps = order(LENGTHS, Recipe(1.0, batch_size=2, steps=6, seed=1))
     for epoch in (steps[:3], steps[3:]):
         assert sorted(row for step in epoch for row in step) == list(range(6))
-    assert steps == order(6, Recipe(1.0, 2, 6, seed=1)) != order(6, Recipe(1.0, 2, 6, seed=2))
+    assert {frozenset(step) for step in steps} == {frozenset({0, 2}), frozenset({4, 5}), frozenset({1, 3})}
+    assert steps == order(LENGTHS, Recipe(1.0, 2, 6, seed=1)) != order(LENGTHS, Recipe(1.0, 2, 6, seed=2))
 
 
 def test_the_rate_rises_for_a_tenth_then_falls_to_almost_zero():

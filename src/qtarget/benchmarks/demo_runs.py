@@ -154,7 +154,8 @@ class DemoRuns:
             "seconds": round(time.perf_counter() - begin, 2),
         }
 
-    def train_and_evaluate(self, job: Job) -> dict[str, float]:
+    def __call__(self, job: Job) -> dict[str, float]:
+        """Train on one seed's noisy rows with one target, then ask."""
         from transformers import PrinterCallback
 
         from qtarget.integrations.trl_sft import QTargetTrainer

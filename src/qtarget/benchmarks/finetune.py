@@ -20,11 +20,18 @@ from qtarget.types import Reference, Target
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as token ids; ``completion`` ends with end-of-text, ``noise`` marks its noise tokens."""
+    """One row as token ids.
+
+    Attributes:
+        prompt, completion: ids; the completion ends with end-of-text.
+        noise: which completion tokens are noise.
+        left_out: which completion tokens the loss leaves out, or none.
+    """
 
     prompt: list[int]
     completion: list[int]
     noise: list[bool]
+    left_out: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,20 @@ def completion_log_probs(
     return out
 
 
-def order(count: int, recipe: Recipe) -> list[list[int]]:
-    """Indices of the rows of each step."""
-    random, stream = Random(recipe.seed), []
-    while len(stream) < recipe.batch_size * recipe.steps:
-        stream += random.sample(range(count), count)
-    return [stream[i * recipe.batch_size : (i + 1) * recipe.batch_size] for i in range(recipe.steps)]
+POOL = 4
+"""Batches among which rows are sorted by length: padding would be a third of all tokens."""
+
+
+def order(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
+    """Indices of the rows of each step: shuffled, then alike in length within a step."""
+    random, size, steps = Random(recipe.seed), recipe.batch_size, []
+    while len(steps) < recipe.steps:
+        rows = random.sample(range(len(lengths)), len(lengths))
+        pools = [rows[i : i + POOL * size] for i in range(0, len(rows), POOL * size)]
+        sorted_rows = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
+        epoch = [sorted_rows[i : i + size] for i in range(0, len(rows), size)]
+        steps += random.sample(epoch, len(epoch))
+    return steps[: recipe.steps]
 
 
 def fine_tune(
@@ -126,12 +141,13 @@ def fine_tune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     trained = Trained()
     model.train()
-    for step, chosen in enumerate(order(len(rows), recipe)):
+    for step, chosen in enumerate(order([len(row.prompt) + len(row.completion) for row in rows], recipe)):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
         batch = [rows[i] for i in chosen]
         ids, labels = collate(batch)
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
+        factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
         frozen = {
             name: _joined(numbers, chosen)
             for name, numbers in (("reference", reference), ("teacher", teacher))
@@ -139,8 +155,9 @@ def fine_tune(
         }
         sequences = torch.arange(len(batch)).repeat_interleave(kept.sum(-1))
         loss, report = linear_target_loss(
-            hidden, model.lm_head.weight, flat, target, sequence_ids=sequences, return_report=True, **frozen
-        )
+            hidden, model.lm_head.weight, flat, target, sequence_ids=sequences, return_report=True,
+            loss_weights=None if all(factors) else torch.tensor(factors), **frozen,
+        )  # fmt: skip
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,7 +1,8 @@
-"""Many small jobs in several processes of one thread each; the numbers do not depend on how many."""
+"""Training runs in processes of one thread each; every result is saved as it comes, so that a stopped benchmark goes on."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import threading
@@ -9,57 +10,111 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol
 
-Job = TypeVar("Job", bound=Hashable)
-Result = TypeVar("Result")
+from qtarget.errors import ConfigError
 
 
-def run_jobs(
-    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, on_done: Callable[[int, Job, Result], None]
-) -> dict[Job, Result]:
-    """Do every job, in ``workers`` processes (in this one if it is 1).
+class KeyedJob(Protocol):
+    """A run with a name that is its own."""
 
-    An exception of a job is raised here; jobs that were not begun are dropped then. Workers die with this process.
+    @property
+    def key(self) -> str: ...
+
+
+class RunLog:
+    """Finished runs, one JSON object a line: ``{"key": ..., ...}``. A line that was cut off by a kill is dropped.
 
     Args:
-        work: a function of a module, or an object that can be pickled; each process gets its copy once.
-        jobs: each once.
-        on_done: called here after each job with how many are done, the job and its result.
+        path: of the file.
+        resume: keep the runs that it holds; else it must be absent.
 
-    Example:
-        >>> run_jobs(abs, [-2, 3], 1, lambda done, job, result: print(done, job, result))
-        1 -2 2
-        2 3 3
-        {-2: 2, 3: 3}
+    Raises:
+        ConfigError: the file is there and ``resume`` is false, or a line is no run.
     """
-    found: dict[Job, Result] = {}
-    if workers == 1:
-        for job in jobs:
-            found[job] = work(job)
-            on_done(len(found), job, found[job])
-        return found
-    if not jobs:
-        return found
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
-    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _start_worker, (work,)) as pool:
-        futures = {pool.submit(_work, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                job = futures[future]
-                found[job] = future.result()
-                on_done(len(found), job, found[job])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return found
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        if path.exists() and not resume:
+            raise ConfigError(f"{path} holds the runs of an earlier benchmark; go on with --resume, or delete it")
+        self.path, self.runs = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                run = json.loads(line)
+                self.runs[run.pop("key")] = run
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ConfigError(
+                    f"{path}:{number} is no finished run ({error}); delete the line or the file"
+                ) from error
+        path.write_text(whole, encoding="utf-8")
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        self.runs[key] = result
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, **result}) + "\n")
+
+
+class Workers:
+    """``count`` processes that each hold one worker, built by ``build(*arguments)``; a context manager.
+
+    The numbers do not depend on how many there are: each has one thread. A single worker is built in this process. Workers
+    die with this process; an exception of a job is raised here, and jobs that were not begun are dropped then.
+    """
+
+    def __init__(self, count: int, build: Callable[..., Any], *arguments: Any) -> None:
+        self.count, self.build, self.arguments = count, build, arguments
+        self.pool: ProcessPoolExecutor | None = None
+        self.context = ExitStack()
+
+    def __enter__(self) -> Workers:
+        if self.count == 1:
+            self.context.enter_context(quiet_libraries())
+            self.context.enter_context(one_thread())
+            self.worker = self.build(*self.arguments)
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
+            self.pool = ProcessPoolExecutor(self.count, spawn, _start, (self.build, self.arguments))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        self.context.close()
+
+    def run(self, jobs: Sequence[KeyedJob], log: RunLog, on_done: Callable[[KeyedJob], None]) -> list[dict[str, Any]]:
+        """The results of all jobs, in their order; those in the log are not run again."""
+
+        def save(job: KeyedJob, result: dict[str, Any]) -> None:
+            log.add(job.key, result)
+            on_done(job)
+
+        self.map([job for job in jobs if job.key not in log.runs], save)
+        return [log.runs[job.key] for job in jobs]
+
+    def map(self, jobs: Sequence[Hashable], on_done: Callable[[Any, Any], None]) -> list[Any]:
+        """The results of all jobs, in their order; ``on_done`` gets each job and its result as it comes."""
+        found: dict[Hashable, Any] = {}
+        for job, result in self._finished(jobs):
+            found[job] = result
+            on_done(job, result)
+        return [found[job] for job in jobs]
+
+    def _finished(self, jobs: Sequence[Hashable]) -> Iterator[tuple[Hashable, Any]]:
+        if self.pool is None:
+            yield from ((job, self.worker(job)) for job in jobs)
+            return
+        futures = {self.pool.submit(_work, job): job for job in jobs}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 _worker: Any = None
 _silence = ExitStack()  # held for the life of a worker: a forgotten context manager is closed when it is collected
 
 
-def _start_worker(work: Callable[[Any], Any]) -> None:
+def _start(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     global _worker
     import torch
 
@@ -68,7 +123,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _silence.enter_context(quiet_libraries())
-    _worker = work
+    _worker = build(*arguments)
 
 
 def _follow(parent: Any) -> None:
@@ -76,8 +131,7 @@ def _follow(parent: Any) -> None:
     os._exit(1)  # a killed parent would leave its workers waiting for ever
 
 
-def _work(job: Any) -> Any:
-    assert _worker is not None, "the pool's initializer ran"
+def _work(job: Any) -> dict[str, Any]:
     return _worker(job)
 
 

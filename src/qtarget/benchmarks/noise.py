@@ -1,0 +1,170 @@
+"""`qtarget bench noise`: which targets survive noise, by how much the base already knows.
+
+The protocol, the same for every method: at each point of the map it tunes its learning rate, then its own
+hyper-parameter, on noisy validation rows (judged by what those rows state), with a seed of their own. The chosen pair is
+then run on ``seeds`` draws of noise and order, and only then are the clean test prompts asked. All runs have equal steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qtarget.benchmarks.demo import machine_facts, versions
+from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
+from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
+from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.tasks import BASES, make_base, task_set
+from qtarget.errors import ConfigError
+from qtarget.scoring.files import write_atomic
+
+TUNING_SEED = 1000
+RANDOM = "random_tokens"
+NAMES = tuple(method.name for method in (*PRACTICE, *CHOSEN))
+CELLS = (
+    *(Cell(base, RANDOM, rate) for base in BASES for rate in (0.0, 0.2, 0.4)),
+    *(
+        Cell(base, kind, 0.4)
+        for kind in ("wrong_answer", "contradictory_duplicate", "boilerplate", "cue")
+        for base in ("none", "most")
+    ),
+)
+SCREEN = tuple(Cell(base, RANDOM, 0.2) for base in ("none", "most"))
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Defaults are the full setting.
+
+    Attributes:
+        tasks, data: see `task_set`.
+        cells: points of the map; rate 0 is there once, under the kind ``random_tokens``.
+        names: methods that stand at every point.
+        screen: points at which the remaining targets are run as well.
+        seeds: draws of noise and order of the final runs.
+        steps: optimizer steps of 16 rows.
+        learning_rates: the grid, the first for the base that knows nothing; all methods share it.
+        workers: processes of one thread.
+    """
+
+    tasks: str = "embedded"
+    data: str | None = None
+    cells: tuple[Cell, ...] = CELLS
+    names: tuple[str, ...] = NAMES
+    screen: tuple[Cell, ...] = SCREEN
+    seeds: int = 5
+    steps: int = 40
+    learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.steps, self.workers) < 1:
+            raise ConfigError(
+                f"seeds {self.seeds}, steps {self.steps}, workers {self.workers}; expected at least 1 each"
+            )
+        methods(self.names)
+
+    def methods_at(self, cell: Cell) -> list[Method]:
+        """Those that mean something there."""
+        found = list(methods(self.names))
+        if cell in self.screen:
+            found += [method for method in OTHERS if method.name not in self.names]
+        if not cell.rate:  # nothing is marked, and the rows are the clean ones
+            return [method for method in found if method.rows not in ("marked", "clean")]
+        return found
+
+
+QUICK = NoiseConfig(
+    cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
+    learning_rates=(1e-3,),
+)  # fmt: skip
+"""For continuous integration: enough to see an ordering with a wide margin, not for conclusions."""
+
+Progress = Callable[[int, str], None]
+
+
+def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+    """Run the map, cell by cell; results are saved after each.
+
+    Args:
+        output: JSON; finished runs stand beside it in ``.runs.jsonl``, bases in ``.bases``.
+        resume: go on with the finished runs there.
+        progress: called with the number of runs done and what was done last.
+    """
+    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
+    bases = output.with_suffix(".bases")
+    data = Path(config.data) if config.data else None
+    setting = Setting(config.tasks, data, bases, config.steps)
+    with quiet_libraries(), one_thread():
+        task = task_set(config.tasks, data)
+        for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
+            progress(len(log.runs), f"making the base that knows {base} of the format")
+            make_base(task, base, bases)
+        untrained = untrained_accuracies(config, setting)
+    cells: list[dict[str, Any]] = []
+    results = {
+        "benchmark": "noise", "config": asdict(config), "untrained": untrained, "cells": cells,
+        "machine": machine_facts(), "versions": versions(),
+    }  # fmt: skip
+    with Workers(config.workers, NoiseWorker, setting) as workers:
+        for cell in dict.fromkeys((*config.cells, *config.screen)):
+
+            def done(job: Any, cell: Cell = cell) -> None:
+                progress(len(log.runs), f"{cell.base}, {cell.kind} {cell.rate:g}: {job.method}")
+
+            chosen = tuned(workers, log, cell, config, done)
+            jobs = [replace(job, seed=seed, tuning=False) for job in chosen for seed in range(config.seeds)]
+            found = workers.run(jobs, log, done)
+            cells.append(cell_results(cell, chosen, found, config.seeds))
+            save_results(results, output)
+    return results
+
+
+def save_results(results: dict[str, Any], output: Path) -> None:
+    """Save what there is."""
+    write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: Callable[[Any], None]) -> list[Job]:
+    """For each method the best job on noisy validation rows: first over learning rates, then over its own grid.
+
+    Of equals the first of the grid is taken.
+    """
+    found = config.methods_at(cell)
+    rates = [
+        [Job(cell, method.name, rate, method.grid[0], TUNING_SEED, True) for rate in config.learning_rates]
+        for method in found
+    ]
+    best = _best(workers, log, rates, done)
+    values = [[replace(job, value=value) for value in method.grid] for job, method in zip(best, found, strict=True)]
+    return _best(workers, log, values, done)
+
+
+def _best(workers: Workers, log: RunLog, groups: list[list[Job]], done: Callable[[Any], None]) -> list[Job]:
+    scores = iter(workers.run([job for group in groups for job in group], log, done))
+    scored = [[(next(scores)["accuracy_percent"], -i, job) for i, job in enumerate(group)] for group in groups]
+    return [max(group)[2] for group in scored]
+
+
+def cell_results(cell: Cell, chosen: Sequence[Job], found: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    """One cell of the results: per method what was chosen and what each seed reached."""
+    runs = {job.method: found[i * seeds : (i + 1) * seeds] for i, job in enumerate(chosen)}
+    return {
+        **asdict(cell),
+        "chosen": {job.method: {"learning_rate": job.learning_rate, "value": job.value} for job in chosen},
+        "runs": runs,
+    }
+
+
+def untrained_accuracies(config: NoiseConfig, setting: Setting) -> dict[str, dict[str, float]]:
+    """What each base does before training, on clean prompts and (key ``base, cue``) on misleading ones."""
+    worker = NoiseWorker(setting)
+    out = {}
+    for cell in dict.fromkeys((*config.cells, *config.screen)):
+        key = f"{cell.base}, cue" if cell.kind == "cue" else cell.base
+        if key not in out:
+            out[key] = worker.test(worker.base(cell.base), cell)
+    return out

@@ -1,0 +1,97 @@
+"""What `bench noise` compares: every target, and what people do instead of choosing one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qtarget.errors import ConfigError
+from qtarget.registry import get_target
+from qtarget.types import Target
+
+Rows = Literal["noisy", "clean", "marked", "filtered"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        name: in the table.
+        target: the registered target that is trained.
+        setting: the one hyper-parameter that is tuned beside the learning rate, or none.
+        grid: its values, the default first.
+        rows: ``noisy`` as they are; ``clean``: before the noise was put in; ``marked``: noisy, with the marked tokens
+            left out of the loss (an oracle that is told where the noise is); ``filtered``: noisy rows whose mean base
+            surprise is among the lowest ``setting`` of all.
+        stops_early: keeps the best of five checkpoints on the noisy validation rows.
+    """
+
+    name: str
+    target: str = "sft"
+    setting: str | None = None
+    grid: tuple[float, ...] = (0.0,)
+    rows: Rows = "noisy"
+    stops_early: bool = False
+
+    def build(self, value: float) -> Target:
+        """The target with the tuned hyper-parameter."""
+        if self.setting is None or self.rows == "filtered":
+            return get_target(self.target)
+        return get_target(self.target, **{self.setting: value})
+
+
+def _target(name: str, setting: str | None = None, *grid: float) -> Method:
+    return Method(name, name, setting, grid or (0.0,))
+
+
+PRACTICE = (
+    Method("sft"),
+    Method("sft, early stopping", stops_early=True),
+    Method("sft, filtered rows", setting="share of rows kept", grid=(0.7, 0.5, 0.9), rows="filtered"),
+    Method("sft, marks left out", rows="marked"),
+    Method("sft, clean rows", rows="clean"),
+)
+"""Plain SFT, what is done about noise without a target, and two oracles that nobody has."""
+
+CHOSEN = (
+    _target("consensus", "kl_weight", 3.0, 1.0, 10.0),
+    _target("target_sft", "eta", 0.3, 0.1, 0.6),
+    _target("asft", "kl_weight", 0.05, 0.2, 1.0),
+    _target("sft_kl", "kl_weight", 0.3, 0.1, 1.0),
+    _target("dft"),
+    _target("p_power", "alpha", 0.5, 0.25, 0.75),
+    _target("label_smoothing", "smoothing", 0.1, 0.3, 0.6),
+    _target("prior_surprise"),
+)
+"""Targets that stand on the whole map."""
+
+OTHERS = (
+    _target("inverse_likelihood", "power", 0.5, 0.25, 1.0),
+    _target("profit", "threshold", 0.1, 0.03, 0.3),
+    _target("eaft", "alpha", 1.0, 0.5, 2.0),
+    _target("talr", "min_weight", 0.01, 0.1, 0.3),
+    _target("iw_sft", "temperature", 1.0, 0.5, 0.25),
+    _target("rho1", "keep_fraction", 0.6, 0.8, 0.4),
+    _target("token_cleaning", "keep_fraction", 0.6, 0.8, 0.4),
+    _target("idft", "beta", 1.0, 0.5, 2.0),
+    _target("psft", "clip_high", 0.28, 1.0, 3.0),
+    _target("gem", "temperature", 0.7, 0.5, 0.9),
+    _target("gift", "beta", 20.0, 10.0, 5.0),
+    _target("hybrid_distillation", "teacher_weight", 0.5, 0.2, 0.8),
+)
+"""Targets compared at two points of the map only: see ``NoiseConfig.screen``."""
+
+METHODS = {method.name: method for method in (*PRACTICE, *CHOSEN, *OTHERS)}
+
+
+def methods(names: tuple[str, ...]) -> tuple[Method, ...]:
+    """By name.
+
+    Raises:
+        ConfigError: a name is unknown; lists those that are known.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"method {name!r} is unknown; known: {'; '.join(METHODS)}")
+    return tuple(METHODS[name] for name in names)

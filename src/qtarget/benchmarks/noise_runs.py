@@ -1,0 +1,228 @@
+"""One run of `bench noise`: rows with noise, a base, a method, a recipe; what the model can do afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.benchmarks.noise_methods import METHODS, Method
+from qtarget.benchmarks.tasks import Row, load_model, task_set
+from qtarget.data import tasks
+from qtarget.data.agreement import agreement, prior_reliability
+from qtarget.data.embedded import base_model_path
+from qtarget.data.noise import NOISE_KINDS, inject_noise
+from qtarget.types import Reference
+
+KINDS = (*NOISE_KINDS, "cue")
+CHECKPOINTS = 5
+"""How often early stopping looks."""
+NEW_TOKENS = 30
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the map: how much the base knows, and what noise the rows have."""
+
+    base: str
+    kind: str
+    rate: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. ``tuning`` runs answer noisy validation rows, the others the clean test rows."""
+
+    cell: Cell
+    method: str
+    learning_rate: float
+    value: float
+    seed: int
+    tuning: bool
+
+    @property
+    def key(self) -> str:
+        """Names the run in the file of finished runs."""
+        parts = (*vars(self.cell).values(), self.method, self.learning_rate, self.value, self.seed)
+        return "|".join(map(str, (*parts, "tuning" if self.tuning else "test")))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share: the rows, the folder of the bases (by name), the number of steps."""
+
+    tasks: str
+    data: Path | None
+    bases: Path
+    steps: int
+
+
+@dataclass(frozen=True)
+class Material:
+    """Noisy rows with what the base says of them."""
+
+    rows: list[Encoded]
+    known: list[Reference]
+
+
+class NoiseWorker:
+    """Runs jobs; keeps rows and the base's numbers between them."""
+
+    def __init__(self, setting: Setting) -> None:
+        from transformers import AutoTokenizer
+
+        self.setting, self.task = setting, task_set(setting.tasks, setting.data)
+        self.tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        self.material = lru_cache(maxsize=8)(self._material)
+
+    def __call__(self, job: Job) -> dict[str, float | None]:
+        method, cell = METHODS[job.method], job.cell
+        material = self.material(cell, job.seed, method.rows == "clean")
+        rows, known = chosen_rows(method, job.value, material)
+        model, target = self.base(cell.base), method.build(job.value)
+        recipe = Recipe(job.learning_rate, BATCH_SIZE, self.setting.steps, job.seed)
+        keeper = BestCheckpoint(self, model, cell, job.seed) if method.stops_early else None
+        needs = target.needs
+        trained = fine_tune(
+            model, rows, target, recipe, reference=known if needs.reference else None,
+            teacher=known if needs.teacher else None, after_step=keeper,
+        )  # fmt: skip
+        if keeper:
+            keeper.restore()
+        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell)
+        return {**found, "noise_share": trained.noise_share}
+
+    def base(self, name: str) -> Any:
+        return load_model(self.setting.bases / f"{self.task.name}-{name}")
+
+    def _material(self, cell: Cell, seed: int, clean: bool) -> Material:
+        rows = noisy_rows(self.task.train, replace(cell, rate=0.0) if clean else cell, seed, self.tokenizer)
+        encoded = encode(self.tokenizer, rows)
+        return Material(encoded, known_of(self.base(cell.base), encoded))
+
+    def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
+        """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
+        rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
+        return {"accuracy_percent": self.accuracy(model, rows, tasks.check)}
+
+    def test(self, model: Any, cell: Cell) -> dict[str, float]:
+        """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows."""
+        rows = self.task.test
+        asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows
+        log_probs = completion_log_probs(model, encoded := encode(self.tokenizer, rows))
+        nll = [-values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, encoded, strict=True)]
+        return {
+            "accuracy_percent": self.accuracy(model, asked, self.task.check),
+            "kept_percent": self.accuracy(model, self.task.kept, self.task.check_kept),
+            "nll": float(torch.cat(nll).mean()),
+        }
+
+    def accuracy(self, model: Any, rows: Sequence[Row], check: Any) -> float:
+        texts = greedy_completions(
+            model, self.tokenizer, [row["prompt"] for row in rows], max_new_tokens=NEW_TOKENS, batch_size=300
+        )
+        return round(accuracy_percent(rows, texts, check), 3)
+
+
+class BestCheckpoint:
+    """Early stopping with hindsight: the best of five looks at the noisy validation rows; `fine_tune` calls it."""
+
+    def __init__(self, worker: NoiseWorker, model: Any, cell: Cell, seed: int) -> None:
+        self.worker, self.model, self.cell, self.seed = worker, model, cell, seed
+        self.every = max(1, worker.setting.steps // CHECKPOINTS)
+        self.best, self.weights = -1.0, None
+
+    def __call__(self, steps_done: int) -> bool:
+        if steps_done % self.every == 0:
+            found = self.worker.validation(self.model, self.cell, self.seed)["accuracy_percent"]
+            if found > self.best:
+                self.best = found
+                self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return False
+
+    def restore(self) -> None:
+        assert self.weights is not None, "steps >= 1, so it looked at least once"
+        self.model.load_state_dict(self.weights)
+
+
+def noisy_rows(rows: list[Row], cell: Cell, seed: int, tokenizer: Any) -> list[Row]:
+    """The rows with the cell's noise, marked."""
+    if not cell.rate:
+        return [{**row, "noise_spans": []} for row in rows]
+    if cell.kind == "cue":
+        return planted_cues(rows, cell.rate, seed)
+    return inject_noise(rows, kind=cell.kind, rate=cell.rate, seed=seed, tokenizer=tokenizer)
+
+
+def planted_cues(rows: Sequence[Row], rate: float, seed: int) -> list[Row]:
+    """A share of the prompts tell the answer beforehand; the tokens that can be copied from there are marked."""
+    random = Random(f"{seed}-cue")
+    told = set(random.sample(range(len(rows)), round(rate * len(rows))))
+    out = []
+    for index, row in enumerate(rows):
+        start = row["completion"].rindex(str(row["answer"]))
+        spans = [[start, start + len(str(row["answer"])), "cue"]] if index in told else []
+        out.append(with_cue(row, row["answer"], spans) if spans else {**row, "noise_spans": []})
+    return out
+
+
+def misleading_cues(rows: Sequence[Row]) -> list[Row]:
+    """Every prompt with the answer of another row of the same skill, which is wrong."""
+    random, out = Random("misleading"), []
+    for row in rows:
+        others = [o["answer"] for o in rows if o["skill"] == row["skill"] and o["answer"] != row["answer"]]
+        out.append(with_cue(row, random.choice(others), []))
+    return out
+
+
+def with_cue(row: Row, answer: str, spans: list[Any]) -> Row:
+    """The row with a note in front of its prompt."""
+    return {**row, "prompt": f"Note {answer}\n{row['prompt']}", "noise_spans": spans}
+
+
+def stated_answers(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose response states one answer, which counts as the right one."""
+    stated = [(row, tasks.extract_answer(row["completion"])) for row in rows]
+    return [{**row, "answer": answer} for row, answer in stated if answer is not None]
+
+
+def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
+    """All the base knows of the rows' completions, the other rows' agreement, and the base's reliability."""
+    log_probs = completion_log_probs(base, rows)
+    labels = [values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, rows, strict=True)]
+    masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
+    agreed = agreement([row.prompt + row.completion for row in rows], masks)
+    rho = prior_reliability(np.concatenate(agreed), torch.cat(labels).numpy())
+    return [
+        Reference(
+            label_log_probs=label, log_probs=values, agreement=torch.from_numpy(shares),
+            reliability=torch.full_like(label, rho),
+        )
+        for label, values, shares in zip(labels, log_probs, agreed, strict=True)
+    ]  # fmt: skip
+
+
+def _column(row: Encoded) -> torch.Tensor:
+    return torch.tensor(row.completion)[:, None]
+
+
+def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[Encoded], list[Reference]]:
+    """The rows that a method trains on, with the base's numbers."""
+    if method.rows == "marked":
+        kept = [replace(row, left_out=row.noise) for row in material.rows]
+        return kept, material.known
+    if method.rows != "filtered":
+        return material.rows, material.known
+    assert all(known.label_log_probs is not None for known in material.known)
+    surprise = [-float(known.label_log_probs.mean()) for known in material.known]  # pyright: ignore[reportOptionalMemberAccess]
+    calm = sorted(range(len(surprise)), key=surprise.__getitem__)[: max(1, round(value * len(surprise)))]
+    return [material.rows[i] for i in calm], [material.known[i] for i in calm]
