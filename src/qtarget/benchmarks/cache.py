@@ -206,24 +206,29 @@ def disturbed(model: Any, config: CacheConfig) -> Any:
     return student
 
 
-def read_reference(folder: str, tail_policy: Any) -> Reference:
+def read_reference(folder: str | Path, tail_policy: Any) -> Reference:
     """All tokens of a cache, as training gets them."""
+    rows = read_references(folder, tail_policy)
+    return rows[0].map_tensors(lambda name, _: torch.cat([getattr(row, name) for row in rows]))
+
+
+def read_references(folder: str | Path, tail_policy: Any) -> list[Reference]:
+    """Every row of a cache, in its order; unused slots up to the widest row hold the id -1."""
     cache = ReferenceCache.open(folder)
     rows = [cache.row(index) for index in range(len(cache))]
     width = max(row["topk_ids"].shape[1] for row in rows)
-    joined: dict[str, Tensor] = {}
-    for name in ("topk_ids", "topk_log_probs", "tail_log_mass"):
-        if name in rows[0]:
-            fill = -1 if name == "topk_ids" else -np.inf
-            parts = [
-                np.pad(r[name], ((0, 0), (0, width - r[name].shape[1])), constant_values=fill)
-                if r[name].ndim == 2
-                else r[name]
-                for r in rows
-            ]
-            dtype = torch.long if name == "topk_ids" else torch.float32
-            joined[name] = torch.from_numpy(np.concatenate(parts)).to(dtype)
-    return Reference(**joined, tail_policy=tail_policy)
+    dtypes = {"topk_ids": torch.long, "topk_log_probs": torch.float32, "tail_log_mass": torch.float32}
+    out = []
+    for row in rows:
+        fields: dict[str, Tensor] = {}
+        for name in dtypes.keys() & row.keys():
+            value = row[name]
+            if value.ndim == 2:
+                fill = -1 if name == "topk_ids" else -np.inf
+                value = np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=fill)
+            fields[name] = torch.from_numpy(value).to(dtypes[name])
+        out.append(Reference(**fields, tail_policy=tail_policy))
+    return out
 
 
 def gradient(student: Tensor, labels: Tensor, target: str, teacher: Reference) -> Tensor:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.demo_runs import BASELINE, DemoConfig, DemoRuns, one_thread, quiet_libraries, run_jobs
+from qtarget.benchmarks.demo_runs import BASELINE, DemoConfig, DemoRuns, Job
 from qtarget.benchmarks.figure import comparison_figure, save_figure
+from qtarget.benchmarks.pool import Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.seeds import finding, over_seeds, paired_difference
 
 CAPTION = (
@@ -46,6 +48,11 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
     report = progress or (lambda done, total, text: None)
     jobs = [(name, seed) for seed in range(config.seeds) for name in config.targets]
     total = 2 + len(jobs)
+    done = count(3)
+
+    def advance(job: Job, _: dict[str, float]) -> None:
+        report(next(done), total, f"{job[0]}, seed {job[1]}")
+
     with quiet_libraries(), one_thread(), tempfile.TemporaryDirectory() as folder:
         bench = DemoRuns(config, Path(folder))
         report(0, total, "scoring the base model")
@@ -53,7 +60,8 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
         report(1, total, "answering with the untrained model")
         untrained = bench.evaluate(bench.base_model())
         report(2, total, f"training {len(jobs)} models")
-        found = run_jobs(bench, jobs, lambda done, job: report(2 + done, total, f"{job[0]}, seed {job[1]}"))
+        with Workers(min(config.workers, len(jobs)), DemoRuns, config, bench.folder) as workers:
+            found = dict(zip(jobs, workers.map(jobs, advance), strict=True))
     runs = {name: [{"seed": seed} | found[name, seed] for seed in range(config.seeds)] for name in config.targets}
     results = {
         "benchmark": "demo",

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -160,12 +154,13 @@ class DemoRuns:
             "seconds": round(time.perf_counter() - begin, 2),
         }
 
-    def train_and_evaluate(self, target: str, seed: int) -> dict[str, float]:
+    def __call__(self, job: Job) -> dict[str, float]:
+        """Train on one seed's noisy rows with one target, then ask."""
         from transformers import PrinterCallback
 
         from qtarget.integrations.trl_sft import QTargetTrainer
 
-        begin = time.perf_counter()
+        begin, (target, seed) = time.perf_counter(), job
         trainer = QTargetTrainer(
             self.base_model(), self.arguments(target, seed), self.noisy_rows(seed), processing_class=self.tokenizer
         )
@@ -199,54 +194,6 @@ class DemoRuns:
         return out
 
 
-def run_jobs(bench: DemoRuns, jobs: Sequence[Job], on_done: Callable[[int, Job], None]) -> dict[Job, dict[str, float]]:
-    """Train and evaluate every job, in ``config.workers`` processes (in this one if it is 1).
-
-    Args:
-        on_done: called after each job with how many are done.
-    """
-    found: dict[Job, dict[str, float]] = {}
-    if bench.config.workers == 1:
-        for job in jobs:
-            found[job] = bench.train_and_evaluate(*job)
-            on_done(len(found), job)
-        return found
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
-    count = min(bench.config.workers, len(jobs))
-    with ProcessPoolExecutor(count, spawn, _start_worker, (bench.config, bench.folder)) as pool:
-        futures = {pool.submit(_work, job): job for job in jobs}
-        for future in as_completed(futures):
-            found[futures[future]] = future.result()
-            on_done(len(found), futures[future])
-    return found
-
-
-_worker: DemoRuns | None = None
-_silence = ExitStack()  # held for the life of a worker: a forgotten context manager is closed when it is collected
-
-
-def _start_worker(config: DemoConfig, folder: Path) -> None:
-    global _worker
-    import torch
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in a pool's worker"
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-    _silence.enter_context(quiet_libraries())
-    _worker = DemoRuns(config, folder)
-
-
-def _follow(parent: Any) -> None:
-    parent.join()
-    os._exit(1)  # a killed parent would leave its workers waiting for ever
-
-
-def _work(job: Job) -> dict[str, float]:
-    assert _worker is not None, "the pool's initializer ran"
-    return _worker.train_and_evaluate(*job)
-
-
 def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, split: str) -> list[Mapping[str, Any]]:
     """The same ``count`` rows for every seed and target.
 
@@ -256,40 +203,3 @@ def sample_rows(rows: Sequence[Mapping[str, Any]], count: int, split: str) -> li
     if count > len(rows):
         raise ConfigError(f"{count} {split} rows asked for, {len(rows)} are embedded; lower {split}_rows")
     return Random(0).sample(list(rows), count)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread: the same sums in the same order whatever the machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Progress bars of datasets and notes of transformers off, then as they were: eighteen trainings would fill a "
-    "screen."""
-    import datasets
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    dataset_bars = not datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if dataset_bars:
-            datasets.enable_progress_bars()

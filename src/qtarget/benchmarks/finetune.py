@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -125,7 +125,7 @@ def order(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
 def fine_tune(
     model: Any,
     rows: Sequence[Encoded],
-    target: Target,
+    target: Target | Callable[[Trained], Target],
     recipe: Recipe,
     *,
     reference: Sequence[Reference] | None = None,
@@ -135,6 +135,7 @@ def fine_tune(
     """Train ``model`` in place, every step one batch; the loss is the mean over its supervised tokens.
 
     Args:
+        target: or what gives each step's, called with all that the run reports so far (a schedule).
         reference, teacher: what is known of a frozen model at the completion tokens of each row.
         after_step: called with the number of steps done; a true answer ends the run (early stopping).
     """
@@ -149,8 +150,9 @@ def fine_tune(
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
         factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
         sequences = torch.arange(len(batch)).repeat_interleave(kept.sum(-1))
+        now = target if isinstance(target, Target) else target(trained)
         loss, report = linear_target_loss(
-            hidden, model.lm_head.weight, flat, target, sequence_ids=sequences, return_report=True,
+            hidden, model.lm_head.weight, flat, now, sequence_ids=sequences, return_report=True,
             loss_weights=None if all(factors) else torch.tensor(factors),
             reference=None if reference is None else _joined(reference, chosen),
             teacher=None if teacher is None else _joined(teacher, chosen),

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
-from qtarget.benchmarks.demo_runs import one_thread, quiet_libraries
 from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
-from qtarget.benchmarks.pool import RunLog, Workers
+from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.tasks import BASES, make_base, task_set
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_atomic

@@ -17,7 +17,7 @@ from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
 from qtarget.benchmarks.tasks import Row, load_model, task_set
 from qtarget.data import tasks
-from qtarget.data.agreement import agreement, prior_reliability
+from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
 from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import NOISE_KINDS, inject_noise
 from qtarget.types import Reference
@@ -196,18 +196,20 @@ def stated_answers(rows: Sequence[Row]) -> list[Row]:
 
 
 def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
-    """All the base knows of the rows' completions, the other rows' agreement, and the base's reliability."""
+    """All the base knows of the rows' completions, and what the rows say of one another (``types.DATA_FIELDS``)."""
     log_probs = completion_log_probs(base, rows)
     labels = [values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
-    agreed = agreement([row.prompt + row.completion for row in rows], masks)
+    ids = [row.prompt + row.completion for row in rows]
+    agreed = agreement(ids, masks)
+    conflicts = prior_conflict(ids, masks, [label.numpy() for label in labels], agreed)
     rho = prior_reliability(np.concatenate(agreed), torch.cat(labels).numpy())
     return [
         Reference(
             label_log_probs=label, log_probs=values, agreement=torch.from_numpy(shares),
-            reliability=torch.full_like(label, rho),
+            reliability=torch.full_like(label, rho), conflict=torch.from_numpy(conflict),
         )
-        for label, values, shares in zip(labels, log_probs, agreed, strict=True)
+        for label, values, shares, conflict in zip(labels, log_probs, agreed, conflicts, strict=True)
     ]  # fmt: skip
 
 

@@ -6,13 +6,13 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from qtarget.benchmarks.demo_runs import quiet_libraries
 from qtarget.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class RunLog:
             try:
                 run = json.loads(line)
                 self.runs[run.pop("key")] = run
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ConfigError(
                     f"{path}:{number} is no finished run ({error}); delete the line or the file"
                 ) from error
@@ -60,26 +60,54 @@ class RunLog:
 class Workers:
     """``count`` processes that each hold one worker, built by ``build(*arguments)``; a context manager.
 
-    The numbers do not depend on how many there are: each has one thread.
+    The numbers do not depend on how many there are: each has one thread. A single worker is built in this process. Workers
+    die with this process; an exception of a job is raised here, and jobs that were not begun are dropped then.
     """
 
     def __init__(self, count: int, build: Callable[..., Any], *arguments: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
-        self.pool = ProcessPoolExecutor(count, spawn, _start, (build, arguments))
+        self.count, self.build, self.arguments = count, build, arguments
+        self.pool: ProcessPoolExecutor | None = None
+        self.context = ExitStack()
 
     def __enter__(self) -> Workers:
+        if self.count == 1:
+            self.context.enter_context(quiet_libraries())
+            self.context.enter_context(one_thread())
+            self.worker = self.build(*self.arguments)
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and locks
+            self.pool = ProcessPoolExecutor(self.count, spawn, _start, (self.build, self.arguments))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        self.context.close()
 
     def run(self, jobs: Sequence[KeyedJob], log: RunLog, on_done: Callable[[KeyedJob], None]) -> list[dict[str, Any]]:
         """The results of all jobs, in their order; those in the log are not run again."""
-        futures = {self.pool.submit(_work, job): job for job in jobs if job.key not in log.runs}
-        for future in as_completed(futures):
-            log.add(futures[future].key, future.result())
-            on_done(futures[future])
+
+        def save(job: KeyedJob, result: dict[str, Any]) -> None:
+            log.add(job.key, result)
+            on_done(job)
+
+        self.map([job for job in jobs if job.key not in log.runs], save)
         return [log.runs[job.key] for job in jobs]
+
+    def map(self, jobs: Sequence[Hashable], on_done: Callable[[Any, Any], None]) -> list[Any]:
+        """The results of all jobs, in their order; ``on_done`` gets each job and its result as it comes."""
+        found: dict[Hashable, Any] = {}
+        for job, result in self._finished(jobs):
+            found[job] = result
+            on_done(job, result)
+        return [found[job] for job in jobs]
+
+    def _finished(self, jobs: Sequence[Hashable]) -> Iterator[tuple[Hashable, Any]]:
+        if self.pool is None:
+            yield from ((job, self.worker(job)) for job in jobs)
+            return
+        futures = {self.pool.submit(_work, job): job for job in jobs}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 _worker: Any = None
@@ -105,3 +133,39 @@ def _follow(parent: Any) -> None:
 
 def _work(job: Any) -> dict[str, Any]:
     return _worker(job)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread: the same sums in the same order whatever the machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Progress bars of datasets and notes of transformers off, then as they were: many trainings would fill a screen."""
+    import datasets
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    dataset_bars = not datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if dataset_bars:
+            datasets.enable_progress_bars()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -67,12 +67,15 @@ def embedded_tasks(train_rows: int = 640) -> TaskSet:
     )
 
 
-def generated_demonstrations(count: int, seed: str) -> list[Row]:
-    """Fresh demonstrations of training problems, skills at random."""
-    random = Random(seed)
-    skills = tasks.DEMONSTRATED_SKILLS
-    drawn = (tasks.sample_problem_in(random.choice(skills), "train", random) for _ in range(count))
-    return [tasks.demonstration(problem, random) for problem in drawn]
+def generated_demonstrations(count: int, seed: str, taken: Collection[str] = ()) -> list[Row]:
+    """Fresh demonstrations of training problems, skills at random; none that one of the prompts ``taken`` asks for."""
+    random, out = Random(seed), []
+    while len(out) < count:
+        problem = tasks.sample_problem_in(random.choice(tasks.DEMONSTRATED_SKILLS), "train", random)
+        wordings = (words.format(*problem.question) for words in tasks.SKILLS[problem.skill].instructions)
+        if not any(tasks.INSTRUCTION_TEMPLATE.format(instruction=words) in taken for words in wordings):
+            out.append(tasks.demonstration(problem, random))
+    return out
 
 
 ACTIONS = {

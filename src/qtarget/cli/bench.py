@@ -12,7 +12,7 @@ import typer
 from qtarget.benchmarks.memory import MEMORY, run_memory
 from qtarget.benchmarks.speed import SUITES, SpeedConfig, run_speed
 from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
-from qtarget.cli import bench_score, bench_scoring
+from qtarget.cli import bench_proof, bench_score, bench_scoring
 from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
 from qtarget.cli.outputs import check_writable, saver
 from qtarget.errors import ConfigError
@@ -32,6 +32,7 @@ app.command("score")(bench_score.score)
 app.command("serve")(bench_scoring.serve)
 app.command("cache")(bench_scoring.cache)
 app.command("reading")(bench_scoring.reading)
+app.command("distill")(bench_proof.distill)
 
 
 @app.callback()

@@ -10,6 +10,7 @@ import typer
 
 from qtarget.benchmarks.demo import noise_words, quick, run_demo
 from qtarget.benchmarks.demo_runs import DemoConfig
+from qtarget.cli.outputs import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,21 +37,12 @@ def demo(
 ) -> None:
     """Train the embedded base on noisy rows with several targets; count exact answers on clean held-out prompts."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
     config = replace(DEFAULTS, seeds=seeds, targets=names, kind=kind, rate=rate, workers=workers)
     config = quick(config) if is_quick else config
     console = Console()
-    columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting")
-
-        def advance(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
-            if not console.is_terminal:
-                typer.echo(f"{done}/{total} {text}")
-
+    with progress_bar() as advance:
         results = run_demo(config, output, advance)
     console.print(results_table(results, noise_words(config)))
     console.print(results["finding"], soft_wrap=True, highlight=False)

@@ -1,11 +1,14 @@
-"""Where a verb writes its results."""
+"""Where a verb writes its results, and how it shows that it goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_atomic
@@ -29,3 +32,22 @@ def check_writable(output: Path) -> None:
 def saver(output: Path) -> Callable[[Any], None]:
     """Writes results; called again and again, so that a run that is stopped loses nothing."""
     return lambda results: write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A function of steps done, steps in all and what was done: a bar on a terminal, else a line a call."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+    console = Console()
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting")
+
+        def advance(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+            if not console.is_terminal:
+                typer.echo(f"{done}/{total} {text}")
+
+        yield advance
