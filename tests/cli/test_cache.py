@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -42,8 +43,12 @@ def test_info_tells_what_is_there(scored):
     assert facts["bytes"] == files
     assert facts["bytes_per_token"] == round(files / manifest.tokens, 2)
     text = call("cache", "info", cache)
-    for name in ("model_fingerprint", "tail_policy", "half precision"):
+    for name in ("model_fingerprint", "tail_policy", "half precision", f"transformers {version('transformers')}"):
         assert name in text
+    path = cache / "manifest.json"
+    far = "/models/" + "a-long-name" * 20
+    path.write_text(path.read_text().replace(json.dumps(manifest.model_id), json.dumps(far)))
+    assert far in call("cache", "info", cache), "a path is never cut, however narrow the terminal"
 
 
 def test_verify_passes_what_is_right_and_fails_what_is_not(scored, tiny_model, tmp_path):

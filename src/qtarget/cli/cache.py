@@ -36,10 +36,6 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a cache is of, what it holds, and what it weighs."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from qtarget.scoring.files import size_on_disk
     from qtarget.scoring.schema import Manifest
 
@@ -47,11 +43,12 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    table = Table(title=str(directory), show_header=False, box=box.SIMPLE)
+    typer.echo(directory)
     for name, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
+        if isinstance(value, dict):
+            value = [f"{key} {of}" for key, of in value.items()]
+        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else value
+        typer.echo(f"  {name:<26}{shown}")
 
 
 def described(manifest: Manifest, size: int) -> dict[str, Any]:

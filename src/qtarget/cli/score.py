@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 def score(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
-    top_k: Annotated[
-        int, typer.Option("--top_k", "--top-k", min=0, help="Log-probs a token; anchors and teachers need them.")
-    ] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Log-probs a token; anchors and teachers need them.")] = 0,
     tail_policy: Annotated[
         Literal["bucket", "spread", "renormalize"],
-        typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
+        typer.Option(help="What stands for the rest."),
     ] = "bucket",
     sampled: Annotated[
         int,
@@ -33,7 +31,7 @@ def score(
     seed: Annotated[int, typer.Option("--sampling-seed", min=0, help="Of the draws.")] = 0,
     log_probs_dtype: Annotated[
         Literal["float16", "float32"],
-        typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
+        typer.Option(help="Of the stored top-k log-probs."),
     ] = "float16",
     known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
     role: Annotated[
@@ -48,26 +46,19 @@ def score(
     ] = "local",
     url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
-    ray_address: Annotated[
-        str | None, typer.Option("--ray_address", "--ray-address", help="Of a running cluster; default: this machine.")
-    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine.")] = None,
     trust_server: Annotated[
         bool,
         typer.Option(
-            "--trust_server",
             "--trust-server",
             help="Compare the server's tokenizer alone; the model fits nowhere here.",
         ),
     ] = False,
     vocab_size: Annotated[
         int | None,
-        typer.Option(
-            "--vocab_size", "--vocab-size", help="Rows of a trusted server's head; default: the model's here."
-        ),
+        typer.Option(help="Rows of a trusted server's head; default: the model's here."),
     ] = None,
-    shard_rows: Annotated[
-        int, typer.Option("--shard_rows", "--shard-rows", min=1, help="Rows a shard: what a kill can cost, at most.")
-    ] = 2000,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
