@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -158,6 +159,35 @@ def test_a_teacher_behind_a_url_is_asked_once(folder, servers, caplog):
     asked.clear()
     succeed(["train", "run.yaml", "--target", "dft", "--teacher", urls["8000"], "--output_dir", "untaught"])
     assert asked == []  # the target needs no teacher
+
+
+def test_a_finished_cache_of_a_url_is_enough(folder, teacher, caplog):
+    """Trained once; then the server is gone. Damage, or another choice, needs it again, and says so."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
+    common = ["train", "run.yaml", "--target", "distillation", "--teacher_top_k", "4", "--max_steps", "2"]
+    with serving(FakeVllm(model, tokenizer)) as url:
+        succeed([*common, "--teacher", url, "--output_dir", "out"])
+    shutil.move(folder / "out" / "teacher_cache", folder / "kept")
+    shutil.rmtree(folder / "out")
+    (folder / "out").mkdir()
+    cache = folder / "out" / "teacher_cache"
+    shutil.move(folder / "kept", cache)
+    caplog.clear()
+    succeed([*common, "--teacher", url, "--output_dir", "out"])
+    assert "is not asked again" in caplog.text
+    for path in (folder / "out").glob("*.*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("qtarget.scoring.http.Retries.wait", lambda *_: None)
+    shard = cache / "shard-00000.parquet"
+    whole = shard.read_bytes()
+    with monkey.context():
+        for more, damage in ((["--teacher_top_k", "5"], whole), ([], whole[:-1])):
+            shard.write_bytes(damage)
+            with pytest.raises(SystemExit) as ended:
+                run([*common, "--teacher", url, *more, "--output_dir", "out"])
+            assert ended.value.code == 2
+    monkey.undo()
 
 
 def test_a_server_of_another_model_is_refused(folder, servers, capsys):

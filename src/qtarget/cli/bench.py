@@ -100,7 +100,7 @@ def sweep(
     from rich.console import Console
 
     names = tuple(name.strip() for name in losses.split(";"))
-    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), losses=(names, MEMORY))
+    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), losses=([*names], MEMORY))
     check_device(device)
     check_writable(output)
     torch.set_num_threads(threads)
