@@ -355,7 +355,7 @@ def test_two_scorers_on_one_folder(tmp_path, rows):
     other.start()
     try:
         assert ready.wait(30)
-        with pytest.raises(ConfigError, match="another process is scoring into"):
+        with pytest.raises(ConfigError, match="another process is writing"):
             write_cache(tmp_path, rows, HashSource(), provenance())
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:

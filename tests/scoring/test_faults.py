@@ -28,7 +28,7 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.verify import check_counts, rescore, shared_places
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.writer import locked, write_cache
 from scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
 
 ROWS = ragged_rows(11)
@@ -334,6 +334,20 @@ def test_merged_caches_hold_every_row_once(tmp_path):
     assert_says_what_was_scored(merged, HashSource(3))
     with pytest.raises(ConfigError, match="exists already"):
         merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all")
+
+
+def test_two_merges_into_one_folder(tmp_path, cache):
+    """The second is refused and leaves the first one's files alone; what a killed one left is no hindrance."""
+    write_cache(tmp_path / "more", ragged_rows(3, seed=5), HashSource(3), provenance(3))
+    building = tmp_path / "all.tmp"
+    building.mkdir()
+    (building / "shard-00000.parquet").write_bytes(b"half")
+    with locked(building), pytest.raises(ConfigError, match=r"another process is writing .*all.tmp.* wait for it"):
+        merge_caches([cache, tmp_path / "more"], tmp_path / "all")
+    assert (building / "shard-00000.parquet").read_bytes() == b"half"
+    merge_caches([cache, tmp_path / "more"], tmp_path / "all")
+    check_counts(ReferenceCache.open(tmp_path / "all"))
+    assert not building.exists()
 
 
 @pytest.mark.parametrize(
