@@ -43,9 +43,9 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
     building = directory.with_name(directory.name + TEMPORARY)
     building.mkdir(parents=True, exist_ok=True)
     with locked(building):
-        manifest = copy_all(caches, building)
-        if directory.exists():  # another merge was faster
+        if directory.exists():  # another merge was faster: what we hold the lock of is its folder
             raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
+        manifest = copy_all(caches, building)
         building.rename(directory)
     return manifest
 
