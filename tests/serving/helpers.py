@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Running:
 
     process: subprocess.Popen[str]
     line: str
-    log: list[str]
+    log: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
