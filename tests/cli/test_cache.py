@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -42,8 +43,12 @@ def test_info_tells_what_is_there(scored):
     assert facts["bytes"] == files
     assert facts["bytes_per_token"] == round(files / manifest.tokens, 2)
     text = call("cache", "info", cache)
-    for name in ("model_fingerprint", "tail_policy", "half precision"):
+    for name in ("model_fingerprint", "tail_policy", "half precision", f"transformers {version('transformers')}"):
         assert name in text
+    path = cache / "manifest.json"
+    far = "/models/" + "a-long-name" * 20
+    path.write_text(path.read_text().replace(json.dumps(manifest.model_id), json.dumps(far)))
+    assert far in call("cache", "info", cache), "a path is never cut, however narrow the terminal"
 
 
 def test_verify_passes_what_is_right_and_fails_what_is_not(scored, tiny_model, tmp_path):
@@ -63,10 +68,21 @@ def test_verify_passes_what_is_right_and_fails_what_is_not(scored, tiny_model, t
         call("cache", "verify", cache, "--model", tmp_path / "other", "--config", config)
     with pytest.raises(ConfigError, match="--model and --config go together"):
         call("cache", "verify", cache, "--model", tiny_model)
+    manifest = cache / "manifest.json"
+    right = manifest.read_text()
+    manifest.write_text(right.replace('"model_fingerprint": "', '"model_fingerprint": "00'))
+    with pytest.raises(
+        CacheMismatchError, match=r"model_fingerprint is '00.* in plan.json.*delete .*manifest.json and run"
+    ):
+        call("cache", "verify", cache)
+    manifest.unlink()
+    call("score", config, "--top_k", "4", "--output", cache)
+    assert manifest.read_text() == right
     shard = cache / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CacheMismatchError, match="bytes, expected"):
-        call("cache", "verify", cache)
+    for verb in ("verify", "info"):
+        with pytest.raises(CacheMismatchError, match=r"bytes, expected .* run the command that wrote it again"):
+            call("cache", verb, cache)
 
 
 def test_the_rest_is_scored_and_merged(scored, workspace, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qtarget.cli.main import run
 from qtarget.errors import ConfigError, ScoringServerError
 from qtarget.scoring.engines import EngineChoice, detect_engine
+from qtarget.scoring.http import Retries
 from qtarget.scoring.reader import ReferenceCache
 
 DOCS = Path(__file__).parents[2] / "docs" / "scoring.md"
@@ -158,6 +160,30 @@ def test_a_teacher_behind_a_url_is_asked_once(folder, servers, caplog):
     asked.clear()
     succeed(["train", "run.yaml", "--target", "dft", "--teacher", urls["8000"], "--output_dir", "untaught"])
     assert asked == []  # the target needs no teacher
+
+
+def test_a_finished_cache_of_a_url_is_enough(folder, teacher, caplog, capsys, monkeypatch):
+    """Trained once; then the server is gone. Damage, or another choice, needs it again, and says so."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
+    with serving(FakeVllm(model, tokenizer)) as url:
+        command = ["train", "run.yaml", "--target", "distillation", "--max_steps", "2", "--teacher", url]
+        succeed([*command, "--teacher_top_k", "4", "--output_dir", "first"])
+    first = json.loads((folder / "first" / "train_summary.json").read_text())
+    shutil.copytree(folder / "first" / "teacher_cache", folder / "again" / "teacher_cache")
+    succeed([*command, "--teacher_top_k", "4", "--output_dir", "again"])
+    assert f"is finished; {url} is not asked again" in caplog.text
+    assert json.loads((folder / "again" / "train_summary.json").read_text())["last_loss"] == first["last_loss"]
+
+    monkeypatch.setattr(Retries, "wait", lambda *_: None)
+    for name, top_k, kept in (("more", "5", None), ("damaged", "4", -1)):
+        cache = folder / name / "teacher_cache"
+        shutil.copytree(folder / "first" / "teacher_cache", cache)
+        (cache / "shard-00000.parquet").write_bytes((cache / "shard-00000.parquet").read_bytes()[:kept])
+        with pytest.raises(SystemExit) as ended:
+            run([*command, "--teacher_top_k", top_k, "--output_dir", name])
+        assert ended.value.code == 2
+        assert "see that the server runs" in capsys.readouterr().err
+    assert f"asking {url} again" in caplog.text
 
 
 def test_a_server_of_another_model_is_refused(folder, servers, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("typer")
 
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import qtarget
@@ -63,6 +65,37 @@ def test_both_layouts_hold_every_fact(narrow):
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def every_verb(command, path=()):
+    """The words of each verb and of each group of verbs."""
+    yield path
+    for name, part in getattr(command, "commands", {}).items():
+        yield from every_verb(part, (*path, name))
+
+
+def test_no_help_is_cut_at_eighty_columns():
+    """Each option of each verb stands there with its whole name, and nothing ends in an ellipsis."""
+    verbs = list(every_verb(get_command(app)))
+    assert ("cache", "import") in verbs
+    for verb in verbs:
+        result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "80"})
+        assert result.exit_code == 0
+        assert "…" not in result.output, (verb, result.output)
+        command = get_command(app)
+        for name in verb:
+            command = command.commands[name]
+        for option in (o for p in command.params for o in p.opts if o.startswith("--")):
+            assert re.search(rf"{option}[\s,]", result.output), (verb, option)
+
+
+def test_an_option_may_be_spelled_with_dashes_or_underscores():
+    told = []
+    for spelling in ("--sampling-seed", "--sampling_seed"):
+        result = CliRunner().invoke(app, ["score", "run.yaml", spelling, "-1"])
+        told.append(result.output)
+        assert result.exit_code == 2
+    assert told[0] == told[1] and "'--sampling-seed': Input should be greater" in told[0]
 
 
 def test_noise_marks_what_it_touched_and_leaves_the_rest(tmp_path, tiny_model):

@@ -237,9 +237,7 @@ def flip(path):
 def test_a_damaged_shard_is_refused_and_scored_again_alone(cache, rows, damage, message, logged, caplog):
     whole, path = contents(cache), cache / "shard-00001.parquet"
     damage(path)
-    with pytest.raises(
-        CacheMismatchError, match=f"shard-00001.parquet {message}; run `qtarget score CONFIG.yaml` again"
-    ):
+    with pytest.raises(CacheMismatchError, match=f"shard-00001.parquet {message}; run the command that wrote it again"):
         ReferenceCache.open(cache)
     source = HashSource(3)
     write_cache(cache, rows, source, provenance(3), shard_rows=4)
@@ -355,7 +353,7 @@ def test_two_scorers_on_one_folder(tmp_path, rows):
     other.start()
     try:
         assert ready.wait(30)
-        with pytest.raises(ConfigError, match="another process is scoring into"):
+        with pytest.raises(ConfigError, match="another process is writing"):
             write_cache(tmp_path, rows, HashSource(), provenance())
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -18,15 +19,16 @@ from qtarget.benchmarks.cache import CacheConfig, SyntheticTeacher, modes
 from qtarget.benchmarks.cache import provenance as provenance_of
 from qtarget.benchmarks.reading import anonymous_memory
 from qtarget.errors import CacheMismatchError, ConfigError, StorageError
+from qtarget.scoring import decoded
 from qtarget.scoring.columns import compact
 from qtarget.scoring.decoded import side_file
-from qtarget.scoring.files import DECODED, size_on_disk
+from qtarget.scoring.files import DECODED, digest_file, size_on_disk
 from qtarget.scoring.merge import merge_caches
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.verify import check_counts, rescore, shared_places
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.writer import locked, write_cache
 from scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
 
 ROWS = ragged_rows(11)
@@ -112,7 +114,7 @@ def test_side_files_are_made_once_and_shared(cache):
     assert size_on_disk(cache) == before, "side files are no part of the cache"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty receipt"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty receipt", "half a receipt"])
 def test_damaged_side_files_are_made_again(cache, damage):
     assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
     opened = ReferenceCache.open(cache)
@@ -124,10 +126,48 @@ def test_damaged_side_files_are_made_again(cache, damage):
         path.write_bytes(content[:400] + bytes([content[400] ^ 255]) + content[401:])
     elif damage == "remove":
         path.unlink()
-    else:
+    elif damage == "empty receipt":
         path.with_suffix(".json").write_text("")
+    else:
+        path.with_suffix(".json").write_text(json.dumps({"bytes": len(content)}))
     assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
     assert path.read_bytes() == content
+
+
+def test_a_side_file_made_again_meanwhile_stays(cache, monkeypatch):
+    """One process finds it damaged; before it can delete it, another one has put a good one in its place."""
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+    path = side_file(cache, ReferenceCache.open(cache).manifest.shards[1])
+    content = path.read_bytes()
+    path.write_bytes(content[:400] + bytes([content[400] ^ 255]) + content[401:])
+
+    def read_and_lose_the_race(file):
+        found = digest_file(file)
+        if file == path:
+            path.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(decoded, "digest_file", read_and_lose_the_race)
+    ReferenceCache.open(cache)
+    assert path.read_bytes() == content
+
+
+def test_a_side_file_that_goes_before_it_is_mapped_is_made_again(cache, monkeypatch):
+    """Another process deletes a damaged one between our look at it and its mapping; the lock keeps it from doing so."""
+    assert_says_what_was_scored(ReferenceCache.open(cache), HashSource(3))
+    held = []
+
+    def mapped(path):
+        with (cache / DECODED / ".lock").open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(path)
+        return pa.OSFile(path)
+
+    monkeypatch.setattr(pa, "memory_map", mapped)
+    ReferenceCache.open(cache).row(0)
+    assert len(held) == 1
 
 
 @pytest.fixture
@@ -294,6 +334,20 @@ def test_merged_caches_hold_every_row_once(tmp_path):
     assert_says_what_was_scored(merged, HashSource(3))
     with pytest.raises(ConfigError, match="exists already"):
         merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all")
+
+
+def test_two_merges_into_one_folder(tmp_path, cache):
+    """The second is refused and leaves the first one's files alone; what a killed one left is no hindrance."""
+    write_cache(tmp_path / "more", ragged_rows(3, seed=5), HashSource(3), provenance(3))
+    building = tmp_path / "all.tmp"
+    building.mkdir()
+    (building / "shard-00000.parquet").write_bytes(b"half")
+    with locked(building), pytest.raises(ConfigError, match=r"another process is writing .*all.tmp.* wait for it"):
+        merge_caches([cache, tmp_path / "more"], tmp_path / "all")
+    assert (building / "shard-00000.parquet").read_bytes() == b"half"
+    merge_caches([cache, tmp_path / "more"], tmp_path / "all")
+    check_counts(ReferenceCache.open(tmp_path / "all"))
+    assert not building.exists()
 
 
 @pytest.mark.parametrize(

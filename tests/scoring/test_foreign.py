@@ -229,6 +229,43 @@ def test_export_and_import_give_the_numbers_back(tmp_path, name):
         np.testing.assert_allclose(after["topk_log_probs"], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["axolotl", "verl", "distillkit"])
+def test_unused_slots_are_real_ids_without_mass_elsewhere(tmp_path, name):
+    """An imported cache has fewer ids at some tokens; what it exports lists real ids, each once, and comes back as it was."""
+    rows = spoken_rows(9, masked=name != "distillkit")
+    raw = [axolotl(row) for row in rows]
+    for row in raw:
+        for values, mask in zip(row["target_logprobs"][::2], row["target_mask"][::2], strict=True):
+            values[1], mask[1], mask[3] = 0.0, 0, 0
+    ours = read("axolotl", write(tmp_path / "theirs", "axolotl", raw), tmp_path / "ours")
+    assert any((ours.row(i)["topk_ids"] < 0).any() for i in range(len(ours)))
+    export_rows(ours, rows, name, tmp_path / "out")
+    exported = pq.read_table(tmp_path / "out" / "data_0.parquet").to_pylist()
+    for row in exported:
+        if name == "distillkit":
+            ids = unpack_bits(np.array(row["bytepacked_indices"], np.uint8), 6, K)
+        else:
+            shift = int(name == "verl")
+            at = [t - shift for t in range(1, len(row["input_ids"])) if row[MASKS[name]][t] not in (0, -100)]
+            ids = np.array(row[IDS[name]])[at]
+        assert ids.min() >= 0 and ids.max() < VOCAB
+        assert all(len(set(one)) == K for one in ids.tolist())
+    back = read(name, tmp_path / "out", tmp_path / "back")
+    for index in range(len(ours)):
+        before, after = ours.row(index), back.row(index)
+        np.testing.assert_array_equal(after["topk_ids"], before["topk_ids"])
+        expected = before["topk_log_probs"]
+        if name == "axolotl":
+            expected = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
+        used = before["topk_ids"] >= 0
+        np.testing.assert_allclose(after["topk_log_probs"][used], expected[used], atol=1e-6)
+        assert (np.exp(after["topk_log_probs"][~used]) == 0).all()
+
+
+MASKS = {"axolotl": "labels", "verl": "response_mask"}
+IDS = {"axolotl": "target_token_ids", "verl": "teacher_ids"}
+
+
 def test_what_cannot_be_exported_or_read_says_so(tmp_path):
     rows = spoken_rows(3)
     write_cache(tmp_path / "labels", rows, HashSource(), provenance())

@@ -109,6 +109,41 @@ def test_a_servers_own_delay_is_kept_within_bounds(engine, kind):
     assert waits == [7.0, 30.0]
 
 
+@pytest.mark.parametrize("header", ["²", "Wed, 21 Oct 2037 07:28:00 GMT", "-5", "", "1.5"])
+def test_a_delay_that_is_no_number_of_seconds_is_ours(engine, kind, header):
+    """A superscript, a date, nonsense: the first wait of our own, spread by a quarter."""
+    engine.faults = [status(429, {"retry-after": header})]
+    waits = Waits()
+    with serving(engine) as url:
+        connect(kind, url, waits).score([ROW], 0)
+    assert len(waits) == 1
+    assert 0.75 * 0.5 <= waits[0] <= 1.25 * 0.5
+
+
+def test_the_largest_are_kept_in_whatever_order_they_come(engine, kind, expected):
+    """Of more log-probs than asked, smallest first."""
+
+    def reversed_tops(answer):
+        if kind == "sglang":
+            tops = answer["meta_info"]["input_top_logprobs"]
+            tops[1:] = [sorted(top, key=lambda entry: entry[0]) for top in tops[1:]]
+        else:
+            entries = answer["choices"][0]["prompt_logprobs"]
+            entries[1:] = [dict(reversed(entry.items())) for entry in entries[1:]]
+
+    asked, engine.post = engine.post, lambda path, body: asked(path, more(body))
+    engine.faults = [changed(reversed_tops)]
+
+    def more(body):
+        name = "top_logprobs_num" if kind == "sglang" else "prompt_logprobs"
+        return body | {name: body[name] + 2}
+
+    with serving(engine) as url:
+        (scored,) = connect(kind, url).score([ROW], 3)
+    np.testing.assert_array_equal(scored.topk_ids, expected.topk_ids)
+    np.testing.assert_allclose(scored.topk_log_probs, expected.topk_log_probs, atol=1e-5)
+
+
 def test_retries_end(engine, kind):
     engine.faults = [status(503)] * 9
     with (

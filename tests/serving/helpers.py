@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import queue
 import signal
@@ -15,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ class Running:
     Attributes:
         process: of ``qtarget serve``: gateway and supervisor.
         line: what it printed.
+        log: lines of its standard error so far.
     """
 
     process: subprocess.Popen[str]
     line: str
+    log: list[str] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -103,7 +106,7 @@ def running(command: list[str], **environment: str) -> Iterator[Running]:
     ]
     for reader in readers:
         reader.start()
-    server = Running(process, "")
+    server = Running(process, "", errors)
     started: list[int] = []
     try:
         try:
@@ -135,6 +138,7 @@ def main(text: str) -> None:
     """What ``qtarget serve`` does, with settings that have no option there."""
     from qtarget.serving.server import serve
 
+    logging.basicConfig(level=logging.INFO)
     settings = json.loads(text)
     token = settings.pop("token")
     limits = Limits(**settings.pop("limits", {}))

@@ -101,7 +101,8 @@ def test_a_request_that_fails_fails_alone(server):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda body: authorized(server, body), bodies))
     assert [status for status, *_ in answers] == [200, 500, 200, 500] * 3
-    assert "RuntimeError: the stub was asked to fail" in answers[1][2].decode()
+    assert json.loads(answers[1][2]) == {"error": "internal error: scoring failed; the server's log says why"}
+    until(lambda: any("RuntimeError: the stub was asked to fail" in line for line in server.log))
     assert "NaN or infinite" in answers[3][2].decode()
 
 

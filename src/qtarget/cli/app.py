@@ -8,8 +8,15 @@ import typer
 
 from qtarget.cli import audit_data, bench, cache, demo, inspect, lens, noise, report, score, serve, targets, train
 
+
+def dashed(token: str) -> str:
+    """Options are spelled with dashes, keys of a config with underscores; of an option both spellings will do."""
+    return token.replace("_", "-")
+
+
 app = typer.Typer(
     add_completion=False,
+    context_settings={"token_normalize_func": dashed},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Choose, per token, what distribution a language model is pulled towards.",

@@ -89,7 +89,7 @@ def sweep(
     vocabs: Annotated[
         str, typer.Option(help="Vocabularies whose memory to measure at 2,048 tokens; '' for none.")
     ] = listed(SWEEP.vocabs),
-    losses: Annotated[str, typer.Option(help="Whose memory to measure, separated by ';'.")] = ";".join(MEMORY),
+    losses: Annotated[str, typer.Option(help="Whose memory to measure, separated by ';'.")] = "; ".join(MEMORY),
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULTS.device,
     rounds: Annotated[int, typer.Option(min=1, help="Counted rounds; medians are quoted.")] = DEFAULTS.rounds,
@@ -100,14 +100,15 @@ def sweep(
     """Time against the number of tokens, memory against tokens and vocabulary; `qtarget bench figure` draws it."""
     from rich.console import Console
 
-    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), losses=([*losses.split(";")], MEMORY))
+    names = tuple(name.strip() for name in losses.split(";"))
+    check_known(dtype=(dtype, DTYPES), device=(device, DEVICES), losses=([*names], MEMORY))
     check_device(device)
     check_writable(output)
     torch.set_num_threads(threads)
     pairs = tuple(numbers_pair(shape) for shape in shapes.split(","))
     config = SweepConfig(
         pairs, numbers("time-tokens", time_tokens), numbers("memory-tokens", memory_tokens), numbers("vocabs", vocabs),
-        losses=tuple(losses.split(";")), dtype=dtype, device=device, rounds=rounds, top_k=top_k,
+        losses=names, dtype=dtype, device=device, rounds=rounds, top_k=top_k,
     )  # fmt: skip
     done = previous(output, config) if resume else {"time": [], "memory": []}
     results = run_sweep(config, done, typer.echo, saver(output))

@@ -36,22 +36,19 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a cache is of, what it holds, and what it weighs."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from qtarget.scoring.files import size_on_disk
-    from qtarget.scoring.schema import Manifest
+    from qtarget.scoring.reader import ReferenceCache
 
-    facts = described(Manifest.read(directory), size_on_disk(directory))
+    facts = described(ReferenceCache.open(directory, verify=False).manifest, size_on_disk(directory))
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    table = Table(title=str(directory), show_header=False, box=box.SIMPLE)
+    typer.echo(directory)
     for name, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
+        if isinstance(value, dict):
+            value = [f"{key} {of}" for key, of in value.items()]
+        shown = f"{value:,}" if isinstance(value, int) else ", ".join(value) if isinstance(value, list) else value
+        typer.echo(f"  {name:<26}{shown}")
 
 
 def described(manifest: Manifest, size: int) -> dict[str, Any]:
@@ -74,13 +71,14 @@ def verify(
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
     from qtarget.scoring.reader import ReferenceCache
-    from qtarget.scoring.verify import check_counts
+    from qtarget.scoring.verify import check_counts, check_plan
 
     if (model is None) != (config is None):
         raise ConfigError(
             "--model and --config go together: the config has the rows, a cache knows only their checksums"
         )
     cache = ReferenceCache.open(directory)
+    check_plan(cache)
     check_counts(cache)
     typer.echo(f"{directory}: {len(cache.manifest.shards)} shards, {len(cache):,} rows: every hash and count is right")
     if model is not None and config is not None:

@@ -21,7 +21,7 @@ DEFAULTS = DemoConfig()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = DEFAULTS.seeds,
-    targets: Annotated[str, typer.Option(help="Comma-separated names; sft is always compared with.")] = ",".join(
+    targets: Annotated[str, typer.Option(help="Comma-separated names; sft is always compared with.")] = ", ".join(
         DEFAULTS.targets
     ),
     kind: Annotated[

@@ -44,24 +44,22 @@ def inspect(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `qtarget train`.")],
     targets: Annotated[
         str | None,
-        typer.Option(help="Targets, apart by commas: sft,dft,target_sft(eta=0.5). Default: sft and the config's."),
+        typer.Option(help="Targets, apart by commas: sft, dft, target_sft(eta=0.5). Default: sft and the config's."),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows at most; more are sampled uniformly.")] = 5000,
-    sample_seed: Annotated[int, typer.Option("--sample_seed", "--sample-seed", help="Of the sample.")] = 0,
+    sample_seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
     checkpoints: Annotated[str | None, typer.Option(help="Folders of trained models, apart by commas.")] = None,
     mark: Annotated[
         str | None, typer.Option(help="COLUMN=VALUE of rows known to be noise; default: rows with noise_spans.")
     ] = None,
-    group_by: Annotated[
-        str | None, typer.Option("--group_by", "--group-by", help="Column to compare by; default: source, dataset, ...")
-    ] = None,
+    group_by: Annotated[str | None, typer.Option(help="Column to compare by; default: source, dataset, ...")] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     page_megabytes: Annotated[
         float,
-        typer.Option("--page_megabytes", "--page-megabytes", min=0.1, help="Beyond it fewer rows are shown in full."),
+        typer.Option(min=0.1, help="Beyond it fewer rows are shown in full."),
     ] = 24.0,
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
 ) -> None:

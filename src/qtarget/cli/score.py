@@ -15,59 +15,40 @@ if TYPE_CHECKING:
     from qtarget.scoring.engines import EngineChoice
     from qtarget.scoring.schema import Manifest
 
+Policy = Literal["bucket", "spread", "renormalize"]
+Role = Literal["reference", "teacher"]
+Engine = Literal["local", "ray", "mosec", "vllm", "sglang"]
+
 
 def score(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
-    top_k: Annotated[
-        int, typer.Option("--top_k", "--top-k", min=0, help="Log-probs a token; anchors and teachers need them.")
-    ] = 0,
-    tail_policy: Annotated[
-        Literal["bucket", "spread", "renormalize"],
-        typer.Option("--tail_policy", "--tail-policy", help="What stands for the rest."),
-    ] = "bucket",
+    top_k: Annotated[int, typer.Option(min=0, help="Log-probs a token; anchors and teachers need them.")] = 0,
+    tail_policy: Annotated[Policy, typer.Option(help="What stands for the rest.")] = "bucket",
     sampled: Annotated[
-        int,
-        typer.Option(min=0, help="Draws a token instead of the top k, for linear targets (distillation); 50 is usual."),
+        int, typer.Option(min=0, help="Draws a token instead of the top k, for linear targets alone; 50 is usual.")
     ] = 0,
     seed: Annotated[int, typer.Option("--sampling-seed", min=0, help="Of the draws.")] = 0,
     log_probs_dtype: Annotated[
-        Literal["float16", "float32"],
-        typer.Option("--log_probs_dtype", "--log-probs-dtype", help="Of the stored top-k log-probs."),
+        Literal["float16", "float32"], typer.Option(help="Of the stored top-k log-probs.")
     ] = "float16",
     known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
     role: Annotated[
-        Literal["reference", "teacher"],
-        typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache."),
+        Role, typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache.")
     ] = "reference",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the cache; default: the config's {role}_cache.")
-    ] = None,
-    engine: Annotated[
-        Literal["local", "ray", "mosec", "vllm", "sglang"], typer.Option(help="Who runs the model.")
-    ] = "local",
+    output: Annotated[Path | None, typer.Option(help="Folder; default: the config's {role}_cache.")] = None,
+    engine: Annotated[Engine, typer.Option(help="Who runs the model.")] = "local",
     url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
-    ray_address: Annotated[
-        str | None, typer.Option("--ray_address", "--ray-address", help="Of a running cluster; default: this machine.")
-    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine.")] = None,
     trust_server: Annotated[
         bool,
-        typer.Option(
-            "--trust_server",
-            "--trust-server",
-            help="Compare the server's tokenizer alone; the model fits nowhere here.",
-        ),
+        typer.Option("--trust-server", help="Compare the server's tokenizer alone; the model fits nowhere here."),
     ] = False,
     vocab_size: Annotated[
-        int | None,
-        typer.Option(
-            "--vocab_size", "--vocab-size", help="Rows of a trusted server's head; default: the model's here."
-        ),
+        int | None, typer.Option(help="Rows of a trusted server's head; default: the model's here.")
     ] = None,
-    shard_rows: Annotated[
-        int, typer.Option("--shard_rows", "--shard-rows", min=1, help="Rows a shard: what a kill can cost, at most.")
-    ] = 2000,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
@@ -81,14 +62,12 @@ def score(
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
     begin = time.perf_counter()
-    storage: dict[str, Any] = {
-        "sampled": sampled,
-        "seed": seed,
-        "log_probs_dtype": log_probs_dtype,
-        "shard_rows": shard_rows,
-        "known": known,
-    }
-    manifest = run_scoring(run, Path(directory), top_k, tail_policy, role, chosen, **storage)
+    # fmt: off
+    manifest = run_scoring(
+        run, Path(directory), top_k, tail_policy, role, chosen, sampled=sampled, seed=seed,
+        log_probs_dtype=log_probs_dtype, shard_rows=shard_rows, known=known,
+    )
+    # fmt: on
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
@@ -96,8 +75,8 @@ def run_scoring(
     config: RunConfig,
     directory: Path,
     top_k: int,
-    tail_policy: Literal["bucket", "spread", "renormalize"],
-    role: Literal["reference", "teacher"] = "reference",
+    tail_policy: Policy,
+    role: Role = "reference",
     engine: EngineChoice | None = None,
     **storage: Any,
 ) -> Manifest:

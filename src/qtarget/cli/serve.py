@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from qtarget.scoring.identity import Identity
+    from qtarget.serving.settings import ServeSettings
 
 
 def serve(
@@ -18,50 +19,62 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8100,
     token_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--token-file", "--token_file", help="Bearer token that clients must send; else $QTARGET_API_KEY."
-        ),
+        Path | None, typer.Option(help="Bearer token that clients must send; else $QTARGET_API_KEY.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     workers: Annotated[
         int, typer.Option(help="Processes that score, one thread each; on a CPU they share the weights.")
     ] = 1,
-    max_batch: Annotated[int, typer.Option("--max-batch", "--max_batch", help="Requests scored together.")] = 16,
-    wait_ms: Annotated[int, typer.Option("--wait-ms", "--wait_ms", help="How long the first of them waits.")] = 5,
-    tokens_per_batch: Annotated[
-        int,
-        typer.Option("--tokens-per-batch", "--tokens_per_batch", help="Padded tokens a forward pass; 0: by device."),
-    ] = 0,
+    max_batch: Annotated[int, typer.Option(help="Requests scored together.")] = 16,
+    wait_ms: Annotated[int, typer.Option(help="How long the first of them waits.")] = 5,
+    tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens a forward pass; 0: by device.")] = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond: 429.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included; beyond: 408.")] = 60.0,
-    start_timeout: Annotated[
-        float, typer.Option("--start-timeout", "--start_timeout", help="Seconds until it must be ready.")
-    ] = 600.0,
-    max_restarts: Annotated[
-        int, typer.Option("--max-restarts", "--max_restarts", help="After crashes, within ten minutes.")
-    ] = 20,
-    max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", help="Of a request.")] = 2**20,
-    max_rows: Annotated[int, typer.Option("--max-rows", help="A request.")] = 64,
-    max_row_tokens: Annotated[int, typer.Option("--max-row-tokens", help="0: what the model allows.")] = 0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="A request.")] = 2**16,
-    max_top_k: Annotated[int, typer.Option("--max-top-k", help="Log-probs a position.")] = 1024,
-    max_candidates: Annotated[int, typer.Option("--max-candidates", help="Ids a request.")] = 1024,
-    max_answer_bytes: Annotated[int, typer.Option("--max-answer-bytes", help="Of an answer.")] = 2**26,
+    start_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = 600.0,
+    max_restarts: Annotated[int, typer.Option(help="After crashes, within ten minutes.")] = 20,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 2**20,
+    max_rows: Annotated[int, typer.Option(help="A request.")] = 64,
+    max_row_tokens: Annotated[int, typer.Option(help="0: what the model allows.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="A request.")] = 2**16,
+    max_top_k: Annotated[int, typer.Option(help="Log-probs a position.")] = 1024,
+    max_candidates: Annotated[int, typer.Option(help="Ids a request.")] = 1024,
+    max_answer_bytes: Annotated[int, typer.Option(help="Of an answer.")] = 2**26,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
     """Serve MODEL until Ctrl-C or SIGTERM; the URL is printed once requests are answered."""
+    from qtarget.scoring.identity import Limits
+    from qtarget.serving.settings import ServeSettings
+
+    # fmt: off
+    limits = Limits(
+        body_bytes=max_body_bytes, rows=max_rows, row_tokens=max_row_tokens, tokens=max_tokens, top_k=max_top_k,
+        candidates=max_candidates, answer_bytes=max_answer_bytes,
+    )
+    settings = ServeSettings(
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, workers=workers, max_batch=max_batch,
+        wait_ms=wait_ms, tokens_per_batch=tokens_per_batch, queue=queue, timeout=timeout, start_timeout=start_timeout,
+        max_restarts=max_restarts, limits=limits,
+    )
+    # fmt: on
+    run_server(settings, host, port, token_file)
+
+
+def run_server(settings: ServeSettings, host: str, port: int, token_file: Path | None) -> None:
+    """Serve until a signal; what happens goes to standard error.
+
+    Raises:
+        MissingDependencyError: mosec is not installed.
+        ConfigError, ServingError: see ``qtarget.serving.server``.
+    """
     import asyncio
     import logging
     import os
 
     from qtarget.errors import MissingDependencyError
     from qtarget.scoring.http import KEY_VARIABLE
-    from qtarget.scoring.identity import Limits
-    from qtarget.serving.settings import ServeSettings
 
     try:
         from qtarget.serving import server
@@ -70,29 +83,6 @@ def serve(
             raise
         raise MissingDependencyError(f"serving needs {error.name}; run `pip install 'qtarget[serve]'`") from error
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    settings = ServeSettings(
-        model=model,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        workers=workers,
-        max_batch=max_batch,
-        wait_ms=wait_ms,
-        tokens_per_batch=tokens_per_batch,
-        queue=queue,
-        timeout=timeout,
-        start_timeout=start_timeout,
-        max_restarts=max_restarts,
-        limits=Limits(
-            body_bytes=max_body_bytes,
-            rows=max_rows,
-            row_tokens=max_row_tokens,
-            tokens=max_tokens,
-            top_k=max_top_k,
-            candidates=max_candidates,
-            answer_bytes=max_answer_bytes,
-        ),
-    )
     token = server.read_token(token_file, os.environ.get(KEY_VARIABLE))
     asyncio.run(server.serve(settings, host=host, port=port, token=token, on_ready=announce))
 

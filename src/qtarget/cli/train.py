@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
 TEACHER_CACHE = "teacher_cache"
 """Folder under ``output_dir`` for what a teacher behind a URL said."""
+TEACHER_URL = "teacher_url"
+"""File in it, written when all is said: the URL."""
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -76,26 +81,48 @@ def score_teacher(config: RunConfig) -> None:
     """Ask a teacher behind a URL once, before training: its numbers go into a cache under ``output_dir``.
 
     With ``teacher_model_name_or_path`` beside the URL that model is loaded, and the server must give its numbers; without,
-    the server is trusted. An interrupted scoring goes on where it stopped.
+    the server is trusted. An interrupted scoring goes on where it stopped; a finished one asks nobody.
 
     Raises:
         ScoringServerError: the server fails, or is not what it should be.
     """
-    import logging
-
     from qtarget.cli.score import run_scoring
     from qtarget.scoring.engines import EngineChoice, detect_engine
+    from qtarget.scoring.files import write_atomic
 
     training, url = config.training, str(config.training.teacher_url)
     folder = Path(str(training.output_dir)) / TEACHER_CACHE
     with training.main_process_first(local=False, desc="scoring the teacher"):
-        if training.process_index == 0 and _needs_teacher(config):
+        if (
+            training.process_index == 0
+            and _needs_teacher(config)
+            and not has_said_all(folder, url, training.teacher_top_k)
+        ):
             engine = EngineChoice(detect_engine(url), url, trust_server=training.teacher_model_name_or_path is None)
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 "teacher: %s is a %s server, asked once for all rows: its numbers go to %s", url, engine.name, folder
             )
             run_scoring(config, folder, training.teacher_top_k, "bucket", "teacher", engine)
+            write_atomic(folder / TEACHER_URL, url.encode())
     training.teacher_cache = str(folder)
+
+
+def has_said_all(folder: Path, url: str, top_k: int) -> bool:
+    """Whether a folder is a whole cache of this URL's answers; the log says so, or what is wrong with it."""
+    from qtarget.errors import CacheMismatchError
+    from qtarget.scoring.reader import ReferenceCache
+
+    asked = folder / TEACHER_URL
+    if not asked.is_file() or asked.read_text(encoding="utf-8") != url:
+        return False
+    try:
+        cache = ReferenceCache.open(folder)
+    except CacheMismatchError as error:
+        logger.warning("%s; asking %s again", error, url)
+        return False
+    if cache.manifest.top_k == top_k:
+        logger.warning("teacher: %s is finished; %s is not asked again", folder, url)
+    return cache.manifest.top_k == top_k
 
 
 def _needs_teacher(config: RunConfig) -> bool:

@@ -117,7 +117,7 @@ def score(
     if processing_class is not None and name:
         compare_tokenizers(tokenizer, name, trust_remote_code=args.trust_remote_code)
     options: Any = args.model_init_kwargs or {}
-    load = partial(load_model, name, **{**options, "dtype": base.dtype})
+    load = partial(load_model, model, **{**options, "dtype": base.dtype}) if isinstance(model, str) else None
     model_id = model_id or name or type(base).__name__
     return score_rows(
         base,
@@ -136,12 +136,5 @@ def score(
         logit_softcap=job.trainer.head_spec.softcap,
         progress=progress,
         shard_rows=shard_rows,
-        connect=partial(
-            connect,
-            engine or EngineChoice(),
-            base,
-            model_id=model_id,
-            tokenizer=tokenizer,
-            load=load if isinstance(model, str) else None,
-        ),
+        connect=partial(connect, engine or EngineChoice(), base, model_id=model_id, tokenizer=tokenizer, load=load),
     )

@@ -48,11 +48,11 @@ class LoadedShard:
 def load_shard(directory: Path, shard: ShardRecord, manifest: Manifest) -> LoadedShard:
     """Map a shard's side file, making it first if there is none or it is cut short."""
     path = side_file(directory, shard)
-    if not looks_whole(path):
-        with building(path.parent):
-            if not looks_whole(path):  # another worker may have been faster
-                make_side_file(directory, shard, manifest, path)
-    with pa.memory_map(str(path)) as source:
+    with building(path.parent):
+        if not looks_whole(path):
+            make_side_file(directory, shard, manifest, path)
+        source = pa.memory_map(str(path))  # from here on it may be deleted
+    with source:
         table = pa.ipc.open_file(source).read_all()
     columns: dict[str, np.ndarray] = {}
     offsets, drawn = np.zeros(1, np.int64), None
@@ -137,11 +137,11 @@ def decoded_table(table: pa.Table, manifest: Manifest) -> pa.Table:
     return pa.table(columns)
 
 
-def looks_whole(path: Path) -> bool:
-    """Whether a side file has the size that its receipt says."""
-    receipt = path.with_suffix(".json")
+def looks_whole(path: Path, *, verify: bool = False) -> bool:
+    """Whether a side file has the size, and if asked the content, that its receipt says."""
     try:
-        return path.stat().st_size == json.loads(receipt.read_text(encoding="utf-8"))["bytes"]
+        receipt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return path.stat().st_size == receipt["bytes"] and (not verify or digest_file(path) == receipt["blake2b"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -149,14 +149,16 @@ def looks_whole(path: Path) -> bool:
 def drop_damaged(directory: Path, shard: ShardRecord) -> None:
     """Delete a side file whose content is not what was written; it is made again when it is asked for."""
     path = side_file(directory, shard)
-    if looks_whole(path) and digest_file(path) != json.loads(path.with_suffix(".json").read_text())["blake2b"]:
-        logger.warning("%s is damaged; decoding %s again", path, shard.name)
-        path.unlink(missing_ok=True)
+    if path.exists() and not looks_whole(path, verify=True):
+        with building(path.parent):  # where nobody writes it, look again
+            if not looks_whole(path, verify=True):
+                logger.warning("%s is damaged; decoding %s again", path, shard.name)
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """One process decodes at a time; the others wait and find its files."""
+    """One process makes or deletes side files at a time; the others wait and find what it left."""
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

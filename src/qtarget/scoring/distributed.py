@@ -41,10 +41,14 @@ class Worker:
         fingerprint: what the model must be.
         threads: of torch, in this process.
         options: of ``LocalSource``.
+        shards: references to the rows and the plan of each shard; a worker fetches what it scores.
     """
 
-    def __init__(self, load: Load, fingerprint: str, threads: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, load: Load, fingerprint: str, threads: int, options: dict[str, Any], shards: Sequence[Any] = ()
+    ) -> None:
         self._load, self._fingerprint, self._threads, self._options = load, fingerprint, threads, options
+        self._shards = shards
         self._loaded: LocalSource | None = None
 
     def _source(self) -> LocalSource:
@@ -63,13 +67,13 @@ class Worker:
         return self._loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The content of the one shard in a batch of Ray Data, or our own error: Ray would hand it on as text."""
-        rows, plan = pickle.loads(batch["shard"][0])
+        """The content of the one shard named in a batch of Ray Data, or our own error: Ray would hand it on as text."""
+        rows, plan = _import_ray().get(self._shards[batch["id"][0]])
         try:
             content, error = bytes(shard_content(rows, self._source(), plan)), b""
         except QTargetError as raised:
             content, error = b"", pickle.dumps(raised)
-        return {"number": batch["number"], "content": [content], "error": [error]}
+        return {"id": batch["id"], "content": [content], "error": [error]}
 
     def score(self, *arguments: Any, **named: Any) -> list[ScoredRow]:
         """``LocalSource.score``."""
@@ -135,18 +139,22 @@ class RaySource:
         Raises:
             QTargetError: what a worker raised.
         """
-        shards = [{"number": number, "shard": pickle.dumps((rows, plan))} for number, rows in work]
-        if not shards:
-            return
         ray = _import_ray()
         with connected(self._address, self._workers):
+            # into the object store as they are read: this process holds one shard's rows at a time
+            numbers, shards = [], []
+            for number, rows in work:
+                numbers.append(number)
+                shards.append(ray.put((rows, plan)))
+            if not shards:
+                return
             dataset = (
-                ray.data.from_items(shards)
+                ray.data.range(len(shards))
                 # a block is what a killed actor's successor does again; override_num_blocks would not cut it so small
                 .repartition(target_num_rows_per_block=1)
                 .map_batches(
                     Worker,
-                    fn_constructor_args=self._worker_arguments(),
+                    fn_constructor_args=(*self._worker_arguments(), shards),
                     batch_size=1,
                     compute=ray.data.ActorPoolStrategy(size=min(self._workers, len(shards))),
                     **self._resources(),
@@ -155,7 +163,7 @@ class RaySource:
             for row in dataset.iter_rows():
                 if row["error"]:
                     raise pickle.loads(row["error"])
-                yield int(row["number"]), row["content"]
+                yield numbers[row["id"]], row["content"]
 
     def score(
         self,

@@ -13,6 +13,7 @@ import yaml
 
 from qtarget.errors import ConfigError, DataError, IncompatibleError
 from qtarget.scoring.bits import pack_bits
+from qtarget.scoring.columns import LOWEST
 from qtarget.scoring.files import write_atomic
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import Row, read_row
@@ -59,7 +60,8 @@ def export_rows(cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], name: 
     writer = None
     for start in range(0, len(read), BATCH):
         batch = [
-            writers[name](row, cache.row(i)) for row, i in zip(read[start:][:BATCH], found[start:][:BATCH], strict=True)
+            writers[name](row, filled(cache.row(i)))
+            for row, i in zip(read[start:][:BATCH], found[start:][:BATCH], strict=True)
         ]
         table = pa.Table.from_pylist(batch, schema=SCHEMAS[name])
         writer = writer or pq.ParquetWriter(unfinished, table.schema)
@@ -70,6 +72,18 @@ def export_rows(cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], name: 
     if name == "distillkit":
         write_atomic(directory / "compression_config.yaml", distillkit_config(cache).encode())
     return len(read)
+
+
+def filled(numbers: Numbers) -> Numbers:
+    """The same with real ids in unused slots too, lowest first, of tokens that are not listed there: no format has an id -1.
+
+    Their log-prob is ``LOWEST``, probability 0, as in the cache; ``import`` reads such slots as unused.
+    """
+    ids = numbers["topk_ids"].copy()
+    for t in np.flatnonzero((ids < 0).any(1)):
+        unused = ids[t] < 0
+        ids[t, unused] = np.setdiff1d(np.arange(ids.shape[1]), ids[t])[: unused.sum()]
+    return {**numbers, "topk_ids": ids}
 
 
 def spread(row: Row, values: np.ndarray, shift: int, fill: float, length: int) -> np.ndarray:
@@ -87,12 +101,12 @@ def axolotl_row(row: Row, numbers: Numbers) -> dict[str, Any]:
     log_probs = numbers["topk_log_probs"].astype(np.float32)
     log_probs = log_probs - np.log(np.exp(log_probs).sum(1, keepdims=True))
     mask = np.zeros((length, log_probs.shape[1]), np.int8)
-    mask[row.positions] = numbers["topk_ids"] >= 0
+    mask[row.positions] = numbers["topk_log_probs"] > LOWEST
     return {
         "input_ids": row.input_ids,
         "attention_mask": np.ones(length, np.int8),
         "labels": labels,
-        "target_token_ids": list(spread(row, numbers["topk_ids"].clip(min=0), 0, 0, length)),
+        "target_token_ids": list(spread(row, numbers["topk_ids"], 0, 0, length)),
         "target_logprobs": list(spread(row, log_probs, 0, -np.inf, length)),
         "target_mask": list(mask),
     }
@@ -107,7 +121,7 @@ def verl_row(row: Row, numbers: Numbers) -> dict[str, Any]:
         "input_ids": row.input_ids,
         "attention_mask": np.ones(length, np.int8),
         "response_mask": response,
-        "teacher_ids": list(spread(row, numbers["topk_ids"].clip(min=0), 1, 0, length)),
+        "teacher_ids": list(spread(row, numbers["topk_ids"], 1, 0, length)),
         "teacher_logprobs": list(spread(row, numbers["topk_log_probs"].astype(np.float32), 1, 0.0, length)),
     }
 

@@ -47,7 +47,7 @@ class Listed:
     """A foreign row: ``input_ids [time]``, which tokens are trained, and what lies at each index.
 
     Attributes:
-        ids, log_probs: ``[indices, k]``; an unused slot has minus infinity.
+        ids, log_probs: ``[indices, k]``; an unused slot has minus infinity, or anything down to ``LOWEST``.
     """
 
     input_ids: np.ndarray
@@ -118,7 +118,7 @@ def read_axolotl(raw: Mapping[str, Any]) -> Listed:
     ids = np.asarray(column(raw, "target_token_ids", "axolotl"), np.int64)
     mask = np.asarray(column(raw, "target_mask", "axolotl"), bool)
     log_probs = np.asarray(column(raw, "target_logprobs", "axolotl"), np.float32)
-    log_probs = np.where(mask & ~(log_probs <= LOWEST), log_probs, -np.inf)  # padded slots carry minus infinity or -1e9
+    log_probs = np.where(mask, log_probs, -np.inf)
     input_ids = np.asarray(raw["input_ids"], np.int64)
     known = {"labels": raw.get("labels")}
     supervised = trained(known, len(input_ids)) if known["labels"] is not None else np.asarray(mask.any(1))
@@ -186,13 +186,16 @@ def aligned(row: Listed, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
     Returns nothing at position 0, and nothing where every slot is unused.
     """
+    values = np.where(
+        row.log_probs <= LOWEST, -np.inf, row.log_probs
+    )  # padded slots carry minus infinity, -1e9 or ours
     at = np.flatnonzero(row.supervised)
     at = at[(at >= 1) & (at >= shift) & (at - shift < len(row.ids))]
     if len(at):
-        found = row.log_probs[at - shift]
+        found = values[at - shift]
         blank = (found == 0).all(1) & (found.shape[1] > 1)  # verl pads with zeros
         at = at[(found != -np.inf).any(1) & ~blank]  # NaN stays, to be refused
-    ids, log_probs = row.ids[at - shift], row.log_probs[at - shift]
+    ids, log_probs = row.ids[at - shift], values[at - shift]
     order = np.argsort(-log_probs, axis=1, kind="stable")
     return at, np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1)
 

@@ -6,7 +6,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,8 +48,8 @@ class Retries:
     sleep: Callable[[float], None] = time.sleep
 
     def wait(self, failures: int, retry_after: str | None) -> None:
-        """Sleep before the next attempt: what the server asked for, else doubled each time, spread by half."""
-        if retry_after is not None and retry_after.isdigit():
+        """Sleep before the next attempt: the seconds the server asked for, else (also for a date) doubled each time, spread."""
+        if retry_after is not None and retry_after.isdecimal():
             seconds = float(retry_after)
         else:
             seconds = self.first * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
@@ -289,6 +289,11 @@ class HttpSource(ABC):
         return out
 
 
+def largest(pairs: Iterable[tuple[float, int]], count: int) -> list[tuple[float, int]]:
+    """The most probable of some (log-prob, id), descending; of equal ones the lower id first."""
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:count]
+
+
 def listed_row(
     label_log_probs: Sequence[float],
     listed: Sequence[Sequence[tuple[float, int]]],
@@ -302,7 +307,7 @@ def listed_row(
     probability. Where the whole vocabulary is listed nothing is left, not even rounding.
 
     Args:
-        listed: of each position, the ``top_k`` most probable, in any order.
+        listed: of each position, ``largest`` of what the server lists there.
 
     Raises:
         ScoringServerError: an id is outside the vocabulary, or the numbers are no log-probs of one distribution.
@@ -314,9 +319,8 @@ def listed_row(
             require_log_probs(values)
     if not top_k:
         return ScoredRow(label, candidate_log_probs=candidates)
-    descending = [sorted(pairs, key=lambda pair: (-pair[0], pair[1])) for pairs in listed]
-    log_probs = np.array([[value for value, _ in pairs] for pairs in descending], np.float64)
-    ids = np.array([[token for _, token in pairs] for pairs in descending], np.int32)
+    log_probs = np.array([[value for value, _ in pairs] for pairs in listed], np.float64)
+    ids = np.array([[token for _, token in pairs] for pairs in listed], np.int32)
     require_log_probs(log_probs)
     mass = np.exp(log_probs).sum(-1)
     if mass.max(initial=0.0) > 1 + MASS_SLACK:

@@ -266,6 +266,19 @@ class Connection:
     engine: str
     engine_version: str
 
+    def provenance(self, **settings: Any) -> Provenance:
+        """What the manifest says; ``settings`` are the fields of ``Provenance`` that the source does not decide."""
+        return Provenance(
+            model_id=self.model_id,
+            model_fingerprint=self.model_fingerprint,
+            vocab_size=self.source.vocab_size,
+            dtype=self.dtype,
+            versions=tool_versions(),
+            engine=self.engine,
+            engine_version=self.engine_version,
+            **settings,
+        )
+
 
 def local_connection(model: Any, *, model_id: str, model_fingerprint: str | None = None, **options: Any) -> Connection:
     """A model of this process; ``options`` are those of ``LocalSource``.
@@ -334,46 +347,34 @@ def score_rows(
         ConfigError, CacheMismatchError, DataError, NonFiniteLossError: see ``write_cache``.
         UnsupportedModelError, HyperparameterError: see ``LocalSource``.
     """
+    check_storage(tail_policy, log_probs_dtype)
+    connect = connect or partial(local_connection, model, model_id=model_id, model_fingerprint=model_fingerprint)
+    head: dict[str, Any] = {"logit_scale": logit_scale, "logit_softcap": logit_softcap}
+    with TokenMeter(enabled=progress) as meter:
+        connection = connect(**head, tokens_per_batch=tokens_per_batch, on_tokens=meter.advance)
+        provenance = connection.provenance(
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            chat_template_fingerprint=chat_template_fingerprint,
+            top_k=top_k,
+            tail_policy="sampled" if sampled else tail_policy,
+            log_probs_dtype=log_probs_dtype,
+            sampled=sampled,
+            seed=seed,
+        )
+        return write_cache(
+            directory, rows, connection.source, provenance, shard_rows=shard_rows, meter=meter, known=known, **head
+        )
+
+
+def check_storage(tail_policy: str, log_probs_dtype: str) -> None:
+    """Refuse choices that no cache knows.
+
+    Raises:
+        IncompatibleError: see the message.
+    """
     if tail_policy not in get_args(TailPolicy):
         raise IncompatibleError(
             f"tail_policy {tail_policy!r} is unknown; expected one of {', '.join(get_args(TailPolicy))}"
         )
     if log_probs_dtype not in ("float32", "float16"):
         raise IncompatibleError(f"log_probs_dtype {log_probs_dtype!r} is unknown; expected float32 or float16")
-    with TokenMeter(enabled=progress) as meter:
-        options: dict[str, Any] = {
-            "logit_scale": logit_scale,
-            "logit_softcap": logit_softcap,
-            "tokens_per_batch": tokens_per_batch,
-            "on_tokens": meter.advance,
-        }
-        connection = (
-            connect or partial(local_connection, model, model_id=model_id, model_fingerprint=model_fingerprint)
-        )(**options)
-        provenance = Provenance(
-            model_id=connection.model_id,
-            model_fingerprint=connection.model_fingerprint,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            chat_template_fingerprint=chat_template_fingerprint,
-            vocab_size=connection.source.vocab_size,
-            dtype=connection.dtype,
-            top_k=top_k,
-            tail_policy="sampled" if sampled else tail_policy,
-            log_probs_dtype=log_probs_dtype,
-            sampled=sampled,
-            seed=seed,
-            versions=tool_versions(),
-            engine=connection.engine,
-            engine_version=connection.engine_version,
-        )
-        return write_cache(
-            directory,
-            rows,
-            connection.source,
-            provenance,
-            shard_rows=shard_rows,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            meter=meter,
-            known=known,
-        )

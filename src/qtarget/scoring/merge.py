@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from qtarget.scoring.files import TEMPORARY
 from qtarget.scoring.plan import PlannedShard
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import Manifest, Provenance, ShardRecord
-from qtarget.scoring.writer import place_shard, shared_fields
+from qtarget.scoring.writer import LOCK, locked, place_shard, shared_fields
 
 MAY_DIFFER = ("model_id", "versions", "engine_version")
 """A name and tool versions are for people; everything else decides the numbers."""
@@ -31,7 +30,7 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
 
     Raises:
         CacheMismatchError: a cache is damaged, or differs from the first (names field, found and expected).
-        ConfigError: fewer than two caches, or ``directory`` exists already.
+        ConfigError: fewer than two caches, ``directory`` exists already, or another process is merging into it.
     """
     directory = Path(directory)
     if len(paths) < 2:
@@ -42,8 +41,20 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
     for other in caches[1:]:
         require_like(caches[0], other)
     building = directory.with_name(directory.name + TEMPORARY)
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building.mkdir(parents=True, exist_ok=True)
+    with locked(building):
+        if directory.exists():  # another merge was faster: what we hold the lock of is its folder
+            raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
+        manifest = copy_all(caches, building)
+        building.rename(directory)
+    return manifest
+
+
+def copy_all(caches: Sequence[ReferenceCache], building: Path) -> Manifest:
+    """Write the rows of all caches, each once, and their manifest into a folder; what a killed merge left there goes."""
+    for leftover in building.iterdir():
+        if leftover.name != LOCK:
+            leftover.unlink()
     seen: set[bytes] = set()
     shards: list[ShardRecord] = []
     for cache in caches:
@@ -60,7 +71,6 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
         schema_version=first.schema_version,
     )
     manifest.write(building)
-    building.rename(directory)
     return manifest
 
 

@@ -187,7 +187,7 @@ def check_shard(directory: Path, shard: ShardRecord, verify: bool) -> None:
         CacheMismatchError: it is missing, of another size, or of another content.
     """
     path = directory / shard.name
-    again = "run `qtarget score CONFIG.yaml` again: it scores this shard alone and keeps the others"
+    again = "run the command that wrote it again: `qtarget score` scores this shard alone and keeps the others"
     if not path.exists():
         raise CacheMismatchError(f"{path} is missing; {again}")
     if (size := path.stat().st_size) != shard.bytes:

@@ -197,7 +197,8 @@ class Provenance:
         versions: of qtarget, torch, transformers, pyarrow.
         temperature: of the stored log-probs; always 1.
         alignment: ``causal``: position t holds the log-prob of token t given those before it.
-        engine: what ran the model: ``transformers`` (in this process, or in Ray's), ``vllm``, ``sglang``, ``mosec``.
+        engine: what ran the model: ``transformers`` (in this process, or in Ray's), ``vllm``, ``sglang``, ``qtarget`` (its
+            own server, ``--engine mosec``), or ``imported from ...``.
         engine_version: of that engine, as it tells; empty if it does not.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ScoringServerError
-from qtarget.scoring.http import HttpSource, ServedModel, listed_row
+from qtarget.scoring.http import HttpSource, ServedModel, largest, listed_row
 from qtarget.scoring.rows import ScoredRow
 
 
@@ -56,7 +56,7 @@ class SglangSource(HttpSource):
             pairs = [_pair(entry, t, url) for entry in _triples(top[t], t, url)] if top else []
             if len(pairs) < top_k:
                 raise ScoringServerError(f"{url} lists {len(pairs)} log-probs at position {t}; expected {top_k}")
-            listed.append(pairs[:top_k])
+            listed.append(largest(pairs, top_k))
             known = {k: v for v, k in (_pair(e, t, url) for e in _triples(asked[t], t, url))} if asked else {}
             if missing := [c for c in candidate_ids or () if c not in known]:
                 raise ScoringServerError(f"{url} gives no log-prob of candidates {missing[:5]} at position {t}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
 from qtarget.errors import CacheMismatchError, DataError
 from qtarget.scoring.columns import KEPT_BITS, LOWEST
+from qtarget.scoring.plan import PLAN
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
+from qtarget.scoring.schema import MANIFEST, Provenance
 
 
 def check_counts(cache: ReferenceCache) -> None:
@@ -30,6 +34,30 @@ def check_counts(cache: ReferenceCache) -> None:
                 )
     if tokens != cache.manifest.tokens:
         raise CacheMismatchError(f"{cache.path} holds {tokens} tokens, its manifest says {cache.manifest.tokens}")
+
+
+def check_plan(cache: ReferenceCache) -> None:
+    """Compare the manifest with the plan that its scorer began with; merged caches have none.
+
+    Raises:
+        CacheMismatchError: one of them was edited, or the plan is unreadable.
+    """
+    path = cache.path / PLAN
+    if not path.exists():
+        return
+    redo = f"delete {cache.path / MANIFEST} and run the command that wrote it again: finished shards are kept"
+    try:
+        plan = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CacheMismatchError(f"{path} is unreadable ({error}); score again into another folder") from error
+    said = asdict(cache.manifest)
+    edited = [
+        f"{field.name} is {said[field.name]!r} in {MANIFEST}, {plan[field.name]!r} in {PLAN}"
+        for field in fields(Provenance)
+        if field.name in plan and plan[field.name] != said[field.name]
+    ]
+    if edited:
+        raise CacheMismatchError(f"{cache.path} was edited: {'; '.join(edited)}; expected the same in both; {redo}")
 
 
 def rescore(

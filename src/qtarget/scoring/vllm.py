@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ScoringServerError
-from qtarget.scoring.http import Endpoint, HttpSource, ServedModel, listed_row
+from qtarget.scoring.http import Endpoint, HttpSource, ServedModel, largest, listed_row
 from qtarget.scoring.rows import ScoredRow
 
 
@@ -74,10 +74,9 @@ class VllmSource(HttpSource):
                 )
             labels.append(numbers[int(ids[t])])
             # a label beside the k largest is the last of k + 1
-            largest = sorted(((value, token) for token, value in numbers.items()), key=lambda p: (-p[0], p[1]))[:top_k]
-            if len(largest) < top_k:
-                raise ScoringServerError(_too_few(self._endpoint.url, len(largest), top_k, t))
-            listed.append(largest)
+            listed.append(largest(((value, token) for token, value in numbers.items()), top_k))
+            if len(numbers) < top_k:
+                raise ScoringServerError(_too_few(self._endpoint.url, len(numbers), top_k, t))
             if candidate_ids is not None:
                 if missing := [c for c in candidate_ids if c not in numbers]:
                     raise ScoringServerError(_too_few(self._endpoint.url, len(numbers), self.vocab_size, t, missing))

@@ -68,7 +68,7 @@ def write_cache(
         The manifest of the finished cache.
 
     Raises:
-        ConfigError: another process is scoring into the folder.
+        ConfigError: another process is writing the folder.
         CacheMismatchError: the folder was begun with another plan, or a source changed which columns it tells.
         DataError: a row is unusable.
         HyperparameterError: ``top_k`` exceeds the vocabulary, or ``sampled`` a byte.
@@ -185,8 +185,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"another process is scoring into {directory}; expected one scorer a folder; wait for it, "
-                "or choose another folder"
+                f"another process is writing {directory}; expected one at a time; wait for it, or choose another folder"
             ) from error
         yield
 

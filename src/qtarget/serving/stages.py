@@ -23,6 +23,9 @@ from qtarget.scoring.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answ
 from qtarget.serving.heartbeat import Heartbeat
 from qtarget.serving.model import Loaded
 
+FAILED = "scoring failed; the server's log says why"
+"""All that a client learns of a fault of ours: the text of an exception may hold paths and settings."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -123,8 +126,10 @@ class Score(Stage):
         except Exception as error:
             if len(requests) > 1:
                 return [alone for request in requests for alone in self._together([request])]
+            if isinstance(error, DataError | HyperparameterError):
+                return [str(error)]  # about the request itself
             logger.exception("a request could not be scored")
-            return [f"scoring failed: {type(error).__name__}: {error}"]
+            return [FAILED]
         ends = np.cumsum([len(request.rows) for request in requests])
         parts = [scored[end - len(request.rows) : end] for end, request in zip(ends, requests, strict=True)]
         return [

@@ -181,7 +181,7 @@ class Supervisor:
             for line in chunk.decode(errors="replace").replace("\r", "\n").splitlines():
                 if line.strip():
                     self._log.append(line[:500])
-                    logger.debug("pipeline: %s", line)
+                    logger.info("pipeline: %s", line)
 
     async def _until_ready(self) -> None:
         """Wait for mosec's root path, which answers once every stage is connected."""
