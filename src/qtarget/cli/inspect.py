@@ -67,6 +67,7 @@ def inspect(
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.config import build_config
+    from qtarget.cli.outputs import check_outputs
     from qtarget.cli.settings import Setting, read_settings
     from qtarget.report.inspection import json_parts, pack, render_inspection
     from qtarget.report.page import write_text
@@ -75,11 +76,12 @@ def inspect(
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
     paths = tuple(part for part in (checkpoints or "").split(",") if part)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
-    found = inspect_config(build_config(settings, config), options)
+    built = build_config(settings, config)
+    check_outputs({"--output": output, "--json": json_file}, [config, *built.inputs, *paths])
+    found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))
     write_text(output, render_inspection(document))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         with json_file.open("w", encoding="ascii") as file:
             file.writelines(json_parts(found, document, packer))
     kept = len(document["tokens"]["rows"])
