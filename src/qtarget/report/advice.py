@@ -13,6 +13,10 @@ from qtarget.data.findings import Finding
 from qtarget.report.noise_checks import KNOWS_TOO_LITTLE
 
 
+FEWEST_SCORED_ROWS = 100
+"""From here on the standard error of a share is at most 5 points, even if all labels of a row agree: sqrt(0.25 / 100)."""
+
+
 @dataclass(frozen=True)
 class Statement:
     """One ranked or discouraged group of targets, with what it rests on.
@@ -77,6 +81,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
     scored = bool(surprise)
     suspected = by_name["surprising_tokens"].evidence["share"] if "surprising_tokens" in by_name else 0.0
     flawed = by_name["flawed_prior"].evidence["share"] if "flawed_prior" in by_name else 0.0
+    scored_rows = by_name["base_surprise"].count if scored else 0
     checked = scored and "flawed_prior_unchecked" not in by_name
     return {name: surprise.get(name) for name in names} | {
         "suspected_share": suspected if scored else None,
@@ -84,6 +89,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
         "duplicate_share": share("duplicates"),
         "contradictory_share": share("contradictory_duplicates"),
         "rows": rows,
+        "scored_rows": scored_rows,
         "teacher": teacher,
     }
 
@@ -94,23 +100,34 @@ def which_target(facts: Mapping[str, Any]) -> Advice:
     Args:
         facts: of ``facts_of``. Up to ``KNOWS_TOO_LITTLE`` the demo speaks (0.17 there); above, no benchmark of targets.
     """
-    favourite = facts["favourite_share"]
     notes = _notes(facts)
+    gap = _what_is_missing(facts)
+    if gap is not None:
+        return Advice("not enough evidence", f"Not enough evidence: {gap}", facts, notes=notes)
+    return Advice("suggestion", *_new_format(facts), notes=notes)
+
+
+def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
+    """Why nothing can be suggested, and the next step; None where something can."""
+    favourite, scored_rows = facts["favourite_share"], facts["scored_rows"]
     if favourite is None:
         missing = "no cache with top-k" if facts["mean_surprise"] is not None else "no reference cache"
-        summary = (
-            f"Not enough evidence: {missing}, so how much the base already knows is unmeasured. Run "
-            "`qtarget score CONFIG.yaml --top_k 8` and audit again."
+        return (
+            f"{missing}, so how much the base already knows is unmeasured. Run `qtarget score CONFIG.yaml --top_k 8` and "
+            "audit again."
         )
-        return Advice("not enough evidence", summary, facts, notes=notes)
+    if scored_rows < FEWEST_SCORED_ROWS:
+        return (
+            f"only {scored_rows} rows were scored; below {FEWEST_SCORED_ROWS} the share of labels that are the base's "
+            "first choice is known to no better than 5 points. Score more rows and audit again."
+        )
     if favourite >= KNOWS_TOO_LITTLE:
-        summary = (
-            f"Not enough evidence: {favourite:.0%} of the labels are the base's first choice, so it can already answer in "
-            "part, and no benchmark in this repository compares targets on such a base. Train `sft` and one other "
-            "with equal budgets and compare them on clean held-out rows."
+        return (
+            f"{favourite:.0%} of the labels are the base's first choice, so it can already answer in part, and no benchmark "
+            "in this repository compares targets on such a base. Train `sft` and one other with equal budgets and compare "
+            "them on clean held-out rows."
         )
-        return Advice("not enough evidence", summary, facts, notes=notes)
-    return Advice("suggestion", *_new_format(facts), notes=notes)
+    return None
 
 
 def _new_format(
