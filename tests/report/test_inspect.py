@@ -394,3 +394,42 @@ def test_scripts_and_styles_of_the_page_end_where_they_should():
     for path in assets.iterdir():
         text = path.read_text()
         assert "</" not in text and "innerHTML" not in re.sub(r"//.*|/\*.*?\*/", "", text) and "<!--" not in text, path
+
+
+def test_the_revision_of_the_config_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
+    """Two revisions in a local hub cache, with other weights and other tokens: the page shows the one that training takes."""
+    import huggingface_hub.constants
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--owner--name"
+    for seed, revision in enumerate(("main", "other")):
+        snapshot = repository / "snapshots" / f"{seed:040d}"
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        tokenizer.add_tokens(["small"] if seed else [])
+        size = len(tokenizer)
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        ).save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"{seed:040d}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "A small", "completion": " small small dog"}) + "\n")
+    settings = {
+        "model_name_or_path": "owner/name", "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    page = ["--output", tmp_path / "page.html", "--json", tmp_path / "page.json", "--no-audit"]
+    for seed, revision in enumerate(("main", "other")):
+        command("inspect", tmp_path / "run.yaml", "--model_revision", revision, *page)
+        document = json.loads((tmp_path / "page.json").read_text())
+        (row,) = document["rows"]
+        assert row["texts"].count("small") == (3 if seed else 0)
+        model = AutoModelForCausalLM.from_pretrained(repository / "snapshots" / f"{seed:040d}")
+        with torch.no_grad():
+            log_probs = model(torch.tensor([row["ids"]])).logits[0, :-1].log_softmax(-1)
+        expected = [log_probs[place - 1, row["ids"][place]].item() for place in row["trained"]]
+        assert document["views"][0]["nll_mean"] == pytest.approx(-np.mean(expected), abs=1e-4)

@@ -100,23 +100,22 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         ConfigError: no such rows, no target that can be shown, or a checkpoint that cannot be loaded.
         CacheMismatchError: the cache is of other rows.
     """
-    from transformers import AutoTokenizer
-
+    from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.datasets import load_datasets
     from qtarget.integrations.trl_audit import cut, tokenise
     from qtarget.report.inspection import Inspection, View, ids_shown
     from qtarget.report.texts import token_texts
     from qtarget.report.tokens import flatten_rows
 
-    training, name = config.training, str(config.model.model_name_or_path)
+    training = config.training
     whole: Any = load_datasets(config)[options.split == "validation"]
     if whole is None:
         raise ConfigError(
             "--split validation: the config names no validation_file; set it, or look at the training rows"
         )
     numbers, data = sample(whole, options.rows, options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training.trust_remote_code)
-    tokens = tokenise(training, data, tokenizer)
+    loaded = load_tokenizer(config)
+    tokens = tokenise(training, data, loaded[0])
     weights = _data_weights(data, tokens)
     cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
     rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
@@ -139,7 +138,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         _groups(options, raw),
         row_marks,
         token_marks,
-        _audit(config, raw, tokens, cut_rows, live.vocab_size) if options.audit and not sampled else None,
+        _audit(config, raw, tokens, cut_rows, loaded) if options.audit and not sampled else None,
     )
 
 
@@ -188,7 +187,7 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
     other = training.reference_model_name_or_path
     if "reference" in frozen and other in (None, model):
         return frozen["reference"], frozen
-    live = _scored(config, model, rows, model)
+    live = _scored(config, model, rows, model, config.model.model_revision)
     return live, {"reference": live} | frozen
 
 
@@ -205,7 +204,7 @@ def _check_origin(found: str, expected: str | None, role: str) -> None:
         )
 
 
-def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNumbers:
+def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: str = "main") -> ModelNumbers:
     """Run a model over the rows."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -214,9 +213,9 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNu
     from qtarget.report.tokens import numbers_from_source
     from qtarget.scoring.local import LocalSource
 
-    trust = config.training.trust_remote_code
+    keywords: dict[str, Any] = {"dtype": config.model.dtype, "trust_remote_code": config.training.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=config.model.dtype, trust_remote_code=trust).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, **keywords).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
@@ -315,14 +314,14 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     return by_row, np.concatenate(parts)
 
 
-def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, vocab_size: int) -> Any:
+def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
-    from qtarget.cli.audit_data import cache_findings, load_tokenizer, open_cache
+    from qtarget.cli.audit_data import cache_findings, open_cache
     from qtarget.data.token_checks import Vocabulary
     from qtarget.report.audit import audit_data
 
     training = config.training
-    _, size, ends = load_tokenizer(config)
+    _, size, ends = loaded
     cache = open_cache(training.reference_cache, True)
     return audit_data(
         raw,
