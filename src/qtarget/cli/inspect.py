@@ -306,11 +306,11 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     check_marks(options.mark, by_row)
     if by_row is None or not any(noise_spans(row) for row in raw):
         return by_row, None
-    labels, starts = rows.labels, rows.trained_offsets
     parts = []
-    for row, a, b in zip(raw, starts, starts[1:], strict=False):
-        marked = token_marks(row, labels[a:b], tokenizer)
-        parts.append(np.full(b - a, UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
+    for row, a, b in zip(raw, rows.offsets, rows.offsets[1:], strict=False):
+        places = np.flatnonzero(rows.supervised[a:b])
+        marked = token_marks(row, rows.ids[a:b], places, tokenizer)
+        parts.append(np.full(len(places), UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
     return by_row, np.concatenate(parts)
 
 
