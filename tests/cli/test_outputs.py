@@ -25,9 +25,9 @@ def test_paths_are_compared_as_the_file_system_sees_them(tmp_path, monkeypatch):
             check_outputs({"--json": tmp_path / output}, [os.path.relpath(rows), cache, None, "owner/name"])
     with pytest.raises(ConfigError, match="--output and --json are both"):
         check_outputs({"--output": tmp_path / "a.html", "--png": None, "--json": tmp_path / "cache/../a.html"})
-    with pytest.raises(ConfigError, match="--json .* is a folder"):
+    with pytest.raises(ConfigError, match=r"--json .* is a folder"):
         check_outputs({"--json": cache})
-    with pytest.raises(ConfigError, match="--json .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"--json .* cannot be written"):
         check_outputs({"--json": rows / "page.json"})
     check_outputs({"--output": tmp_path / "new/a.html", "--json": tmp_path / "new/a.json"}, [rows, cache])
     assert rows.read_text() == "{}" and not list((tmp_path / "new").iterdir())

@@ -170,7 +170,12 @@ def test_rows_that_are_not_their_conversation_are_left_unchecked(tokenizer):
     found, unchecked = check_roles(raw, [strange, whole], tokenizer, chat_template=None, assistant_only=True)
     assert (found.check, found.rows) == ("foreign_text", (1,))
     assert "1 of 1 rows" in found.message  # the other one was not looked through
-    assert (unchecked.check, unchecked.severity, unchecked.count, unchecked.rows) == ("roles_unchecked", "info", 1, (0,))
+    assert (unchecked.check, unchecked.severity, unchecked.count, unchecked.rows) == (
+        "roles_unchecked",
+        "info",
+        1,
+        (0,),
+    )
 
 
 def test_a_sample_of_the_conversations_says_how_many_it_left_out(tokenizer, monkeypatch):

@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 from qtarget.cli.main import run
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import noise_token_mask
-from qtarget.report.inspection import Inspection, View, json_parts, pack, render_inspection
+from qtarget.report.inspection import Inspection, View
+from qtarget.report.inspection_json import json_parts
+from qtarget.report.inspection_page import pack, render_inspection
 from qtarget.report.marks import roc
 from qtarget.report.page import write_text
 from qtarget.report.quantise import quantise
@@ -411,7 +413,9 @@ def test_the_revision_of_the_config_is_the_one_that_is_looked_at(tmp_path, monke
         tokenizer.add_tokens(["small"] if seed else [])
         size = len(tokenizer)
         LlamaForCausalLM(
-            LlamaConfig(vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+            LlamaConfig(
+                vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+            )
         ).save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
         (repository / "refs").mkdir(exist_ok=True)

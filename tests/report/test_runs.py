@@ -133,7 +133,9 @@ def test_what_cannot_be_compared_is_refused_with_what_differs(make_run, tmp_path
         report_of(first, make_run("tokenizer", model={"tokenizer_fingerprint": "u"}))
     unknown = make_run("unknown", model={})
     for order in ([unknown, first, tmp_path / "tokenizer"], [first, unknown, tmp_path / "tokenizer"]):
-        with pytest.raises(DataError, match="first and tokenizer differ in their tokenizer"):  # a stranger hides nothing
+        with pytest.raises(
+            DataError, match="first and tokenizer differ in their tokenizer"
+        ):  # a stranger hides nothing
             report_of(*order)
     other_training = make_run("training", data={"train": {"fingerprint": "y"}, "eval": {"fingerprint": "e"}})
     keys = [one["key"] for one in report_of(first, other_training)["differences"]]

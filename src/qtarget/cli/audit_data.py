@@ -68,8 +68,8 @@ def run_audit(
         CacheMismatchError: the command line names a cache that is none.
     """
     from qtarget.cli.config import build_config
-    from qtarget.cli.settings import Setting, read_settings
     from qtarget.cli.outputs import check_outputs
+    from qtarget.cli.settings import Setting, read_settings
     from qtarget.data.loading import READABLE
 
     is_data = source.name.lower().endswith(READABLE)

@@ -69,7 +69,8 @@ def inspect(
     from qtarget.cli.config import build_config
     from qtarget.cli.outputs import check_outputs
     from qtarget.cli.settings import Setting, read_settings
-    from qtarget.report.inspection import json_parts, pack, render_inspection
+    from qtarget.report.inspection_json import write_json
+    from qtarget.report.inspection_page import pack, render_inspection
     from qtarget.report.page import write_text
 
     settings = read_settings(config, context.args)
@@ -82,11 +83,10 @@ def inspect(
     document, packer = pack(found, int(page_megabytes * 1e6))
     write_text(output, render_inspection(document))
     if json_file is not None:
-        with json_file.open("w", encoding="ascii") as file:
-            file.writelines(json_parts(found, document, packer))
-    kept = len(document["tokens"]["rows"])
+        write_json(json_file, found, document, packer)
+    kept, trained = len(document["tokens"]["rows"]), len(found.rows.labels)
     typer.echo(
-        f"{output}: {kept:,} rows, {len(found.rows.labels):,} trained tokens, targets {', '.join(document['targets'])}, "
+        f"{output}: {kept:,} rows, {trained:,} trained tokens, targets {', '.join(document['targets'])}, "
         f"{output.stat().st_size / 1e6:.1f} MB"
     )
     for name, reason in found.hidden.items():
@@ -103,7 +103,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.datasets import load_datasets
     from qtarget.integrations.trl_audit import cut, tokenise
-    from qtarget.report.inspection import Inspection, View, ids_shown
+    from qtarget.report.inspection import Inspection, View
+    from qtarget.report.inspection_page import ids_shown
     from qtarget.report.texts import token_texts
     from qtarget.report.tokens import flatten_rows
 
@@ -280,7 +281,7 @@ def split_targets(
 def _weigh(
     targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]
 ) -> list[Any]:
-    from qtarget.report.inspection import SHOWN
+    from qtarget.report.inspection_page import SHOWN
     from qtarget.report.weights import target_numbers
 
     return [target_numbers(target, rows, live, frozen, name=name, shown=SHOWN) for name, target in targets.items()]

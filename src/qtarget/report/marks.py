@@ -100,7 +100,7 @@ def _decoded_offsets(
 
     Nothing predicts the first token of a row: where labels begin at the second, it may be the response's first as well.
     """
-    for before in ([ids[:1], ids[:0]] if places[0] == 1 else [ids[:0]]):
+    for before in [ids[:1], ids[:0]] if places[0] == 1 else [ids[:0]]:
         tokens = np.concatenate([before, ids[places]])
         whole = decode(tokenizer, tokens)
         start = whole.find(response)
