@@ -91,6 +91,25 @@ def test_columns_are_read_in_the_browser(plain_page, open_page):
     assert page.evaluate("unpacked") == values.tolist()
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 0.0137), (-3.2, 7.9), (0, 123456), (9.9, 10.1), (2, 2), (-1e-9, 0), (0, 60)]
+)
+def test_ticks_are_round_and_the_line_lies_between_them(plain_page, open_page, low, high):
+    page = open_page(plain_page({}))
+    chart = "QT.lineChart({title: 't', x: 'x', y: 'y', range: [%r, %r], series: [{name: 's', points: [[%r, %r], [%r, %r]]}]})"
+    page.evaluate(f"document.body.append({chart % (low, high, low, low, high, high)})")
+    for anchor, inside in (("end", False), ("middle", True)):
+        texts = page.locator(f"figure svg text[text-anchor={anchor}]:not([transform])").all_text_contents()
+        values = [float(text.replace(",", "")) for text in texts if text not in ("x", "y")]
+        steps = np.diff(values)
+        if len(steps):
+            assert 3 <= len(values) <= 9 or inside
+            np.testing.assert_allclose(steps, steps[0], rtol=1e-2)
+            assert f"{steps[0]:.0e}"[0] in "125" and round(values[0] / steps[0], 6) % 1 == 0
+        within = (low <= values[0], values[-1] <= high) if inside else (values[0] <= low, high <= values[-1])
+        assert all(within)
+
+
 def test_theme_follows_the_system_and_the_button(plain_page, open_page):
     page = open_page(plain_page({}), scheme="dark")
     ground = "getComputedStyle(document.body).backgroundColor"

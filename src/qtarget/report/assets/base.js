@@ -154,14 +154,23 @@ const QT = (() => {
   const DASHES = ["", "6 3", "2 3", "8 3 2 3", "", "6 3", "2 3", "8 3 2 3"];
   const W = 620, H = 240, LEFT = 84, BOTTOM = 44, TOP = 12, RIGHT = 12;
 
+  /** About five round numbers, 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`. */
+  function roundTicks(low, high) {
+    const rough = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(0.7 * rough));
+    const step = [1, 2, 5, 10].find((factor) => factor * power >= 0.7 * rough) * power;
+    const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
+    return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(9)));
+  }
+  /** Axes: `x` as it is, `y` widened to round numbers. */
   function frame(x, y, labels) {
+    const marks = roundTicks(...y);
+    y = [marks[0], marks.at(-1)];
     const svg = el("svg:svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": labels.title });
     const sx = (v) => LEFT + (v - x[0]) / (x[1] - x[0] || 1) * (W - LEFT - RIGHT);
     const sy = (v) => H - BOTTOM - (v - y[0]) / (y[1] - y[0] || 1) * (H - BOTTOM - TOP);
-    for (let i = 0; i <= 4; i++) {
-      const value = y[0] + (y[1] - y[0]) * i / 4;
+    for (const value of marks) {
       svg.append(el("svg:line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: sy(value), y2: sy(value) }),
-        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(Number(value.toPrecision(3)))));
+        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(value)));
     }
     svg.append(el("svg:text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle" }, labels.x),
       el("svg:text", { x: 14, y: (H - BOTTOM + TOP) / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${(H - BOTTOM + TOP) / 2})` }, labels.y));
@@ -181,7 +190,7 @@ const QT = (() => {
     const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
     const spanX = [Math.min(...xs), Math.max(...xs)], spanY = range || [Math.min(0, ...ys), Math.max(...ys) || 1];
     const { svg, sx, sy } = frame(spanX, spanY, { title, x, y });
-    ticks(svg, sx, xticks || [0, 1, 2, 3, 4].map((i) => { const v = spanX[0] + (spanX[1] - spanX[0]) * i / 4; return [v, number(v)]; }));
+    ticks(svg, sx, xticks || roundTicks(...spanX).filter((v) => v >= spanX[0] && v <= spanX[1]).map((v) => [v, number(v)]));
     series.forEach((s, i) => {
       const kept = s.points.filter((p) => p[1] !== null);
       svg.append(el("svg:polyline", { points: kept.map((p) => `${sx(p[0])},${sy(p[1])}`).join(" "), fill: "none", "stroke-width": 2,
