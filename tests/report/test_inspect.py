@@ -164,6 +164,46 @@ def test_more_rows_than_asked_for_are_sampled_and_the_page_says_so(made, capsys)
     assert few["row_marked"] == [rows[i]["skill"] == "add" for i in few["row_numbers"]]
 
 
+def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
+    """Five thousand rows of a hundred thousand, evenly: stated in page and JSON, the same for the same seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(f'{{"prompt": "a", "completion": " {i}"}}\n' for i in range(100_000))
+    settings = {
+        "model_name_or_path": "model", "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def inspected(name: str, *options: str) -> dict:
+        page = ["--output", tmp_path / f"{name}.html", "--json", tmp_path / f"{name}.json"]
+        command("inspect", tmp_path / "run.yaml", *page, *options)
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    found = inspected("default")
+    numbers = found["row_numbers"]
+    assert len(numbers) == len(set(numbers)) == 5000 and numbers == sorted(numbers)
+    assert np.histogram(numbers, 10, (0, 100_000))[0] == pytest.approx(np.full(10, 500), abs=5 * 21.2)  # binomial
+    stated = "5,000 of 100,000 rows, sampled uniformly without replacement, seed 0"
+    assert dict(found["about"])["rows"] == stated and "not run on a sample" in dict(found["about"])["audit"]
+    assert found["audit"] is None and found["views"][0]["tokens"] == sum(found["row_trained"])
+    for row in found["rows"][::500]:  # a row's number is that of the data
+        assert "".join(row["texts"]).startswith(f"a {row['row']}")
+    page = open_page(tmp_path / "default.html")
+    page.wait_for_selector("html[data-ready]")
+    page.click("#tab-about")
+    assert stated in page.locator("#about").inner_text()
+    few = [inspected(f"few{i}", "--rows", "20", "--sample_seed", seed) for i, seed in enumerate("778")]
+    assert few[0] == few[1] and few[0]["row_numbers"] != few[2]["row_numbers"]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
