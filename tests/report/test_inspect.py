@@ -164,6 +164,39 @@ def test_more_rows_than_asked_for_are_sampled_and_the_page_says_so(made, capsys)
     assert few["row_marked"] == [rows[i]["skill"] == "add" for i in few["row_numbers"]]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open_page, capsys):
+    """It is in no cache, and it is what the audit warns of: the page must not stop at it."""
+    rows = [{"prompt": "one", "completion": " two"}, {"prompt": "word " * 40, "completion": " lost"},
+            {"prompt": "", "completion": " three four"}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(base_model_path()), "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": 16,
+    }  # fmt: skip
+    if cached:
+        settings["reference_cache"] = str(tmp_path / "cache")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    if cached:
+        command("score", tmp_path / "run.yaml", "--top_k", "3")
+    command("inspect", tmp_path / "run.yaml", "--output", tmp_path / "page.html", "--json", tmp_path / "page.json")
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert [bool(row["trained"]) for row in found["rows"]] == [True, False, True]
+    assert [value is None for value in found["views"][0]["row_nll"]] == [False, True, False]
+    assert [f["rows"] for f in found["audit"]["findings"] if f["check"] == "cut_off"] == [[1]]
+    assert not any(f["check"] == "cache_coverage" for f in found["audit"]["findings"])
+    page = open_page(tmp_path / "page.html", fragment="#row=1")
+    page.wait_for_selector(".row.linked .tok")
+    assert page.locator(".row.linked .tok:not(.masked)").count() == 0
+    if cached:  # a row that the cache lacks is called by its number in the data
+        rows[2]["completion"] = " five"
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SystemExit):
+            run(["inspect", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "page.html")])
+        assert "1 of 2 rows are not in the cache" in (said := " ".join(capsys.readouterr().err.split()))
+        assert "rows 2;" in said
+
+
 def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
     """Five thousand rows of a hundred thousand, evenly: stated in page and JSON, the same for the same seed."""
     import torch

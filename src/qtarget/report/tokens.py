@@ -166,14 +166,18 @@ FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_
 
 
 def numbers_from_cache(cache: ReferenceCache, rows: TokenRows) -> ModelNumbers:
-    """Look every row up.
+    """Look up every row that trains on something; training drops the others, so no cache holds them.
 
     Raises:
         CacheMismatchError: a row was never scored.
+        DataError: no row trains on anything.
     """
-    bounds = list(zip(rows.offsets[:-1], rows.offsets[1:], strict=True))
+    trained = np.flatnonzero(np.diff(rows.trained_offsets))
+    if not len(trained):
+        raise DataError("no row trains on anything; `qtarget audit-data` says why")
+    bounds = list(zip(rows.offsets[trained], rows.offsets[trained + 1], strict=True))
     checksums = [row_checksum(rows.ids[a:b], rows.supervised[a:b]) for a, b in bounds]  # pyright: ignore[reportArgumentType]
-    return numbers_at(cache, cache.locate(checksums))
+    return numbers_at(cache, cache.locate(checksums, rows.numbers[trained]))
 
 
 def numbers_at(cache: ReferenceCache, indices: Iterable[int]) -> ModelNumbers:
