@@ -375,6 +375,11 @@ def test_keyboard_reaches_every_token(page, numbers):
     assert page.locator("#qt-tip").is_hidden()
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement === document.querySelectorAll('.row')[1]")
+    for key in ["ArrowDown"] * 9 + ["ArrowUp"] * 9:  # what has the focus is not below the bar that stays at the top
+        page.keyboard.press(key)
+        assert page.evaluate(
+            "document.activeElement.getBoundingClientRect().top >= document.querySelector('.bar').getBoundingClientRect().bottom"
+        ), key
     page.locator("#tab-tokens").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#distribution").is_visible() and page.locator("#distribution svg").count() >= 5

@@ -190,7 +190,7 @@ def print_audit(audit: DataAudit, console: Console) -> None:
             console.print(Text(f"          {example_line(example)}", style="dim"), soft_wrap=True)
     console.print()
     _print_advice(audit.advice, console)
-    words = f"{audit.errors} kinds of errors" if audit.errors else "no errors"
+    words = f"{audit.errors} kind{'s'[: audit.errors != 1]} of errors" if audit.errors else "no errors"
     console.print(Text(f"\n{audit.rows} rows: {words}", style="bold red" if audit.errors else "bold green"))
 
 
