@@ -459,8 +459,9 @@ def test_a_page_keeps_to_its_budget_and_says_what_it_left_out(budget, tmp_path, 
     found = by_hand({i: f" w{i}" for i in range(9)}, rows=60, length=200)
     document, packer = pack(found, budget)
     assert len(json.dumps(document)) <= budget
-    kept = document["tokens"]["rows"]
+    kept, detailed = document["tokens"]["rows"], document["alternatives"]["rows"]
     assert f"{len(kept)} of 60 rows" in document["notes"][1]
+    assert set(detailed) <= set(kept)
     again = json.loads("".join(json_parts(found, document, packer)))
     assert [r["row"] for r in again["rows"]] == kept
     write_text(tmp_path / "page.html", render_inspection(document))
@@ -469,11 +470,47 @@ def test_a_page_keeps_to_its_budget_and_says_what_it_left_out(budget, tmp_path, 
     assert page.locator("#count").inner_text() == f"{len(kept)} of 60 rows"
 
 
+def test_where_not_all_rows_fit_half_of_those_shown_have_alternatives():
+    """Rows without them explain little; before all rows are left out, so are the alternatives of some."""
+    found = by_hand({i: f" w{i}" for i in range(99)}, rows=200, length=200)
+    live = found.views[0].live
+    assert live.topk_log_probs is not None and live.topk_ids is not None
+    rng = np.random.default_rng(1)
+    listed = -np.sort(-rng.dirichlet(np.ones(6), len(live.entropy))[:, :5])
+    live.topk_log_probs[:], live.topk_ids[:] = np.log(listed), rng.integers(0, 99, live.topk_ids.shape)
+    for budget in (150_000, 300_000):
+        document, _ = pack(found, budget)
+        kept, detailed = len(document["tokens"]["rows"]), len(document["alternatives"]["rows"])
+        assert kept < 200 and 0.4 <= detailed / kept <= 0.75
+        assert 0.85 * budget < len(json.dumps(document)) <= budget
+
+
 def test_scripts_and_styles_of_the_page_end_where_they_should():
     assets = Path(__file__).parents[2] / "src/qtarget/report/assets"
     for path in assets.iterdir():
         text = path.read_text()
         assert "</" not in text and "innerHTML" not in re.sub(r"//.*|/\*.*?\*/", "", text) and "<!--" not in text, path
+
+
+def test_the_table_of_areas_is_the_result_file():
+    data = json.loads((DOCS.parents[1] / "benchmarks/results/inspect_auc.json").read_text())["data"]
+    views = [one["views"][0] for one in data.values()]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCS.read_text().splitlines()
+        if line[:1] == "|"
+    ]
+    assert [cell.strip("`") for cell in table[0][1:]] == list(data)
+    lines = {first: rest for first, *rest in table[2:]}
+    counts = [f"{one['rows']:,} ({view['marked_rows']:,})" for one, view in zip(data.values(), views, strict=True)]
+    assert lines.pop("rows (marked)") == counts
+    assert lines.pop("base's mean surprise, nats a token") == [f"{view['nll_mean']:.2f}" for view in views]
+    for line, cells in lines.items():
+        kind, score = line.split(": ", 1)
+        for cell, view in zip(cells, views, strict=True):
+            area, bounds = view[f"by_{kind}"][score]
+            assert cell == f"{area:.2f}" + (f" ({bounds[0]:.2f} .. {bounds[1]:.2f})" if bounds else "")
+    assert len(lines) == sum(len(views[0][part]) for part in ("by_row", "by_token"))
 
 
 def test_the_revision_of_the_config_is_the_one_that_is_looked_at(tmp_path, monkeypatch):

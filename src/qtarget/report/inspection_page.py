@@ -21,6 +21,8 @@ PAGE_BYTES = 24_000_000
 """Packed tokens of a page at most: fewer rows travel, then fewer alternatives, and the page says so."""
 RESERVED = 8192
 """Bytes of a page kept for its notes and for one row's alternatives, whatever the budget."""
+DETAILED = 0.5
+"""Share of the rows whose alternatives should travel too, where not all rows fit."""
 LEAST_SHOWN = 0.005
 """Alternatives of a smaller probability are counted in the rest."""
 
@@ -171,8 +173,9 @@ def pack(found: Inspection, budget: int = PAGE_BYTES) -> tuple[dict[str, Any], P
     left = budget - RESERVED - size_of(everything) - size_of(texts)
     kept = np.arange(len(found.rows))
     tokens = packer.tokens(kept)
-    while size_of(tokens) > left and len(kept) > 1:
-        count = max(1, int(len(kept) * 0.97 * left / size_of(tokens)))
+    room = left if size_of(tokens) <= left else int(left * _tokens_share(packer, kept))
+    while size_of(tokens) > room and len(kept) > 1:
+        count = max(1, int(len(kept) * 0.97 * room / size_of(tokens)))
         kept = np.unique(np.linspace(0, len(found.rows) - 1, count).astype(int))
         tokens = packer.tokens(kept)
     left += RESERVED // 2 - size_of(tokens)
@@ -189,6 +192,13 @@ def pack(found: Inspection, budget: int = PAGE_BYTES) -> tuple[dict[str, Any], P
         f"most surprising first: at most {SHOWN} a token, each of probability {LEAST_SHOWN:g} or more.",
     ]
     return {**everything, "notes": notes, "texts": texts, "tokens": tokens, "alternatives": alternatives}, packer
+
+
+def _tokens_share(packer: Packer, rows: np.ndarray) -> float:
+    """Of the room for rows, what their tokens may take so that alternatives of ``DETAILED`` of them fit beside; by a sample."""
+    sample = rows[:: max(1, len(rows) // 200)]
+    tokens, alternatives = size_of(packer.tokens(sample)), size_of(packer.alternatives(sample))
+    return tokens / (tokens + DETAILED * alternatives)
 
 
 def render_inspection(document: Mapping[str, Any]) -> str:
