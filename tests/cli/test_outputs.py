@@ -29,6 +29,9 @@ def test_paths_are_compared_as_the_file_system_sees_them(tmp_path, monkeypatch):
         check_outputs({"--json": cache})
     with pytest.raises(ConfigError, match=r"--json .* cannot be written"):
         check_outputs({"--json": rows / "page.json"})
+    (tmp_path / "nowhere").symlink_to(tmp_path / "new/b.html")
+    check_outputs({"--output": tmp_path / "nowhere"})
+    assert (tmp_path / "nowhere").is_symlink()
     check_outputs({"--output": tmp_path / "new/a.html", "--json": tmp_path / "new/a.json"}, [rows, cache])
     assert rows.read_text() == "{}" and not list((tmp_path / "new").iterdir())
 

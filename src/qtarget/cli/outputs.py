@@ -45,14 +45,15 @@ def check_writable(output: Path, option: str = "--output") -> None:
     """
     if output.is_dir():
         raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
-    existed = output.exists()
+    path = output.resolve()  # what a link points to
+    existed = path.exists()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a").close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
     except OSError as error:
         raise ConfigError(f"{option} {output} cannot be written: {error}; choose another path") from error
     if not existed:
-        output.unlink()
+        path.unlink()
 
 
 def saver(output: Path) -> Callable[[Any], None]:
