@@ -8,6 +8,7 @@ import shlex
 from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, c
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    size: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with (tmp_path / "rows.jsonl").open("w") as file:
