@@ -84,11 +84,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/inspect"))
-    parser.add_argument("--limit", type=int, default=1200, help="first so many rows of each")
+    parser.add_argument("--limit", type=int, help="first so many rows of each; default: all")
     parser.add_argument(
         "--steps", type=int, default=100, help="of the second model's training, 8 rows each; 0: no second model"
     )
-    parser.add_argument("--page-megabytes", type=float, default=1.5)
+    parser.add_argument("--page-megabytes", type=float, default=2.9)
     options = parser.parse_args()
     torch.manual_seed(0)
     results = {}
@@ -100,7 +100,7 @@ def main() -> None:
         second = ("--checkpoints", folder / "after-clean-rows") if options.steps else ()
         page, numbers = options.output / f"{name}.html", folder / "page.json"
         command(
-            "inspect", config, "--targets", "sft,prior_surprise,dft", *second, "--mark", "is_noise=true",
+            "inspect", config, "--rows", 10_000, "--targets", "sft,prior_surprise,dft", *second, "--mark", "is_noise=true",
             "--title", f"{name}: what a tiny story model makes of it", "--page_megabytes", options.page_megabytes,
             "--output", page, "--json", numbers,
         )  # fmt: skip

@@ -67,20 +67,29 @@ def found(reported: np.ndarray, marks: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure(rows: list[dict[str, Any]], model: Path, tokenizer: Any, max_length: int, is_noise: list[bool]) -> dict:
-    """Score the rows, audit them, compare with the marks."""
+def measure(
+    rows: list[dict[str, Any]],
+    model: Path,
+    tokenizer: Any,
+    max_length: int,
+    is_noise: list[bool],
+    cache: Path | None = None,
+) -> dict:
+    """Score the rows (or look them up), audit them, compare with the marks."""
     dataset = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
     with tempfile.TemporaryDirectory() as folder:
         args = QTargetConfig(
             output_dir=folder, max_length=max_length, bf16=False, use_cpu=True, disable_tqdm=True, report_to=[]
         )
-        begin = time.perf_counter()
-        score(str(model), args, dataset, None, tokenizer, directory=f"{folder}/cache", top_k=8, progress=False)
-        seconds = {"score": time.perf_counter() - begin}
+        seconds = {}
+        if cache is None:
+            cache, begin = Path(folder) / "cache", time.perf_counter()
+            score(str(model), args, dataset, None, tokenizer, directory=cache, top_k=8, progress=False)
+            seconds["score"] = time.perf_counter() - begin
         begin = time.perf_counter()
         tokens = [cut(row, args) for row in tokenise(args, dataset, tokenizer).rows]
-        scored, missing = score_from_cache(tokens, ReferenceCache.open(f"{folder}/cache"))
-        assert not missing
+        scored, missing = score_from_cache(tokens, ReferenceCache.open(cache))
+        assert not missing, f"{len(missing)} rows are not in {cache}"
         suspected, unusual, groups = suspected_tokens(scored), suspected_rows(scored), flawed_prior(scored)
         seconds["audit"] = time.perf_counter() - begin
     marks, noisy = token_marks(rows, scored, tokenizer), np.array(is_noise)[scored.numbers]
@@ -105,13 +114,15 @@ def measure(rows: list[dict[str, Any]], model: Path, tokenizer: Any, max_length:
     }
 
 
-def real(data: Path, limit: int | None) -> dict[str, Any]:
-    """The marked data sets under the story model."""
+def real(data: Path, limit: int | None, caches: Path | None) -> dict[str, Any]:
+    """The marked data sets under the story model; ``caches`` holds ``NAME/cache`` of each, if they are scored already."""
     model = data / "models" / "tinystories-656k"
     out = {}
     for name, load in MARKED_DATA.items():
         rows = [{**row, "prompt": "<|start_story|>" + row["prompt"]} for row in load(data)[:limit]]
-        out[name] = measure(rows, model, load_story_tokenizer(model), 512, [row["is_noise"] for row in rows])
+        noisy = [row["is_noise"] for row in rows]
+        cache = None if caches is None else caches / name / "cache"
+        out[name] = measure(rows, model, load_story_tokenizer(model), 512, noisy, cache)
         print(name, json.dumps(out[name], indent=1))
     return out
 
@@ -136,6 +147,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/audit_noise.json"))
     parser.add_argument("--limit", type=int, help="first so many rows of each real data set")
     parser.add_argument("--only", choices=("injected", "real"), help="measure one part, keep the other of --output")
+    parser.add_argument("--caches", type=Path, help="of the real data sets: the --output of examples/inspect_marked.py")
     options = parser.parse_args()
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -149,7 +161,7 @@ def main() -> None:
     if options.only != "real":
         results["injected"] = injected(600)
     if options.only != "injected":
-        results["real"] = real(options.data, options.limit)
+        results["real"] = real(options.data, options.limit, options.caches)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(options.output)

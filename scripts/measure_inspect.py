@@ -72,7 +72,7 @@ def prepare(options: argparse.Namespace) -> Path:
     rows = [{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
     (output / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     provenance = Provenance(
-        model_id="synthetic",
+        model_id=str((output / "model").absolute()),
         model_fingerprint=fingerprint_model(model),
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         chat_template_fingerprint=fingerprint_chat_template(tokenizer),

@@ -10,10 +10,11 @@ from qtarget.types import Needs, Target, Terms, TokenView, require
 
 @dataclass(frozen=True)
 class Guarded(Target):
-    """``L = (1 - c) L_target - c log p_y``; ``a <- (1 - c) a + c``, ``b <- (1 - c) b``.
+    """``L = (1 - d) L_target - d A / (A + 0.02) log p_y``; ``a <- (1 - d) a + d A / (A + 0.02)``, ``b <- (1 - d) b``.
 
-    ``c`` in [0, 1) is the conflict of the data with the frozen base (`qtarget.data.agreement.prior_conflict`): near 1 where
-    other rows say the same and the base expects none of them, 0 where it knew, and 0 for a token that only one row has.
+    ``d`` in [0, 1] is the conflict of the data with the frozen base (`qtarget.data.agreement.prior_conflict`): 1 where nearly
+    all rows of this context surprise it, 0 where it knew. ``A`` is the other rows' ``agreement`` with the label, so that a
+    token which no other row supports has no weight however wrong the base is around it.
 
     Args:
         target: any target of token scope with a label term; most useful where the weight or the residual follows a prior.
@@ -23,10 +24,10 @@ class Guarded(Target):
 
     Example:
         >>> import torch, qtarget
-        >>> known = qtarget.Reference(conflict=torch.tensor([0.5]))
+        >>> known = qtarget.Reference(conflict=torch.tensor([0.5]), agreement=torch.tensor([0.18]))
         >>> guarded = qtarget.Guarded(qtarget.get_target("dft"))
-        >>> qtarget.target_loss(torch.zeros(1, 2), torch.tensor([0]), guarded, reference=known)  # (1/2 * 1/2 + 1/2) log 2
-        tensor(0.5199)
+        >>> qtarget.target_loss(torch.zeros(1, 2), torch.tensor([0]), guarded, reference=known)  # (1/4 + 0.45) log 2
+        tensor(0.4852)
 
     Reference: ours. Deviations: none.
     """
@@ -53,7 +54,7 @@ class Guarded(Target):
 
     @property
     def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return f"(1 - c) x {self.target.name} - c log p_y"
+        return f"(1 - d) x {self.target.name} - d A / (A + {SUPPORT}) log p_y"
 
     @property
     def has_residual(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -70,13 +71,20 @@ class Guarded(Target):
 
     @property
     def needs(self) -> Needs:
-        conflict = frozenset({"conflict"})
-        own = Needs(teacher=conflict) if self.prior == "teacher" else Needs(reference=conflict)
+        fields = frozenset({"agreement", "conflict"})
+        own = Needs(teacher=fields) if self.prior == "teacher" else Needs(reference=fields)
         return self.target.needs | own
 
     def losses(self, x: TokenView) -> Terms:
-        conflict = require(getattr(x, self.prior), "conflict", self.name, self.prior)
+        known = getattr(x, self.prior)
+        conflict = require(known, "conflict", self.name, self.prior)
+        agreed = require(known, "agreement", self.name, self.prior)
+        supported = conflict * agreed / (agreed + SUPPORT)
         terms = self.target.losses(x)
         assert terms.label is not None, "checked at construction"
         residual = None if terms.residual is None else (1 - conflict) * terms.residual
-        return Terms(label=(1 - conflict) * terms.label - conflict * x.label_log_probs, residual=residual)
+        return Terms(label=(1 - conflict) * terms.label - supported * x.label_log_probs, residual=residual)
+
+
+SUPPORT = 0.02
+"""Agreement at which a label has half of its weight back: a token drawn at random has less, an expected one far more."""

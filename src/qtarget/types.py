@@ -31,9 +31,9 @@ class Reference:
         tail_log_mass: ``[tokens]``, nats; log of the probability outside ``topk_ids``.
         log_probs: ``[tokens, vocab]``, nats; the whole distribution, when memory allows.
         agreement: ``[tokens]`` in [0, 1); share of the other rows that say the same (``qtarget.data.agreement``).
-        reliability: ``[tokens]`` in [0, 1]; how much of what the rows agree on the frozen model knew
-            (``prior_reliability``), one number for all tokens, or one for each source of the data.
-        conflict: ``[tokens]`` in [0, 1); how far the rows agree against the frozen model (``prior_conflict``).
+        reliability: ``[tokens]`` in [0, 1]; how much of what the rows agree on the frozen model knew, less where they
+            contradict it (``prior_reliability`` x (1 - ``conflict``)).
+        conflict: ``[tokens]`` in [0, 1]; how far the rows contradict the frozen model (``prior_conflict``).
         tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
             uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one). ``sampled``: nothing;
             listed tokens were drawn from the whole distribution, and their log-probs are log of count / draws, so only

@@ -67,7 +67,7 @@ def test_warnings_exit_with_0_and_errors_with_1(audit, workspace, tmp_path):
     assert [f["severity"] for f in value["findings"]] == sorted(
         (f["severity"] for f in value["findings"]), key=SEVERITIES.index
     )
-    assert "1 kinds of errors" in printed
+    assert "1 kind of errors" in printed
     assert audit(config, "--max_length", "128")[0] == 0  # an override, as in training
 
 

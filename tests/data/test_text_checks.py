@@ -76,6 +76,23 @@ def test_plain_text_repeats_but_does_not_contradict():
     assert found["duplicates"].rows == (2,)
 
 
+@pytest.mark.parametrize(
+    "made",
+    [lambda text: row("", text), lambda text: row(" \n", text), lambda text: talk(("assistant", text)),
+     lambda text: talk(("user", ""), ("assistant", text)),
+     lambda text: {"prompt": [], "completion": [{"role": "assistant", "content": text}]}],
+)  # fmt: skip
+def test_rows_that_ask_nothing_do_not_contradict_one_another(made):
+    found = checks([made("one"), made("two"), made("one")])
+    assert list(found) == ["duplicates"]
+    assert found["duplicates"].rows == (2,)
+
+
+def test_tools_alone_are_something_asked():
+    rows = [talk(("assistant", text), tools='[{"name": "clock"}]') for text in ("one", "two")]
+    assert list(checks(rows)) == ["contradictory_duplicates"]
+
+
 def test_tokens_are_split_at_their_first_label():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, last]} for last in (7, 7)]
     rows.append({"input_ids": [5, 6, 8], "labels": [-100, -100, 8]})

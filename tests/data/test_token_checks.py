@@ -167,5 +167,25 @@ def test_rows_that_are_not_their_conversation_are_left_unchecked(tokenizer):
     strange = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
     whole = rendered(tokenizer, TALK, {"user", "assistant"})
     raw = [{"messages": TALK}] * 2
-    (found,) = check_roles(raw, [strange, whole], tokenizer, chat_template=None, assistant_only=True)
-    assert (found.rows, found.evidence["not_checked"]) == ((1,), 1)
+    found, unchecked = check_roles(raw, [strange, whole], tokenizer, chat_template=None, assistant_only=True)
+    assert (found.check, found.rows) == ("foreign_text", (1,))
+    assert "1 of 1 rows" in found.message  # the other one was not looked through
+    assert (unchecked.check, unchecked.severity, unchecked.count, unchecked.rows) == (
+        "roles_unchecked",
+        "info",
+        1,
+        (0,),
+    )
+
+
+def test_a_sample_of_the_conversations_says_how_many_it_left_out(tokenizer, monkeypatch):
+    """Silence about rows that nobody looked at would pass for a clean bill."""
+    monkeypatch.setattr("qtarget.data.token_checks.ROLES_CHECKED", 2)
+    clean, strange = rendered(tokenizer, TALK, {"assistant"}), {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    raw = [{"messages": TALK}] * 5
+    (found,) = check_roles(raw, [clean] * 5, tokenizer, chat_template=None, assistant_only=True)
+    assert (found.check, found.count, found.rows, found.evidence) == (
+        "roles_unchecked", 3, (), {"conversations": 5, "untraceable": 0, "outside_sample": 3},
+    )  # fmt: skip
+    (found,) = check_roles(raw, [strange] * 5, tokenizer, chat_template=None, assistant_only=True)
+    assert (found.count, found.rows) == (5, (0, 3))

@@ -127,6 +127,7 @@ def test_a_killed_and_resumed_run_goes_on_in_the_same_files(make_trainer, tmp_pa
     assert max(line["step"] for line in read_lines(out / LOG_FILE)) == 5
     with (out / LOG_FILE).open("a") as file:
         file.write('{"loss": 1.')  # as a kill leaves it
+    killed = (out / LOG_FILE).read_bytes()
     second = make_trainer("sft", **settings)
     second.train(resume_from_checkpoint=True)
     log = read_lines(out / LOG_FILE)
@@ -134,9 +135,40 @@ def test_a_killed_and_resumed_run_goes_on_in_the_same_files(make_trainer, tmp_pa
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert log == second.state.log_history
     assert [line["step"] for line in read_lines(out / SAMPLES_FILE)] == [1, 2, 3, 4, 5, 6]
+    assert (out / "earlier_records/1" / LOG_FILE).read_bytes() == killed  # steps 4 and 5 ran twice
     (folder,) = (out / "runs").iterdir()
     seen = accumulated(folder).Scalars("eval/nll")
     assert [e.step for e in seen] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_run_in_the_folder_of_another_leaves_its_records(make_trainer, tmp_path):
+    runs = []
+    for target in ("sft", "dft", "sft"):
+        make_trainer(target, evals=make_rows(4, seed=9), **EVALUATING).train()
+        runs.append({path.name: path.read_bytes() for path in (tmp_path / "out").glob("qtarget_*")})
+    assert json.loads(runs[1][RUN_FILE])["target"] == "dft"
+    for number, written in enumerate(runs[:2], start=1):
+        kept = tmp_path / "out/earlier_records" / str(number)
+        assert {path.name: path.read_bytes() for path in kept.iterdir()} == written
+    assert not (tmp_path / "out/earlier_records/3").exists()
+
+
+def test_a_run_that_goes_on_where_it_stopped_moves_nothing(make_trainer, tmp_path):
+    """Its log begins with what stands there, so that nothing is replaced."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer("sft", **settings)
+    first.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    make_trainer("sft", **settings).train(resume_from_checkpoint=True)
+    assert [line["step"] for line in read_lines(tmp_path / "out" / LOG_FILE) if "loss" in line] == [1, 2, 3, 4]
+    assert not (tmp_path / "out/earlier_records").exists()
 
 
 def test_evaluating_a_finished_run_changes_nothing(make_trainer, tmp_path):

@@ -35,4 +35,8 @@ def test_example_on_marked_rows_end_to_end(tmp_path):
         assert [view["model"] for view in found["views"]] == ["tinystories-656k", "after-clean-rows"]
         for view in found["views"]:
             assert view["marked_rows"] == sum(row["is_noise"] for row in rows)
-            assert 0 <= view["by_row"]["mean surprise, -log p"][0] <= 1
+        document = json.loads((tmp_path / name / "page.json").read_text())
+        for view, described in zip(found["views"], document["views"], strict=True):
+            pairs = list(zip(described["row_nll"], document["row_marked"], strict=True))
+            wins = [(a > b) + (a == b) / 2 for a, bad in pairs if bad for b, other in pairs if not other]
+            assert view["by_row"]["mean surprise, -log p"][0] == pytest.approx(sum(wins) / len(wins))

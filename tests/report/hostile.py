@@ -10,4 +10,5 @@ HOSTILE = [
     "a\u202eb\u200bc\u2066d\ufeff\u00ad\x00\x1b\u2028\u2029",
     "\ud800 alone \udc00",
     "'\"`\\",
+    "e" + "\u0301\u0316" * 30,
 ]

@@ -19,7 +19,7 @@ def facts(favourite: float | None, **more) -> dict:
     surprise = None if favourite is None else 9.0
     base = {"favourite_share": favourite, "mean_surprise": surprise, "median_surprise": surprise, "mean_entropy": 1.0,
             "suspected_share": 0.0, "flawed_prior_share": 0.0, "duplicate_share": 0.0, "contradictory_share": 0.0,
-            "rows": 600, "teacher": False}  # fmt: skip
+            "rows": 600, "scored_rows": 600, "teacher": False}  # fmt: skip
     return base | more
 
 
@@ -49,6 +49,15 @@ def test_elsewhere_there_is_not_enough_evidence(known):
     assert (advice.verdict, advice.ranked, advice.avoid) == ("not enough evidence", (), ())
     assert "Not enough evidence" in advice.summary
     assert ("qtarget score" in advice.summary) == (known is None)
+
+
+def test_a_share_of_few_rows_is_no_evidence():
+    advice = which_target(facts(0.15, scored_rows=99))
+    assert (advice.verdict, advice.ranked, advice.avoid) == ("not enough evidence", (), ())
+    assert "99 rows" in advice.summary and "100" in advice.summary
+    assert which_target(facts(0.15, scored_rows=100)).verdict == "suggestion"
+    few_of_many = [Finding("base_surprise", "info", 12, (), "", {"favourite_share": 0.1, "mean_surprise": 9.0})]
+    assert which_target(facts_of(few_of_many, rows=5000, teacher=False)).verdict == "not enough evidence"
 
 
 def test_no_name_stands_bare_and_every_name_and_file_exists():
@@ -84,13 +93,10 @@ def test_facts_are_taken_from_the_findings():
     found = facts_of(findings, rows=10, teacher=True)
     assert found == surprise | {
         "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
-        "rows": 10, "teacher": True,
+        "rows": 10, "scored_rows": 10, "teacher": True,
     }  # fmt: skip
     unscored = facts_of(findings[2:], rows=10, teacher=False)
-    assert (unscored["mean_surprise"], unscored["suspected_share"], unscored["flawed_prior_share"]) == (
-        None,
-        None,
-        None,
-    )
+    assert [unscored[name] for name in ("mean_surprise", "suspected_share", "flawed_prior_share")] == [None] * 3
+    assert unscored["scored_rows"] == 0
     unchecked = facts_of([findings[0], Finding("flawed_prior_unchecked", "info", 10, (), "")], rows=10, teacher=False)
     assert unchecked["flawed_prior_share"] is None

@@ -8,6 +8,7 @@ import shlex
 from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from transformers import AutoTokenizer
 from qtarget.cli.main import run
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import noise_token_mask
-from qtarget.report.inspection import Inspection, View, json_parts, pack, render_inspection
+from qtarget.report.inspection import Inspection, View
+from qtarget.report.inspection_json import json_parts
+from qtarget.report.inspection_page import pack, render_inspection
 from qtarget.report.marks import roc
 from qtarget.report.page import write_text
 from qtarget.report.quantise import quantise
@@ -162,6 +165,79 @@ def test_more_rows_than_asked_for_are_sampled_and_the_page_says_so(made, capsys)
     assert few["row_marked"] == [rows[i]["skill"] == "add" for i in few["row_numbers"]]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open_page, capsys):
+    """It is in no cache, and it is what the audit warns of: the page must not stop at it."""
+    rows = [{"prompt": "one", "completion": " two"}, {"prompt": "word " * 40, "completion": " lost"},
+            {"prompt": "", "completion": " three four"}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(base_model_path()), "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True, "max_length": 16,
+    }  # fmt: skip
+    if cached:
+        settings["reference_cache"] = str(tmp_path / "cache")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    if cached:
+        command("score", tmp_path / "run.yaml", "--top_k", "3")
+    command("inspect", tmp_path / "run.yaml", "--output", tmp_path / "page.html", "--json", tmp_path / "page.json")
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert [bool(row["trained"]) for row in found["rows"]] == [True, False, True]
+    assert [value is None for value in found["views"][0]["row_nll"]] == [False, True, False]
+    assert [f["rows"] for f in found["audit"]["findings"] if f["check"] == "cut_off"] == [[1]]
+    assert not any(f["check"] == "cache_coverage" for f in found["audit"]["findings"])
+    page = open_page(tmp_path / "page.html", fragment="#row=1")
+    page.wait_for_selector(".row.linked .tok")
+    assert page.locator(".row.linked .tok:not(.masked)").count() == 0
+    if cached:  # a row that the cache lacks is called by its number in the data
+        rows[2]["completion"] = " five"
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(SystemExit):
+            run(["inspect", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "page.html")])
+        assert "1 of 2 rows are not in the cache" in (said := " ".join(capsys.readouterr().err.split()))
+        assert "rows 2;" in said
+
+
+def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
+    """Five thousand rows of a hundred thousand, evenly: stated in page and JSON, the same for the same seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    size: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(f'{{"prompt": "a", "completion": " {i}"}}\n' for i in range(100_000))
+    settings = {
+        "model_name_or_path": "model", "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def inspected(name: str, *options: str) -> dict:
+        page = ["--output", tmp_path / f"{name}.html", "--json", tmp_path / f"{name}.json"]
+        command("inspect", tmp_path / "run.yaml", *page, *options)
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    found = inspected("default")
+    numbers = found["row_numbers"]
+    assert len(numbers) == len(set(numbers)) == 5000 and numbers == sorted(numbers)
+    assert np.histogram(numbers, 10, (0, 100_000))[0] == pytest.approx(np.full(10, 500), abs=5 * 21.2)  # binomial
+    stated = "5,000 of 100,000 rows, sampled uniformly without replacement, seed 0"
+    assert dict(found["about"])["rows"] == stated and "not run on a sample" in dict(found["about"])["audit"]
+    assert found["audit"] is None and found["views"][0]["tokens"] == sum(found["row_trained"])
+    for row in found["rows"][::500]:  # a row's number is that of the data
+        assert "".join(row["texts"]).startswith(f"a {row['row']}")
+    page = open_page(tmp_path / "default.html")
+    page.wait_for_selector("html[data-ready]")
+    page.click("#tab-about")
+    assert stated in page.locator("#about").inner_text()
+    few = [inspected(f"few{i}", "--rows", "20", "--sample_seed", seed) for i, seed in enumerate("778")]
+    assert few[0] == few[1] and few[0]["row_numbers"] != few[2]["row_numbers"]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -300,6 +376,11 @@ def test_keyboard_reaches_every_token(page, numbers):
     assert page.locator("#qt-tip").is_hidden()
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement === document.querySelectorAll('.row')[1]")
+    for key in ["ArrowDown"] * 9 + ["ArrowUp"] * 9:  # what has the focus is not below the bar that stays at the top
+        page.keyboard.press(key)
+        assert page.evaluate(
+            "document.activeElement.getBoundingClientRect().top >= document.querySelector('.bar').getBoundingClientRect().bottom"
+        ), key
     page.locator("#tab-tokens").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#distribution").is_visible() and page.locator("#distribution svg").count() >= 5
@@ -379,8 +460,9 @@ def test_a_page_keeps_to_its_budget_and_says_what_it_left_out(budget, tmp_path, 
     found = by_hand({i: f" w{i}" for i in range(9)}, rows=60, length=200)
     document, packer = pack(found, budget)
     assert len(json.dumps(document)) <= budget
-    kept = document["tokens"]["rows"]
+    kept, detailed = document["tokens"]["rows"], document["alternatives"]["rows"]
     assert f"{len(kept)} of 60 rows" in document["notes"][1]
+    assert set(detailed) <= set(kept)
     again = json.loads("".join(json_parts(found, document, packer)))
     assert [r["row"] for r in again["rows"]] == kept
     write_text(tmp_path / "page.html", render_inspection(document))
@@ -389,8 +471,85 @@ def test_a_page_keeps_to_its_budget_and_says_what_it_left_out(budget, tmp_path, 
     assert page.locator("#count").inner_text() == f"{len(kept)} of 60 rows"
 
 
+def test_where_not_all_rows_fit_half_of_those_shown_have_alternatives():
+    """Rows without them explain little; before all rows are left out, so are the alternatives of some."""
+    found = by_hand({i: f" w{i}" for i in range(99)}, rows=200, length=200)
+    live = found.views[0].live
+    assert live.topk_log_probs is not None and live.topk_ids is not None
+    rng = np.random.default_rng(1)
+    listed = -np.sort(-rng.dirichlet(np.ones(6), len(live.entropy))[:, :5])
+    live.topk_log_probs[:], live.topk_ids[:] = np.log(listed), rng.integers(0, 99, live.topk_ids.shape)
+    for budget in (150_000, 300_000):
+        document, _ = pack(found, budget)
+        kept, detailed = len(document["tokens"]["rows"]), len(document["alternatives"]["rows"])
+        assert kept < 200 and 0.4 <= detailed / kept <= 0.75
+        assert 0.85 * budget < len(json.dumps(document)) <= budget
+
+
 def test_scripts_and_styles_of_the_page_end_where_they_should():
     assets = Path(__file__).parents[2] / "src/qtarget/report/assets"
     for path in assets.iterdir():
         text = path.read_text()
         assert "</" not in text and "innerHTML" not in re.sub(r"//.*|/\*.*?\*/", "", text) and "<!--" not in text, path
+
+
+def test_the_table_of_areas_is_the_result_file():
+    data = json.loads((DOCS.parents[1] / "benchmarks/results/inspect_auc.json").read_text())["data"]
+    views = [one["views"][0] for one in data.values()]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCS.read_text().splitlines()
+        if line[:1] == "|"
+    ]
+    assert [cell.strip("`") for cell in table[0][1:]] == list(data)
+    lines = {first: rest for first, *rest in table[2:]}
+    counts = [f"{one['rows']:,} ({view['marked_rows']:,})" for one, view in zip(data.values(), views, strict=True)]
+    assert lines.pop("rows (marked)") == counts
+    assert lines.pop("base's mean surprise, nats a token") == [f"{view['nll_mean']:.2f}" for view in views]
+    for line, cells in lines.items():
+        kind, score = line.split(": ", 1)
+        for cell, view in zip(cells, views, strict=True):
+            area, bounds = view[f"by_{kind}"][score]
+            assert cell == f"{area:.2f}" + (f" ({bounds[0]:.2f} .. {bounds[1]:.2f})" if bounds else "")
+    assert len(lines) == sum(len(views[0][part]) for part in ("by_row", "by_token"))
+
+
+def test_the_revision_of_the_config_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
+    """Two revisions in a local hub cache, with other weights and other tokens: the page shows the one that training takes."""
+    import huggingface_hub.constants
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--owner--name"
+    for seed, revision in enumerate(("main", "other")):
+        snapshot = repository / "snapshots" / f"{seed:040d}"
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        tokenizer.add_tokens(["small"] if seed else [])
+        size = len(tokenizer)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+            )
+        ).save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"{seed:040d}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "A small", "completion": " small small dog"}) + "\n")
+    settings = {
+        "model_name_or_path": "owner/name", "train_file": "rows.jsonl", "output_dir": str(tmp_path / "out"),
+        "report_to": "none", "bf16": False, "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    page = ["--output", tmp_path / "page.html", "--json", tmp_path / "page.json", "--no-audit"]
+    for seed, revision in enumerate(("main", "other")):
+        command("inspect", tmp_path / "run.yaml", "--model_revision", revision, *page)
+        document = json.loads((tmp_path / "page.json").read_text())
+        (row,) = document["rows"]
+        assert row["texts"].count("small") == (3 if seed else 0)
+        model = AutoModelForCausalLM.from_pretrained(repository / "snapshots" / f"{seed:040d}")
+        with torch.no_grad():
+            log_probs = model(torch.tensor([row["ids"]])).logits[0, :-1].log_softmax(-1)
+        expected = [log_probs[place - 1, row["ids"][place]].item() for place in row["trained"]]
+        assert document["views"][0]["nll_mean"] == pytest.approx(-np.mean(expected), abs=1e-4)

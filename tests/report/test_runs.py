@@ -124,13 +124,19 @@ def test_values_that_are_not_finite_are_gaps_with_a_note(make_run, tmp_path):
     assert all(png_bytes(figure).startswith(b"\x89PNG") for figure in comparison_figures(report).values())
 
 
-def test_what_cannot_be_compared_is_refused_with_what_differs(make_run):
+def test_what_cannot_be_compared_is_refused_with_what_differs(make_run, tmp_path):
     first = make_run("first")
     other_rows = make_run("rows", data={"train": {"fingerprint": "x"}, "eval": {"fingerprint": "other"}})
     with pytest.raises(DataError, match=r"first and rows differ in their rows of 'eval'.*--rows"):
         report_of(first, other_rows)
     with pytest.raises(DataError, match="differ in their tokenizer"):
         report_of(first, make_run("tokenizer", model={"tokenizer_fingerprint": "u"}))
+    unknown = make_run("unknown", model={})
+    for order in ([unknown, first, tmp_path / "tokenizer"], [first, unknown, tmp_path / "tokenizer"]):
+        with pytest.raises(
+            DataError, match="first and tokenizer differ in their tokenizer"
+        ):  # a stranger hides nothing
+            report_of(*order)
     other_training = make_run("training", data={"train": {"fingerprint": "y"}, "eval": {"fingerprint": "e"}})
     keys = [one["key"] for one in report_of(first, other_training)["differences"]]
     assert keys == ["data.train.fingerprint"]

@@ -55,18 +55,18 @@ PRACTICE = (
 """Plain SFT, what is done about noise without a target, and two oracles that nobody has."""
 
 CHOSEN = (
-    _target("consensus", "kl_weight", 3.0, 1.0, 10.0),
+    _target("consensus", "caution", 1.0, 0.3, 0.03),
     _target("target_sft", "eta", 0.3, 0.1, 0.6),
     _target("asft", "kl_weight", 0.05, 0.2, 1.0),
     _target("sft_kl", "kl_weight", 0.3, 0.1, 1.0),
     _target("dft"),
     _target("p_power", "alpha", 0.5, 0.25, 0.75),
-    _target("label_smoothing", "smoothing", 0.1, 0.3, 0.6),
     _target("prior_surprise"),
 )
 """Targets that stand on the whole map."""
 
 OTHERS = (
+    _target("label_smoothing", "smoothing", 0.1, 0.3, 0.6),
     _target("inverse_likelihood", "power", 0.5, 0.25, 1.0),
     _target("profit", "threshold", 0.1, 0.03, 0.3),
     _target("eaft", "alpha", 1.0, 0.5, 2.0),

@@ -202,12 +202,12 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
     ids = [row.prompt + row.completion for row in rows]
     agreed = agreement(ids, masks)
-    conflicts = prior_conflict(ids, masks, [label.numpy() for label in labels], agreed)
+    conflicts = prior_conflict(ids, masks, [label.numpy() for label in labels])
     rho = prior_reliability(np.concatenate(agreed), torch.cat(labels).numpy())
     return [
         Reference(
             label_log_probs=label, log_probs=values, agreement=torch.from_numpy(shares),
-            reliability=torch.full_like(label, rho), conflict=torch.from_numpy(conflict),
+            reliability=torch.from_numpy(rho * (1 - conflict)), conflict=torch.from_numpy(conflict),
         )
         for label, values, shares, conflict in zip(labels, log_probs, agreed, conflicts, strict=True)
     ]  # fmt: skip

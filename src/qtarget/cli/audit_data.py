@@ -43,9 +43,8 @@ def audit_data(
 
     from qtarget.cli.settings import parse_overrides
 
-    audit = run_audit(source, parse_overrides(context.args), split)
+    audit = run_audit(source, parse_overrides(context.args), split, json_file)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print_audit(audit, Console())
     if audit.errors:
@@ -53,27 +52,37 @@ def audit_data(
 
 
 def run_audit(
-    source: Path, overrides: Mapping[str, Setting], split: Literal["train", "validation"] = "train"
+    source: Path,
+    overrides: Mapping[str, Setting],
+    split: Literal["train", "validation"] = "train",
+    json_file: Path | None = None,
 ) -> DataAudit:
     """Audit the rows of a config, or of a file: with its tokens where ``model_name_or_path`` is given.
 
+    Args:
+        json_file: where the caller will write, which must be none of the files read here.
+
     Raises:
-        ConfigError: no such split, or settings that training refuses too.
+        ConfigError: no such split, settings that training refuses too, or see ``check_outputs``.
         DataError: the file is unusable.
         CacheMismatchError: the command line names a cache that is none.
     """
     from qtarget.cli.config import build_config
+    from qtarget.cli.outputs import check_outputs
     from qtarget.cli.settings import Setting, read_settings
     from qtarget.data.loading import READABLE
 
     is_data = source.name.lower().endswith(READABLE)
     if is_data and "model_name_or_path" not in overrides:
+        check_outputs({"--json": json_file}, [source])
         return _texts_alone(source, overrides, split)
     settings = dict(overrides) if is_data else read_settings(source, []) | dict(overrides)
     if is_data:
         settings["train_file"] = Setting(str(source.absolute()), "the command line")
     settings |= {key: Setting(value, "audit-data") for key, value in HARDWARE.items()}
-    return audit_config(build_config(settings, source), split, cache_required="reference_cache" in overrides)
+    config = build_config(settings, source)
+    check_outputs({"--json": json_file}, [source, *config.inputs])
+    return audit_config(config, split, cache_required="reference_cache" in overrides)
 
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
@@ -181,7 +190,7 @@ def print_audit(audit: DataAudit, console: Console) -> None:
             console.print(Text(f"          {example_line(example)}", style="dim"), soft_wrap=True)
     console.print()
     _print_advice(audit.advice, console)
-    words = f"{audit.errors} kinds of errors" if audit.errors else "no errors"
+    words = f"{audit.errors} kind{'s'[: audit.errors != 1]} of errors" if audit.errors else "no errors"
     console.print(Text(f"\n{audit.rows} rows: {words}", style="bold red" if audit.errors else "bold green"))
 
 

@@ -14,7 +14,7 @@ from qtarget.benchmarks.speed import SUITES, SpeedConfig, run_speed
 from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
 from qtarget.cli import bench_proof, bench_score, bench_scoring
 from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
-from qtarget.cli.outputs import check_writable, saver
+from qtarget.cli.outputs import check_outputs, check_writable, saver
 from qtarget.errors import ConfigError
 
 DEFAULTS = SpeedConfig()
@@ -125,7 +125,7 @@ def figure(
     from qtarget.benchmarks.figure import save_figure
     from qtarget.benchmarks.speed_figure import speed_figure
 
-    check_writable(output)
+    check_outputs({"--output": output}, [results])
     try:
         found = json.loads(results.read_text())
         drawn = speed_figure(found)

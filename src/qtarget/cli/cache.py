@@ -98,7 +98,9 @@ def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
     train_rows, validation_rows = load_datasets(run)
     set_model_arguments(run)
     tokenizer = AutoTokenizer.from_pretrained(
-        str(run.model.model_name_or_path), trust_remote_code=run.training.trust_remote_code
+        str(run.model.model_name_or_path),
+        revision=run.model.model_revision,
+        trust_remote_code=run.training.trust_remote_code,
     )
     return training_rows(model, run.training, train_rows, validation_rows, tokenizer)
 

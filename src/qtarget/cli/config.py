@@ -96,6 +96,11 @@ class RunConfig:
     data: DataConfig
     given: Mapping[str, Any]
 
+    @property
+    def inputs(self) -> list[str]:
+        """Files, folders and hub names that a run reads."""
+        return [self.given[key] for key in PATH_KEYS if self.given.get(key) is not None]
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Parse, check and build; no model and no data are loaded.

@@ -65,24 +65,26 @@ def inspect(
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.config import build_config
+    from qtarget.cli.outputs import check_outputs
     from qtarget.cli.settings import Setting, read_settings
-    from qtarget.report.inspection import json_parts, pack, render_inspection
+    from qtarget.report.inspection_json import write_json
+    from qtarget.report.inspection_page import pack, render_inspection
     from qtarget.report.page import write_text
 
     settings = read_settings(config, context.args)
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
     paths = tuple(part for part in (checkpoints or "").split(",") if part)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
-    found = inspect_config(build_config(settings, config), options)
+    built = build_config(settings, config)
+    check_outputs({"--output": output, "--json": json_file}, [config, *built.inputs, *paths])
+    found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))
     write_text(output, render_inspection(document))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        with json_file.open("w", encoding="ascii") as file:
-            file.writelines(json_parts(found, document, packer))
-    kept = len(document["tokens"]["rows"])
+        write_json(json_file, found, document, packer)
+    kept, trained = len(document["tokens"]["rows"]), len(found.rows.labels)
     typer.echo(
-        f"{output}: {kept:,} rows, {len(found.rows.labels):,} trained tokens, targets {', '.join(document['targets'])}, "
+        f"{output}: {kept:,} rows, {trained:,} trained tokens, targets {', '.join(document['targets'])}, "
         f"{output.stat().st_size / 1e6:.1f} MB"
     )
     for name, reason in found.hidden.items():
@@ -96,23 +98,23 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         ConfigError: no such rows, no target that can be shown, or a checkpoint that cannot be loaded.
         CacheMismatchError: the cache is of other rows.
     """
-    from transformers import AutoTokenizer
-
+    from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.datasets import load_datasets
     from qtarget.integrations.trl_audit import cut, tokenise
-    from qtarget.report.inspection import Inspection, View, ids_shown
+    from qtarget.report.inspection import Inspection, View
+    from qtarget.report.inspection_page import ids_shown
     from qtarget.report.texts import token_texts
     from qtarget.report.tokens import flatten_rows
 
-    training, name = config.training, str(config.model.model_name_or_path)
+    training = config.training
     whole: Any = load_datasets(config)[options.split == "validation"]
     if whole is None:
         raise ConfigError(
             "--split validation: the config names no validation_file; set it, or look at the training rows"
         )
     numbers, data = sample(whole, options.rows, options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training.trust_remote_code)
-    tokens = tokenise(training, data, tokenizer)
+    loaded = load_tokenizer(config)
+    tokens = tokenise(training, data, loaded[0])
     weights = _data_weights(data, tokens)
     cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
     rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
@@ -135,7 +137,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         _groups(options, raw),
         row_marks,
         token_marks,
-        _audit(config, raw, tokens, cut_rows, live.vocab_size) if options.audit and not sampled else None,
+        _audit(config, raw, tokens, cut_rows, loaded) if options.audit and not sampled else None,
     )
 
 
@@ -184,7 +186,7 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
     other = training.reference_model_name_or_path
     if "reference" in frozen and other in (None, model):
         return frozen["reference"], frozen
-    live = _scored(config, model, rows, model)
+    live = _scored(config, model, rows, model, config.model.model_revision)
     return live, {"reference": live} | frozen
 
 
@@ -201,7 +203,7 @@ def _check_origin(found: str, expected: str | None, role: str) -> None:
         )
 
 
-def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNumbers:
+def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: str = "main") -> ModelNumbers:
     """Run a model over the rows."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -210,9 +212,9 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str) -> ModelNu
     from qtarget.report.tokens import numbers_from_source
     from qtarget.scoring.local import LocalSource
 
-    trust = config.training.trust_remote_code
+    keywords: dict[str, Any] = {"dtype": config.model.dtype, "trust_remote_code": config.training.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=config.model.dtype, trust_remote_code=trust).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, **keywords).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
@@ -277,7 +279,7 @@ def split_targets(
 def _weigh(
     targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]
 ) -> list[Any]:
-    from qtarget.report.inspection import SHOWN
+    from qtarget.report.inspection_page import SHOWN
     from qtarget.report.weights import target_numbers
 
     return [target_numbers(target, rows, live, frozen, name=name, shown=SHOWN) for name, target in targets.items()]
@@ -303,22 +305,22 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     check_marks(options.mark, by_row)
     if by_row is None or not any(noise_spans(row) for row in raw):
         return by_row, None
-    labels, starts = rows.labels, rows.trained_offsets
     parts = []
-    for row, a, b in zip(raw, starts, starts[1:], strict=False):
-        marked = token_marks(row, labels[a:b], tokenizer)
-        parts.append(np.full(b - a, UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
+    for row, a, b in zip(raw, rows.offsets, rows.offsets[1:], strict=False):
+        places = np.flatnonzero(rows.supervised[a:b])
+        marked = token_marks(row, rows.ids[a:b], places, tokenizer)
+        parts.append(np.full(len(places), UNPLACED, dtype=np.uint8) if marked is None else marked.astype(np.uint8))
     return by_row, np.concatenate(parts)
 
 
-def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, vocab_size: int) -> Any:
+def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
-    from qtarget.cli.audit_data import cache_findings, load_tokenizer, open_cache
+    from qtarget.cli.audit_data import cache_findings, open_cache
     from qtarget.data.token_checks import Vocabulary
     from qtarget.report.audit import audit_data
 
     training = config.training
-    _, size, ends = load_tokenizer(config)
+    _, size, ends = loaded
     cache = open_cache(training.reference_cache, True)
     return audit_data(
         raw,

@@ -23,14 +23,15 @@ def noise(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT.")] = False,
 ) -> None:
     """Inject noise of one kind; every touched character is marked in `noise_spans`."""
+    from qtarget.cli.outputs import check_outputs
     from qtarget.data.loading import load_rows
     from qtarget.data.noise import inject_noise
 
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
+    check_outputs({"OUTPUT": destination}, [source])
     rows = load_rows(source)
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with destination.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)
     touched = sum(bool(row["noise_spans"]) for row in noisy)

@@ -29,12 +29,15 @@ def report(
     to_step: Annotated[int | None, typer.Option("--to-step", help="... to this one; default: last.")] = None,
 ) -> None:
     """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
+    from qtarget.cli.outputs import check_outputs
     from qtarget.report.page import write_text
+    from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
     from qtarget.report.run_figures import runs_page, write_pngs
-    from qtarget.report.runs import check_comparable, compare_runs, read_runs, sample_changes
+    from qtarget.report.runs import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
 
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a file, for instance {output / 'report.html'}")
+    records = [run / name for run in runs for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE, STATE_FILE)]
+    checkpoints = [path for run in runs for path in run.glob("checkpoint-*")]
+    check_outputs({"--output": output, "--json": json_file}, [*records, *checkpoints, rows])
     if png is not None and png.exists() and not png.is_dir():
         raise ConfigError(f"--png {png} is a file; name a folder")
     found = read_runs(runs)

@@ -110,7 +110,9 @@ def run_scoring(
         config.training,
         train_rows,
         validation_rows,
-        AutoTokenizer.from_pretrained(student, trust_remote_code=config.training.trust_remote_code),
+        AutoTokenizer.from_pretrained(
+            student, revision=config.model.model_revision, trust_remote_code=config.training.trust_remote_code
+        ),
         directory=directory,
         top_k=top_k,
         tail_policy=tail_policy,

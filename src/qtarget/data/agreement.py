@@ -124,27 +124,24 @@ SURPRISING = 0.1
 """Probability under the frozen base below which a label counts as one that the base did not expect."""
 WITNESSES = 3
 """Other rows that a context needs before its rows can be said to agree."""
-SUPPORT = 0.05
-"""Agreement at which a label has half the support that it can have."""
+SOME, MOST = 0.6, 0.8
+"""Share of surprising rows at which a context begins to contradict the base, and at which it does so wholly."""
 
 
 def prior_conflict(
     token_ids: Sequence[Sequence[int]],
     supervised: Sequence[Sequence[bool]],
     label_log_probs: Sequence[np.ndarray],
-    agreements: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """Where the demonstrations agree against the frozen base: ``(2 share - 1)^+ A / (A + 0.05)``, in [0, 1).
+    """Where the demonstrations contradict the frozen base: ``(share - 0.6) / 0.2``, cut to [0, 1].
 
     ``share`` is how many of the *other* rows surprise the base at the token's context (the longest one, of at most three
-    tokens, that at least three other rows have). Noise surprises it now and then, a flawed or missing prior nearly always, so
-    a share below one half counts nothing. ``A`` is the label's ``agreement``: a token that no other row supports stays
-    unsupported, however wrong the base is around it.
+    tokens, that at least three other rows have). Noise surprises it now and then, a flawed or missing prior nearly always: a
+    share up to 0.6 counts nothing, from 0.8 on it counts in full. Without a context there is no conflict.
 
     Args:
         token_ids, supervised: as for ``agreement``.
         label_log_probs: ``[supervised tokens]`` of the frozen base a row, nats.
-        agreements: what ``agreement`` returns.
 
     Raises:
         ShapeError: a row has another number of numbers than supervised tokens.
@@ -152,29 +149,24 @@ def prior_conflict(
     Example:
         >>> import numpy as np
         >>> rows, masks = [[5, 7, 7, 1]] * 5, [[False, False, False, True]] * 5
-        >>> unexpected = [np.array([-9.0])] * 5  # the base thinks nothing of a token that all rows agree on
-        >>> [round(float(found[0]), 2) for found in prior_conflict(rows, masks, unexpected, agreement(rows, masks))]
-        [0.94, 0.94, 0.94, 0.94, 0.94]
+        >>> unexpected = [np.array([-9.0])] * 5  # the base thinks nothing of what all rows say
+        >>> [found.tolist() for found in prior_conflict(rows, masks, unexpected)]
+        [[1.0], [1.0], [1.0], [1.0], [1.0]]
     """
     rows = [
         _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
     ]
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
-    for number, (row, flags, shares) in enumerate(zip(rows, surprised, agreements, strict=True)):
-        if not len(row) == len(flags) == len(shares):
-            raise ShapeError(
-                f"row {number}: {len(row)} supervised tokens, {len(flags)} log-probs, {len(shares)} agreements; expected as many"
-            )
+    for number, (row, flags) in enumerate(zip(rows, surprised, strict=True)):
+        if len(row) != len(flags):
+            raise ShapeError(f"row {number}: {len(row)} supervised tokens and {len(flags)} log-probs; expected as many")
     seen, against = Counter(), Counter()
     for row, flags in zip(rows, surprised, strict=True):
         for found, flag in zip(row, flags, strict=True):
             for context in _plain(found):
                 seen[context] += 1
                 against[context] += bool(flag)
-    return [
-        _conflicts(row, flags, seen, against) * shares / (shares + SUPPORT)
-        for row, flags, shares in zip(rows, surprised, agreements, strict=True)
-    ]
+    return [_conflicts(row, flags, seen, against) for row, flags in zip(rows, surprised, strict=True)]
 
 
 def _plain(found: list[Observation]) -> list[Context]:
@@ -183,7 +175,7 @@ def _plain(found: list[Observation]) -> list[Context]:
 
 
 def _conflicts(row: list[list[Observation]], flags: np.ndarray, seen: Counter, against: Counter) -> np.ndarray:
-    """``(2 share - 1)^+`` of each token, the row's own tokens taken out."""
+    """The conflict at each token, the row's own tokens taken out."""
     own_seen, own_against = Counter(), Counter()
     for found, flag in zip(row, flags, strict=True):
         for context in _plain(found):
@@ -194,6 +186,7 @@ def _conflicts(row: list[list[Observation]], flags: np.ndarray, seen: Counter, a
         for context in _plain(found):
             others = seen[context] - own_seen[context]
             if others >= WITNESSES:
-                out[place] = max(0.0, 2 * (against[context] - own_against[context]) / others - 1)
+                share = (against[context] - own_against[context]) / others
+                out[place] = min(1.0, max(0.0, (share - SOME) / (MOST - SOME)))
                 break
     return out

@@ -39,7 +39,7 @@ def exchange(row: Mapping[str, Any], text_field: str = "text") -> tuple[str | No
     is the prompt. Runs of white space count as one space. Of tokens, the prompt is what stands before the first label.
 
     Returns:
-        Prompt and answer; the prompt is None where a row has none (plain text, or tokens that are all trained on).
+        Prompt and answer; the prompt is None where a row has none (plain text, an empty prompt, or tokens that are all trained on).
 
     Example:
         >>> exchange({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello  you"}]})
@@ -49,7 +49,7 @@ def exchange(row: Mapping[str, Any], text_field: str = "text") -> tuple[str | No
         return _exchange_of_tokens(row)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _plain(prompt), _plain(completion)
+        return _plain(prompt) or None, _plain(completion)
     messages = [*prompt, *completion] if isinstance(prompt, list) and completion else row.get("messages")
     if messages is None:
         return None, _plain(row.get(text_field))
@@ -59,7 +59,8 @@ def exchange(row: Mapping[str, Any], text_field: str = "text") -> tuple[str | No
     answer = messages[last] if last < len(messages) else {}
     # a call of a tool is an answer without text
     said = [_plain(answer.get("content")), *([json.dumps(answer["tool_calls"])] if answer.get("tool_calls") else [])]
-    return json.dumps([*asked, *tools], ensure_ascii=False), " ".join(said).strip()
+    question = json.dumps([*asked, *tools], ensure_ascii=False) if tools or any(text for _, text in asked) else None
+    return question, " ".join(said).strip()
 
 
 def _exchange_of_tokens(row: Mapping[str, Any]) -> tuple[str | None, str]:

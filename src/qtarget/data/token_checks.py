@@ -11,7 +11,7 @@ import numpy as np
 
 from qtarget.data.audit import IGNORE_INDEX
 from qtarget.data.columns import message_token_weights
-from qtarget.data.findings import ROWS_NAMED, Finding, finding
+from qtarget.data.findings import ROWS_NAMED, Finding, finding, named
 from qtarget.errors import DataError
 
 END_WINDOW = 3
@@ -189,15 +189,18 @@ def check_roles(
     Args:
         raw: the same rows as the user wrote them; those without messages are skipped.
         chat_template: with which they were rendered; None for the tokenizer's own.
+
+    Returns:
+        ``foreign_text`` of the rows that could be checked, and ``roles_unchecked`` where some could not.
     """
     talking = [i for i, row in enumerate(raw) if conversation(row)]
     looked = talking[:: -(-len(talking) // ROLES_CHECKED) or 1]
-    foreign, unclear, tokens, trained, examples = [], 0, 0, 0, []
+    foreign, untraceable, tokens, trained, examples = [], [], 0, 0, []
     for i in looked:
         ids, places = np.asarray(rows[i]["input_ids"]), trained_positions(rows[i])
         owned = _owned_by_assistant(raw[i], ids, tokenizer, chat_template) if len(places) else np.ones(len(ids), bool)
         if owned is None:
-            unclear += 1
+            untraceable.append(i)
             continue
         wrong = places[~owned[places]]
         tokens, trained = tokens + len(wrong), trained + len(places)
@@ -213,9 +216,23 @@ def check_roles(
         else "set assistant_only_loss: true, or give `prompt` and `completion`, if the model is not to write users' turns"
     )
     return finding(
-        "foreign_text", "error" if assistant_only else "warning", foreign, len(looked), what, step,
-        tokens=tokens, not_checked=unclear + len(talking) - len(looked), examples=examples,
-    )  # fmt: skip
+        "foreign_text", "error" if assistant_only else "warning", foreign, len(looked) - len(untraceable), what, step,
+        tokens=tokens, examples=examples,
+    ) + _roles_unchecked(untraceable, len(talking), len(looked))  # fmt: skip
+
+
+def _roles_unchecked(untraceable: Sequence[int], conversations: int, looked: int) -> list[Finding]:
+    """Conversations about whose roles nothing is known: nobody looked, or their tokens tell nothing."""
+    beyond = conversations - looked
+    if not untraceable and not beyond:
+        return []
+    parts = [f"{beyond} are outside an even sample of {looked}"] if beyond else []
+    if untraceable:
+        parts.append(f"the tokens of {len(untraceable)} cannot be traced to their messages ({named(untraceable)})")
+    count = len(untraceable) + beyond
+    message = f"whose text {count} of {conversations} conversations train on was not checked: {' and '.join(parts)}"
+    evidence = {"conversations": conversations, "untraceable": len(untraceable), "outside_sample": beyond}
+    return [Finding("roles_unchecked", "info", count, tuple(untraceable[:ROWS_NAMED]), message, evidence)]
 
 
 def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from qtarget.report.records import (
     SCHEMA_VERSION,
     append_line,
     read_lines,
+    set_aside,
     write_lines,
 )
 from qtarget.scoring.files import write_json
@@ -55,7 +56,7 @@ class LiveRecords(TrainerCallback):
 
     Lines logged before training starts are held back until it does, so that evaluating a finished run changes nothing. A
     resumed run goes on in the same files, without the lines beyond its checkpoint, and in the same TensorBoard folder,
-    which is why this callback must come before transformers' own.
+    which is why this callback must come before transformers' own. Lines that a run replaces are moved, never deleted.
 
     Args:
         data: description of each data set, by name (``describe_rows``).
@@ -68,16 +69,21 @@ class LiveRecords(TrainerCallback):
         self._training = False
 
     def on_train_begin(self, args: Any, state, control, **kwargs) -> None:
-        """Start the files anew, or cut them back to the checkpoint that is resumed."""
+        """Start the files anew, or go on from the checkpoint that is resumed; what they held beyond is set aside."""
         if not state.is_world_process_zero:
             return
         output, step = Path(args.output_dir), state.global_step
         output.mkdir(parents=True, exist_ok=True)
-        samples = self._held[SAMPLES_FILE]
+        log, samples = self._held[LOG_FILE], self._held[SAMPLES_FILE]
         if step:
+            log, before = state.log_history, read_lines(output / LOG_FILE)
             samples = [line for line in read_lines(output / SAMPLES_FILE) if line["step"] <= step]
             continue_tensorboard(self._callbacks, output, step)
-        write_lines(output / LOG_FILE, state.log_history if step else self._held[LOG_FILE])
+        if not step or before != log[: len(before)]:
+            earlier = set_aside(output)
+            if earlier is not None:
+                logger.warning(f"{output} held records that this run does not go on with; they are in {earlier}")
+        write_lines(output / LOG_FILE, log)
         write_lines(output / SAMPLES_FILE, samples)
         write_json(output / RUN_FILE, self._description(args, state, kwargs["model"], kwargs["processing_class"]))
         self._held, self._training = {LOG_FILE: [], SAMPLES_FILE: []}, True

@@ -142,13 +142,11 @@ def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields:
     ids, masks = [row["input_ids"] for row in rows], [supervised_mask(row["labels"]) for row in rows]
     known = [cache.row(row[f"{role}_rows"][0])["label_log_probs"] for row in rows]
     agreed = agreement(ids, masks)
-    found = {"agreement": agreed}
+    found = {"agreement": agreed, "conflict": prior_conflict(ids, masks, known)}
     if "reliability" in fields:
         rho = prior_reliability(np.concatenate(agreed), np.concatenate(known))
         logger.warning(f"{role}: the frozen model knew {rho:.0%} of what the rows agree on (reliability)")
-        found["reliability"] = [np.full(len(shares), rho, dtype=np.float32) for shares in agreed]
-    if "conflict" in fields:
-        found["conflict"] = prior_conflict(ids, masks, known, agreed)
+        found["reliability"] = [rho * (1 - conflict) for conflict in found["conflict"]]
     for name in sorted(fields & set(DATA_FIELDS)):
         column = [_spread(values, mask) for values, mask in zip(found[name], masks, strict=True)]
         dataset = dataset.add_column(f"{role}_{name}", column)  # pyright: ignore[reportCallIssue]

@@ -114,9 +114,10 @@ def score(
     job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
     base, tokenizer = job.trainer._base_model(), job.trainer.processing_class
     name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
-    if processing_class is not None and name:
-        compare_tokenizers(tokenizer, name, trust_remote_code=args.trust_remote_code)
     options: Any = args.model_init_kwargs or {}
+    if processing_class is not None and name:
+        revision = options.get("revision") or "main"
+        compare_tokenizers(tokenizer, name, revision=revision, trust_remote_code=args.trust_remote_code)
     load = partial(load_model, model, **{**options, "dtype": base.dtype}) if isinstance(model, str) else None
     model_id = model_id or name or type(base).__name__
     return score_rows(

@@ -12,6 +12,9 @@ from typing import Any
 from qtarget.data.findings import Finding
 from qtarget.report.noise_checks import KNOWS_TOO_LITTLE
 
+FEWEST_SCORED_ROWS = 100
+"""From here on the standard error of a share is at most 5 points, even if all labels of a row agree: sqrt(0.25 / 100)."""
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -77,6 +80,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
     scored = bool(surprise)
     suspected = by_name["surprising_tokens"].evidence["share"] if "surprising_tokens" in by_name else 0.0
     flawed = by_name["flawed_prior"].evidence["share"] if "flawed_prior" in by_name else 0.0
+    scored_rows = by_name["base_surprise"].count if scored else 0
     checked = scored and "flawed_prior_unchecked" not in by_name
     return {name: surprise.get(name) for name in names} | {
         "suspected_share": suspected if scored else None,
@@ -84,6 +88,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
         "duplicate_share": share("duplicates"),
         "contradictory_share": share("contradictory_duplicates"),
         "rows": rows,
+        "scored_rows": scored_rows,
         "teacher": teacher,
     }
 
@@ -94,23 +99,34 @@ def which_target(facts: Mapping[str, Any]) -> Advice:
     Args:
         facts: of ``facts_of``. Up to ``KNOWS_TOO_LITTLE`` the demo speaks (0.17 there); above, no benchmark of targets.
     """
-    favourite = facts["favourite_share"]
     notes = _notes(facts)
+    gap = _what_is_missing(facts)
+    if gap is not None:
+        return Advice("not enough evidence", f"Not enough evidence: {gap}", facts, notes=notes)
+    return Advice("suggestion", *_new_format(facts), notes=notes)
+
+
+def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
+    """Why nothing can be suggested, and the next step; None where something can."""
+    favourite, scored_rows = facts["favourite_share"], facts["scored_rows"]
     if favourite is None:
         missing = "no cache with top-k" if facts["mean_surprise"] is not None else "no reference cache"
-        summary = (
-            f"Not enough evidence: {missing}, so how much the base already knows is unmeasured. Run "
-            "`qtarget score CONFIG.yaml --top_k 8` and audit again."
+        return (
+            f"{missing}, so how much the base already knows is unmeasured. Run `qtarget score CONFIG.yaml --top_k 8` and "
+            "audit again."
         )
-        return Advice("not enough evidence", summary, facts, notes=notes)
+    if scored_rows < FEWEST_SCORED_ROWS:
+        return (
+            f"only {scored_rows} rows were scored; below {FEWEST_SCORED_ROWS} the share of labels that are the base's "
+            "first choice is known to no better than 5 points. Score more rows and audit again."
+        )
     if favourite >= KNOWS_TOO_LITTLE:
-        summary = (
-            f"Not enough evidence: {favourite:.0%} of the labels are the base's first choice, so it can already answer in "
-            "part, and no benchmark in this repository compares targets on such a base. Train `sft` and one other "
-            "with equal budgets and compare them on clean held-out rows."
+        return (
+            f"{favourite:.0%} of the labels are the base's first choice, so it can already answer in part, and no benchmark "
+            "in this repository compares targets on such a base. Train `sft` and one other with equal budgets and compare "
+            "them on clean held-out rows."
         )
-        return Advice("not enough evidence", summary, facts, notes=notes)
-    return Advice("suggestion", *_new_format(facts), notes=notes)
+    return None
 
 
 def _new_format(
@@ -118,56 +134,52 @@ def _new_format(
 ) -> tuple[str, Mapping[str, Any], tuple[Statement, ...], tuple[Statement, ...]]:
     """The base would write something else nearly everywhere, as on the demo's rows."""
     known = evidence()
-    demo, dropped, real = known["demo"], known["demo_dropped"], known["real_noise"]
-    like = known["audit_noise"]["settings"]["unknown_format, random_tokens 0.2"]["favourite_share"]
-    fact = (
-        f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({like:.0%} on the benchmark's rows), "
-        "so it does not know this format yet"
-    )
+    demo = known["demo"]
     accuracy, kept = demo["accuracy_percent"], demo["kept_percent"]
     best = max(mean for mean, _, _ in accuracy.values())
-    tied = [name for name, (_, _, high) in accuracy.items() if high >= best]
-    tied.sort(key=lambda name: -kept[name])
-    failed = [name for name, (mean, _, _) in accuracy.items() if mean <= demo["untrained"]]
-    failed += [name for name, (mean, _, _) in dropped["accuracy_percent"].items() if mean <= dropped["untrained"]]
-    worse = [name for name in accuracy if name not in tied and name not in failed]
+    tied = sorted((name for name, (_, _, high) in accuracy.items() if high >= best), key=lambda name: -kept[name])
+    like = known["audit_noise"]["settings"]["unknown_format, random_tokens 0.2"]["favourite_share"]
     ranked = Statement(
         tuple(tied),
-        f"{fact}. With {demo['noise']} on {demo['rows']} rows and {demo['seeds']} seeds these tie in exact completion ("
-        + ", ".join(f"{name} {accuracy[name][0]} %" for name in tied)
-        + "); they are ordered by how much of the base's other skills they kept ("
-        + ", ".join(f"{kept[name]} %" for name in tied)
-        + ").",
+        f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({like:.0%} on the benchmark's rows), "
+        f"so it does not know this format yet. With {demo['noise']} on {demo['rows']} rows and {demo['seeds']} seeds these "
+        f"tie in exact completion ({', '.join(f'{name} {accuracy[name][0]} %' for name in tied)}); they are ordered by how "
+        f"much of the base's other skills they kept ({', '.join(f'{kept[name]} %' for name in tied)}).",
         (_numbers(demo, tied),),
-    )
-    avoid = [
-        Statement(
-            (name,), f"{accuracy[name][0]} % there, every seed below every seed of sft.", (_numbers(demo, [name]),)
-        )
-        for name in worse
-        if accuracy[name][2] < accuracy["sft"][1]
-    ]
-    nll = {
-        data: {name: values[name] for name in ("untrained", "sft", "dft", "asft")}
-        for data, values in real["clean_nll"].items()
-    }
-    avoid.append(
-        Statement(
-            tuple(failed),
-            "none answered a single prompt there: weights by the model's own probability hardly start where it is near 0. "
-            "On real rows dft ended at a higher clean NLL than the untrained base (one seed).",
-            (
-                _numbers(demo, [name for name in failed if name in accuracy]),
-                _numbers(dropped, [name for name in failed if name in dropped["accuracy_percent"]]),
-                {"file": real["file"], "seeds": real["seeds"], "clean_nll": nll},
-            ),
-        )
     )
     summary = (
         f"Start with {tied[0]} or plain sft: no target here was shown to beat sft on a base that does not know the format. "
         "This is one synthetic benchmark; compare on clean held-out rows of yours."
     )
-    return summary, facts, (ranked,), tuple(avoid)
+    return summary, facts, (ranked,), _avoided(known, tied)
+
+
+def _avoided(known: Mapping[str, Any], tied: Sequence[str]) -> tuple[Statement, ...]:
+    """Targets worse than sft in every seed of the demo, then those that taught nothing there."""
+    demo, dropped, real = known["demo"], known["demo_dropped"], known["real_noise"]
+    accuracy, accuracy_dropped = demo["accuracy_percent"], dropped["accuracy_percent"]
+    failed = [name for name, (mean, _, _) in accuracy.items() if mean <= demo["untrained"]]
+    failed_dropped = [name for name, (mean, _, _) in accuracy_dropped.items() if mean <= dropped["untrained"]]
+    worse = [
+        Statement(
+            (name,), f"{accuracy[name][0]} % there, every seed below every seed of sft.", (_numbers(demo, [name]),)
+        )
+        for name in accuracy
+        if name not in (*tied, *failed) and accuracy[name][2] < accuracy["sft"][1]
+    ]
+    names = ("untrained", "sft", "dft", "asft")
+    nll = {data: {name: values[name] for name in names} for data, values in real["clean_nll"].items()}
+    nothing = Statement(
+        (*failed, *failed_dropped),
+        "none answered a single prompt there: weights by the model's own probability hardly start where it is near 0. "
+        "On real rows dft ended at a higher clean NLL than the untrained base (one seed).",
+        (
+            _numbers(demo, failed),
+            _numbers(dropped, failed_dropped),
+            {"file": real["file"], "seeds": real["seeds"], "clean_nll": nll},
+        ),
+    )
+    return (*worse, nothing)
 
 
 def _numbers(run: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:

@@ -52,31 +52,32 @@ def noise_spans(row: Mapping[str, Any]) -> list[Any] | None:
     return json.loads(spans) if isinstance(spans, str) else spans
 
 
-def token_marks(row: Mapping[str, Any], trained_ids: np.ndarray, tokenizer: Any) -> np.ndarray | None:
-    """``[trained]`` which trained tokens overlap a noise span, or None where the response cannot be found in them."""
-    marked = np.zeros(len(trained_ids), dtype=bool)
+def token_marks(row: Mapping[str, Any], ids: np.ndarray, places: np.ndarray, tokenizer: Any) -> np.ndarray | None:
+    """Which trained tokens overlap a noise span, or None where the response cannot be found in them.
+
+    Args:
+        ids: ``[tokens]`` of the whole row.
+        places: ``[trained]`` where its trained tokens are, ascending.
+
+    Returns:
+        ``[trained]`` booleans.
+    """
     spans = noise_spans(row)
-    if not spans:
-        return marked
+    if not spans or not len(places):
+        return np.zeros(len(places), dtype=bool)
     try:
         response = response_text(dict(row))
     except DataError:
         return None
-    direct = offsets_in_response(row, response, trained_ids, tokenizer)
-    if direct is not None:
-        return np.array(noise_token_mask(direct, spans), dtype=bool)
-    whole = decode(tokenizer, trained_ids)
-    start = whole.find(response)
-    if start < 0 and not response.startswith(whole):  # startswith: cut at max_length
-        return None
-    offsets = [(a - max(start, 0), b - max(start, 0)) for a, b in token_offsets(tokenizer, trained_ids, whole)]
-    return np.array(noise_token_mask(offsets, spans), dtype=bool)
+    direct = offsets_in_response(row, response, ids, tokenizer)
+    offsets = [direct[i] for i in places] if direct is not None else _decoded_offsets(response, ids, places, tokenizer)
+    return None if offsets is None else np.array(noise_token_mask(offsets, spans), dtype=bool)
 
 
 def offsets_in_response(
-    row: Mapping[str, Any], response: str, trained_ids: np.ndarray, tokenizer: Any
+    row: Mapping[str, Any], response: str, ids: np.ndarray, tokenizer: Any
 ) -> list[tuple[int, int]] | None:
-    """Places of the trained tokens in the response, where they are the last ones of prompt and response tokenised at once.
+    """Place of each token in the response, where the row is prompt and response tokenised at once; (0, 0) before it.
 
     Decoding would not find a response with letters that the tokenizer does not know.
     """
@@ -84,12 +85,29 @@ def offsets_in_response(
     if not isinstance(prompt, str) or not getattr(tokenizer, "is_fast", False):
         return None
     encoded = tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
-    pairs = [(t, pair) for t, pair in zip(encoded["input_ids"], encoded["offset_mapping"]) if pair[1] > len(prompt)]
-    count = min(len(pairs), len(trained_ids))  # behind them an end mark may follow; max_length may have cut them
-    if not count or [t for t, _ in pairs[:count]] != trained_ids[:count].tolist():
-        return None
-    inside = [(max(a - len(prompt), 0), b - len(prompt)) for _, (a, b) in pairs[:count]]
-    return inside + [(len(response), len(response))] * (len(trained_ids) - count)
+    for lead in (0, 1):  # 1: behind a begin mark
+        count = min(len(encoded["input_ids"]), len(ids) - lead)  # an end mark may follow; max_length may have cut
+        if count > 0 and ids[lead : lead + count].tolist() == encoded["input_ids"][:count]:
+            pairs = [(max(a - len(prompt), 0), max(b - len(prompt), 0)) for a, b in encoded["offset_mapping"][:count]]
+            return [(0, 0)] * lead + pairs + [(len(response), len(response))] * (len(ids) - lead - count)
+    return None
+
+
+def _decoded_offsets(
+    response: str, ids: np.ndarray, places: np.ndarray, tokenizer: Any
+) -> list[tuple[int, int]] | None:
+    """Place of each trained token in the response, by the text of the trained tokens.
+
+    Nothing predicts the first token of a row: where labels begin at the second, it may be the response's first as well.
+    """
+    for before in [ids[:1], ids[:0]] if places[0] == 1 else [ids[:0]]:
+        tokens = np.concatenate([before, ids[places]])
+        whole = decode(tokenizer, tokens)
+        start = whole.find(response)
+        if start >= 0 or response.startswith(whole):  # startswith: cut at max_length
+            offsets = [(a - max(start, 0), b - max(start, 0)) for a, b in token_offsets(tokenizer, tokens, whole)]
+            return offsets[len(before) :]
+    return None
 
 
 def decode(tokenizer: Any, ids: np.ndarray) -> str:

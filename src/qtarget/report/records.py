@@ -1,7 +1,8 @@
 """The files of a run that a report reads, and that training writes: two of JSON lines and one description.
 
 ``qtarget_run.json`` says what the run is. ``qtarget_log.jsonl`` holds every logged line as transformers logged it, also of
-a run that is still going or was killed. ``qtarget_samples.jsonl`` holds the tokens of a few rows at each evaluation.
+a run that is still going or was killed. ``qtarget_samples.jsonl`` holds the tokens of a few rows at each evaluation. What a
+later run in the same folder would replace is moved to ``earlier_records/1``, ``2``, ...
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from qtarget.errors import DataError
 
 RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
+EARLIER = "earlier_records"
 SCHEMA_VERSION = 1
 
 
@@ -21,6 +23,19 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """A new file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value, default=_plain) + "\n" for value in values), encoding="utf-8")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a run's records to ``earlier_records/N`` below its folder, N the next number; None where there are none."""
+    files = [path for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE) if (path := folder / name).is_file()]
+    if not files:
+        return None
+    taken = [int(path.name) for path in (folder / EARLIER).glob("*") if path.name.isdigit()]
+    place = folder / EARLIER / str(max(taken, default=0) + 1)
+    place.mkdir(parents=True)
+    for path in files:
+        path.rename(place / path.name)
+    return place
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.data.findings import Finding, finding
+from qtarget.report.tokens import flatten_rows, numbers_at
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
 
@@ -86,36 +87,27 @@ def score_from_cache(rows: Sequence[Mapping[str, Any]], cache: ReferenceCache) -
     Returns:
         What the cache holds, and the numbers of the rows that it lacks.
     """
-    masks = [np.asarray(supervised_mask(row["labels"]), dtype=bool) for row in rows]
-    wanted = [i for i, mask in enumerate(masks) if mask.any()]
-    found = cache.find([row_checksum(rows[i]["input_ids"], supervised_mask(rows[i]["labels"])) for i in wanted])
-    kept = [(i, int(place)) for i, place in zip(wanted, found) if place >= 0]
-    lengths = [len(masks[i]) for i, _ in kept]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    columns = _columns([cache.row(place) for _, place in kept])
-    ids = [np.asarray(rows[i]["input_ids"], dtype=np.int64) for i, _ in kept]
-    places = [np.flatnonzero(masks[i]) + start for (i, _), start in zip(kept, offsets)]
-    flat_ids, flat_places = _joined(ids, np.int64), _joined(places, np.int64)
-    top: dict[str, np.ndarray] = {}
-    if "topk_ids" in columns:
-        equal = columns["topk_ids"] == flat_ids[flat_places][:, None]
-        top = {
-            "top_ids": columns["topk_ids"][:, 0].astype(np.int64),
-            "top_log_probs": columns["topk_log_probs"][:, 0].astype(np.float32),
-            "ranks": np.where(equal.any(1), equal.argmax(1) + 1, 0),
-        }
-    numbers = np.array([i for i, _ in kept], dtype=np.int64)
-    log_probs, entropy = (columns.get(n, np.zeros(0, np.float32)) for n in ("label_log_probs", "entropy"))
+    masks = [supervised_mask(row["labels"]) for row in rows]
+    wanted = [i for i, mask in enumerate(masks) if np.any(mask)]
+    found = cache.find([row_checksum(rows[i]["input_ids"], masks[i]) for i in wanted])
+    kept = [i for i, place in zip(wanted, found) if place >= 0]
     missing = [i for i, place in zip(wanted, found) if place < 0]
-    return ScoredTokens(flat_ids, offsets, numbers, flat_places, log_probs, entropy, **top), missing
-
-
-def _columns(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
-
-
-def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+    if not kept:
+        nothing = np.zeros(0, np.int64)
+        return ScoredTokens(nothing, np.zeros(1, np.int64), nothing, nothing, np.zeros(0), np.zeros(0)), missing
+    flat = flatten_rows([{**rows[i], "qtarget_row": i} for i in kept])
+    base = numbers_at(cache, [place for place in found if place >= 0])
+    top: dict[str, Any] = {}
+    if base.topk_ids is not None and base.topk_log_probs is not None:
+        top = {
+            "top_ids": base.topk_ids[:, 0].astype(np.int64),
+            "top_log_probs": base.topk_log_probs[:, 0].astype(np.float32),
+            "ranks": base.ranks(flat.labels),
+        }
+    places = np.flatnonzero(flat.supervised)
+    return ScoredTokens(
+        flat.ids, flat.offsets, flat.numbers, places, base.label_log_probs, base.entropy, **top
+    ), missing
 
 
 def check_coverage(missing: Sequence[int], of: int, cache: ReferenceCache) -> list[Finding]:

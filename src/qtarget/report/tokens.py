@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -129,6 +129,13 @@ class ModelNumbers:
         """Log-probs listed at each token."""
         return 0 if self.topk_ids is None else self.topk_ids.shape[1]
 
+    def ranks(self, labels: np.ndarray) -> np.ndarray | None:
+        """``[trained]`` rank of each observed token, from 1; 0 beyond the list, None without one."""
+        if self.topk_ids is None:
+            return None
+        equal = self.topk_ids == labels[:, None]
+        return np.where(equal.any(1), equal.argmax(1) + 1, 0)
+
     def reference(self, part: slice) -> Reference:
         """Some tokens as torch tensors, log-probs float32."""
 
@@ -159,14 +166,23 @@ FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_
 
 
 def numbers_from_cache(cache: ReferenceCache, rows: TokenRows) -> ModelNumbers:
-    """Look every row up.
+    """Look up every row that trains on something; training drops the others, so no cache holds them.
 
     Raises:
         CacheMismatchError: a row was never scored.
+        DataError: no row trains on anything.
     """
-    bounds = list(zip(rows.offsets[:-1], rows.offsets[1:], strict=True))
+    trained = np.flatnonzero(np.diff(rows.trained_offsets))
+    if not len(trained):
+        raise DataError("no row trains on anything; `qtarget audit-data` says why")
+    bounds = list(zip(rows.offsets[trained], rows.offsets[trained + 1], strict=True))
     checksums = [row_checksum(rows.ids[a:b], rows.supervised[a:b]) for a, b in bounds]  # pyright: ignore[reportArgumentType]
-    found = [cache.row(index) for index in cache.locate(checksums)]
+    return numbers_at(cache, cache.locate(checksums, rows.numbers[trained]))
+
+
+def numbers_at(cache: ReferenceCache, indices: Iterable[int]) -> ModelNumbers:
+    """The numbers of some rows of a cache, one at least, one after the other."""
+    found = [cache.row(int(index)) for index in indices]
     joined: dict[str, Any] = {f: np.concatenate([row[f] for row in found]) for f in FIELDS if f in found[0]}
     manifest = cache.manifest
     return ModelNumbers(short_name(manifest.model_id), manifest.vocab_size, **joined, tail_policy=manifest.tail_policy)

@@ -97,17 +97,20 @@ class ReferenceCache:
                 "what was scored, or run `qtarget score CONFIG.yaml` into another folder and set it in the config"
             )
 
-    def locate(self, checksums: Sequence[str]) -> list[int]:
+    def locate(self, checksums: Sequence[str], numbers: Sequence[int] | np.ndarray | None = None) -> list[int]:
         """Row numbers of some rows.
 
         Args:
             checksums: ``row_checksum`` of each.
+            numbers: what messages call each; its number in ``checksums`` by default.
 
         Raises:
-            CacheMismatchError: rows that were never scored, by their number in ``checksums``, with the command.
+            CacheMismatchError: rows that were never scored, by their numbers, with the command.
         """
         found = self.find(checksums)
         missing = np.flatnonzero(found < 0)
+        if numbers is not None:
+            missing = np.asarray(numbers)[missing]
         if len(missing):
             named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
             raise CacheMismatchError(

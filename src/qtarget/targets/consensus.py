@@ -13,17 +13,16 @@ from qtarget.types import Needs, Target, Terms, TokenView, require
 
 @dataclass(frozen=True)
 class Consensus(Target):
-    """``L = -sg(w) log p_y + lambda rho^3 (1 - (A - p_ref(y))^+) KL(p_ref || p)``, ``w = s / (s + tau rho^3)``,
+    """``L = -sg(w) log p_y + 3 kappa rho^3 KL(p_ref || p)``, ``w = s / (s + kappa (rho^3 + 0.01))``,
     ``s = rho max(p_y, p_ref(y)) + (1 - rho) max(p_y, A)``.
 
-    ``A`` is the agreement of the other demonstrations with the label (`qtarget.data.agreement`), ``rho`` how much of what
-    they agree on the base knew (`prior_reliability`). Where the base knew nothing (``rho`` near 0) the rule is SFT on
-    tokens that some other row supports; where it knew nearly all, DFT's weight in odds, anchored to the base. ``a = w``,
-    ``b = lambda rho^3 (...)``, ``q = p_ref``. Where the demonstrations agree against the base, the anchor lets go.
+    ``A`` is the agreement of the other demonstrations with the label (`qtarget.data.agreement`), ``rho`` how reliable the
+    base is at this token (`prior_reliability` x (1 - `prior_conflict`)). Where it is not (``rho`` near 0) the rule is SFT on
+    tokens that some other row supports; where it is, a weight that halves at ``s = kappa``, anchored to the base. At
+    ``kappa = 0`` it is SFT. ``a = w``, ``b = 3 kappa rho^3``, ``q = p_ref``.
 
     Args:
-        kl_weight: ``lambda >= 0``; 3 is ours.
-        doubt: ``tau >= 0``: the support at which a token has half its weight, for a base that knows all; 1 is ours.
+        caution: ``kappa >= 0``; 1 is ours, for rows of which a third or more may be noise.
 
     Example:
         >>> import torch, qtarget
@@ -31,24 +30,22 @@ class Consensus(Target):
         >>> known = qtarget.Reference(
         ...     label_log_probs=torch.tensor([0.25]).log(), log_probs=logits.log_softmax(-1),
         ...     agreement=torch.tensor([0.25]), reliability=torch.tensor([1.0]))
-        >>> target = qtarget.get_target("consensus", doubt=0.25)
-        >>> qtarget.target_loss(logits, label, target, reference=known)  # log(4) / 2
-        tensor(0.6931)
+        >>> target = qtarget.get_target("consensus", caution=1.0)
+        >>> qtarget.target_loss(logits, label, target, reference=known)  # log(4) x 0.25 / (0.25 + 1.01)
+        tensor(0.2751)
 
     Reference: ours. Deviations: none.
     """
 
-    kl_weight: float = 3.0
-    doubt: float = 1.0
+    caution: float = 1.0
 
     name = "consensus"
-    formula = "-sg(w) log p_y + lambda rho^3 (1 - (A - p_ref)^+) KL(p_ref || p), w = s / (s + tau rho^3)"
+    formula = "-sg(w) log p_y + 3 kappa rho^3 KL(p_ref || p), w = s / (s + kappa (rho^3 + 0.01))"
     paper = "ours"
     has_residual = True
 
     def __post_init__(self) -> None:
-        in_range(self, "kl_weight", 0)
-        in_range(self, "doubt", 0)
+        in_range(self, "caution", 0)
 
     @property
     def needs(self) -> Needs:
@@ -60,10 +57,12 @@ class Consensus(Target):
         others = require(x.reference, "agreement", self.name)
         rho = require(x.reference, "reliability", self.name)
         support = rho * torch.maximum(live, base) + (1 - rho) * torch.maximum(live, others)
-        weight = support / (support + self.doubt * rho**3).clamp(min=TINY)
-        anchor = self.kl_weight * rho**3 * (1 - (others - base).clamp(min=0))
+        weight = support / (support + self.caution * (rho**3 + FLOOR))
+        anchor = ANCHOR * self.caution * rho**3
         return Terms(label=-weight * x.label_log_probs, residual=anchor * forward_kl(x.on_reference))
 
 
-TINY = 1e-12
-"""Keeps ``0 / 0`` a zero: a token that nobody supports and a base that knows nothing."""
+FLOOR = 0.01
+"""Doubt about a token where the base says nothing: a drawn token's agreement is about this, an expected one's far above."""
+ANCHOR = 3.0
+"""Weight of the anchor against the doubt."""

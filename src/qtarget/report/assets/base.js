@@ -47,18 +47,22 @@ const QT = (() => {
     0x202c: "POP DIRECTIONAL FORMATTING", 0x202d: "LEFT-TO-RIGHT OVERRIDE", 0x202e: "RIGHT-TO-LEFT OVERRIDE", 0x2066: "LEFT-TO-RIGHT ISOLATE",
     0x2067: "RIGHT-TO-LEFT ISOLATE", 0x2068: "FIRST STRONG ISOLATE", 0x2069: "POP DIRECTIONAL ISOLATE", 0xfeff: "ZERO WIDTH NO-BREAK SPACE" };
 
-  /** Nodes that show a text as it is, with characters that hide or reorder text spelled out. */
+  // Marks above and below a letter: more than any script stacks would be drawn over the lines around.
+  const MARK = /\p{M}/u, STACK = 4, STACKED = new RegExp(`\\p{M}{${STACK + 1}}`, "u");
+
+  /** Nodes that show a text as it is, with characters that hide, reorder or cover text spelled out. */
   function visible(text) {
-    if (!HIDDEN.test(text) && !text.includes("\n")) return [text];
+    if (!HIDDEN.test(text) && !text.includes("\n") && !STACKED.test(text)) return [text];
     const nodes = [];
-    let plain = "";
+    let plain = "", stack = 0;
     for (const character of text) {
-      const shown = character === "\n" ? "\u21b5" : HIDDEN.test(character) ? controlName(character) : null;
+      stack = MARK.test(character) ? stack + 1 : 0;
+      const shown = character === "\n" ? "\u21b5" : stack > STACK || HIDDEN.test(character) ? controlName(character) : null;
       if (shown === null) { plain += character; continue; }
       if (plain) nodes.push(plain);
       plain = "";
       const code = character.codePointAt(0);
-      nodes.push(el("span", { class: character === "\n" ? "qt-newline" : "qt-control", title: NAMES[code] || (code === 10 ? "line feed" : "invisible character") }, shown));
+      nodes.push(el("span", { class: character === "\n" ? "qt-newline" : "qt-control", title: NAMES[code] || (code === 10 ? "line feed" : stack ? "one of many marks on a letter" : "invisible character") }, shown));
       if (character === "\n") nodes.push("\n");
     }
     if (plain) nodes.push(plain);
@@ -152,16 +156,25 @@ const QT = (() => {
 
   const SERIES = ["one", "two", "three", "four", "five", "six", "seven", "eight"].map((name) => `var(--${name})`);
   const DASHES = ["", "6 3", "2 3", "8 3 2 3", "", "6 3", "2 3", "8 3 2 3"];
-  const W = 620, H = 240, LEFT = 84, BOTTOM = 44, TOP = 12, RIGHT = 12;
+  const W = 620, H = 240, LEFT = 84, BOTTOM = 44, TOP = 12, RIGHT = 28;
 
+  /** About five round numbers, 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`. */
+  function roundTicks(low, high) {
+    const rough = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(0.7 * rough));
+    const step = [1, 2, 5, 10].find((factor) => factor * power >= 0.7 * rough) * power;
+    const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
+    return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(9)));
+  }
+  /** Axes: `x` as it is, `y` widened to round numbers. */
   function frame(x, y, labels) {
+    const marks = roundTicks(...y);
+    y = [marks[0], marks.at(-1)];
     const svg = el("svg:svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": labels.title });
     const sx = (v) => LEFT + (v - x[0]) / (x[1] - x[0] || 1) * (W - LEFT - RIGHT);
     const sy = (v) => H - BOTTOM - (v - y[0]) / (y[1] - y[0] || 1) * (H - BOTTOM - TOP);
-    for (let i = 0; i <= 4; i++) {
-      const value = y[0] + (y[1] - y[0]) * i / 4;
+    for (const value of marks) {
       svg.append(el("svg:line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: sy(value), y2: sy(value) }),
-        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(Number(value.toPrecision(3)))));
+        el("svg:text", { x: LEFT - 6, y: sy(value) + 4, "text-anchor": "end" }, number(value)));
     }
     svg.append(el("svg:text", { x: (LEFT + W - RIGHT) / 2, y: H - 6, "text-anchor": "middle" }, labels.x),
       el("svg:text", { x: 14, y: (H - BOTTOM + TOP) / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${(H - BOTTOM + TOP) / 2})` }, labels.y));
@@ -181,7 +194,7 @@ const QT = (() => {
     const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
     const spanX = [Math.min(...xs), Math.max(...xs)], spanY = range || [Math.min(0, ...ys), Math.max(...ys) || 1];
     const { svg, sx, sy } = frame(spanX, spanY, { title, x, y });
-    ticks(svg, sx, xticks || [0, 1, 2, 3, 4].map((i) => { const v = spanX[0] + (spanX[1] - spanX[0]) * i / 4; return [v, number(v)]; }));
+    ticks(svg, sx, xticks || roundTicks(...spanX).filter((v) => v >= spanX[0] && v <= spanX[1]).map((v) => [v, number(v)]));
     series.forEach((s, i) => {
       const kept = s.points.filter((p) => p[1] !== null);
       svg.append(el("svg:polyline", { points: kept.map((p) => `${sx(p[0])},${sy(p[1])}`).join(" "), fill: "none", "stroke-width": 2,
@@ -195,7 +208,8 @@ const QT = (() => {
   function barChart({ title, x, y, labels, series, caption = "" }) {
     const all = series.flatMap((s) => s.values).filter((v) => v !== null);
     const { svg, sx, sy } = frame([0, labels.length], [Math.min(0, ...all), Math.max(...all, 1e-12)], { title, x, y });
-    const step = Math.ceil(labels.length / 10), width = (sx(1) - sx(0)) * 0.86 / series.length;
+    const widest = 7 * Math.max(...labels.map((label) => label.length)) + 8;
+    const step = Math.ceil(labels.length * widest / (W - LEFT - RIGHT)), width = (sx(1) - sx(0)) * 0.86 / series.length;
     ticks(svg, sx, labels.map((label, i) => [i + 0.5, label]).filter((_, i) => i % step === 0));
     series.forEach((s, j) => s.values.forEach((value, i) => {
       if (value === null) return;

@@ -270,7 +270,7 @@
   function drawAudit() {
     const audit = data.audit, advice = audit.which_target;
     const statement = (s, word) => el("li", {}, el("strong", {}, word + s.targets.join(", ")), ": ", ...QT.visible(s.reason), " ", el("span", { class: "qt-note" }, [...new Set(s.evidence.map((e) => e.file))].join(", ")));
-    $("audit").replaceChildren(el("h2", {}, `${audit.errors ? audit.errors + " kinds of errors" : "No errors"} in ${audit.rows.toLocaleString("en-US")} rows`),
+    $("audit").replaceChildren(el("h2", {}, `${audit.errors ? `${audit.errors} kind${audit.errors === 1 ? "" : "s"} of errors` : "No errors"} in ${audit.rows.toLocaleString("en-US")} rows`),
       ...audit.findings.map((f) => el("div", { class: `finding ${f.severity}` }, el("p", {}, el("strong", {}, `${f.severity}: ${f.check}, ${f.count.toLocaleString("en-US")} rows. `), ...QT.visible(f.message), ...rowLinks(f.rows)),
         f.evidence.examples && f.evidence.examples.length ? el("details", {}, el("summary", {}, "examples"), ...f.evidence.examples.map((e) => el("p", {}, ...QT.visible(JSON.stringify(e, null, 1))))) : null)),
       ...(advice ? [el("h2", {}, "Which target?"), el("p", {}, ...QT.visible(advice.summary)), el("ol", {}, advice.ranked.map((s) => statement(s, ""))), el("ul", {}, advice.avoid.map((s) => statement(s, "not "))), ...advice.notes.map((n) => el("p", { class: "qt-note" }, ...QT.visible(n)))] : []));
@@ -298,6 +298,7 @@
   let waiting = 0;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 120); });
   QT.onTheme(repaint);
+  new ResizeObserver(() => { document.documentElement.style.scrollPadding = `${$("bar").offsetHeight + 8}px 0 1em`; }).observe($("bar"));
   sortRows();
   cards.forEach((card) => observer.observe(card));
   search();
