@@ -158,7 +158,8 @@ def needed_words(needed: Mapping[str, float | None]) -> str:
 def distill_table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table: methods in their order, percent of test prompts answered by fraction of rows."""
     fractions = results["fractions"]
-    head = ["method", "bytes a token", "learning rate", *(f"{f:g} of the rows" for f in fractions), "rows needed", "to full logits"]  # fmt: skip
+    by_fraction = [f"{fraction:g} of the rows" for fraction in fractions]
+    head = ["method", "bytes a token", "learning rate", *by_fraction, "rows needed", "to full logits"]
     lines = [head, ["---"] * len(head)]
     for name, row in results["methods"].items():
         accuracy = [_with_ends(cell) for cell in row["accuracy_percent"]]

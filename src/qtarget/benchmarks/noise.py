@@ -15,6 +15,7 @@ from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
+from qtarget.benchmarks.noise_results import summarize
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
 from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.tasks import BASES, make_base, task_set
@@ -76,14 +77,29 @@ class NoiseConfig:
             return [method for method in found if method.rows not in ("marked", "clean")]
         return found
 
+    def runs(self) -> int:
+        """How many there are in all: learning rates, then the other values of the grid, then seeds."""
+        found = [method for cell in dict.fromkeys((*self.cells, *self.screen)) for method in self.methods_at(cell)]
+        return sum(len(self.learning_rates) + len(method.grid) - 1 + self.seeds for method in found)
 
+
+SCAN = NoiseConfig(
+    tasks="scan",
+    cells=(
+        *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.2, 0.4)),
+        *(Cell(base, "wrong_answer", 0.4) for base in ("none", "most")),
+    ),
+    names=("sft", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
+    screen=(),
+)
+"""Data on which no target of ours was designed."""
 QUICK = NoiseConfig(
     cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
     learning_rates=(1e-3,),
 )  # fmt: skip
 """For continuous integration: enough to see an ordering with a wide margin, not for conclusions."""
 
-Progress = Callable[[int, str], None]
+Progress = Callable[[int, int, str], None]
 
 
 def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -92,16 +108,16 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
     Args:
         output: JSON; finished runs stand beside it in ``.runs.jsonl``, bases in ``.bases``.
         resume: go on with the finished runs there.
-        progress: called with the number of runs done and what was done last.
+        progress: called with runs done, runs in all, and what was done last.
     """
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
-    bases = output.with_suffix(".bases")
+    bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
     setting = Setting(config.tasks, data, bases, config.steps)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)
         for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
-            progress(len(log.runs), f"making the base that knows {base} of the format")
+            progress(len(log.runs), total, f"making the base that knows {base} of the format")
             make_base(task, base, bases)
         untrained = untrained_accuracies(config, setting)
     cells: list[dict[str, Any]] = []
@@ -113,12 +129,13 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
         for cell in dict.fromkeys((*config.cells, *config.screen)):
 
             def done(job: Any, cell: Cell = cell) -> None:
-                progress(len(log.runs), f"{cell.base}, {cell.kind} {cell.rate:g}: {job.method}")
+                progress(len(log.runs), total, f"{cell.base}, {cell.kind} {cell.rate:g}: {job.method}")
 
             chosen = tuned(workers, log, cell, config, done)
             jobs = [replace(job, seed=seed, tuning=False) for job in chosen for seed in range(config.seeds)]
             found = workers.run(jobs, log, done)
             cells.append(cell_results(cell, chosen, found, config.seeds))
+            results["summary"] = summarize(results)
             save_results(results, output)
     return results
 

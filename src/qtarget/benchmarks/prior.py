@@ -20,6 +20,7 @@ from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_runs import BATCH_SIZE, NEW_TOKENS, Material, known_of
 from qtarget.benchmarks.pool import RunLog, Workers
+from qtarget.benchmarks.prior_results import summarize
 from qtarget.benchmarks.tasks import Row, embedded_tasks, load_model, make_base
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
@@ -254,6 +255,7 @@ def run_prior(
                 for i, method in enumerate(methods)
             }
             conditions.append({**asdict(condition), "runs": runs})
+            results["summary"] = summarize(results)
             write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
     return results
 

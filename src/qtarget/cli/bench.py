@@ -32,7 +32,9 @@ app.command("score")(bench_score.score)
 app.command("serve")(bench_scoring.serve)
 app.command("cache")(bench_scoring.cache)
 app.command("reading")(bench_scoring.reading)
+app.command("noise")(bench_proof.noise)
 app.command("distill")(bench_proof.distill)
+app.command("prior")(bench_proof.prior)
 
 
 @app.callback()

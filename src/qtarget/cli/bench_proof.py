@@ -1,17 +1,19 @@
-"""``qtarget bench distill``: the claims, tested."""
+"""``qtarget bench noise | distill | prior``: the claims, tested."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qtarget.benchmarks.distill import DistillConfig, quick, run_distill
+from qtarget.benchmarks.noise import NoiseConfig
+from qtarget.benchmarks.prior import PriorConfig
 from qtarget.cli.outputs import check_writable, progress_bar, saver
 
-DISTILL = DistillConfig()
+DISTILL, NOISE, PRIOR = DistillConfig(), NoiseConfig(), PriorConfig()
 
 
 def distill(
@@ -42,3 +44,64 @@ def distill(
     console.print(Markdown(distill_table(results)))
     console.print(results["finding"], soft_wrap=True, highlight=False)
     console.print(f"{results['seconds']:.0f} s; {output}, {figure}", soft_wrap=True, highlight=False)
+
+
+def noise(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")] = Path(
+        "runs/noise.json"
+    ),
+    tasks: Annotated[str, typer.Option(help="embedded, or scan (with --data).")] = "embedded",
+    data: Annotated[Path | None, typer.Option(help="Folder that holds compositional/scan_simple_*.txt.gz.")] = None,
+    is_quick: Annotated[
+        bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
+    ] = NOISE.workers,
+) -> None:
+    """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
+    from qtarget.benchmarks.noise import QUICK, SCAN, run_noise
+    from qtarget.benchmarks.noise_results import noise_figure, noise_table
+
+    check_writable(output)
+    config = QUICK if is_quick else SCAN if tasks == "scan" else NOISE
+    config = replace(config, tasks=tasks, data=None if data is None else str(data), workers=workers)
+    with progress_bar() as advance:
+        results = run_noise(config, output, resume=resume, progress=advance)
+    show(results, output, noise_table(results), noise_figure(results))
+
+
+def prior(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")] = Path(
+        "runs/prior.json"
+    ),
+    is_quick: Annotated[bool, typer.Option("--quick", help="Two targets, one flaw, one seed: a smoke test.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
+    ] = PRIOR.workers,
+) -> None:
+    """Is a flawed prior amplified, and what does the guard against it correct and cost?"""
+    from qtarget.benchmarks.prior import QUICK, run_prior
+    from qtarget.benchmarks.prior_results import prior_figure, prior_table
+
+    check_writable(output)
+    with progress_bar() as advance:
+        config = replace(QUICK if is_quick else PRIOR, workers=workers)
+        results = run_prior(config, output, resume=resume, progress=advance)
+    show(results, output, prior_table(results), prior_figure(results))
+
+
+def show(results: dict[str, Any], output: Path, table: str, figure: Any) -> None:
+    """Table and finding on the terminal, the figure beside the results."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qtarget.benchmarks.figure import save_figure
+
+    save_figure(figure, output.with_suffix(".png"))
+    console = Console()
+    console.print(Markdown(table))
+    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
+    console.print(f"{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)

@@ -1,0 +1,151 @@
+"""What the runs of `bench prior` say: how much of a flaw each target corrects, with and without guard, and the guard's cost."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qtarget.benchmarks.figure import REST_COLOUR, TARGET_COLOUR
+from qtarget.benchmarks.seeds import bootstrap_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BASELINE, GUARD = "sft", ", guarded"
+CORRECTS, LOSES = 0.95, 0.1
+"""The goals: share of SFT's correction that a guarded target reaches, share of its robustness that it may lose."""
+
+
+def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Per condition and method: percent corrected and answered, and against SFT; the goals and one sentence."""
+    conditions = [
+        {
+            **{name: condition[name] for name in ("flaw", "dose", "noise_rate")},
+            "methods": {name: _row(condition, name) for name in condition["runs"]},
+        }
+        for condition in results["conditions"]
+    ]
+    return {"conditions": conditions, "goals": goals(conditions), "finding": finding(conditions)}
+
+
+def _row(condition: Mapping[str, Any], name: str) -> dict[str, Any]:
+    runs, baseline = condition["runs"][name], condition["runs"][BASELINE]
+    row: dict[str, Any] = {"accuracy_percent": _interval([run["accuracy_percent"] for run in runs])}
+    if condition["flaw"] != "none":
+        corrected, by_sft = ([run["corrected_percent"] for run in some] for some in (runs, baseline))
+        row |= {
+            "corrected_percent": _interval(corrected),
+            "flawed_percent": round(sum(run["flawed_percent"] for run in runs) / len(runs), 1),
+            "share_of_sft": round(sum(corrected) / sum(by_sft), 3) if sum(by_sft) else None,
+        }
+    return row
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    found = bootstrap_interval(values)
+    return {"mean": round(found.mean, 2), "low": round(found.low, 2), "high": round(found.high, 2)}
+
+
+def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For each guarded target: the least share of SFT's correction over flaws and doses, and what the guard costs."""
+    flawed = [condition for condition in conditions if condition["flaw"] != "none"]
+    sound = {condition["noise_rate"]: condition["methods"] for condition in conditions if condition["flaw"] == "none"}
+    out = {}
+    for name in conditions[0]["methods"] if conditions else ():
+        if not name.endswith(GUARD):
+            continue
+        plain = name.removesuffix(GUARD)
+        out[plain] = {
+            "corrects": _least(flawed, name), "corrects_without": _least(flawed, plain),
+            "accuracy_change": {
+                f"{100 * rate:g} % noise": round(_mean(methods, name) / _mean(methods, plain) - 1, 3)
+                for rate, methods in sound.items()
+                if _mean(methods, plain)
+            },
+        }  # fmt: skip
+        out[plain]["reached"] = (out[plain]["corrects"] or 0) >= CORRECTS and all(
+            change >= -LOSES for change in out[plain]["accuracy_change"].values()
+        )
+    return out
+
+
+def _least(flawed: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    shares = [condition["methods"][name]["share_of_sft"] for condition in flawed]
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _mean(methods: Mapping[str, Any], name: str) -> float:
+    return methods[name]["accuracy_percent"]["mean"]
+
+
+def finding(conditions: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence: the least correction without and with the guard."""
+    found = goals(conditions)
+    pairs = [(row["corrects_without"], row["corrects"]) for row in found.values() if row["corrects"] is not None]
+    if not pairs:
+        return "No flaw was planted"
+    without, guarded = (100 * min(pair[i] for pair in pairs) for i in (0, 1))
+    return (
+        f"Against a planted flaw the weakest prior-based target corrects {without:.0f} % of what SFT corrects; "
+        f"with the guard the weakest corrects {guarded:.0f} %"
+    )
+
+
+def prior_table(results: Mapping[str, Any]) -> str:
+    """A line a method: percent of the flawed skill answered right by flaw and dose, then accuracy on a sound base."""
+    conditions = results["summary"]["conditions"]
+    head = ["method", *(_words(condition) for condition in conditions)]
+    lines = [head, ["---"] * len(head)]
+    lines.append(["*untrained*", *(_untrained(results, condition) for condition in conditions)])
+    for name in conditions[0]["methods"]:
+        cells = [_cell(condition["methods"][name][_counted(condition)]) for condition in conditions]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _words(condition: Mapping[str, Any]) -> str:
+    if condition["flaw"] != "none":
+        return f"{condition['flaw']}, {100 * condition['dose']:g} % of its rows: corrected (%)"
+    return f"sound base, {100 * condition['noise_rate']:g} % random tokens: accuracy (%)"
+
+
+def _untrained(results: Mapping[str, Any], condition: Mapping[str, Any]) -> str:
+    return f"{results['untrained'][condition['flaw']][_counted(condition)]:.1f}"
+
+
+def _counted(condition: Mapping[str, Any]) -> str:
+    return "accuracy_percent" if condition["flaw"] == "none" else "corrected_percent"
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    return f"{row['mean']:.1f} ({row['low']:.0f}..{row['high']:.0f})"
+
+
+def prior_figure(results: Mapping[str, Any]) -> Figure:
+    """Percent of the flawed skill answered right, by flaw and dose: hollow without guard, filled with it."""
+    from matplotlib.figure import Figure
+
+    conditions = [condition for condition in results["summary"]["conditions"] if condition["flaw"] != "none"]
+    names = [name for name in conditions[0]["methods"] if not name.endswith(GUARD)][::-1]
+    figure = Figure(figsize=(4 * len(conditions), 1.8 + 0.4 * len(names)), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(conditions), sharey=True, squeeze=False)[0]
+    for axes, condition in zip(panels, conditions, strict=True):
+        for height, name in enumerate(names):
+            for key, filled in ((name, False), (name + GUARD, True)):
+                row = condition["methods"].get(key, {}).get("corrected_percent")
+                if row is not None:
+                    ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+                    face = TARGET_COLOUR if filled else "white"
+                    style = {"color": TARGET_COLOUR, "markerfacecolor": face, "capsize": 3}
+                    axes.errorbar(row["mean"], height, xerr=ends, fmt="o", **style)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(f"{condition['flaw']}, {100 * condition['dose']:g} % of its rows", fontsize=10, loc="left")
+        axes.set_xlabel("flawed skill answered right (%)")
+        axes.grid(axis="x", color="#e5e7eb")
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(textwrap.fill(results["summary"]["finding"], 110), x=0.01, ha="left", fontsize=11)
+    caption = "Hollow: without guard; filled: with it. Lines: 95 % bootstrap intervals over seeds."
+    figure.supxlabel(caption, fontsize=8, color=REST_COLOUR, x=0.01, ha="left")
+    return figure
