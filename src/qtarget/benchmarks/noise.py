@@ -18,7 +18,7 @@ from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, m
 from qtarget.benchmarks.noise_results import summarize
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
 from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
-from qtarget.benchmarks.tasks import BASES, make_base, task_set
+from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_atomic
 
@@ -26,14 +26,12 @@ TUNING_SEED = 1000
 RANDOM = "random_tokens"
 NAMES = tuple(method.name for method in (*PRACTICE, *CHOSEN))
 CELLS = (
-    *(Cell(base, RANDOM, rate) for base in BASES for rate in (0.0, 0.2, 0.4)),
-    *(
-        Cell(base, kind, 0.4)
-        for kind in ("wrong_answer", "contradictory_duplicate", "boilerplate", "cue")
-        for base in ("none", "most")
-    ),
+    *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.2, 0.4)),
+    *(Cell("half", RANDOM, rate) for rate in (0.0, 0.4)),
+    *(Cell(base, "wrong_answer", 0.4) for base in ("none", "most")),
+    *(Cell("most", kind, 0.4) for kind in ("contradictory_duplicate", "boilerplate", "cue")),
 )
-SCREEN = tuple(Cell(base, RANDOM, 0.2) for base in ("none", "most"))
+SCREEN = (Cell("none", RANDOM, 0.4), Cell("most", RANDOM, 0.4))
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class NoiseConfig:
         if cell in self.screen:
             found += [method for method in OTHERS if method.name not in self.names]
         if not cell.rate:  # nothing is marked, and the rows are the clean ones
-            return [method for method in found if method.rows not in ("marked", "clean")]
+            return [method for method in found if method.rows != "marked"]
         return found
 
     def runs(self) -> int:
@@ -119,7 +117,8 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
         for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
             progress(len(log.runs), total, f"making the base that knows {base} of the format")
             make_base(task, base, bases)
-        untrained = untrained_accuracies(config, setting)
+        here = NoiseWorker(setting)
+        untrained = untrained_accuracies(config, here)
     cells: list[dict[str, Any]] = []
     results = {
         "benchmark": "noise", "config": asdict(config), "untrained": untrained, "cells": cells,
@@ -134,7 +133,7 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
             chosen = tuned(workers, log, cell, config, done)
             jobs = [replace(job, seed=seed, tuning=False) for job in chosen for seed in range(config.seeds)]
             found = workers.run(jobs, log, done)
-            cells.append(cell_results(cell, chosen, found, config.seeds))
+            cells.append({**cell_results(cell, chosen, found, config.seeds), "base_knows": here.base_knows(cell)})
             results["summary"] = summarize(results)
             save_results(results, output)
     return results
@@ -176,9 +175,8 @@ def cell_results(cell: Cell, chosen: Sequence[Job], found: list[dict[str, Any]],
     }
 
 
-def untrained_accuracies(config: NoiseConfig, setting: Setting) -> dict[str, dict[str, float]]:
+def untrained_accuracies(config: NoiseConfig, worker: NoiseWorker) -> dict[str, dict[str, float]]:
     """What each base does before training, on clean prompts and (key ``base, cue``) on misleading ones."""
-    worker = NoiseWorker(setting)
     out = {}
     for cell in dict.fromkeys((*config.cells, *config.screen)):
         key = f"{cell.base}, cue" if cell.kind == "cue" else cell.base

@@ -9,7 +9,7 @@ from qtarget.errors import ConfigError
 from qtarget.registry import get_target
 from qtarget.types import Target
 
-Rows = Literal["noisy", "clean", "marked", "filtered"]
+Rows = Literal["noisy", "marked", "filtered"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Method:
         target: the registered target that is trained.
         setting: the one hyper-parameter that is tuned beside the learning rate, or none.
         grid: its values, the default first.
-        rows: ``noisy`` as they are; ``clean``: before the noise was put in; ``marked``: noisy, with the marked tokens
-            left out of the loss (an oracle that is told where the noise is); ``filtered``: noisy rows whose mean base
-            surprise is among the lowest ``setting`` of all.
+        rows: ``noisy`` as they are; ``marked``: noisy, with the marked tokens left out of the loss (an oracle that is
+            told where the noise is); ``filtered``: noisy rows whose mean base surprise is among the lowest ``setting``.
         stops_early: keeps the best of five checkpoints on the noisy validation rows.
     """
 
@@ -50,9 +49,9 @@ PRACTICE = (
     Method("sft, early stopping", stops_early=True),
     Method("sft, filtered rows", setting="share of rows kept", grid=(0.7, 0.5, 0.9), rows="filtered"),
     Method("sft, marks left out", rows="marked"),
-    Method("sft, clean rows", rows="clean"),
 )
-"""Plain SFT, what is done about noise without a target, and two oracles that nobody has."""
+"""Plain SFT, what is done about noise without a target, and an oracle that nobody has (the other, SFT on the rows before
+the noise, is SFT at rate 0)."""
 
 CHOSEN = (
     _target("consensus", "caution", 1.0, 0.3, 0.03),

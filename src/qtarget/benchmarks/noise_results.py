@@ -135,7 +135,7 @@ def noise_table(results: Mapping[str, Any]) -> str:
     lines = [head, ["---"] * len(head)]
     untrained = [f"{_untrained(results, cell):.1f}" for cell in cells]
     lines.append(["*untrained*", *untrained])
-    oracles = {method.name for method in PRACTICE if method.rows in ("clean", "marked")}
+    oracles = {method.name for method in PRACTICE if method.rows == "marked"}
     for name in names:
         line = [f"*{name}*" if name in oracles else name]
         for cell in cells:

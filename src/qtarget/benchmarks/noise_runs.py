@@ -86,7 +86,7 @@ class NoiseWorker:
 
     def __call__(self, job: Job) -> dict[str, float | None]:
         method, cell = METHODS[job.method], job.cell
-        material = self.material(cell, job.seed, method.rows == "clean")
+        material = self.material(cell, job.seed)
         rows, known = chosen_rows(method, job.value, material)
         model, target = self.base(cell.base), method.build(job.value)
         recipe = Recipe(job.learning_rate, BATCH_SIZE, self.setting.steps, job.seed)
@@ -104,8 +104,21 @@ class NoiseWorker:
     def base(self, name: str) -> Any:
         return load_model(self.setting.bases / f"{self.task.name}-{name}")
 
-    def _material(self, cell: Cell, seed: int, clean: bool) -> Material:
-        rows = noisy_rows(self.task.train, replace(cell, rate=0.0) if clean else cell, seed, self.tokenizer)
+    def base_knows(self, cell: Cell) -> dict[str, float]:
+        """What an audit of the rows would measure of the base: share of labels that are its first choice; reliability."""
+        material = self.material(cell, 0)
+        first = [
+            known.log_probs.argmax(-1) == torch.tensor(row.completion)  # pyright: ignore[reportOptionalMemberAccess]
+            for known, row in zip(material.known, material.rows, strict=True)
+        ]
+        reliability = torch.cat([known.reliability for known in material.known])  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return {
+            "favourite_share": round(float(torch.cat(first).float().mean()), 4),
+            "reliability": round(float(reliability.mean()), 4),
+        }
+
+    def _material(self, cell: Cell, seed: int) -> Material:
+        rows = noisy_rows(self.task.train, cell, seed, self.tokenizer)
         encoded = encode(self.tokenizer, rows)
         return Material(encoded, known_of(self.base(cell.base), encoded))
 

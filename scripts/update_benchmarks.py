@@ -1,0 +1,189 @@
+"""Write ``docs/benchmarks.md`` and its figures from ``benchmarks/results``.
+
+    python scripts/update_benchmarks.py
+
+A test compares the page with the results, so neither can change alone. A result that is not there is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qtarget.benchmarks.distill_results import distill_figure, distill_table
+from qtarget.benchmarks.figure import save_figure
+from qtarget.benchmarks.noise_results import noise_figure, noise_table, share_table, words
+from qtarget.benchmarks.prior_results import prior_figure, prior_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+FIGURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "noise": noise_figure, "distill": distill_figure, "prior": prior_figure
+}  # fmt: skip
+
+
+def results(name: str) -> dict[str, Any] | None:
+    """The raw results of a benchmark, or None."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD, noise_part(results("noise"), results("noise_scan")), distill_part(results("distill")), prior_part(results("prior"))]  # fmt: skip
+    return "\n".join(parts)
+
+
+HEAD = """# Do the claims hold?
+
+Three claims come with the work that this project builds on. Each is a command that anybody can run again; every number
+below is written by `python scripts/update_benchmarks.py` from the raw results in `benchmarks/results/`.
+"""
+
+
+def noise_part(found: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> str:
+    """`bench noise`."""
+    title = '## "12-18 % higher task completion on noisy data, clean data unharmed"\n'
+    if found is None:
+        return f"{title}\nNot measured yet: `qtarget bench noise --output benchmarks/results/noise.json`.\n"
+    parts = [
+        title,
+        "![accuracy by noise rate and by what the base knows](noise.png)\n",
+        f"**{found['summary']['finding']}.**\n",
+        NOISE_PROTOCOL.format(seeds=found["config"]["seeds"], steps=found["config"]["steps"], knows=knows(found)),
+        noise_table(found),
+        "Percent of clean test prompts answered exactly: mean over seeds (95 % bootstrap interval). Bold: the best of a column; "
+        "italic: what nobody has (the untrained base needs no training; marks are not known outside a benchmark). SFT on the "
+        "rows before the noise is `sft` in the column *clean* of the same base.\n",
+        "### Our own target, `consensus`, against the goals\n",
+        goal_table(found["summary"]["goals"]),
+        newsletter(found),
+        "### Where the pull goes, and what is forgotten\n",
+        share_table(found),
+    ]
+    if scan is not None:
+        parts += [
+            "### On data that it was not designed on: SCAN\n",
+            f"Short SCAN commands (`compositional/` of the real data), a base that was taught them as `command = actions`. "
+            f"{scan['summary']['finding']}.\n",
+            noise_table(scan),
+            goal_table(scan["summary"]["goals"]),
+        ]
+    return "\n".join(parts)
+
+
+NOISE_PROTOCOL = """`qtarget bench noise` (full setting: about an hour on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
+smoke test). The embedded base knows nine small skills in its own format. Three bases are asked for them in the instruction
+format: one that has never seen it, and two after a few steps on clean rows that no run trains on ({knows}). 640 demonstrations
+get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method tunes its learning rate (three
+values), then its own hyper-parameter (three values), on 128 rows with the same noise, judged by the answers that those rows
+state; then {seeds} seeds of noise and order are run, and only then are the 200 clean test prompts asked.
+
+Noise: *random tokens* replaces that share of the response tokens; *wrong answer* states another row's answer in that share of
+rows; *contradictory duplicate* adds a copy with a wrong answer; *boilerplate* puts a preamble in front; *cue* tells the
+answer in the prompt in training, and a wrong one in the test.
+"""
+
+
+def knows(found: Mapping[str, Any]) -> str:
+    """What the bases are, by the share of clean labels that are their first choice."""
+    clean = [cell for cell in found["cells"] if not cell["rate"]]
+    order = sorted(clean, key=lambda cell: cell["base_knows"]["favourite_share"])
+    return "; ".join(
+        f"*{cell['base']}*: {cell['base_knows']['favourite_share']:.0%} of the clean labels are its first choice"
+        for cell in order
+    )
+
+
+def goal_table(goals: list[Mapping[str, Any]]) -> str:
+    """A line a point of the map."""
+    lines = [
+        ["point", "untrained", "sft", "consensus", "relative gain over sft", "gap to clean rows closed", "best published target", "within 1 point of it"],
+        ["---"] * 8,
+    ]  # fmt: skip
+    for goal in goals:
+        gain, gap = goal["relative_gain"], goal["gap_recovered"]
+        lines.append([
+            f"{goal['base']}: {words(goal)}", f"{goal['untrained']:.1f}", f"{goal['sft']:.1f}", f"{goal['ours']:.1f}",
+            "" if gain is None else f"{gain:+.0%}", "" if gap is None else f"{gap:.0%}",
+            f"{goal['best_published']} ({goal['best_published_percent']:.1f})", "yes" if goal["within_a_point_of_best"] else "no",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def newsletter(found: Mapping[str, Any]) -> str:
+    """The newsletter's recipe, in its own paragraph, from the numbers."""
+    rows = [
+        (cell, cell["methods"]["prior_surprise"]["accuracy_percent"]["mean"], cell["methods"]["sft"]["accuracy_percent"]["mean"])
+        for cell in found["summary"]["cells"]
+    ]  # fmt: skip
+    ahead = [
+        f"{cell['base']}, {words(cell)} ({mine:.1f} against {sft:.1f})" for cell, mine, sft in rows if mine > sft + 1
+    ]
+    behind = [
+        f"{cell['base']}, {words(cell)} ({mine:.1f} against {sft:.1f})" for cell, mine, sft in rows if mine < sft - 1
+    ]
+    return (
+        "### The newsletter's recipe, `1 - p_base`\n\n"
+        f"More than a point above plain SFT: {'; '.join(ahead) or 'nowhere on this map'}. More than a point below: "
+        f"{'; '.join(behind) or 'nowhere'}. A noise token is one that the base finds surprising, so this weight is highest "
+        "exactly there. Where you would have used it, use `consensus`, or `target_sft` with the base as teacher where the base "
+        "can answer already.\n"
+    )
+
+
+def distill_part(found: Mapping[str, Any] | None) -> str:
+    """`bench distill`."""
+    title = '## "Matches the teacher with 60 % less data"\n'
+    if found is None:
+        return f"{title}\nNot measured yet: `qtarget bench distill --output benchmarks/results/distill.json`.\n"
+    return "\n".join([
+        title, "![accuracy by fraction of the data](distill.png)\n", f"**{found['finding']}.**\n", DISTILL_PROTOCOL, distill_table(found),
+        "Goals:\n", *(f"- {name}: {_reached(goal)}" for name, goal in found["goals"].items()), "",
+    ])  # fmt: skip
+
+
+DISTILL_PROTOCOL = """`qtarget bench distill`. A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
+answers, by their text alone or by the teacher's distribution from a cache made by the project's own scorer. Steps are equal
+at every fraction. *Rows needed*: the fraction at which a method reaches cross entropy on all rows.
+"""
+
+
+def _reached(goal: Mapping[str, list[str]]) -> str:
+    met, surely = goal["reached"], goal["reached with the whole interval"]
+    return f"{', '.join(met) or 'no method'} (with the whole interval: {', '.join(surely) or 'none'})"
+
+
+def prior_part(found: Mapping[str, Any] | None) -> str:
+    """`bench prior`."""
+    title = '## "A flawed prior is amplified"\n'
+    if found is None:
+        return f"{title}\nNot measured yet: `qtarget bench prior --output benchmarks/results/prior.json`.\n"
+    lines = [["target", "least share of SFT's correction, without", "with guard", "accuracy change by the guard", "goal reached"], ["---"] * 5]  # fmt: skip
+    for name, row in found["summary"]["goals"].items():
+        changes = ", ".join(f"{condition}: {change:+.0%}" for condition, change in row["accuracy_change"].items())
+        without, corrects = (f"{row[key]:.0%}" for key in ("corrects_without", "corrects"))
+        lines.append([name, without, corrects, changes, "yes" if row["reached"] else "no"])
+    return "\n".join([
+        title, "![the flawed skill answered right, by target and guard](prior.png)\n", f"**{found['summary']['finding']}.**\n",
+        PRIOR_PROTOCOL, prior_table(found), "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n",
+    ])  # fmt: skip
+
+
+PRIOR_PROTOCOL = """`qtarget bench prior`. The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
+largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
+that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
+base. What it costs is measured on the base without flaw. One recipe for all.
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    for name, draw in FIGURES.items():
+        found = results(name)
+        if found is not None:
+            save_figure(draw(found), ROOT / "docs" / f"{name}.png")
+    print(PAGE.relative_to(ROOT))
