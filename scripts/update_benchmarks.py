@@ -33,8 +33,8 @@ def results(name: str) -> dict[str, Any] | None:
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, noise_part(results("noise"), results("noise_scan")), distill_part(results("distill")), prior_part(results("prior"))]  # fmt: skip
-    return "\n".join(parts)
+    noise = noise_part(results("noise"), results("noise_scan"))
+    return "\n".join([HEAD, noise, distill_part(results("distill")), prior_part(results("prior"))])
 
 
 HEAD = """# Do the claims hold?
