@@ -8,7 +8,7 @@ A test compares the page with the results, so neither can change alone. A result
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,47 +91,45 @@ answer in the prompt in training, and a wrong one in the test.
 def knows(found: Mapping[str, Any]) -> str:
     """What the bases are, by the share of clean labels that are their first choice."""
     clean = [cell for cell in found["cells"] if not cell["rate"]]
-    order = sorted(clean, key=lambda cell: cell["base_knows"]["favourite_share"])
-    return "; ".join(
-        f"*{cell['base']}*: {cell['base_knows']['favourite_share']:.0%} of the clean labels are its first choice"
-        for cell in order
-    )
+    shares = sorted((cell["base_knows"]["favourite_share"], cell["base"]) for cell in clean)
+    return "; ".join(f"*{base}*: {share:.0%} of the clean labels are its first choice" for share, base in shares)
 
 
 def goal_table(goals: list[Mapping[str, Any]]) -> str:
     """A line a point of the map."""
-    lines = [
-        ["point", "untrained", "sft", "consensus", "relative gain over sft", "gap to clean rows closed", "best published target", "within 1 point of it"],
-        ["---"] * 8,
-    ]  # fmt: skip
+    head = (
+        "point", "untrained", "sft", "consensus", "relative gain over sft", "gap to clean rows closed",
+        "best published target", "within 1 point of it",
+    )  # fmt: skip
+    lines = []
     for goal in goals:
-        gain, gap = goal["relative_gain"], goal["gap_recovered"]
-        lines.append([
+        gain, gap, best = goal["relative_gain"], goal["gap_recovered"], goal["best_published_percent"]
+        lines.append((
             f"{goal['base']}: {words(goal)}", f"{goal['untrained']:.1f}", f"{goal['sft']:.1f}", f"{goal['ours']:.1f}",
             "" if gain is None else f"{gain:+.0%}", "" if gap is None else f"{gap:.0%}",
-            f"{goal['best_published']} ({goal['best_published_percent']:.1f})", "yes" if goal["within_a_point_of_best"] else "no",
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+            f"{goal['best_published']} ({best:.1f})", "yes" if goal["within_a_point_of_best"] else "no",
+        ))  # fmt: skip
+    return table(head, lines)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
 
 
 def newsletter(found: Mapping[str, Any]) -> str:
     """The newsletter's recipe, in its own paragraph, from the numbers."""
-    rows = [
-        (cell, cell["methods"]["prior_surprise"]["accuracy_percent"]["mean"], cell["methods"]["sft"]["accuracy_percent"]["mean"])
-        for cell in found["summary"]["cells"]
-    ]  # fmt: skip
-    ahead = [
-        f"{cell['base']}, {words(cell)} ({mine:.1f} against {sft:.1f})" for cell, mine, sft in rows if mine > sft + 1
-    ]
-    behind = [
-        f"{cell['base']}, {words(cell)} ({mine:.1f} against {sft:.1f})" for cell, mine, sft in rows if mine < sft - 1
-    ]
+    ahead, behind = [], []
+    for cell in found["summary"]["cells"]:
+        mine, sft = (cell["methods"][name]["accuracy_percent"]["mean"] for name in ("prior_surprise", "sft"))
+        if abs(mine - sft) > 1:
+            where = f"{cell['base']}, {words(cell)} ({mine:.1f} against {sft:.1f})"
+            (ahead if mine > sft else behind).append(where)
     return (
         "### The newsletter's recipe, `1 - p_base`\n\n"
         f"More than a point above plain SFT: {'; '.join(ahead) or 'nowhere on this map'}. More than a point below: "
         f"{'; '.join(behind) or 'nowhere'}. A noise token is one that the base finds surprising, so this weight is highest "
-        "exactly there. Where you would have used it, use `consensus`, or `target_sft` with the base as teacher where the base "
-        "can answer already.\n"
+        "exactly there. Use `consensus` instead, or `target_sft` with the base as teacher where the base can answer already.\n"
     )
 
 
@@ -140,10 +138,10 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     title = '## "Matches the teacher with 60 % less data"\n'
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench distill --output benchmarks/results/distill.json`.\n"
-    return "\n".join([
-        title, "![accuracy by fraction of the data](distill.png)\n", f"**{found['finding']}.**\n", DISTILL_PROTOCOL, distill_table(found),
-        "Goals:\n", *(f"- {name}: {_reached(goal)}" for name, goal in found["goals"].items()), "",
-    ])  # fmt: skip
+    goals = [f"- {name}: {_reached(goal)}" for name, goal in found["goals"].items()]
+    figure = "![accuracy by fraction of the data](distill.png)\n"
+    finding = f"**{found['finding']}.**\n"
+    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), "Goals:\n", *goals, ""])
 
 
 DISTILL_PROTOCOL = """`qtarget bench distill`. A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
@@ -162,15 +160,15 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
     title = '## "A flawed prior is amplified"\n'
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench prior --output benchmarks/results/prior.json`.\n"
-    lines = [["target", "least share of SFT's correction, without", "with guard", "accuracy change by the guard", "goal reached"], ["---"] * 5]  # fmt: skip
+    head = ("target", "least share of SFT's correction, without", "with guard", "accuracy change by the guard", "goal")
+    lines = []
     for name, row in found["summary"]["goals"].items():
         changes = ", ".join(f"{condition}: {change:+.0%}" for condition, change in row["accuracy_change"].items())
         without, corrects = (f"{row[key]:.0%}" for key in ("corrects_without", "corrects"))
-        lines.append([name, without, corrects, changes, "yes" if row["reached"] else "no"])
-    return "\n".join([
-        title, "![the flawed skill answered right, by target and guard](prior.png)\n", f"**{found['summary']['finding']}.**\n",
-        PRIOR_PROTOCOL, prior_table(found), "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n",
-    ])  # fmt: skip
+        lines.append([name, without, corrects, changes, "reached" if row["reached"] else "missed"])
+    figure = "![the flawed skill answered right, by target and guard](prior.png)\n"
+    finding = f"**{found['summary']['finding']}.**\n"
+    return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), table(head, lines)])
 
 
 PRIOR_PROTOCOL = """`qtarget bench prior`. The base that knows most of the format is taught one thing wrong: to answer the smallest number for the

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from qtarget.registry import available_targets
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 EVIDENCE = ROOT / "src" / "qtarget" / "report" / "evidence.json"
@@ -58,6 +60,23 @@ def audit_noise() -> dict[str, Any]:
     return {"file": "benchmarks/results/audit_noise.json", "settings": kept}
 
 
+def noise_map() -> dict[str, Any]:
+    """Exact completion by base, noise and target: mean and interval; practices that are no targets are left out."""
+    raw = json.loads((RESULTS / "noise.json").read_text())
+    points = []
+    for cell, summary in zip(raw["cells"], raw["summary"]["cells"], strict=True):
+        accuracy = {
+            name: [row["accuracy_percent"][end] for end in ("mean", "low", "high")]
+            for name, row in summary["methods"].items()
+            if name in available_targets()
+        }
+        points.append({
+            "base": cell["base"], "kind": cell["kind"], "rate": cell["rate"],
+            "favourite_share": cell["base_knows"]["favourite_share"], "accuracy_percent": accuracy,
+        })  # fmt: skip
+    return {"file": "benchmarks/results/noise.json", "seeds": raw["config"]["seeds"], "points": points}
+
+
 def collect() -> dict[str, Any]:
     """All of the file."""
     return {
@@ -65,6 +84,7 @@ def collect() -> dict[str, Any]:
         "demo_dropped": demo("demo_dropped_targets.json"),
         "real_noise": real_noise(),
         "audit_noise": audit_noise(),
+        "noise_map": noise_map(),
     }
 
 

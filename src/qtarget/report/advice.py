@@ -10,8 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from qtarget.data.findings import Finding
-from qtarget.report.noise_checks import KNOWS_TOO_LITTLE
 
+FARTHEST = 0.15
+"""Difference of the share of labels that are the base's first choice, beyond which the map says nothing."""
+RANKED = 3
+CLEARLY_WORSE = 5.0
+"""Points of accuracy beyond plain SFT's worst at which a target is advised against."""
 FEWEST_SCORED_ROWS = 100
 """From here on the standard error of a share is at most 5 points, even if all labels of a row agree: sqrt(0.25 / 100)."""
 
@@ -96,14 +100,17 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
 def which_target(facts: Mapping[str, Any]) -> Advice:
     """A short ranked suggestion from measured facts, or "not enough evidence".
 
+    The rule: find the point of the noise map (`qtarget bench noise`) whose base knows as much of its rows as this one of
+    these; at that base, rank targets by how far they ever fall behind the best one there, over all noise that was tried.
+
     Args:
-        facts: of ``facts_of``. Up to ``KNOWS_TOO_LITTLE`` the demo speaks (0.17 there); above, no benchmark of targets.
+        facts: of ``facts_of``.
     """
     notes = _notes(facts)
     gap = _what_is_missing(facts)
     if gap is not None:
         return Advice("not enough evidence", f"Not enough evidence: {gap}", facts, notes=notes)
-    return Advice("suggestion", *_new_format(facts), notes=notes)
+    return Advice("suggestion", *_from_the_map(facts), notes=notes)
 
 
 def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
@@ -120,74 +127,86 @@ def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
             f"only {scored_rows} rows were scored; below {FEWEST_SCORED_ROWS} the share of labels that are the base's "
             "first choice is known to no better than 5 points. Score more rows and audit again."
         )
-    if favourite >= KNOWS_TOO_LITTLE:
+    share = _nearest(facts)["favourite_share"]
+    if abs(favourite - share) > FARTHEST:
         return (
-            f"{favourite:.0%} of the labels are the base's first choice, so it can already answer in part, and no benchmark "
-            "in this repository compares targets on such a base. Train `sft` and one other with equal budgets and compare "
-            "them on clean held-out rows."
+            f"{favourite:.0%} of the labels are the base's first choice, and the nearest base that targets were compared on "
+            f"had {share:.0%}. Train `sft` and one other with equal budgets and compare them on clean held-out rows."
         )
     return None
 
 
-def _new_format(
+def _nearest(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The point of the map whose base knows most nearly as much of its rows."""
+    points = evidence()["noise_map"]["points"]
+    return min(points, key=lambda point: abs(point["favourite_share"] - facts["favourite_share"]))
+
+
+def _from_the_map(
     facts: Mapping[str, Any],
 ) -> tuple[str, Mapping[str, Any], tuple[Statement, ...], tuple[Statement, ...]]:
-    """The base would write something else nearly everywhere, as on the demo's rows."""
-    known = evidence()
-    demo = known["demo"]
-    accuracy, kept = demo["accuracy_percent"], demo["kept_percent"]
-    best = max(mean for mean, _, _ in accuracy.values())
-    tied = sorted((name for name, (_, _, high) in accuracy.items() if high >= best), key=lambda name: -kept[name])
-    like = known["audit_noise"]["settings"]["unknown_format, random_tokens 0.2"]["favourite_share"]
-    ranked = Statement(
-        tuple(tied),
-        f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({like:.0%} on the benchmark's rows), "
-        f"so it does not know this format yet. With {demo['noise']} on {demo['rows']} rows and {demo['seeds']} seeds these "
-        f"tie in exact completion ({', '.join(f'{name} {accuracy[name][0]} %' for name in tied)}); they are ordered by how "
-        f"much of the base's other skills they kept ({', '.join(f'{kept[name]} %' for name in tied)}).",
-        (_numbers(demo, tied),),
+    """Summary, facts, ranked and avoided targets."""
+    near = _nearest(facts)
+    points = [point for point in evidence()["noise_map"]["points"] if point["base"] == near["base"]]
+    regret = regrets(points)
+    ranked = sorted(regret, key=lambda name: regret[name])[:RANKED]
+    where = (
+        f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({near['favourite_share']:.0%} at the "
+        "benchmark's nearest point)"
+    )
+    tried = ", ".join(point_words(point) for point in points)
+    best = tuple(
+        Statement(
+            (name,),
+            f"{where}. There {name} was never more than {regret[name]:.1f} points behind the best target ({tried}).",
+            (_at(points, name),),
+        )
+        for name in ranked
+    )
+    avoid = tuple(
+        Statement(
+            (name,), f"{regret[name]:.1f} points behind the best target at its worst there.", (_at(points, name),)
+        )
+        for name in regret
+        if regret[name] > regret["sft"] + CLEARLY_WORSE
     )
     summary = (
-        f"Start with {tied[0]} or plain sft: no target here was shown to beat sft on a base that does not know the format. "
-        "This is one synthetic benchmark; compare on clean held-out rows of yours."
+        f"Start with {ranked[0]}, and plain sft beside it. The map is of one synthetic family of tasks and a tiny base: "
+        "compare on clean held-out rows of yours."
     )
-    return summary, facts, (ranked,), _avoided(known, tied)
+    return summary, facts, best, avoid
 
 
-def _avoided(known: Mapping[str, Any], tied: Sequence[str]) -> tuple[Statement, ...]:
-    """Targets worse than sft in every seed of the demo, then those that taught nothing there."""
-    demo, dropped, real = known["demo"], known["demo_dropped"], known["real_noise"]
-    accuracy, accuracy_dropped = demo["accuracy_percent"], dropped["accuracy_percent"]
-    failed = [name for name, (mean, _, _) in accuracy.items() if mean <= demo["untrained"]]
-    failed_dropped = [name for name, (mean, _, _) in accuracy_dropped.items() if mean <= dropped["untrained"]]
-    worse = [
-        Statement(
-            (name,), f"{accuracy[name][0]} % there, every seed below every seed of sft.", (_numbers(demo, [name]),)
-        )
-        for name in accuracy
-        if name not in (*tied, *failed) and accuracy[name][2] < accuracy["sft"][1]
-    ]
-    names = ("untrained", "sft", "dft", "asft")
-    nll = {data: {name: values[name] for name in names} for data, values in real["clean_nll"].items()}
-    nothing = Statement(
-        (*failed, *failed_dropped),
-        "none answered a single prompt there: weights by the model's own probability hardly start where it is near 0. "
-        "On real rows dft ended at a higher clean NLL than the untrained base (one seed).",
-        (
-            _numbers(demo, failed),
-            _numbers(dropped, failed_dropped),
-            {"file": real["file"], "seeds": real["seeds"], "clean_nll": nll},
-        ),
-    )
-    return (*worse, nothing)
+def regrets(points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How far each target that stands at all points ever is behind the best one, in points of accuracy.
 
-
-def _numbers(run: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    Example:
+        >>> regrets([{"accuracy_percent": {"sft": [50, 0, 0], "dft": [60, 0, 0]}},
+        ...          {"accuracy_percent": {"sft": [70, 0, 0], "dft": [0, 0, 0], "asft": [1, 0, 0]}}])
+        {'sft': 10, 'dft': 70}
+    """
+    found = [point["accuracy_percent"] for point in points]
+    everywhere = [name for name in found[0] if all(name in accuracy for accuracy in found)]
+    best = [max(mean for mean, _, _ in accuracy.values()) for accuracy in found]
     return {
-        "file": run["file"],
-        "seeds": run["seeds"],
-        "accuracy_percent": {name: run["accuracy_percent"][name] for name in targets},
-        "kept_percent": {name: run["kept_percent"][name] for name in targets},
+        name: max(top - accuracy[name][0] for top, accuracy in zip(best, found, strict=True)) for name in everywhere
+    }
+
+
+def point_words(point: Mapping[str, Any]) -> str:
+    """``40 % random tokens``."""
+    return f"{100 * point['rate']:g} % {point['kind'].replace('_', ' ')}" if point["rate"] else "clean rows"
+
+
+def _at(points: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
+    """A target's numbers and sft's, with their file."""
+    known = evidence()["noise_map"]
+    return {
+        "file": known["file"],
+        "seeds": known["seeds"],
+        "accuracy_percent": {
+            point_words(point): {name: point["accuracy_percent"][name] for name in (target, "sft")} for point in points
+        },
     }
 
 
@@ -201,8 +220,8 @@ def _notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     if facts["flawed_prior_share"]:
         notes.append(
             f"on {facts['flawed_prior_share']:.2%} of the labels demonstrations agree against a confident base: a weight or "
-            "anchor from this base (dft, p_power, asft, sft_kl, target_sft with the base as teacher) pulls least there. How "
-            "much that costs is not benchmarked here."
+            "anchor from this base (dft, p_power, asft, sft_kl, target_sft with the base as teacher) pulls least there: set "
+            "`guard: true` (docs/benchmarks.md, `qtarget bench prior`)."
         )
     if facts["suspected_share"]:
         notes.append(
