@@ -75,7 +75,8 @@ def noise_part(found: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) 
     return "\n".join(parts)
 
 
-NOISE_PROTOCOL = """`qtarget bench noise` (full setting: about an hour on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
+NOISE_PROTOCOL = """\
+`qtarget bench noise` (full setting: about an hour on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
 smoke test). The embedded base knows nine small skills in its own format. Three bases are asked for them in the instruction
 format: one that has never seen it, and two after a few steps on clean rows that no run trains on ({knows}). 640 demonstrations
 get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method tunes its learning rate (three
@@ -144,7 +145,8 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), "Goals:\n", *goals, ""])
 
 
-DISTILL_PROTOCOL = """`qtarget bench distill`. A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
+DISTILL_PROTOCOL = """\
+`qtarget bench distill`. A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
 answers, by their text alone or by the teacher's distribution from a cache made by the project's own scorer. Steps are equal
 at every fraction. *Rows needed*: the fraction at which a method reaches cross entropy on all rows.
 """
@@ -171,7 +173,8 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
     return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), table(head, lines)])
 
 
-PRIOR_PROTOCOL = """`qtarget bench prior`. The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
+PRIOR_PROTOCOL = """\
+`qtarget bench prior`. The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
 largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
 that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
 base. What it costs is measured on the base without flaw. One recipe for all.

@@ -54,7 +54,7 @@ PRACTICE = (
 the noise, is SFT at rate 0)."""
 
 CHOSEN = (
-    _target("consensus", "caution", 1.0, 0.3, 0.03),
+    _target("consensus", "caution", 1.0, 3.0, 0.03),
     _target("target_sft", "eta", 0.3, 0.1, 0.6),
     _target("asft", "kl_weight", 0.05, 0.2, 1.0),
     _target("sft_kl", "kl_weight", 0.3, 0.1, 1.0),
