@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qtarget.errors import ShapeError
+from qtarget.types import DATA_FIELDS
 
 SHORTEST, LONGEST = 1, 3
 """Lengths of the contexts that are compared, in tokens."""
@@ -40,17 +41,12 @@ def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[
 
     Reference: ours; leave-one-out n-gram counts with skipped tokens.
     """
-    if len(token_ids) != len(supervised):
-        raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
     contexts, pairs = Counter(), Counter()
-    rows = [
-        _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
-    ]
-    for row in rows:
+    for row in _rows(token_ids, supervised):
         for found in row:
             contexts.update(context for context, _ in found)
             pairs.update(found)
-    return [_shares(row, contexts, pairs) for row in rows]
+    return [_shares(row, contexts, pairs) for row in _rows(token_ids, supervised)]
 
 
 Context = tuple[str, tuple[int, ...]]
@@ -59,10 +55,18 @@ Observation = tuple[Context, int]
 """A context and the token that follows it."""
 
 
-def _observations(ids: Sequence[int], mask: Sequence[bool], number: int) -> list[list[Observation]]:
+def _rows(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]) -> Iterator[list[list[Observation]]]:
+    """Each row's ``_observations``, made anew at each pass: kept, they would fill a kilobyte a token."""
+    if len(token_ids) != len(supervised):
+        raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
+    for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True)):
+        if len(ids) != len(mask):
+            raise ShapeError(f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths")
+        yield _observations(np.asarray(ids).tolist(), mask)
+
+
+def _observations(ids: list[int], mask: Sequence[bool]) -> list[list[Observation]]:
     """For each supervised token, each of its contexts with that token."""
-    if len(ids) != len(mask):
-        raise ShapeError(f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths")
     out, depth = [], 0
     for place in range(1, len(ids)):
         depth = depth + 1 if mask[place] else 0
@@ -71,7 +75,7 @@ def _observations(ids: Sequence[int], mask: Sequence[bool], number: int) -> list
     return out
 
 
-def _contexts(ids: Sequence[int], place: int, depth: int) -> Iterator[Context]:
+def _contexts(ids: list[int], place: int, depth: int) -> Iterator[Context]:
     for length in range(min(LONGEST, place), SHORTEST - 1, -1):
         yield "last", tuple(ids[place - length : place])
     for gap in GAPS:
@@ -147,7 +151,7 @@ def prior_conflict(
         agreements: what ``agreement`` returns.
 
     Raises:
-        ShapeError: a row has another number of numbers than supervised tokens.
+        ShapeError: a row has another number of numbers than supervised tokens, or a list another number of rows.
 
     Example:
         >>> import numpy as np
@@ -156,25 +160,61 @@ def prior_conflict(
         >>> [round(float(found[0]), 2) for found in prior_conflict(rows, masks, unexpected, agreement(rows, masks))]
         [0.94, 0.94, 0.94, 0.94, 0.94]
     """
-    rows = [
-        _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
-    ]
+    if not len(token_ids) == len(label_log_probs) == len(agreements):
+        raise ShapeError(
+            f"{len(token_ids)} rows of tokens, {len(label_log_probs)} of log-probs, {len(agreements)} of agreements; expected "
+            "as many of each"
+        )
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
-    for number, (row, flags, shares) in enumerate(zip(rows, surprised, agreements, strict=True)):
-        if not len(row) == len(flags) == len(shares):
-            raise ShapeError(
-                f"row {number}: {len(row)} supervised tokens, {len(flags)} log-probs, {len(shares)} agreements; expected as many"
-            )
     seen, against = Counter(), Counter()
-    for row, flags in zip(rows, surprised, strict=True):
+    for number, (row, flags) in enumerate(zip(_rows(token_ids, supervised), surprised, strict=True)):
+        if not len(row) == len(flags) == len(agreements[number]):
+            raise ShapeError(
+                f"row {number}: {len(row)} supervised tokens, {len(flags)} log-probs, {len(agreements[number])} agreements; "
+                "expected as many of each"
+            )
         for found, flag in zip(row, flags, strict=True):
             for context in _plain(found):
                 seen[context] += 1
                 against[context] += bool(flag)
     return [
         _conflicts(row, flags, seen, against) * shares / (shares + SUPPORT)
-        for row, flags, shares in zip(rows, surprised, agreements, strict=True)
+        for row, flags, shares in zip(_rows(token_ids, supervised), surprised, agreements, strict=True)
     ]
+
+
+def counted_fields(
+    token_ids: Sequence[Sequence[int]],
+    supervised: Sequence[Sequence[bool]],
+    label_log_probs: Sequence[np.ndarray],
+    fields: frozenset[str],
+) -> dict[str, list[np.ndarray]]:
+    """Those of ``DATA_FIELDS`` that are named, as a ``Reference`` holds them: ``[supervised tokens]`` a row each.
+
+    Args:
+        token_ids, supervised, label_log_probs: as for ``prior_conflict``.
+        fields: what a target needs of the frozen model; names of other fields are passed over.
+
+    Raises:
+        ShapeError: see ``agreement`` and ``prior_conflict``.
+
+    Example:
+        >>> import numpy as np
+        >>> rows, masks, known = [[5, 7, 1]] * 4, [[False, False, True]] * 4, [np.array([-9.0])] * 4
+        >>> {name: float(values[0][0]) for name, values in counted_fields(rows, masks, known, frozenset({"agreement"})).items()}
+        {'agreement': 0.75}
+    """
+    wanted = fields & set(DATA_FIELDS)
+    if not wanted:
+        return {}
+    agreed = agreement(token_ids, supervised)
+    found = {"agreement": agreed}
+    if "reliability" in wanted:
+        rho = prior_reliability(np.concatenate(agreed), np.concatenate(label_log_probs))
+        found["reliability"] = [np.full(len(shares), rho, dtype=np.float32) for shares in agreed]
+    if "conflict" in wanted:
+        found["conflict"] = prior_conflict(token_ids, supervised, label_log_probs, agreed)
+    return {name: values for name, values in found.items() if name in wanted}
 
 
 def _plain(found: list[Observation]) -> list[Context]:

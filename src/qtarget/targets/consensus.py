@@ -45,6 +45,7 @@ class Consensus(Target):
     formula = "-sg(w) log p_y + lambda rho^3 (1 - (A - p_ref)^+) KL(p_ref || p), w = s / (s + tau rho^3)"
     paper = "ours"
     has_residual = True
+    linear_in_frozen = True
 
     def __post_init__(self) -> None:
         in_range(self, "kl_weight", 0)
