@@ -62,15 +62,16 @@ def test_value_and_gradient_are_the_mixture(name: str, settings: dict[str, Any],
     if form == "dense":
         loss, report = qtarget.target_loss(hidden @ batch.weight.T, batch.labels, target, **arguments)
     else:
-        loss, report = qtarget.linear_target_loss(
-            hidden, batch.weight, batch.labels, target, chunk_size=4, **arguments
-        )
+        loss, report = qtarget.linear_target_loss(hidden, batch.weight, batch.labels, target, chunk_size=4, **arguments)
     close(loss.detach(), expected.detach())
     close(torch.autograd.grad(loss, hidden)[0], gradient)
     row = formulas.table_row(name, x, settings)
     assert row is not None
     if name != "gift":  # its row is written with Q as a whole
-        close(report.label_weights[batch.kept], ((1 - conflict[batch.kept]) * row.c * row.a + conflict[batch.kept]).detach())
+        close(
+            report.label_weights[batch.kept],
+            ((1 - conflict[batch.kept]) * row.c * row.a + conflict[batch.kept]).detach(),
+        )
         close(report.residual_weights[batch.kept], ((1 - conflict[batch.kept]) * row.c * row.b).detach())
 
 
@@ -151,7 +152,9 @@ def test_a_combination_can_be_guarded() -> None:
     conflict = conflict_of(batch)
     given = guarded_arguments("asft", batch, conflict)
     losses = [
-        qtarget.target_loss(batch.logits, batch.labels, qtarget.Guarded(qtarget.get_target(name, kl_weight=0.7)), **given)
+        qtarget.target_loss(
+            batch.logits, batch.labels, qtarget.Guarded(qtarget.get_target(name, kl_weight=0.7)), **given
+        )
         for name in ("asft", "dft+sft_kl")
     ]
     close(losses[0], losses[1])

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 RELIABILITY = 0.625
 """How much of what the rows agree on the frozen model knew, in every case."""
 

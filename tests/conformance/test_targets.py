@@ -239,7 +239,9 @@ def test_a_frozen_head_stands_for_its_logits(name: str, settings: dict[str, Any]
     head = qtarget.FrozenHead(poison(other.hidden, ~batch.kept), other.weight, bias, 0.8, 5.0)
     if name in formulas.COUNTED:  # a head knows nothing of the other rows
         for backend in ("chunked", "dense"):
-            with pytest.raises(MissingStatisticError, match=rf"'{name}' needs reference\.agreement.*qtarget.data.agreement"):
+            with pytest.raises(
+                MissingStatisticError, match=rf"'{name}' needs reference\.agreement.*qtarget.data.agreement"
+            ):
                 linear(name, settings, batch, backend=backend, reference=head)
         return
     expected_loss, expected = oracle_gradient(name, settings, batch)

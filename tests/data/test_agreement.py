@@ -102,7 +102,9 @@ def test_reliability_is_the_mean_of_what_was_known() -> None:
     assert prior_reliability(agreed, np.log(p)) == pytest.approx((0.9 * 0.5 + 0.3 * 0.1) / 1.2)
     assert prior_reliability(agreed, np.zeros(3)) == pytest.approx(1.0)  # all known
     assert prior_reliability(agreed, np.full(3, -np.inf)) == 0.0
-    assert prior_reliability(np.zeros(3), np.log(p)) == 0.0  # no row agrees with any other: nothing is known of the base
+    assert (
+        prior_reliability(np.zeros(3), np.log(p)) == 0.0
+    )  # no row agrees with any other: nothing is known of the base
 
 
 def conflict_by_hand(ids, masks, log_probs, shares) -> list[list[float]]:

@@ -79,7 +79,9 @@ GUARDED = ["guarded asft", "guarded target_sft"]
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-@pytest.mark.parametrize("name", [*sorted(set(available_targets()) - NOT_LISTED), "prior_surprise+label_smoothing", *GUARDED])
+@pytest.mark.parametrize(
+    "name", [*sorted(set(available_targets()) - NOT_LISTED), "prior_surprise+label_smoothing", *GUARDED]
+)
 def test_with_every_token_listed_all_numbers_are_those_of_the_loss(case, name, at_start):
     base, teacher, later, labels, rows = case
     live = base if at_start else later

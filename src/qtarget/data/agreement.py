@@ -55,7 +55,9 @@ Observation = tuple[Context, int]
 """A context and the token that follows it."""
 
 
-def _rows(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]) -> Iterator[list[list[Observation]]]:
+def _rows(
+    token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]
+) -> Iterator[list[list[Observation]]]:
     """Each row's ``_observations``, made anew at each pass: kept, they would fill a kilobyte a token."""
     if len(token_ids) != len(supervised):
         raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
