@@ -163,6 +163,7 @@ def test_public_names_are_locked() -> None:
         "BackendChoice",
         "Combined",
         "FrozenHead",
+        "Guarded",
         "InducedTarget",
         "LabelWeight",
         "Needs",

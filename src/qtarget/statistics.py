@@ -14,6 +14,7 @@ from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatis
 from qtarget.outcomes import align, shared_outcomes, tail_log_mass
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.types import (
+    DATA_FIELDS,
     FrozenHead,
     Needs,
     Outcomes,
@@ -45,9 +46,9 @@ def check_frozen(frozen: Reference | FrozenHead | None, fields: frozenset[str], 
     for field in sorted(fields):
         if frozen is None:
             raise MissingStatisticError(missing_message(target, role, field))
-        if isinstance(frozen, FrozenHead):
+        if isinstance(frozen, FrozenHead) and field not in DATA_FIELDS:
             continue
-        present = frozen.has_distribution if field == "distribution" else getattr(frozen, field) is not None
+        present = frozen.has_distribution if field == "distribution" else getattr(frozen, field, None) is not None
         if not present:
             raise MissingStatisticError(missing_message(target, role, field))
 

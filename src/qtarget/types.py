@@ -365,8 +365,9 @@ def missing_message(target: str, role: str, field: str) -> str:
     """One wording for every absent statistic."""
     if field in DATA_FIELDS:
         return (
-            f"target {target!r} needs {role}.{field}, which was not given; pass reference=qtarget.Reference({field}=...) from "
-            f"qtarget.data.agreement; in training it is counted from the data when `{role}_cache` is set (`qtarget score`)"
+            f"target {target!r} needs {role}.{field}, which was not given; pass {role}=qtarget.Reference({field}=...) with numbers "
+            "from qtarget.data.agreement; in training they are counted from the rows when "
+            f"`{role}_cache` is set (`qtarget score CONFIG.yaml{' --role teacher' if role == 'teacher' else ''}`)"
         )
     argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
     option = (" --role teacher" if role == "teacher" else "") + (" --top_k 32" if field == "distribution" else "")
@@ -381,5 +382,5 @@ def sampled_message(target: str, role: str) -> str:
     return (
         f"target {target!r} is not linear in the {role}'s distribution, so sampled ids would bias its gradient; expected "
         "top-k log-probs with their tail: score with --top_k 32 instead of --sampled, or choose a target that is "
-        "linear (distillation, hybrid_distillation, sft_kl, asft)"
+        "linear (distillation, hybrid_distillation, sft_kl, asft, consensus)"
     )

@@ -71,7 +71,18 @@ def frozen_arguments(name: str, batch: Batch) -> dict[str, Any]:
         return {}
     role, kind = formulas.FROZEN[name]
     full = qtarget.Reference.from_logits(batch.frozen, batch.labels)
-    return {role: full if kind == "distribution" else qtarget.Reference(label_log_probs=full.label_log_probs)}
+    if kind == "label":
+        return {role: qtarget.Reference(label_log_probs=full.label_log_probs)}
+    return {role: with_counted(name, full, batch.labels)}
+
+
+def with_counted(name: str, known: qtarget.Reference, labels: Tensor) -> qtarget.Reference:
+    """With what the other rows say of each label, in the dtype of the log-probs, for the methods that ask."""
+    if name not in formulas.COUNTED:
+        return known
+    assert known.label_log_probs is not None
+    agreement = formulas.agreement(labels).to(known.label_log_probs)
+    return replace(known, agreement=agreement, reliability=torch.full_like(agreement, formulas.RELIABILITY))
 
 
 def oracle_gradient(

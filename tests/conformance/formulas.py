@@ -17,6 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RELIABILITY = 0.625
+"""How much of what the rows agree on the frozen model knew, in every case."""
+
+
+def agreement(labels: Tensor) -> Tensor:
+    """An agreement for each label, in eighths: exact in every dtype. Masked labels (negative) get that of token 0."""
+    return (labels.clamp(min=0) % 7) / 8
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -24,6 +32,7 @@ class Tokens:
 
     ``groups``: ``[n, vocab]`` to which outcome each token belongs, where a frozen model is known on a few outcomes only
     (its top k one by one, everything else together); ``frozen_groups``: ``[n, outcomes]`` its probabilities of those.
+    ``agreement``: ``[n]`` of the other rows, where that is not the function above of ``y``; ``rho``: the reliability.
     """
 
     z: Tensor
@@ -32,6 +41,8 @@ class Tokens:
     sequence: Tensor
     groups: Tensor | None = None
     frozen_groups: Tensor | None = None
+    agreement: Tensor | None = None
+    rho: float = RELIABILITY
 
     @property
     def lp(self) -> Tensor:
@@ -49,6 +60,11 @@ class Tokens:
     @property
     def frozen_lp_y(self) -> Tensor:
         return F.log_softmax(self.frozen, -1)[torch.arange(len(self.y)), self.y]
+
+    @property
+    def others(self) -> Tensor:
+        """Agreement of the other rows with each label."""
+        return (agreement(self.y) if self.agreement is None else self.agreement).to(self.z)
 
     @property
     def one_hot(self) -> Tensor:
@@ -151,6 +167,21 @@ def asft(x: Tokens, kl_weight: float) -> Tensor:
     return -x.p_y * x.lp_y + kl_weight * kl(q, p)
 
 
+def consensus_pulls(x: Tokens, caution: float) -> tuple[Tensor, Tensor]:
+    """Weights of the label and of the anchor: the docstring of ``targets/consensus.py``, witness by witness."""
+    base, known = x.frozen_lp_y.exp(), x.rho**3
+    with_base = torch.where(x.p_y > base, x.p_y, base)
+    with_rows = torch.where(x.p_y > x.others, x.p_y, x.others)
+    support = x.rho * with_base + (1 - x.rho) * with_rows
+    return support / (support + caution * (known + 0.01)), torch.full_like(base, 3 * caution * known)
+
+
+def consensus(x: Tokens, caution: float) -> Tensor:
+    p, q = x.pair()
+    label, anchor = consensus_pulls(x, caution)
+    return label_loss(label, x) + anchor * kl(q, p)
+
+
 def gem(x: Tokens, temperature: float, form: str) -> Tensor:
     z = x.z.detach()
     q = torch.softmax(z / temperature, -1)
@@ -227,6 +258,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "psft": psft,
     "sft_kl": sft_kl,
     "asft": asft,
+    "consensus": consensus,
     "gem": gem,
     "distillation": distillation,
     "hybrid_distillation": hybrid_distillation,
@@ -261,6 +293,11 @@ def row(x: Tokens, a: Tensor | float, b: Tensor | float = 0.0, q: Tensor | None 
 
 def frozen_probs(x: Tokens) -> Tensor:
     return torch.softmax(x.frozen, -1)
+
+
+def consensus_row(x: Tokens, caution: float) -> Row:
+    label, anchor = consensus_pulls(x, caution)
+    return row(x, label / (label + anchor), anchor / (label + anchor), frozen_probs(x), label + anchor)
 
 
 def psft_row(x: Tokens, clip_high: float) -> Row:
@@ -298,6 +335,7 @@ ROWS: dict[str, Callable[..., Row | None]] = {
     "asft": lambda x, kl_weight: row(
         x, x.p_y / (x.p_y + kl_weight), kl_weight / (x.p_y + kl_weight), frozen_probs(x), x.p_y + kl_weight
     ),
+    "consensus": consensus_row,
     "gem": lambda x, temperature, form: (
         row(x, 1.0, -1.0, torch.softmax(x.z.detach() / temperature, -1)) if form == "linear" else None
     ),
@@ -315,12 +353,15 @@ ROWS: dict[str, Callable[..., Row | None]] = {
 FROZEN: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("prior_surprise", "inverse_likelihood", "iw_sft", "rho1"), ("reference", "label")),
     **dict.fromkeys(("token_cleaning", "psft"), ("reference", "label")),
-    **dict.fromkeys(("sft_kl", "asft", "gift"), ("reference", "distribution")),
+    **dict.fromkeys(("sft_kl", "asft", "gift", "consensus"), ("reference", "distribution")),
     **dict.fromkeys(("distillation", "hybrid_distillation", "taid", "target_sft"), ("teacher", "distribution")),
     **dict.fromkeys(("forward_kl", "reverse_kl", "generalized_jsd"), ("teacher", "distribution")),
     **dict.fromkeys(("skew_kl", "skew_reverse_kl"), ("teacher", "distribution")),
 }
 """The frozen model a method needs: its role, and whether one number a token is enough."""
+
+COUNTED = {"consensus"}
+"""Methods that also ask what the other rows say: ``agreement`` and ``RELIABILITY``."""
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"smoothing": 0.1}, {"smoothing": 0.0}, {"smoothing": 0.6}],
@@ -336,6 +377,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "psft": [{"clip_high": 0.28}],
     "sft_kl": [{"kl_weight": 0.1}, {"kl_weight": 0.0}],
     "asft": [{"kl_weight": 0.05}, {"kl_weight": 0.7}],
+    "consensus": [{"caution": 1.0}, {"caution": 0.3}, {"caution": 0.0}],
     "gem": [{"temperature": 0.7, "form": "linear"}, {"temperature": 0.7, "form": "logsigmoid"}],
     "distillation": [{"temperature": 1.0}, {"temperature": 2.0}],
     "hybrid_distillation": [{"teacher_weight": 0.5}, {"teacher_weight": 0.9}],

@@ -100,3 +100,36 @@ def make_trainer(tmp_path, tokenizer, rows):
         )
 
     return make
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A function that scores rows into a cache and returns its folder."""
+    from qtarget.integrations.trl_score import score
+    from qtarget.integrations.trl_sft import QTargetConfig
+
+    def write(
+        model=None,
+        data=None,
+        evals=None,
+        tokenizer=None,
+        top_k=80,
+        model_id=None,
+        log_probs_dtype="float32",
+        **settings,
+    ):
+        score(
+            model or make_model(),
+            QTargetConfig(str(tmp_path / "scoring"), **{**SETTINGS, **settings}),
+            data or make_rows(),
+            evals,
+            tokenizer or make_tokenizer(),
+            directory=tmp_path / "cache",
+            top_k=top_k,
+            log_probs_dtype=log_probs_dtype,
+            model_id=model_id,
+            progress=False,
+        )
+        return str(tmp_path / "cache")
+
+    return write

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conformance import formulas
+from conformance.cases import with_counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,15 +58,16 @@ def fits_vocabulary(name: str, values: dict[str, Any], vocab: int) -> dict[str, 
     return {**values, "top_k": min(values["top_k"], vocab)} if name == "eaft" else values
 
 
-def frozen_arguments(name: str, known: qtarget.Reference) -> dict[str, Any]:
-    return {formulas.FROZEN[name][0]: known} if name in formulas.FROZEN else {}
+def frozen_arguments(name: str, known: qtarget.Reference, labels: Tensor) -> dict[str, Any]:
+    return {formulas.FROZEN[name][0]: with_counted(name, known, labels)} if name in formulas.FROZEN else {}
 
 
 def run(name: str, values: dict[str, Any], problem: Drawn, dtype: torch.dtype, form: str) -> tuple[Tensor, Tensor]:
     """Summed loss and logit gradient (the chunked loss gets the identity as its head)."""
     leaf = problem.logits.to(dtype, copy=True).requires_grad_()
     known = qtarget.Reference.from_logits(problem.frozen.to(dtype), problem.labels)
-    target, arguments = qtarget.get_target(name, **values), {"reduction": "sum", **frozen_arguments(name, known)}
+    target, arguments = qtarget.get_target(name, **values), {"reduction": "sum"}
+    arguments |= frozen_arguments(name, known, problem.labels)
     if form == "dense":
         loss = qtarget.target_loss(leaf, problem.labels, target, **arguments)
     else:
@@ -89,7 +91,8 @@ def oracle(name: str, values: dict[str, Any], problem: Drawn) -> tuple[Tensor, T
     position[problem.allowed] = torch.arange(len(problem.allowed))
     sequence = torch.arange(len(problem.labels))[:, None].expand_as(problem.labels)[kept]
     z, frozen = leaf[kept][:, problem.allowed], problem.frozen[kept][:, problem.allowed]
-    x = formulas.Tokens(z, position[problem.labels[kept]], frozen, sequence)
+    labels = problem.labels[kept]
+    x = formulas.Tokens(z, position[labels], frozen, sequence, agreement=formulas.agreement(labels))
     loss = formulas.losses(name, x, values).sum() if len(z) else leaf[kept].sum()
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
@@ -185,7 +188,9 @@ def test_any_ids_with_a_tail(
     order = torch.randperm(slots.shape[-1], generator=rng)
     log_q = q.log().gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, -torch.inf)
     shape = problem.labels.shape
+    labels = problem.labels.clamp(min=0)[..., None]
     known = qtarget.Reference(
+        label_log_probs=torch.log_softmax(problem.frozen, -1).gather(-1, labels)[..., 0],
         topk_ids=slots[:, order].reshape(*shape, -1),
         topk_log_probs=log_q[:, order].reshape(*shape, -1),
         tail_log_mass=grouped[:, -1].log().reshape(shape),
@@ -203,7 +208,8 @@ def test_any_ids_with_a_tail(
     )
     expected_loss = formulas.losses(name, x, values).sum() if bool(kept.any()) else leaf[kept].sum()
     (expected,) = torch.autograd.grad(expected_loss, leaf)
-    target, arguments = qtarget.get_target(name, **values), {formulas.FROZEN[name][0]: known, "reduction": "sum"}
+    target, arguments = qtarget.get_target(name, **values), {"reduction": "sum"}
+    arguments |= frozen_arguments(name, known, problem.labels)
     ours = problem.logits.clone().requires_grad_()
     if form == "dense":
         loss = qtarget.target_loss(ours, problem.labels, target, **arguments)
@@ -296,7 +302,7 @@ def test_bfloat16_gradients_are_no_worse_than_autograds(
         reduction="sum",
         chunk_size=40,
         return_report=True,
-        **frozen_arguments(name, known),
+        **frozen_arguments(name, known, labels),
     )
     assert loss.dtype == report.losses.dtype == torch.float32
     exact = formula(torch.float64)

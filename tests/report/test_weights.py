@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import qtarget
+from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
 from qtarget.registry import available_targets
 from qtarget.report.tokens import ModelNumbers, flatten_rows
 from qtarget.report.weights import target_numbers, unavailable
@@ -30,9 +33,27 @@ def case():
     base, teacher, later = (2 * torch.randn(ROWS, LENGTH, VOCAB, generator=generator) for _ in range(3))
     teacher, later = base + 0.5 * teacher, base + 0.3 * later
     labels = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
+    labels[1:, 0], labels[2, 3:7] = 17, labels[3, 3:7]  # something that rows agree on
     labels[0, 0], labels[1, 2] = base[0, 0].argmax(), base[1, 2].argmin()
     rows = [{"input_ids": [1, *row.tolist()], "labels": [-100, *row.tolist()]} for row in labels]
     return base, teacher, later, labels, flatten_rows(rows)
+
+
+def with_rows(known, labels):
+    """What the rows of the case say of one another, row by row."""
+    rows, masks = [[1, *row] for row in labels.tolist()], [[False] + [True] * LENGTH] * ROWS
+    log_probs = list(known.label_log_probs.numpy())
+    agreed = agreement(rows, masks)
+    conflict = np.stack(prior_conflict(rows, masks, log_probs))
+    rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs))
+    counted = {"agreement": np.stack(agreed), "reliability": rho * (1 - conflict), "conflict": conflict}
+    assert all(values.max() > 0.01 for values in counted.values()), "the case is too weak to tell"
+    return replace(known, **{name: torch.from_numpy(values).float() for name, values in counted.items()})
+
+
+def built(name):
+    first, _, rest = name.partition(" ")
+    return qtarget.Guarded(qtarget.get_target(rest)) if first == "guarded" else qtarget.get_target(name)
 
 
 def by_autograd(target, live, labels, reference, teacher):
@@ -42,8 +63,8 @@ def by_autograd(target, live, labels, reference, teacher):
         logits,
         labels,
         target,
-        reference=qtarget.Reference.from_logits(reference, labels),
-        teacher=qtarget.Reference.from_logits(teacher, labels),
+        reference=with_rows(qtarget.Reference.from_logits(reference, labels), labels),
+        teacher=with_rows(qtarget.Reference.from_logits(teacher, labels), labels),
         reduction="sum",
         return_report=True,
     )
@@ -52,14 +73,17 @@ def by_autograd(target, live, labels, reference, teacher):
 
 
 NOT_LISTED = {"gem"}
+GUARDED = ["guarded asft", "guarded target_sft"]
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-@pytest.mark.parametrize("name", [*sorted(set(available_targets()) - NOT_LISTED), "prior_surprise+label_smoothing"])
+@pytest.mark.parametrize(
+    "name", [*sorted(set(available_targets()) - NOT_LISTED), "prior_surprise+label_smoothing", *GUARDED]
+)
 def test_with_every_token_listed_all_numbers_are_those_of_the_loss(case, name, at_start):
     base, teacher, later, labels, rows = case
     live = base if at_start else later
-    target = qtarget.get_target(name)
+    target = built(name)
     numbers = [model_numbers(m, labels.flatten(), VOCAB) for m in (x.flatten(0, 1) for x in (live, base, teacher))]
     frozen = {"reference": numbers[1], "teacher": numbers[2]}
     assert unavailable(target, numbers[0], frozen) is None

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
@@ -17,10 +16,10 @@ from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
 from qtarget.benchmarks.tasks import Row, load_model, task_set
 from qtarget.data import tasks
-from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
+from qtarget.data.agreement import counted_fields
 from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import NOISE_KINDS, inject_noise
-from qtarget.types import Reference
+from qtarget.types import DATA_FIELDS, Reference
 
 KINDS = (*NOISE_KINDS, "cue")
 CHECKPOINTS = 5
@@ -213,17 +212,16 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     log_probs = completion_log_probs(base, rows)
     labels = [values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
-    ids = [row.prompt + row.completion for row in rows]
-    agreed = agreement(ids, masks)
-    conflicts = prior_conflict(ids, masks, [label.numpy() for label in labels])
-    rho = prior_reliability(np.concatenate(agreed), torch.cat(labels).numpy())
+    ids, numbers = [row.prompt + row.completion for row in rows], [label.numpy() for label in labels]
+    found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS))
     return [
         Reference(
-            label_log_probs=label, log_probs=values, agreement=torch.from_numpy(shares),
-            reliability=torch.from_numpy(rho * (1 - conflict)), conflict=torch.from_numpy(conflict),
+            label_log_probs=label,
+            log_probs=values,
+            **{name: torch.from_numpy(of_rows[i]) for name, of_rows in found.items()},  # pyright: ignore[reportArgumentType]
         )
-        for label, values, shares, conflict in zip(labels, log_probs, agreed, conflicts, strict=True)
-    ]  # fmt: skip
+        for i, (label, values) in enumerate(zip(labels, log_probs, strict=True))
+    ]
 
 
 def _column(row: Encoded) -> torch.Tensor:

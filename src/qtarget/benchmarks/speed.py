@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import qtarget
 from qtarget.loss.head import multiplies_bfloat16
 from qtarget.shapes import Tensor
+from qtarget.types import DATA_FIELDS
 
 Step = Callable[[], Any]
 """One forward and backward pass."""
@@ -139,8 +140,10 @@ def ours(
 
 
 def frozen_arguments(problem: Problem, target: str, live: bool = False, **changes: Any) -> dict[str, Any]:
-    """The reference or teacher that a target needs: cached top-k numbers, or a live head."""
+    """The reference or teacher that a target needs: cached top-k numbers, or a live head; what rows say of rows is 0.5."""
     needs = qtarget.get_target(target).needs
+    half = torch.full(problem.labels.shape, 0.5, device=problem.labels.device)
+    changes = dict.fromkeys(DATA_FIELDS, half) | changes
     known = problem.frozen if live else qtarget.Reference(**{**vars(problem.known), **changes})
     return {role: known for role in ("reference", "teacher") if getattr(needs, role)}
 

@@ -244,9 +244,11 @@ def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
         if match is None:
             raise ConfigError(f"--targets: {part!r} is no target; expected name or name(key=value, key=value)")
         name, inside = match[1], match[2]
-        if inside is None:
-            keywords = config.training.target_kwargs or {} if name == own else {}
-        else:
+        if inside is None and name == own:
+            out[config.training.target_label] = config.training.build_target()
+            continue
+        keywords = {}
+        if inside is not None:
             pairs = [pair.partition("=") for pair in inside.split(",") if pair.strip()]
             if any(not equals for _, equals, _ in pairs):
                 raise ConfigError(f"--targets: {part!r}: expected name(key=value, key=value)")

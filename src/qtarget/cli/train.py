@@ -62,7 +62,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     output = Path(trainer.args.output_dir)
     trainer.save_model(str(output))
     summary = summarize(trainer.state.log_history, evaluation) | {
-        "target": config.training.target,
+        "target": config.training.target_label,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens": trainer.state.num_input_tokens_seen,

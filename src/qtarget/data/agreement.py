@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qtarget.errors import ShapeError
+from qtarget.types import DATA_FIELDS
 
 SHORTEST, LONGEST = 1, 3
 """Lengths of the contexts that are compared, in tokens."""
@@ -40,17 +41,12 @@ def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[
 
     Reference: ours; leave-one-out n-gram counts with skipped tokens.
     """
-    if len(token_ids) != len(supervised):
-        raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
     contexts, pairs = Counter(), Counter()
-    rows = [
-        _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
-    ]
-    for row in rows:
+    for row in _rows(token_ids, supervised):
         for found in row:
             contexts.update(context for context, _ in found)
             pairs.update(found)
-    return [_shares(row, contexts, pairs) for row in rows]
+    return [_shares(row, contexts, pairs) for row in _rows(token_ids, supervised)]
 
 
 Context = tuple[str, tuple[int, ...]]
@@ -59,10 +55,20 @@ Observation = tuple[Context, int]
 """A context and the token that follows it."""
 
 
-def _observations(ids: Sequence[int], mask: Sequence[bool], number: int) -> list[list[Observation]]:
+def _rows(
+    token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]
+) -> Iterator[list[list[Observation]]]:
+    """Each row's ``_observations``, made anew at each pass: kept, they would fill a kilobyte a token."""
+    if len(token_ids) != len(supervised):
+        raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
+    for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True)):
+        if len(ids) != len(mask):
+            raise ShapeError(f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths")
+        yield _observations(np.asarray(ids).tolist(), mask)
+
+
+def _observations(ids: list[int], mask: Sequence[bool]) -> list[list[Observation]]:
     """For each supervised token, each of its contexts with that token."""
-    if len(ids) != len(mask):
-        raise ShapeError(f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths")
     out, depth = [], 0
     for place in range(1, len(ids)):
         depth = depth + 1 if mask[place] else 0
@@ -71,7 +77,7 @@ def _observations(ids: Sequence[int], mask: Sequence[bool], number: int) -> list
     return out
 
 
-def _contexts(ids: Sequence[int], place: int, depth: int) -> Iterator[Context]:
+def _contexts(ids: list[int], place: int, depth: int) -> Iterator[Context]:
     for length in range(min(LONGEST, place), SHORTEST - 1, -1):
         yield "last", tuple(ids[place - length : place])
     for gap in GAPS:
@@ -144,7 +150,7 @@ def prior_conflict(
         label_log_probs: ``[supervised tokens]`` of the frozen base a row, nats.
 
     Raises:
-        ShapeError: a row has another number of numbers than supervised tokens.
+        ShapeError: a row has another number of numbers than supervised tokens, or a list another number of rows.
 
     Example:
         >>> import numpy as np
@@ -153,20 +159,54 @@ def prior_conflict(
         >>> [found.tolist() for found in prior_conflict(rows, masks, unexpected)]
         [[1.0], [1.0], [1.0], [1.0], [1.0]]
     """
-    rows = [
-        _observations(ids, mask, number) for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True))
-    ]
+    if len(token_ids) != len(label_log_probs):
+        raise ShapeError(
+            f"{len(token_ids)} rows of tokens, {len(label_log_probs)} of log-probs; expected as many of each"
+        )
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
-    for number, (row, flags) in enumerate(zip(rows, surprised, strict=True)):
+    seen, against = Counter(), Counter()
+    for number, (row, flags) in enumerate(zip(_rows(token_ids, supervised), surprised, strict=True)):
         if len(row) != len(flags):
             raise ShapeError(f"row {number}: {len(row)} supervised tokens and {len(flags)} log-probs; expected as many")
-    seen, against = Counter(), Counter()
-    for row, flags in zip(rows, surprised, strict=True):
         for found, flag in zip(row, flags, strict=True):
             for context in _plain(found):
                 seen[context] += 1
                 against[context] += bool(flag)
-    return [_conflicts(row, flags, seen, against) for row, flags in zip(rows, surprised, strict=True)]
+    return [
+        _conflicts(row, flags, seen, against)
+        for row, flags in zip(_rows(token_ids, supervised), surprised, strict=True)
+    ]
+
+
+def counted_fields(
+    token_ids: Sequence[Sequence[int]],
+    supervised: Sequence[Sequence[bool]],
+    label_log_probs: Sequence[np.ndarray],
+    fields: frozenset[str],
+) -> dict[str, list[np.ndarray]]:
+    """Those of ``DATA_FIELDS`` that are named, as a ``Reference`` holds them: ``[supervised tokens]`` a row each.
+
+    Args:
+        token_ids, supervised, label_log_probs: as for ``prior_conflict``.
+        fields: what a target needs of the frozen model; names of other fields are passed over.
+
+    Raises:
+        ShapeError: see ``agreement`` and ``prior_conflict``.
+
+    Example:
+        >>> import numpy as np
+        >>> rows, masks, known = [[5, 7, 1]] * 4, [[False, False, True]] * 4, [np.array([-9.0])] * 4
+        >>> {name: float(values[0][0]) for name, values in counted_fields(rows, masks, known, frozenset({"agreement"})).items()}
+        {'agreement': 0.75}
+    """
+    wanted = fields & set(DATA_FIELDS)
+    if not wanted:
+        return {}
+    agreed = agreement(token_ids, supervised)
+    conflicts = prior_conflict(token_ids, supervised, label_log_probs)
+    rho = prior_reliability(np.concatenate(agreed), np.concatenate(label_log_probs))
+    found = {"agreement": agreed, "conflict": conflicts, "reliability": [rho * (1 - values) for values in conflicts]}
+    return {name: values for name, values in found.items() if name in wanted}
 
 
 def _plain(found: list[Observation]) -> list[Context]:

@@ -125,7 +125,7 @@ class LiveRecords(TrainerCallback):
         config = model.config
         return {
             "schema_version": SCHEMA_VERSION,
-            "target": args.target,
+            "target": args.target_label,
             "target_kwargs": args.target_kwargs or {},
             "max_steps": state.max_steps,
             "model": {

@@ -64,6 +64,11 @@ class QTargetConfig(SFTConfig):
         if self.heatmap_rows < 0:
             raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
+    @property
+    def target_label(self) -> str:
+        """The target as records and tables name it."""
+        return f"guarded {self.target}" if self.guard else self.target
+
     def build_target(self) -> Target:
         """The target that ``target``, ``target_kwargs`` and ``guard`` name."""
         target = get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]

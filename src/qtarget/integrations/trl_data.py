@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
+from qtarget.data.agreement import counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
 from qtarget.errors import CacheMismatchError, DataError
 from qtarget.integrations.step import REFERENCE_FIELDS, ROLES
@@ -141,14 +141,12 @@ def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields:
     rows: list[Any] = list(dataset)
     ids, masks = [row["input_ids"] for row in rows], [supervised_mask(row["labels"]) for row in rows]
     known = [cache.row(row[f"{role}_rows"][0])["label_log_probs"] for row in rows]
-    agreed = agreement(ids, masks)
-    found = {"agreement": agreed, "conflict": prior_conflict(ids, masks, known)}
-    if "reliability" in fields:
-        rho = prior_reliability(np.concatenate(agreed), np.concatenate(known))
+    found = counted_fields(ids, masks, known, fields)
+    if "reliability" in found:
+        rho = max(float(values.max(initial=0.0)) for values in found["reliability"])
         logger.warning(f"{role}: the frozen model knew {rho:.0%} of what the rows agree on (reliability)")
-        found["reliability"] = [rho * (1 - conflict) for conflict in found["conflict"]]
-    for name in sorted(fields & set(DATA_FIELDS)):
-        column = [_spread(values, mask) for values, mask in zip(found[name], masks, strict=True)]
+    for name, values_of_rows in sorted(found.items()):
+        column = [_spread(values, mask) for values, mask in zip(values_of_rows, masks, strict=True)]
         dataset = dataset.add_column(f"{role}_{name}", column)  # pyright: ignore[reportCallIssue]
     return dataset
 

@@ -28,9 +28,11 @@ from qtarget.api import target_loss
 from qtarget.errors import LossUnderLensError, UnknownTargetError
 from qtarget.registry import available_targets, get_target, load_outside
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import Reference, Target
+from qtarget.types import DATA_FIELDS, Reference, Target
 
 IGNORE = -100
+COUNTED = 0.5
+"""Agreement, reliability and conflict of every token under the lens: a lens has no rows to count them from."""
 PARAMETERS = {
     "logits": ("logits", "student_logits"),
     "outputs": ("outputs", "model_output"),
@@ -215,7 +217,10 @@ def target_under_lens(target: Target, name: str | None = None) -> Loss:
     needs = target.needs
 
     def function(logits: Tensor, labels: Tensor, frozen: Tensor | None, num_items: int | None) -> Tensor:
-        known = None if frozen is None else Reference.from_logits(frozen, labels.masked_fill(labels == IGNORE, -1))
+        known = None
+        if frozen is not None:
+            known = Reference.from_logits(frozen, labels.masked_fill(labels == IGNORE, -1))
+            known = replace(known, **dict.fromkeys(DATA_FIELDS, torch.full_like(known.label_log_probs, COUNTED)))  # pyright: ignore
         return target_loss(
             logits,
             labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qtarget.data.agreement import counted_fields
 from qtarget.errors import DataError
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
@@ -113,6 +114,7 @@ class ModelNumbers:
         name: the model, for people.
         vocab_size: its head's rows.
         tail_policy: what a loss lets stand for the unlisted tokens.
+        counted: ``[trained]`` each of ``qtarget.types.DATA_FIELDS`` that a target needs, see ``with_counted``.
     """
 
     name: str
@@ -123,6 +125,7 @@ class ModelNumbers:
     topk_log_probs: np.ndarray | None = None
     tail_log_mass: np.ndarray | None = None
     tail_policy: TailPolicy = "bucket"
+    counted: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def top_k(self) -> int:
@@ -149,7 +152,16 @@ class ModelNumbers:
             tensor(self.topk_log_probs, torch.float32),
             tensor(self.tail_log_mass, torch.float32),
             tail_policy=self.tail_policy,
+            **{name: tensor(values, torch.float32) for name, values in self.counted.items()},
         )
+
+    def with_counted(self, rows: TokenRows, fields: frozenset[str]) -> ModelNumbers:
+        """The same with what a target needs to know of the rows around each token, counted among these rows."""
+        ids = np.split(rows.ids, rows.offsets[1:-1])
+        masks = np.split(rows.supervised, rows.offsets[1:-1])
+        known = np.split(self.label_log_probs, rows.trained_offsets[1:-1])
+        found = counted_fields(ids, masks, known, fields)  # pyright: ignore[reportArgumentType]
+        return replace(self, counted={name: np.concatenate(values) for name, values in found.items()})
 
 
 def short_name(model: str) -> str:

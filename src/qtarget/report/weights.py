@@ -107,6 +107,7 @@ def target_numbers(
     Raises:
         MissingStatisticError: a frozen model lacks what the target needs.
     """
+    frozen = {role: known.with_counted(rows, getattr(target.needs, role)) for role, known in frozen.items()}
     batch = _batch_weights(target, rows, live, frozen)
     pointwise = not target.has_residual and not target.needs.soft  # then the label and the rest say everything
     labels = torch.from_numpy(rows.labels)

@@ -43,6 +43,7 @@ class Consensus(Target):
     formula = "-sg(w) log p_y + 3 kappa rho^3 KL(p_ref || p), w = s / (s + kappa (rho^3 + 0.01))"
     paper = "ours"
     has_residual = True
+    linear_in_frozen = True
 
     def __post_init__(self) -> None:
         in_range(self, "caution", 0)
