@@ -118,11 +118,28 @@ def speed_note() -> str:
     )
 
 
+def proof() -> str:
+    """The findings of the proof benchmarks, a line each, and our own target at the ends of the map."""
+    noise, prior, distill = (results_of(f"{name}.json") for name in ("noise", "prior", "distill"))
+    lines = [f"- Noise: {noise['summary']['finding']}."]
+    for base, what in (("none", "has never seen the format"), ("most", "knows most of it")):
+        goals = [
+            g for g in noise["summary"]["goals"] if (g["base"], g["kind"], g["rate"]) == (base, "random_tokens", 0.4)
+        ]
+        lines += [
+            f"- 40 % random tokens, a base that {what} ({g['untrained']:.0f} % untrained): `sft` {g['sft']:.1f} %, "
+            f"`consensus` {g['ours']:.1f} %, best published target `{g['best_published']}` {g['best_published_percent']:.1f} %."
+            for g in goals
+        ]
+    return "\n".join([*lines, f"- Flawed prior: {prior['summary']['finding']}.", f"- Less data: {distill['finding']}."])
+
+
 def render() -> str:
     """README.md as it should be."""
     parts = {
         "TABLE": targets_table(),
         "DEMO": demo_table(),
+        "PROOF": proof(),
         "REAL": real_table(),
         "SPEED": speed_table(),
         "SPEED_NOTE": speed_note(),
