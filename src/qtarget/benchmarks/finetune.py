@@ -149,7 +149,7 @@ def fine_tune(
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
         factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
-        frozen = {
+        frozen: dict[str, Any] = {
             name: _joined(numbers, chosen)
             for name, numbers in (("reference", reference), ("teacher", teacher))
             if numbers is not None
