@@ -163,6 +163,6 @@ def chosen_rates(
 def quick(config: DistillConfig) -> DistillConfig:
     """Less than half a minute: enough to see an ordering with a wide margin, not for conclusions."""
     return replace(
-        config, methods=(BASELINE, FULL_LOGITS, "top8_bucket"), fractions=(0.1, 1.0), seeds=1, learning_rates=(1e-3,),
-        validation_rows=20, test_rows=100, teacher_steps=100,
+        config, methods=(BASELINE, FULL_LOGITS, "top8_bucket"), fractions=(0.1, 1.0), seeds=1, learning_rates=(2e-3,),
+        steps=40, validation_rows=20, test_rows=100, teacher_steps=80,
     )  # fmt: skip
