@@ -105,7 +105,7 @@ def question_of(row):
     """Skill and fields of a prompt, whatever its wording."""
     wanted = row["prompt"].removeprefix("Instruction: ").removesuffix("\nResponse:\n")
     for words in tasks.SKILLS[row["skill"]].instructions:
-        if found := re.fullmatch(re.escape(words).replace(r"\{\}", "(.+)"), wanted):
+        if found := re.fullmatch("(.+)".join(map(re.escape, re.split(r"\{\d*\}", words))), wanted):
             return row["skill"], *found.groups()
     raise AssertionError(wanted)
 
