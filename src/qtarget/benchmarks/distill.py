@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
-from qtarget.benchmarks.distill_data import Sizes, prepare
+from qtarget.benchmarks.distill_data import Sizes, percent, prepare
 from qtarget.benchmarks.distill_results import CAPTION, summarize
 from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS, DistillWorker, Job, method
 from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
@@ -45,7 +45,7 @@ class DistillConfig:
     methods: tuple[str, ...] = tuple(METHODS)
     fractions: tuple[float, ...] = (0.1, 0.2, 0.4, 0.7, 1.0)
     seeds: int = 5
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     tuning_fraction: float = 0.4
     steps: int = 80
     batch_size: int = 8
@@ -110,13 +110,13 @@ def run_distill(config: DistillConfig, output: Path, *, resume: bool, progress: 
             for name in config.methods
         ]
         found = workers.run(jobs, log, done)
-    answers = {(job.method, job.fraction, job.seed): run["answered"] for job, run in zip(jobs, found, strict=True)}
+    runs = {(job.method, job.fraction, job.seed): run for job, run in zip(jobs, found, strict=True)}
     return {
         "benchmark": "distill",
         "config": asdict(config),
         "teacher": facts,
-        **summarize(config.methods, config.fractions, config.seeds, answers, facts["caches"], rates, tuned),
-        "answers": {"|".join(map(str, key)): text for key, text in answers.items()},
+        **summarize(config.methods, config.fractions, config.seeds, runs, facts["caches"], rates, tuned),
+        "runs": {"|".join(map(str, key)): run for key, run in runs.items()},
         "interval": CAPTION,
         "seconds": round(time.perf_counter() - begin, 1),
         "machine": machine_facts(),
@@ -155,24 +155,14 @@ def chosen_rates(
     ]
     scores: dict[str, dict[str, float]] = {name: {} for name in config.methods}
     for job, run in zip(jobs, workers.run(jobs, log, done), strict=True):
-        scores[job.method][str(job.learning_rate)] = percent(run["answered"])
+        scores[job.method][str(job.learning_rate)] = percent([answer == "1" for answer in run["answered"]])
     best = {name: max(found, key=lambda rate: (found[rate], -float(rate))) for name, found in scores.items()}
     return {name: float(rate) for name, rate in best.items()}, scores
-
-
-def percent(answers: Sequence[str]) -> float:
-    """Share of "1".
-
-    Example:
-        >>> percent("0111")
-        75.0
-    """
-    return round(100 * sum(answer == "1" for answer in answers) / len(answers), 3)
 
 
 def quick(config: DistillConfig) -> DistillConfig:
     """Less than half a minute: enough to see an ordering with a wide margin, not for conclusions."""
     return replace(
         config, methods=(BASELINE, FULL_LOGITS, "top8_bucket"), fractions=(0.1, 1.0), seeds=1, learning_rates=(2e-3,),
-        validation_rows=20, test_rows=100, teacher_steps=120,
+        steps=40, validation_rows=20, test_rows=100, teacher_steps=80,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokeni
 from qtarget.types import Reference, TailPolicy
 
 LONGEST = 40
-"""Tokens that teacher and student may write; right answers have at most 20."""
+"""Tokens that teacher and student may write; a demonstration has 12 on average."""
 AT_ONCE = 300
 TEACHER_BATCH, TEACHER_RATE = 16, 1e-3
 
@@ -171,28 +171,45 @@ def prepare(sizes: Sizes, kinds: Sequence[CacheKind], folder: Path, say: Callabl
         make_teacher(tokenizer, folder / "teacher", sizes.teacher_steps)
     teacher = load_model(folder / "teacher").eval()
     say("the teacher writes")
-    written = write_text(teacher, tokenizer, [row["prompt"] for row in rows["train"]])
-    kept = [(row, text) for row, text in zip(rows["train"], written, strict=True) if text is not None]
+    asked = rows["train"][: sizes.train_rows + sizes.train_rows // 8 + 8]  # a few answers do not end
+    kept = finished(teacher, tokenizer, asked)
     if len(kept) < sizes.train_rows:
-        raise ConfigError(f"the teacher finished {len(kept)} answers, {sizes.train_rows} are needed; train it longer")
+        raise ConfigError(
+            f"the teacher ended {len(kept)} of {len(asked)} answers, {sizes.train_rows} are needed; train it longer"
+        )
     kept = kept[: sizes.train_rows]
-    texts = tokenizer.batch_decode([text.completion for _, text in kept], skip_special_tokens=True)
-    write_json(folder / "rows.json", [[text.prompt, text.completion] for _, text in kept])
+    text = [encoded for _, encoded in kept]
+    held_out = [encoded for _, encoded in finished(teacher, tokenizer, rows["test"])]
+    parts = {"train": text, "test": held_out}
+    write_json(folder / "rows.json", {n: [[row.prompt, row.completion] for row in part] for n, part in parts.items()})
     say("writing caches")
+    words = tokenizer.batch_decode([row.completion for row in text], skip_special_tokens=True)
     facts = {
-        "teacher_percent": 100 * sum(answered(teacher, tokenizer, rows["test"])) / sizes.test_rows,
-        "untrained_percent": 100
-        * sum(answered(load_model(base_model_path()), tokenizer, rows["test"]))
-        / sizes.test_rows,
-        "text_percent": accuracy_percent([row for row, _ in kept], texts, tasks.check),
-        "unfinished": sum(text is None for text in written),
-        "caches": write_caches(teacher, tokenizer, [text for _, text in kept], kinds, folder / "caches"),
+        "teacher_percent": percent(answered(teacher, tokenizer, rows["test"])),
+        "text_percent": accuracy_percent([row for row, _ in kept], words, tasks.check),
+        "caches": write_caches(teacher, tokenizer, text, kinds, folder / "caches"),
     }
     write_json(ready, facts)
     return facts
 
 
-def read_rows(folder: Path) -> list[Encoded]:
-    """The teacher's text, as ``prepare`` left it."""
-    rows = json.loads((folder / "rows.json").read_text())
+def finished(teacher: Any, tokenizer: Any, rows: Sequence[Row]) -> list[tuple[Row, Encoded]]:
+    """Rows whose answer the teacher ended, with what it wrote."""
+    written = write_text(teacher, tokenizer, [row["prompt"] for row in rows])
+    return [(row, text) for row, text in zip(rows, written, strict=True) if text is not None]
+
+
+def percent(answers: Sequence[bool]) -> float:
+    """Share that is true.
+
+    Example:
+        >>> percent([False, True, True, True])
+        75.0
+    """
+    return round(100 * sum(answers) / len(answers), 3)
+
+
+def read_rows(folder: Path, split: str) -> list[Encoded]:
+    """The teacher's text on the prompts of ``train`` or ``test``, as ``prepare`` left it."""
+    rows = json.loads((folder / "rows.json").read_text())[split]
     return [Encoded(prompt, completion, [False] * len(completion)) for prompt, completion in rows]

@@ -22,7 +22,7 @@ SHOWN = (BASELINE, FULL_LOGITS, "top8_bucket", "draws50", "target_sft_0.3", "rev
 COLOURS = (BASELINE_COLOUR, TARGET_COLOUR, "#2f855a", "#805ad5", "#b7791f", "#c53030")
 CAPTION = (
     "Means over seeds, each with its own rows and order, the same for all methods; intervals are 95 % percentile bootstrap, "
-    "paired over methods and fractions, over seeds and test prompts. Over few seeds such intervals are too narrow."
+    "paired over methods and fractions, over seeds and (accuracy) test prompts; over few seeds they are too narrow."
 )
 Curves = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ def summarize(
     methods: Sequence[str],
     fractions: Sequence[float],
     seeds: int,
-    answers: Mapping[tuple[str, float, int], str],
+    runs: Mapping[tuple[str, float, int], Mapping[str, Any]],
     caches: Mapping[str, Mapping[str, float]],
     rates: Mapping[str, float],
     tuned: Mapping[str, Mapping[str, float]],
@@ -63,38 +63,65 @@ def summarize(
     """Methods, goals and finding of the results.
 
     Args:
-        answers: of each method, fraction and seed "1" for every prompt answered right, else "0".
+        runs: of each method, fraction and seed ``answered`` ("1" for every prompt answered right, else "0") and
+            ``kl_to_teacher``.
         caches: name of a cache -> its ``bytes_per_token``.
         rates, tuned: the chosen learning rate, and what each rate reached on validation prompts.
     """
-    values = 100.0 * np.array(
-        [[[[c == "1" for c in answers[m, f, s]] for s in range(seeds)] for f in fractions] for m in methods]
-    )
-    means, draws = values.mean((-1, -2)), bootstrap_means(values)  # [methods, fractions], [methods, fractions, draws]
-    sft, full = methods.index(BASELINE), methods.index(FULL_LOGITS)
-    needed = data_needed(fractions, means.T, means[sft, -1])
-    needed_draws = data_needed(fractions, draws.swapaxes(0, 1), draws[sft, -1])
-    found = {}
-    for i, name in enumerate(methods):
-        kind = METHODS[name].cache
-        found[name] = {
+    found = {
+        name: {
             "target": METHODS[name].target,
             "hyperparameters": METHODS[name].hyperparameters,
-            "cache": kind.name if kind else None,
+            "cache": kind.name if (kind := METHODS[name].cache) else None,
             "bytes_per_token": caches[kind.name]["bytes_per_token"] if kind else 0.0,
             "learning_rate": rates[name],
             "validation_percent": tuned.get(name, {}),
-            "accuracy_percent": [interval(means[i, j], draws[i, j]) for j in range(len(fractions))],
-            "to_sft_points": [interval(means[i, j] - means[sft, j], draws[i, j] - draws[sft, j]) for j in range(len(fractions))],
-            "to_full_logits_points": interval((means[i] - means[full]).mean(), (draws[i] - draws[full]).mean(0)),
-            "data_needed": needed_interval(needed[i], needed_draws[i]),
-        }  # fmt: skip
+        }
+        for name in methods
+    }
+    every = [[[runs[name, fraction, seed] for seed in range(seeds)] for fraction in fractions] for name in methods]
+    right = 100.0 * np.array([[[[c == "1" for c in run["answered"]] for run in row] for row in part] for part in every])
+    apart = np.array([[[[run["kl_to_teacher"]] for run in row] for row in part] for part in every])
+    for name, row in compared(methods, fractions, right).items():
+        found[name] |= {
+            "accuracy_percent": row["curve"],
+            "to_sft_points": row["to_sft"],
+            "to_full_logits_points": row["to_full_logits"],
+            "data_needed": row["data_needed"],
+        }
+    for name, row in compared(methods, fractions, apart, falling=True).items():
+        found[name] |= {"kl_to_teacher": row["curve"], "data_needed_for_kl": row["data_needed"]}
     return {"fractions": list(fractions), "methods": found, "goals": goals(found), "finding": finding(found)}
+
+
+def compared(
+    methods: Sequence[str], fractions: Sequence[float], values: Curves, falling: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Of each method its curve, its differences to sft and to full logits, and the data that it needs, with intervals.
+
+    Args:
+        values: ``[methods, fractions, seeds, prompts]``.
+        falling: smaller is better.
+    """
+    means, draws = values.mean((-1, -2)), bootstrap_means(values)  # [methods, fractions], [methods, fractions, draws]
+    sft, full, sign = methods.index(BASELINE), methods.index(FULL_LOGITS), -1 if falling else 1
+    needed = data_needed(fractions, sign * means.T, sign * means[sft, -1])
+    needed_draws = data_needed(fractions, sign * draws.swapaxes(0, 1), sign * draws[sft, -1])
+    places = range(len(fractions))
+    return {
+        name: {
+            "curve": [interval(means[i, j], draws[i, j]) for j in places],
+            "to_sft": [interval(means[i, j] - means[sft, j], draws[i, j] - draws[sft, j]) for j in places],
+            "to_full_logits": interval((means[i] - means[full]).mean(), (draws[i] - draws[full]).mean(0)),
+            "data_needed": needed_interval(needed[i], needed_draws[i]),
+        }
+        for i, name in enumerate(methods)
+    }
 
 
 def interval(mean: float, draws: Curves) -> dict[str, float]:
     """Rounded for the file."""
-    return {key: round(value, 3) for key, value in asdict(Interval(float(mean), *percentiles(draws))).items()}
+    return {key: round(value, 4) for key, value in asdict(Interval(float(mean), *percentiles(draws))).items()}
 
 
 def needed_interval(value: float, draws: Curves) -> dict[str, float | None]:
@@ -107,65 +134,81 @@ def needed_interval(value: float, draws: Curves) -> dict[str, float | None]:
 
 
 def goals(methods: Mapping[str, Any]) -> dict[str, Any]:
-    """Which methods reach the two goals: on average, and with their whole interval."""
-    few = {name: row["data_needed"] for name, row in methods.items() if name != BASELINE}
+    """Which methods reach the goals, on average and with their whole interval; sft among them is the control."""
     small = {
         name: row["to_full_logits_points"]
         for name, row in methods.items()
         if row["target"] == FULL_LOGITS and name != FULL_LOGITS and row["bytes_per_token"] <= BYTES_GOAL
     }
+
+    def with_less_data(field: str) -> dict[str, list[str]]:
+        found = {name: row[field] for name, row in methods.items()}
+        return {
+            "reached": [name for name, row in found.items() if (row["mean"] or np.inf) <= DATA_GOAL],
+            "reached_with_interval": [name for name, row in found.items() if (row["high"] or np.inf) <= DATA_GOAL],
+        }
+
     return {
-        "accuracy of sft on all rows with at most 0.4 of them": {
-            "reached": [name for name, row in few.items() if (row["mean"] or np.inf) <= DATA_GOAL],
-            "reached with the whole interval": [name for name, row in few.items() if (row["high"] or np.inf) <= DATA_GOAL],
-        },
-        "within 1 point of full logits, over all fractions, at 40 bytes a token or fewer": {
+        "accuracy_of_sft_with_0.4_of_the_rows": with_less_data("data_needed"),
+        "kl_of_sft_with_0.4_of_the_rows": with_less_data("data_needed_for_kl"),
+        "within_1_point_of_full_logits_at_40_bytes_a_token": {
             "reached": [name for name, row in small.items() if row["mean"] >= -POINTS_GOAL],
-            "reached with the whole interval": [name for name, row in small.items() if row["low"] >= -POINTS_GOAL],
+            "reached_with_interval": [name for name, row in small.items() if row["low"] >= -POINTS_GOAL],
         },
-    }  # fmt: skip
+    }
 
 
 def finding(methods: Mapping[str, Any]) -> str:
-    """One sentence about distillation from full logits, and the cheapest cache that is as good."""
+    """Two sentences: what distillation from full logits needs, and the cheapest cache that is as good."""
     row = methods[FULL_LOGITS]
-    level = methods[BASELINE]["accuracy_percent"][-1]["mean"]
-    needed = row["data_needed"]
-    if needed["mean"] is None:
-        first = f"Distillation from full logits never reaches the {level:.1f} % of cross entropy on all rows"
-    else:
-        first = (
-            f"Distillation from full logits reaches the {level:.1f} % of cross entropy on all rows with {needed_words(needed)} "
-            "of them"
-        )
+    level, apart = methods[BASELINE]["accuracy_percent"][-1]["mean"], methods[BASELINE]["kl_to_teacher"][-1]["mean"]
+    first = (
+        f"Of the rows that cross entropy needs, distillation from full logits needs {needed_words(row['data_needed'])} for "
+        f"the same accuracy ({level:.1f} %) and {needed_words(row['data_needed_for_kl'])} to be as near to the teacher "
+        f"(KL {apart:.2f})"
+    )
     small = [
         (row["bytes_per_token"], name)
         for name, row in methods.items()
         if row["target"] == FULL_LOGITS and name != FULL_LOGITS and row["to_full_logits_points"]["mean"] >= -POINTS_GOAL
     ]
     if not small:
-        return f"{first}; no smaller cache comes within {POINTS_GOAL:g} point of it"
+        return f"{first}. No smaller cache comes within {POINTS_GOAL:g} point of full logits"
     size, name = min(small)
-    return f"{first}; {name} comes within {POINTS_GOAL:g} point of it at {size:.0f} bytes a token"
+    return f"{first}. {name} comes within {POINTS_GOAL:g} point of full logits at {size:.0f} bytes a token"
 
 
 def needed_words(needed: Mapping[str, float | None]) -> str:
-    """``0.31 (0.25..never)``."""
+    """As a share of the rows, with its interval.
+
+    Example:
+        >>> needed_words({"mean": 0.31, "low": 0.25, "high": None, "reached": 0.9})
+        '0.31 (0.25..never)'
+    """
     mean, low, high = (f"{end:.2f}" if (end := needed[key]) is not None else "never" for key in ("mean", "low", "high"))
     return mean if low == mean == high else f"{mean} ({low}..{high})"
 
 
 def distill_table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table: methods in their order, percent of test prompts answered by fraction of rows."""
-    fractions = results["fractions"]
-    by_fraction = [f"{fraction:g} of the rows" for fraction in fractions]
-    head = ["method", "bytes a token", "learning rate", *by_fraction, "rows needed", "to full logits"]
+    shares = [f"{fraction:g} of the rows, %" for fraction in results["fractions"]]
+    head = [
+        "method", "bytes a token", "learning rate", *shares, "to full logits, points", "rows needed for sft's accuracy",
+        "for sft's KL",
+    ]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for name, row in results["methods"].items():
-        accuracy = [_with_ends(cell) for cell in row["accuracy_percent"]]
-        size = f"{row['bytes_per_token']:.1f}" if row["cache"] else "text only"
-        to_full = "" if name == FULL_LOGITS else _with_ends(row["to_full_logits_points"], "+.1f")
-        lines.append([name, size, f"{row['learning_rate']:g}", *accuracy, needed_words(row["data_needed"]), to_full])
+        lines.append(
+            [
+                name,
+                f"{row['bytes_per_token']:.1f}" if row["cache"] else "text only",
+                f"{row['learning_rate']:g}",
+                *map(_with_ends, row["accuracy_percent"]),
+                "" if name == FULL_LOGITS else _with_ends(row["to_full_logits_points"], "+.1f"),
+                needed_words(row["data_needed"]),
+                needed_words(row["data_needed_for_kl"]),
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -174,30 +217,37 @@ def _with_ends(row: Mapping[str, float], form: str = ".1f") -> str:
 
 
 def distill_figure(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against the fraction of rows: a line a main method, its interval as a band, the level of sft dashed."""
+    """Accuracy and KL to the teacher against the fraction of rows: a line a main method, its interval as a band."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes, fractions = figure.subplots(), results["fractions"]
+    figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, results, "accuracy_percent")
+    left.set_ylabel("test prompts answered exactly (%)")
+    left.legend(frameon=False, fontsize=9, loc="lower right")
+    draw_curves(right, results, "kl_to_teacher")
+    right.set_ylabel("KL(teacher || student) on the teacher's text (nats)")
+    figure.suptitle(textwrap.fill(results["finding"], 120), x=0.01, ha="left", fontsize=11)
+    figure.supxlabel(textwrap.fill(CAPTION, 150), fontsize=8, color=REST_COLOUR, x=0.01, ha="left")
+    return figure
+
+
+def draw_curves(axes: Any, results: Mapping[str, Any], field: str) -> None:
+    """One panel; dashed what cross entropy reaches with all rows, dotted the goal."""
+    fractions = results["fractions"]
     for name, colour in zip(SHOWN, COLOURS, strict=True):
         if name not in results["methods"]:
             continue
         row = results["methods"][name]
-        mean, low, high = ([cell[key] for cell in row["accuracy_percent"]] for key in ("mean", "low", "high"))
+        mean, low, high = ([cell[key] for cell in row[field]] for key in ("mean", "low", "high"))
         size = f"{row['bytes_per_token']:.0f} bytes a token" if row["cache"] else "text only"
         axes.plot(fractions, mean, "o-", color=colour, markersize=4, label=f"{name} ({size})")
         axes.fill_between(fractions, low, high, color=colour, alpha=0.12, linewidth=0)
-    level = results["methods"][BASELINE]["accuracy_percent"][-1]["mean"]
-    axes.axhline(level, color=REST_COLOUR, linestyle="--", linewidth=1)
+    axes.axhline(results["methods"][BASELINE][field][-1]["mean"], color=REST_COLOUR, linestyle="--", linewidth=1)
     axes.axvline(DATA_GOAL, color=REST_COLOUR, linestyle=":", linewidth=1)
-    axes.set_xticks(fractions, [f"{f:g}" for f in fractions])
+    axes.set_xticks(fractions, [f"{fraction:g}" for fraction in fractions])
     axes.set_xlabel(f"fraction of {results['config']['train_rows']} rows of teacher text; equal steps at each")
-    axes.set_ylabel("test prompts answered exactly (%)")
-    axes.set_title(textwrap.fill(results["finding"], 84), loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.grid(color="#e5e7eb")
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.supxlabel(textwrap.fill(CAPTION, 105), fontsize=8, color=REST_COLOUR, x=0.01, ha="left")
-    return figure

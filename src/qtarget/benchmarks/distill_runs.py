@@ -8,8 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from qtarget.benchmarks.distill_data import CacheKind, Sizes, answered, read_rows, read_teacher, split_rows
-from qtarget.benchmarks.finetune import Recipe, Trained, fine_tune
+from qtarget.benchmarks.finetune import Recipe, Trained, completion_log_probs, fine_tune
 from qtarget.benchmarks.tasks import load_model
 from qtarget.data.embedded import base_model_path
 from qtarget.errors import ConfigError
@@ -118,7 +120,8 @@ class DistillWorker:
 
         self.folder, self.steps, self.batch_size = folder, steps, batch_size
         self.tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-        self.rows, self.asked = read_rows(folder), split_rows(sizes)
+        self.rows, self.held_out, self.asked = read_rows(folder, "train"), read_rows(folder, "test"), split_rows(sizes)
+        self.frozen = completion_log_probs(load_model(folder / "teacher"), self.held_out)
         self.teacher = lru_cache(maxsize=4)(self._teacher)
 
     def __call__(self, job: Job) -> dict[str, Any]:
@@ -126,7 +129,7 @@ class DistillWorker:
         plan, model = method(job.method), load_model(base_model_path())
         teacher = self.teacher(plan.cache, plan.policy) if plan.cache else None
         recipe = Recipe(job.learning_rate, self.batch_size, self.steps, job.seed)
-        trained = fine_tune(
+        fine_tune(
             model,
             [self.rows[i] for i in chosen],
             plan.build(self.steps),
@@ -134,7 +137,13 @@ class DistillWorker:
             teacher=[teacher[i] for i in chosen] if teacher else None,
         )
         right = answered(model, self.tokenizer, self.asked["validation" if job.tuning else "test"])
-        return {"answered": "".join("01"[ok] for ok in right), "last_loss": round(trained.losses[-1], 5)}
+        found: dict[str, Any] = {"answered": "".join("01"[ok] for ok in right)}
+        return found if job.tuning else found | {"kl_to_teacher": self.kl_to_teacher(model)}
+
+    def kl_to_teacher(self, model: Any) -> float:
+        """Mean ``KL(teacher || student)`` in nats at the tokens of what the teacher wrote to the test prompts."""
+        teacher, student = torch.cat(self.frozen), torch.cat(completion_log_probs(model, self.held_out))
+        return round(float((teacher.exp() * (teacher - student)).sum(-1).mean()), 6)
 
     def _teacher(self, kind: CacheKind, policy: TailPolicy) -> list[Reference]:
         return read_teacher(self.folder / "caches", kind, policy, VOCABULARY)
