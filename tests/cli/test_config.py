@@ -61,6 +61,19 @@ def test_a_guarded_target_keeps_its_hyper_parameters(config):
         config(target="asft", guarded=True)
 
 
+def test_inspect_shows_the_target_as_it_is_trained(config):
+    from qtarget import Guarded, get_target
+    from qtarget.cli.inspect import parse_targets
+
+    guarded = Guarded(get_target("asft", kl_weight=0.2))
+    run = config(target="asft", guard=True, target_kwargs={"kl_weight": 0.2})
+    assert parse_targets(None, run) == {"sft": get_target("sft"), "guarded asft": guarded}
+    plain = {"asft(kl_weight=0.3)": get_target("asft", kl_weight=0.3), "guarded asft": guarded}
+    assert parse_targets("asft(kl_weight=0.3),asft", run) == plain
+    unguarded = config(target="asft", target_kwargs={"kl_weight": 0.2})
+    assert parse_targets("asft", unguarded) == {"asft": get_target("asft", kl_weight=0.2)}
+
+
 @pytest.mark.parametrize(
     ("key", "near"),
     [
