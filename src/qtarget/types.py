@@ -214,7 +214,7 @@ class Needs:
         top_k: how many of the live model's largest log-probs (detached).
         log_probs: the live model's whole log-softmax.
         reference, teacher: fields of the frozen models: ``label_log_probs``, ``log_probs`` or ``distribution``
-            (either full log-probs or top-k with tail).
+            (either full log-probs or top-k with tail), and any of ``DATA_FIELDS``.
     """
 
     entropy: bool = False

@@ -48,6 +48,32 @@ def test_keys_go_to_the_class_that_knows_them(config):
     assert (run.data.train_file, run.data.resume, run.data.dataset_train_split) == ("rows.jsonl", False, "half")
 
 
+def test_a_guarded_target_keeps_its_hyper_parameters(config):
+    from qtarget import Guarded, get_target
+
+    run = config(target="asft", guard=True, target_kwargs={"kl_weight": 0.2})
+    assert run.training.build_target() == Guarded(get_target("asft", kl_weight=0.2))
+    assert run.training.target_label == "guarded asft"
+    again = config("--guard", "false", target="asft", guard=True, target_kwargs={"kl_weight": 0.2})
+    assert again.training.build_target() == get_target("asft", kl_weight=0.2)
+    assert again.training.target_label == "asft"
+    with pytest.raises(QTargetError, match="guard"):
+        config(target="asft", guarded=True)
+
+
+def test_inspect_shows_the_target_as_it_is_trained(config):
+    from qtarget import Guarded, get_target
+    from qtarget.cli.inspect import parse_targets
+
+    guarded = Guarded(get_target("asft", kl_weight=0.2))
+    run = config(target="asft", guard=True, target_kwargs={"kl_weight": 0.2})
+    assert parse_targets(None, run) == {"sft": get_target("sft"), "guarded asft": guarded}
+    plain = {"asft(kl_weight=0.3)": get_target("asft", kl_weight=0.3), "guarded asft": guarded}
+    assert parse_targets("asft(kl_weight=0.3),asft", run) == plain
+    unguarded = config(target="asft", target_kwargs={"kl_weight": 0.2})
+    assert parse_targets("asft", unguarded) == {"asft": get_target("asft", kl_weight=0.2)}
+
+
 @pytest.mark.parametrize(
     ("key", "near"),
     [

@@ -179,6 +179,32 @@ def test_renormalize_refuses_reverse_divergences(name: str, settings: dict[str, 
         both_forms(name, settings, batch, top_k(batch, 6, "renormalize"))
 
 
+LINEAR = [c for c in ONCE if qtarget.get_target(str(c.values[0])).linear_in_frozen]
+
+
+@pytest.mark.parametrize(("name", "settings"), LINEAR)
+def test_one_draw_gives_the_full_gradient_on_average(name: str, settings: dict[str, Any]) -> None:
+    """Each token of the vocabulary drawn once, weighted by its frozen probability: what linear in the frozen model means."""
+    batch = make_batch()
+    _, expected = oracle_gradient(name, settings, batch)
+    target, role = qtarget.get_target(name, **settings), formulas.FROZEN[name][0]
+    mean = torch.zeros_like(batch.frozen)
+    for token, share in enumerate(torch.softmax(batch.frozen, -1).unbind(-1)):
+        ids = torch.full((*batch.labels.shape, 1), token)
+        known = qtarget.Reference(
+            label_log_probs=label_log_probs(batch),
+            topk_ids=ids,
+            topk_log_probs=torch.zeros(ids.shape, dtype=torch.float64),
+            tail_policy="sampled",
+        )
+        leaf = batch.logits.clone().requires_grad_()
+        arguments = {role: with_counted(name, known, batch.labels), "reduction": "sum"}
+        qtarget.target_loss(leaf, batch.labels, target, **arguments).backward()
+        assert leaf.grad is not None
+        mean += share[..., None] * leaf.grad
+    close(mean, expected)
+
+
 # -- labels, padding, duplicates -----------------------------------------------------------------------------------
 
 
