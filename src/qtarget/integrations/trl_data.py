@@ -143,8 +143,8 @@ def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields:
     known = [cache.row(row[f"{role}_rows"][0])["label_log_probs"] for row in rows]
     found = counted_fields(ids, masks, known, fields)
     if "reliability" in found:
-        rho = max(float(values.max(initial=0.0)) for values in found["reliability"])
-        logger.warning(f"{role}: the frozen model knew {rho:.0%} of what the rows agree on (reliability)")
+        mean = float(np.concatenate(found["reliability"]).mean())
+        logger.warning(f"{role}: reliability of the frozen model, mean over the trained tokens: {mean:.2f}")
     for name, values_of_rows in sorted(found.items()):
         column = [_spread(values, mask) for values, mask in zip(values_of_rows, masks, strict=True)]
         dataset = dataset.add_column(f"{role}_{name}", column)  # pyright: ignore[reportCallIssue]

@@ -58,6 +58,7 @@ class Consensus(Target):
         others = require(x.reference, "agreement", self.name)
         rho = require(x.reference, "reliability", self.name)
         support = rho * torch.maximum(live, base) + (1 - rho) * torch.maximum(live, others)
+        support = support.clamp(min=torch.finfo(support.dtype).tiny)  # nobody's token: 0 / 0 without caution
         weight = support / (support + self.caution * (rho**3 + FLOOR))
         anchor = ANCHOR * self.caution * rho**3
         return Terms(label=-weight * x.label_log_probs, residual=anchor * forward_kl(x.on_reference))
