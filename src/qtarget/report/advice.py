@@ -13,6 +13,8 @@ from qtarget.data.findings import Finding
 
 FARTHEST = 0.15
 """Difference of the share of labels that are the base's first choice, beyond which the map says nothing."""
+ALIKE = 0.05
+"""Difference of that share up to which two bases cannot be told apart."""
 RANKED = 3
 CLEARLY_WORSE = 5.0
 """Points of accuracy beyond plain SFT's worst at which a target is advised against."""
@@ -100,8 +102,9 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
 def which_target(facts: Mapping[str, Any]) -> Advice:
     """A short ranked suggestion from measured facts, or "not enough evidence".
 
-    The rule: find the point of the noise map (`qtarget bench noise`) whose base knows as much of its rows as this one of
-    these; at that base, rank targets by how far they ever fall behind the best one there, over all noise that was tried.
+    The rule: find the points of the noise map (`qtarget bench noise`) whose base knows as much of its rows as this one of
+    these. Several bases may: one that knows little of clean rows, and one that knows most of noisy ones. At all of them, rank
+    targets by how far they ever fall behind the best one, over all noise that was tried.
 
     Args:
         facts: of ``facts_of``.
@@ -146,10 +149,13 @@ def _from_the_map(
     facts: Mapping[str, Any],
 ) -> tuple[str, Mapping[str, Any], tuple[Statement, ...], tuple[Statement, ...]]:
     """Summary, facts, ranked and avoided targets."""
-    near = _nearest(facts)
-    points = [point for point in evidence()["noise_map"]["points"] if point["base"] == near["base"]]
+    near, known = _nearest(facts), evidence()["noise_map"]["points"]
+    farthest = abs(near["favourite_share"] - facts["favourite_share"]) + ALIKE
+    bases = {p["base"] for p in known if abs(p["favourite_share"] - facts["favourite_share"]) <= farthest}
+    points = [point for point in known if point["base"] in bases]
     regret = regrets(points)
-    ranked = sorted(regret, key=lambda name: regret[name])[:RANKED]
+    avoided = [name for name in regret if regret[name] > regret["sft"] + CLEARLY_WORSE]
+    ranked = [name for name in sorted(regret, key=lambda name: regret[name]) if name not in avoided][:RANKED]
     where = (
         f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({near['favourite_share']:.0%} at the "
         "benchmark's nearest point)"
@@ -167,8 +173,7 @@ def _from_the_map(
         Statement(
             (name,), f"{regret[name]:.1f} points behind the best target at its worst there.", (_at(points, name),)
         )
-        for name in regret
-        if regret[name] > regret["sft"] + CLEARLY_WORSE
+        for name in avoided
     )
     summary = (
         f"Start with {ranked[0]}, and plain sft beside it. The map is of one synthetic family of tasks and a tiny base: "
@@ -194,8 +199,9 @@ def regrets(points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def point_words(point: Mapping[str, Any]) -> str:
-    """``40 % random tokens``."""
-    return f"{100 * point['rate']:g} % {point['kind'].replace('_', ' ')}" if point["rate"] else "clean rows"
+    """``base that knows most: 40 % random tokens``."""
+    noise = f"{100 * point['rate']:g} % {point['kind'].replace('_', ' ')}" if point["rate"] else "clean rows"
+    return f"base that knows {point['base']}: {noise}"
 
 
 def _at(points: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
