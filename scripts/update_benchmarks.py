@@ -14,6 +14,8 @@ from typing import Any
 
 from qtarget.benchmarks.distill_results import distill_figure, distill_table
 from qtarget.benchmarks.figure import save_figure
+from qtarget.benchmarks.noise import CELLS
+from qtarget.benchmarks.noise_methods import OTHERS
 from qtarget.benchmarks.noise_results import noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior_results import prior_figure, prior_table
 
@@ -58,6 +60,8 @@ def noise_part(found: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) 
         "Percent of clean test prompts answered exactly: mean over seeds (95 % bootstrap interval). Bold: the best of a column; "
         "italic: what nobody has (the untrained base needs no training; marks are not known outside a benchmark). SFT on the "
         "rows before the noise is `sft` in the column *clean* of the same base.\n",
+        practice(found),
+        unrun(found),
         "### Our own target, `consensus`, against the goals\n",
         goal_table(found["summary"]["goals"]),
         newsletter(found),
@@ -94,6 +98,28 @@ def knows(found: Mapping[str, Any]) -> str:
     clean = [cell for cell in found["cells"] if not cell["rate"]]
     shares = sorted((cell["base_knows"]["favourite_share"], cell["base"]) for cell in clean)
     return "; ".join(f"*{base}*: {share:.0%} of the clean labels are its first choice" for share, base in shares)
+
+
+def practice(found: Mapping[str, Any]) -> str:
+    """Where dropping surprising rows, which needs no target, is the best of all."""
+    best = []
+    for cell in found["summary"]["cells"]:
+        means = {name: row["accuracy_percent"]["mean"] for name, row in cell["methods"].items() if "marks" not in name}
+        if max(means, key=means.__getitem__) == "sft, filtered rows":
+            best.append(f"{cell['base']}: {words(cell)}")
+    points = f"{len(best)} of {len(found['cells'])} points"
+    return f"Dropping the rows that surprise the base most, an old practice, is best at {points} ({'; '.join(best)}).\n"
+
+
+def unrun(found: Mapping[str, Any]) -> str:
+    """Points and targets of the full setting that these results lack."""
+    run = {(cell["base"], cell["kind"], cell["rate"]) for cell in found["cells"]}
+    points = [f"{cell.base}: {words(vars(cell))}" for cell in CELLS if (cell.base, cell.kind, cell.rate) not in run]
+    names = {name for cell in found["cells"] for name in cell["runs"]}
+    targets = [method.name for method in OTHERS if method.name not in names]
+    parts = [f"points {'; '.join(points)}"] if points else []
+    parts += [f"targets {', '.join(targets)} (compared at two points only)"] if targets else []
+    return f"Part of the full setting and not run yet: {' and '.join(parts)}.\n" if parts else ""
 
 
 def goal_table(goals: list[Mapping[str, Any]]) -> str:

@@ -107,24 +107,21 @@ def goals(summary: Cells, untrained: Mapping[str, Mapping[str, float]]) -> list[
 
 
 def finding(summary: Cells) -> str:
-    """One sentence on the map: what never loses to SFT under noise, and what the newsletter's rule does there."""
+    """One sentence on the map: which target is never far below SFT under noise, and what the newsletter's rule does there."""
     noisy = [cell for cell in summary if cell["rate"]]
     names = [method.name for method in CHOSEN if all(method.name in cell["methods"] for cell in noisy)]
 
-    def worst(name: str) -> float:
-        return min(cell["methods"][name]["to_sft_points"]["mean"] for cell in noisy)
+    def below(name: str) -> float:
+        return -min(cell["methods"][name]["to_sft_points"]["mean"] for cell in noisy)
 
     if not noisy or not names:
         return "No noisy point of the map was run"
-    best = max(names, key=worst)
-    rule = f"; 1 - p_base loses up to {-worst('prior_surprise'):.0f}" if "prior_surprise" in names else ""
-    others = [worst(name) for name in names if name != best]
-    second = f", the next best target {_signed(max(others))}" if others else ""
-    return f"Over {len(noisy)} noisy points of the map, {best} at its worst is {_signed(worst(best))} points from SFT{second}{rule}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.0f}"
+    best, *others = sorted(names, key=below)
+    first = "is never below SFT" if below(best) <= 0 else f"is at most {below(best):.0f} points below SFT"
+    parts = [f"Over {len(noisy)} noisy points of the map, {best} {first}"]
+    parts += [f"the next best target, {others[0]}, up to {below(others[0]):.0f} points"] if others else []
+    parts += [f"1 - p_base up to {below('prior_surprise'):.0f}"] if "prior_surprise" in names else []
+    return "; ".join(parts)
 
 
 def noise_table(results: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_runs import BATCH_SIZE, NEW_TOKENS, Material, known_of
-from qtarget.benchmarks.pool import RunLog, Workers
+from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.prior_results import summarize
 from qtarget.benchmarks.tasks import Row, embedded_tasks, load_model, make_base
 from qtarget.data import tasks
@@ -236,10 +236,11 @@ def run_prior(
         "machine": machine_facts(), "versions": versions(),
     }  # fmt: skip
     total = len(config.conditions()) * len(config.methods()) * config.seeds
-    for flaw in dict.fromkeys(condition.flaw for condition in config.conditions()):
-        progress(len(log.runs), total, f"making the base, flaw: {flaw}")
-        path = flawed_base(flaw, bases)
-        results["untrained"][flaw] = PriorWorker(config, bases).answers(load_model(path), flaw)
+    with quiet_libraries(), one_thread():
+        here = PriorWorker(config, bases)
+        for flaw in dict.fromkeys(condition.flaw for condition in config.conditions()):
+            progress(len(log.runs), total, f"making the base, flaw: {flaw}")
+            results["untrained"][flaw] = here.answers(load_model(flawed_base(flaw, bases)), flaw)
     with Workers(config.workers, PriorWorker, config, bases) as workers:
         for condition in config.conditions():
 
