@@ -197,6 +197,6 @@ def noise_figure(results: Mapping[str, Any]) -> Figure:
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("clean test prompts answered exactly (%)")
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.suptitle(textwrap.fill(results["summary"]["finding"], 110), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(results["summary"]["finding"], 150), x=0.01, ha="left", fontsize=11)
     figure.supxlabel(textwrap.fill(CAPTION, 150), fontsize=8, color=REST_COLOUR, x=0.01, ha="left")
     return figure
