@@ -68,6 +68,21 @@ def test_verify_passes_what_is_right_and_fails_what_is_not(scored, tiny_model, t
         call("cache", "verify", cache, "--model", tmp_path / "other", "--config", config)
     with pytest.raises(ConfigError, match="--model and --config go together"):
         call("cache", "verify", cache, "--model", tiny_model)
+    with pytest.raises(ConfigError, match="--model nobody/nothing cannot be loaded"):
+        call("cache", "verify", cache, "--model", "nobody/nothing", "--config", config)
+    with pytest.raises(ConfigError, match="--tokenizer nobody/nothing cannot be loaded"):
+        call(
+            "cache",
+            "import",
+            "verl",
+            cache,
+            "--output",
+            tmp_path / "x",
+            "--model",
+            "t",
+            "--tokenizer",
+            "nobody/nothing",
+        )
     manifest = cache / "manifest.json"
     right = manifest.read_text()
     manifest.write_text(right.replace('"model_fingerprint": "', '"model_fingerprint": "00'))

@@ -10,6 +10,7 @@ import yaml
 
 pytest.importorskip("trl")
 
+import torch
 from safetensors.torch import load_file
 
 from qtarget.cli.main import run
@@ -124,6 +125,21 @@ def test_lora_trains_the_adapter_alone(workspace, tmp_path):
     names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert {name.split(".")[-3] for name in names} == {"q_proj"}
     assert {name.split(".")[-2] for name in names} == {"lora_A", "lora_B"}
+
+
+def test_a_frozen_model_that_is_nowhere_is_one_block(workspace, tmp_path, capsys, caplog):
+    nowhere = refused(capsys, "train", workspace(target="distillation", teacher="nobody/nothing"))
+    assert "nobody/nothing is no folder here" in caplog.text
+    assert "teacher model nobody/nothing cannot be loaded" in nowhere
+    named = workspace(teacher_model_name_or_path="nobody/nothing")
+    assert "teacher_model_name_or_path nobody/nothing cannot be loaded" in refused(
+        capsys, "score", named, "--role", "teacher", "--output", str(tmp_path / "cache")
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is refused without a GPU")
+def test_bfloat16_without_a_gpu_is_refused_with_what_helps(workspace, capsys):
+    assert "`bf16: false` computes in float32" in refused(capsys, "train", workspace(bf16=True, use_cpu=False))
 
 
 def test_what_is_wrong_with_config_or_data_is_one_block(workspace, tmp_path, capsys):

@@ -87,20 +87,21 @@ def verify(
 
 def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
     """The rows of a config, tokenised as its training does, and a model that is no part of it."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from qtarget.cli.config import load_config
     from qtarget.cli.datasets import load_datasets
     from qtarget.cli.train import set_model_arguments
+    from qtarget.integrations.teacher import load_named
     from qtarget.integrations.trl_score import training_rows
 
     run = load_config(config, arguments)
     train_rows, validation_rows = load_datasets(run)
     set_model_arguments(run)
+    trust = run.training.trust_remote_code
+    load_named(AutoConfig, "--model", model, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(
-        str(run.model.model_name_or_path),
-        revision=run.model.model_revision,
-        trust_remote_code=run.training.trust_remote_code,
+        str(run.model.model_name_or_path), revision=run.model.model_revision, trust_remote_code=trust
     )
     return training_rows(model, run.training, train_rows, validation_rows, tokenizer)
 
@@ -166,10 +167,11 @@ def import_(
     from transformers import AutoTokenizer
 
     from qtarget.cli.score import print_scored
+    from qtarget.integrations.teacher import load_named
     from qtarget.scoring.foreign import import_rows
     from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = load_named(AutoTokenizer, "--tokenizer", tokenizer)
     manifest = import_rows(
         name,
         path,

@@ -220,7 +220,8 @@ def _build(cls: Any, given: Mapping[str, Any], path: Path) -> Any:
     except QTargetError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        raise ConfigError(f"{path}: {cls.__name__} refuses this combination: {error}") from error
+        hint = "; `bf16: false` computes in float32, also without a GPU" if "bf16" in str(error) else ""
+        raise ConfigError(f"{path}: {cls.__name__} refuses this combination: {error}{hint}") from error
 
 
 def resolved_settings(config: RunConfig) -> dict[str, Any]:

@@ -87,13 +87,14 @@ def run_scoring(
             ``qtarget.integrations.trl_score.score``.
 
     Raises:
-        ConfigError: a teacher is to be scored and the config names none.
+        ConfigError: a teacher is to be scored and the config names none, or one that is nowhere.
         ScoringServerError: a server fails, or is not what it should be.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from qtarget.cli.datasets import load_datasets
     from qtarget.cli.train import set_model_arguments
+    from qtarget.integrations.teacher import load_named
     from qtarget.integrations.trl_score import score as score_config
 
     train_rows, validation_rows = load_datasets(config)
@@ -104,15 +105,16 @@ def run_scoring(
         named = None  # it is loaded nowhere; the rows need only a tokenizer and a model to hold it
     elif named is None and role == "teacher":
         raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
+    trust = config.training.trust_remote_code
+    if named is not None:
+        load_named(AutoConfig, f"{role}_model_name_or_path", named, trust_remote_code=trust)
     name = str(named or student)
     return score_config(
         name,
         config.training,
         train_rows,
         validation_rows,
-        AutoTokenizer.from_pretrained(
-            student, revision=config.model.model_revision, trust_remote_code=config.training.trust_remote_code
-        ),
+        AutoTokenizer.from_pretrained(student, revision=config.model.model_revision, trust_remote_code=trust),
         directory=directory,
         top_k=top_k,
         tail_policy=tail_policy,

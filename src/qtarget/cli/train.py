@@ -154,17 +154,11 @@ def set_model_arguments(config: RunConfig) -> None:
     """
     from transformers import AutoConfig
 
+    from qtarget.integrations.teacher import load_named
+
     model, training = config.model, config.training
-    try:
-        AutoConfig.from_pretrained(
-            str(model.model_name_or_path), revision=model.model_revision, trust_remote_code=training.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model_name_or_path {model.model_name_or_path} cannot be loaded: {error}; expected a folder with "
-            "config.json and "
-            "weights, or a hub name"
-        ) from error
+    remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    load_named(AutoConfig, "model_name_or_path", str(model.model_name_or_path), **remote)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
+def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
+    """``loader.from_pretrained(name, **options)`` for a name that somebody wrote down under ``key``.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key} {name} cannot be loaded: {error}; expected a folder that transformers can load, or a hub name"
+        ) from error
+
+
 def place_teacher(args: QTargetConfig) -> str | None:
     """Read ``teacher`` for what it is, and set the key that says so; a URL is returned.
 
@@ -49,7 +63,8 @@ def place_teacher(args: QTargetConfig) -> str | None:
             "`qtarget score CONFIG.yaml --role teacher`, or name a model"
         )
     else:
-        key, kind = "teacher_model_name_or_path", "a model, run live at each step"
+        named = "a model" if folder.is_dir() else "no folder here, so the hub name of a model"
+        key, kind = "teacher_model_name_or_path", f"{named}, run live at each step"
     if (other := getattr(args, key)) is not None:
         raise ConfigError(f"teacher: {value} is {kind}, and {key}: {other} is set too; keep one of them")
     if key != "teacher_cache" and args.teacher_cache is not None:

@@ -22,7 +22,7 @@ from qtarget.integrations.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.progress import TokenSums
 from qtarget.integrations.samples import RowSamples, describe_rows
 from qtarget.integrations.step import ROLES, TargetOutput, TargetStep, live_head, pop_reference, shifted
-from qtarget.integrations.teacher import head_rows, open_caches, truncate_reference, vocab_with_teacher
+from qtarget.integrations.teacher import head_rows, load_named, open_caches, truncate_reference, vocab_with_teacher
 from qtarget.integrations.trl_config import QTargetConfig
 from qtarget.integrations.trl_data import (
     TOKEN_COLUMNS,
@@ -174,7 +174,7 @@ class QTargetTrainer(SFTTrainer):
                     f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
                 )
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=self._base_model().dtype)
+                model = load_named(AutoModelForCausalLM, f"{role} model", path, dtype=self._base_model().dtype)
             model = model.to(self.accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
             with self.accelerator.autocast():
                 loaded[role] = (model, probe_head(model))
