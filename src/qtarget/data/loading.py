@@ -79,6 +79,7 @@ def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
         row = _object(path, where, value)
         found = _shape(path, where, row, text_field)
         _check_values(path, where, row, found)
+        _check_unicode(path, where, row)
         if rows and found != shape:
             raise DataError(
                 f"{path}, {where}: this row has {_names(found)}, but {first} has {_names(shape)}; one file holds rows "
@@ -323,6 +324,19 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
             "text, or "
             "both lists of messages"
         )
+
+
+def _check_unicode(path: Path, where: str, row: Row) -> None:
+    """Refuse lone surrogates: JSON can spell them, UTF-8, Arrow and tokenizers cannot hold them."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 20) : error.end + 20]
+            raise DataError(
+                f"{path}, {where}: column {name!r} holds half of a surrogate pair, near {_excerpt(ascii(near))}, which is "
+                "no character: text was cut within an emoji or the like; remove it, or export the text again"
+            ) from error
 
 
 def _is_messages(value: Any) -> bool:
