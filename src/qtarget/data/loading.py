@@ -22,7 +22,7 @@ Located = tuple[str, Any]  # ("line 3", value)
 
 READABLE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 # In TRL's order: a row that has several of them is read as the first.
-FORMATS = (("input_ids",), ("prompt", "completion"), ("messages",))
+FORMATS = (("input_ids", "labels"), ("input_ids",), ("prompt", "completion"), ("messages",))
 # Names other projects use, too far from ours in spelling for difflib.
 OTHER_NAMES = {
     "instruction": "prompt",
@@ -302,7 +302,7 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
         value = row[name]
         if name == "messages":
             good, expected = _is_messages(value), 'a list of {"role": ..., "content": ...}'
-        elif name == "input_ids":
+        elif name in ("input_ids", "labels"):
             good, expected = _is_ids(value), "a list of token ids (integers)"
         elif name in ("prompt", "completion"):
             good, expected = (
@@ -318,7 +318,12 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
                 "expected "
                 f"{expected}{csv_hint}"
             )
-    if len(shape) == 2 and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+    if shape == ("input_ids", "labels") and len(row["input_ids"]) != len(row["labels"]):
+        raise DataError(
+            f"{path}, {where}: {len(row['labels'])} labels for {len(row['input_ids'])} input_ids; give one label a token, "
+            "-100 where it is not trained on"
+        )
+    if shape == ("prompt", "completion") and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
         raise DataError(
             f"{path}, {where}: prompt is {_kind(row['prompt'])} and completion {_kind(row['completion'])}; make both "
             "text, or "
