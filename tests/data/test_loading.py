@@ -75,6 +75,10 @@ BROKEN = {
     "wrapped.json": ('{"data": [{"text": "a"}]}', ["an object with keys data", "expected an array"]),
     "list.jsonl": ('{"text": "a"}\n["b"]\n', ["line 2", "expected an object", 'a list: ["b"]']),
     "null.json": ('[{"text": "a"}, null]', ["row 2", "null"]),
+    "half.jsonl": (
+        '{"text": "a \\ud83d\\ude00"}\n{"text": "b", "note": {"by": ["x \\ud83d y"]}}',
+        ["line 2", "'note'", "half of a surrogate pair", r"x \\ud83d y", "remove it"],
+    ),
     "alpaca.jsonl": (
         '{"instruction": "a", "output": "b"}',
         ["line 1", "'instruction' to 'prompt'", "'output' to 'completion'"],
@@ -90,6 +94,12 @@ BROKEN = {
     "rolefree.jsonl": ('{"messages": [{"content": "a"}]}', ["role"]),
     "unmessaged.jsonl": ('{"messages": []}', ["'messages' is a list []"]),
     "words.jsonl": ('{"input_ids": ["a"]}', ["token ids"]),
+    "unlabelled.jsonl": (
+        '{"input_ids": [1, 2], "labels": [-100, 2]}\n{"input_ids": [1, 2]}',
+        ["line 2: this row has `input_ids`, but line 1 has `input_ids` and `labels`"],
+    ),
+    "unaligned.jsonl": ('{"input_ids": [1, 2], "labels": [2]}', ["line 1: 1 labels for 2 input_ids", "-100"]),
+    "named.jsonl": ('{"input_ids": [1, 2], "labels": ["a", "b"]}', ["'labels'", "token ids"]),
     "short.csv": ("prompt,completion\na\n", ["line 2", "'completion' is there but holds no value"]),
     "long.csv": ("prompt,completion\na,b,c\n", ["line 2", "1 more values", "quote"]),
     "quote.csv": ('prompt,completion\n"a,b\n', ["not valid CSV"]),

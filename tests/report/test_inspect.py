@@ -397,10 +397,17 @@ def test_link_search_and_other_tabs(made, open_page, numbers):
     page.click("#tab-distribution")
     cells = page.locator("#distribution table").first.locator("tbody tr").first.locator("td").all_inner_texts()
     assert cells[0] == "1" and cells[4] == "100 %"
+    first = page.locator("#distribution figure").evaluate_all(
+        "figures => figures.map(f => f.querySelector('.qt-note')?.innerText.split('\\u2003')[0].trim())"
+    )  # one colour a target, in all charts
+    assert first == [None, "sft", "sft", "surprise", "sft"]
     page.click("#tab-marks")
     auc = {s["score"]: s["auc"] for s in numbers["views"][0]["marks"]["by_row"]}
     shown_auc = page.locator("#marks table").first.locator("tbody tr").first.locator("td").first.inner_text()
     assert shown_auc == shown(auc["mean surprise, -log p"])
+    marks = numbers["views"][0]["marks"]
+    curves = [page.locator("#marks figure").nth(i).locator("polyline").count() for i in range(2)]
+    assert curves == [len(marks["by_row"]) + 1, len(marks["by_token"]) + 1]  # every score, and chance
     page.click("#tab-audit")
     assert page.locator("#audit .finding").count() == len(numbers["audit"]["findings"])
     page.click("#tab-about")

@@ -120,6 +120,11 @@ def weight_from_padding(logits, labels):
     return sum_of_tokens(logits, labels) * entropy.mean()
 
 
+def weights_over_mean_of_all(logits, labels):
+    weight = (1 - log_probs_of(logits, labels).detach().exp()) * kept(labels)
+    return sum_of_tokens(logits, labels) / kept(labels).sum() / weight.mean()
+
+
 def shifts_inside(logits, labels):
     return sum_of_tokens(logits[..., :-1, :], labels[..., 1:])
 
@@ -176,6 +181,7 @@ def writes_into_labels(logits, labels):
 FAULTS = [
     (mean_over_all_positions, "denominator", "fault", "all positions"),
     (mean_over_padded_rows, "denominator", "fault", "all positions"),
+    (weights_over_mean_of_all, "denominator", "fault", "beside 5 of them a token's gradient is 6 times"),
     (mean_of_sequences, "denominator", "warn", "averages sequences"),
     (mean_of_this_call, "micro-batches", "warn", "short micro-batches weigh too much"),
     (count_ignored, "micro-batches", "fault", "although it is given the count"),

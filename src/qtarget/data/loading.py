@@ -22,7 +22,7 @@ Located = tuple[str, Any]  # ("line 3", value)
 
 READABLE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 # In TRL's order: a row that has several of them is read as the first.
-FORMATS = (("input_ids",), ("prompt", "completion"), ("messages",))
+FORMATS = (("input_ids", "labels"), ("input_ids",), ("prompt", "completion"), ("messages",))
 # Names other projects use, too far from ours in spelling for difflib.
 OTHER_NAMES = {
     "instruction": "prompt",
@@ -79,6 +79,7 @@ def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
         row = _object(path, where, value)
         found = _shape(path, where, row, text_field)
         _check_values(path, where, row, found)
+        _check_unicode(path, where, row)
         if rows and found != shape:
             raise DataError(
                 f"{path}, {where}: this row has {_names(found)}, but {first} has {_names(shape)}; one file holds rows "
@@ -301,7 +302,7 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
         value = row[name]
         if name == "messages":
             good, expected = _is_messages(value), 'a list of {"role": ..., "content": ...}'
-        elif name == "input_ids":
+        elif name in ("input_ids", "labels"):
             good, expected = _is_ids(value), "a list of token ids (integers)"
         elif name in ("prompt", "completion"):
             good, expected = (
@@ -317,12 +318,30 @@ def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> N
                 "expected "
                 f"{expected}{csv_hint}"
             )
-    if len(shape) == 2 and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+    if shape == ("input_ids", "labels") and len(row["input_ids"]) != len(row["labels"]):
+        raise DataError(
+            f"{path}, {where}: {len(row['labels'])} labels for {len(row['input_ids'])} input_ids; give one label a token, "
+            "-100 where it is not trained on"
+        )
+    if shape == ("prompt", "completion") and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
         raise DataError(
             f"{path}, {where}: prompt is {_kind(row['prompt'])} and completion {_kind(row['completion'])}; make both "
             "text, or "
             "both lists of messages"
         )
+
+
+def _check_unicode(path: Path, where: str, row: Row) -> None:
+    """Refuse lone surrogates: JSON can spell them, UTF-8, Arrow and tokenizers cannot hold them."""
+    for name, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 20) : error.end + 20]
+            raise DataError(
+                f"{path}, {where}: column {name!r} holds half of a surrogate pair, near {_excerpt(ascii(near))}, which is "
+                "no character: text was cut within an emoji or the like; remove it, or export the text again"
+            ) from error
 
 
 def _is_messages(value: Any) -> bool:

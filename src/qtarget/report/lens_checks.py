@@ -95,12 +95,20 @@ def describe_scale(loss: Loss) -> dict[str, Any]:
     for name, expected in SCALES.items():
         if len(seen) == 3 and all(abs(s - e) < TOLERANCE for s, e in zip(seen, expected)):
             kind = name
+    text, masked = FINDINGS[kind], ratios["with 5 masked"]
+    if masks_scale(kind, masked):
+        text += f" Masked tokens scale it: beside 5 of them a token's gradient is {masked:.3g} times what it is alone."
     return {
         "kind": kind,
-        "finding": FINDINGS[kind],
+        "finding": text,
         "one_token_of": ratios,
         "depends_on_other_tokens": _depends_on_others(loss),
     }
+
+
+def masks_scale(kind: str, with_masked: float | None) -> bool:
+    """Whether masked tokens change a scale that has no name."""
+    return kind == "other" and with_masked is not None and abs(with_masked - 1) > TOLERANCE
 
 
 def _depends_on_others(loss: Loss) -> bool:
@@ -124,7 +132,7 @@ def check_denominator(loss: Loss, scale: dict[str, Any]) -> dict[str, Any]:
         "mean of sequence means": "warn",
         "sum of sequence means": "warn",
         "sum over tokens, mean over rows": "warn",
-        "other": "warn",
+        "other": "fault" if masks_scale(scale["kind"], scale["one_token_of"]["with 5 masked"]) else "warn",
     }.get(scale["kind"], "pass")
     if "labels" not in loss.takes:
         return finding(

@@ -252,18 +252,25 @@
         ["target", "mean label weight", "mean residual weight", "mean mass moved", "effective tokens", "loss kept"],
         v.summary.map((s) => [s.target, s.label_weight_mean, s.residual_weight_mean, s.moved_mean, percent(s.effective_sample_share), percent(s.loss_kept)])),
       QT.barChart({ title: "How likely the model finds the labels", x: "p of the observed token", y: "tokens", labels: h.counts.map((_, i) => `${number(h.edges[i])}-${number(h.edges[i + 1])}`), series: [{ name: "tokens", values: h.counts }] }),
-      QT.barChart({ title: "Share of the label weight, by decile of p", x: "tenth of the tokens, least likely first", y: "share of the weight", labels: bounds.map((b) => b.split(":")[0]), series: [even, ...perTarget(deciles, "weight_share")], caption: `Bounds: ${bounds.join("; ")}.` }),
-      QT.barChart({ title: "Share of the gradient, by decile of p", x: "tenth of the tokens, least likely first", y: "share of the gradient", labels: deciles.names, series: [even, ...perTarget(deciles, "gradient_share")] }),
+      QT.barChart({ title: "Share of the label weight, by decile of p", x: "tenth of the tokens, least likely first", y: "share of the weight", labels: bounds.map((b) => b.split(":")[0]), series: [...perTarget(deciles, "weight_share"), even], caption: `Bounds: ${bounds.join("; ")}.` }),
+      QT.barChart({ title: "Share of the gradient, by decile of p", x: "tenth of the tokens, least likely first", y: "share of the gradient", labels: deciles.names, series: [...perTarget(deciles, "gradient_share"), even] }),
       QT.lineChart({ title: "Surprise and entropy by position in the answer", x: "trained tokens before it in the row", y: "nats", series: ["nll", "entropy"].map((f) => ({ name: f === "nll" ? "surprise" : f, points: v.positions[f].map((y, i) => [i, y, v.positions.names[i]]) })), xticks: v.positions.names.map((n, i) => [i, n]) }),
       QT.lineChart({ title: "Mean label weight by position in the answer", x: "trained tokens before it in the row", y: "mean label weight", series: v.positions.targets.map((t) => ({ name: t.target, points: t.weight_mean.map((y, i) => [i, y, v.positions.names[i]]) })), xticks: v.positions.names.map((n, i) => [i, n]) }),
       ...(v.groups ? [QT.table(`By ${data.group}`, [data.group, "tokens", "mean surprise", "mean entropy", ...data.targets.flatMap((t) => [`${t}: weight`, `${t}: share of the gradient`])],
         v.groups.names.map((n, i) => [el("span", {}, QT.visible(n)), v.groups.counts[i], v.groups.nll[i], v.groups.entropy[i], ...v.groups.targets.flatMap((t) => [t.weight_mean[i], percent(t.gradient_share[i])])]))] : []));
   }
+  /** Every score's curve, at most seven to a chart. */
+  function rocCharts(found) {
+    const chance = { name: "chance", points: [[0, 0], [1, 1]] };
+    return Array.from({ length: Math.ceil(found.length / 7) }, (_, i) => QT.lineChart({ title: "ROC", x: "share of the unmarked that is flagged", y: "share of the marked that is found", range: [0, 1],
+      series: [...found.slice(7 * i, 7 * i + 7).map((f) => ({ name: f.score, points: f.curve })), chance] }));
+  }
   function drawMarks() {
     const m = data.views[state.view].marks, section = $("marks");
     const part = (title, found, count, of, unit) => [el("h2", {}, `${title}: ${count.toLocaleString("en-US")} of ${of.toLocaleString("en-US")} ${unit} marked`),
-      QT.table("Area under the ROC curve: the chance that a marked one scores higher than an unmarked one; 0.5 is a coin. Numbers of " + data.views[state.view].model + ".", ["score", "AUC", "95 % interval (bootstrap)"], found.map((f) => [f.score, f.auc, f.interval ? `${number(f.interval[0])} .. ${number(f.interval[1])}` : "\u2013"])),
-      QT.lineChart({ title: "ROC", x: "share of the unmarked that is flagged", y: "share of the marked that is found", range: [0, 1], series: [...found.filter((f) => f.curve.length).slice(0, 3).map((f) => ({ name: f.score, points: f.curve })), { name: "chance", points: [[0, 0], [1, 1]] }] })];
+      QT.table("Area under the ROC curve: the chance that a marked one scores higher than an unmarked one; 0.5 is a coin. Numbers of " + data.views[state.view].model + ".", ["score", "AUC", ...(unit === "rows" ? ["95 % interval (bootstrap)"] : [])],
+        found.map((f) => [f.score, f.auc, ...(unit === "rows" ? [f.interval ? `${number(f.interval[0])} .. ${number(f.interval[1])}` : "fewer than 10 marked or unmarked"] : [])])),
+      ...rocCharts(found.filter((f) => f.curve.length))];
     section.replaceChildren(...part("By row", m.by_row, m.marked_rows, m.rows, "rows"), ...(m.unplaced_rows ? [el("p", { class: "qt-note" }, `The spans of ${m.unplaced_rows} rows could not be found in their tokens; they count in no curve of tokens.`)] : []), ...(m.by_token ? part("By token", m.by_token, m.marked_tokens, m.tokens, "tokens") : []));
   }
   function rowLinks(numbers) { return numbers.flatMap((n) => [" ", el("a", { href: `#row=${n}` }, `row ${n}`)]); }
