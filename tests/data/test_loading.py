@@ -77,7 +77,7 @@ BROKEN = {
     "null.json": ('[{"text": "a"}, null]', ["row 2", "null"]),
     "surrogate.jsonl": (
         '{"text": "a \\ud83d\\ude00"}\n{"text": "b", "note": {"by": ["x \\ud83d y"]}}',
-        ["line 2", "'note'", "half of a surrogate pair", r"x \\ud83d y", "remove it"],
+        ["line 2", "'note'", "half of a surrogate pair", r"x \ud83d y", "remove it"],
     ),
     "alpaca.jsonl": (
         '{"instruction": "a", "output": "b"}',
