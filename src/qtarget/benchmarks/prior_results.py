@@ -80,16 +80,22 @@ def _mean(methods: Mapping[str, Any], name: str) -> float:
 
 
 def finding(conditions: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence: the least correction without and with the guard."""
-    found = goals(conditions)
-    pairs = [(row["corrects_without"], row["corrects"]) for row in found.values() if row["corrects"] is not None]
-    if not pairs:
-        return "No flaw was planted"
-    without, guarded = (100 * min(pair[i] for pair in pairs) for i in (0, 1))
-    return (
-        f"Against a planted flaw the weakest prior-based target corrects {without:.0f} % of what SFT corrects; "
-        f"with the guard the weakest corrects {guarded:.0f} %"
-    )
+    """One sentence: the range of corrections over prior-based targets, without and with guard, flaw by flaw."""
+    parts = []
+    for condition in conditions:
+        if condition["flaw"] != "none":
+            shares = {name: row["share_of_sft"] for name, row in condition["methods"].items()}
+            guarded = [name for name in shares if name.endswith(GUARD)]
+            without, with_guard = (
+                _range([shares[name] for name in names if shares[name] is not None])
+                for names in ([name.removesuffix(GUARD) for name in guarded], guarded)
+            )
+            parts.append(f"{condition['flaw']}, {100 * condition['dose']:g} % of its rows: {without} -> {with_guard}")
+    return f"Share of SFT's correction, without -> with guard, least to most target: {'; '.join(parts)}"
+
+
+def _range(shares: Sequence[float]) -> str:
+    return f"{100 * min(shares):.0f}..{100 * max(shares):.0f} %" if shares else "none"
 
 
 def prior_table(results: Mapping[str, Any]) -> str:
