@@ -67,8 +67,9 @@ def test_the_sums_by_hand():
             "corrects": 0.975, "corrects_without": 0.25, "accuracy_change": {"20 % noise": -0.05}, "reached": True
         }
     }  # fmt: skip
-    assert (
-        "corrects 25 % of what SFT corrects; with the guard the weakest corrects 98 %" in results["summary"]["finding"]
+    assert results["summary"]["finding"] == (
+        "Share of SFT's correction, without -> with guard, least to most target: "
+        "wrong skill, 100 % of its rows: 25..25 % -> 98..98 %"
     )
     assert "| dft, guarded | 78.0 (78..78) | 66.5 (66..66) |" in prior_table(results)
     assert len(prior_figure(results).axes) == 1

@@ -144,14 +144,14 @@ def prior_figure(results: Mapping[str, Any]) -> Figure:
                     ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
                     face = TARGET_COLOUR if filled else "white"
                     style = {"color": TARGET_COLOUR, "markerfacecolor": face, "capsize": 3}
-                    axes.errorbar(row["mean"], height, xerr=ends, fmt="o", **style)
+                    axes.errorbar(row["mean"], height - 0.2 * filled, xerr=ends, fmt="o", **style)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(f"{condition['flaw']}, {100 * condition['dose']:g} % of its rows", fontsize=10, loc="left")
         axes.set_xlabel("flawed skill answered right (%)")
         axes.grid(axis="x", color="#e5e7eb")
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-    figure.suptitle(textwrap.fill(results["summary"]["finding"], 110), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(results["summary"]["finding"], 45 * len(conditions)), x=0.01, ha="left", fontsize=11)
     caption = "Hollow: without guard; filled: with it. Lines: 95 % bootstrap intervals over seeds."
     figure.supxlabel(caption, fontsize=8, color=REST_COLOUR, x=0.01, ha="left")
     return figure
