@@ -369,6 +369,11 @@ def missing_message(target: str, role: str, field: str) -> str:
             "from qtarget.data.agreement; in training they are counted from the rows when "
             f"`{role}_cache` is set (`qtarget score CONFIG.yaml{' --role teacher' if role == 'teacher' else ''}`)"
         )
+    if field == "log_probs":
+        return (
+            f"target {target!r} needs {role}.log_probs, the whole distribution, which no cache holds; pass whole logits, or "
+            f"in training set {role}_model_name_or_path and no {role}_cache, so that the model runs live"
+        )
     argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
     option = (" --role teacher" if role == "teacher" else "") + (" --top_k 32" if field == "distribution" else "")
     return (
