@@ -165,7 +165,7 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     title = '## "Matches the teacher with 60 % less data"\n'
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench distill --output benchmarks/results/distill.json`.\n"
-    goals = [f"- {name}: {_reached(goal)}" for name, goal in found["goals"].items()]
+    goals = [f"- {name.replace(chr(95), chr(32))}: {_reached(goal)}" for name, goal in found["goals"].items()]
     figure = "![accuracy by fraction of the data](distill.png)\n"
     finding = f"**{found['finding']}.**\n"
     return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), "Goals:\n", *goals, ""])
@@ -179,7 +179,7 @@ at every fraction. *Rows needed*: the fraction at which a method reaches cross e
 
 
 def _reached(goal: Mapping[str, list[str]]) -> str:
-    met, surely = goal["reached"], goal["reached with the whole interval"]
+    met, surely = goal["reached"], goal["reached_with_interval"]
     return f"{', '.join(met) or 'no method'} (with the whole interval: {', '.join(surely) or 'none'})"
 
 
