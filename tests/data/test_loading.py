@@ -75,9 +75,9 @@ BROKEN = {
     "wrapped.json": ('{"data": [{"text": "a"}]}', ["an object with keys data", "expected an array"]),
     "list.jsonl": ('{"text": "a"}\n["b"]\n', ["line 2", "expected an object", 'a list: ["b"]']),
     "null.json": ('[{"text": "a"}, null]', ["row 2", "null"]),
-    "half.jsonl": (
+    "surrogate.jsonl": (
         '{"text": "a \\ud83d\\ude00"}\n{"text": "b", "note": {"by": ["x \\ud83d y"]}}',
-        ["line 2", "'note'", "half of a surrogate pair", r"x \\ud83d y", "remove it"],
+        ["line 2", "'note'", "half of a surrogate pair", r"x \ud83d y", "remove it"],
     ),
     "alpaca.jsonl": (
         '{"instruction": "a", "output": "b"}',
