@@ -173,7 +173,7 @@ def test_the_quick_setting_finds_the_ordering_and_goes_on_where_it_was_stopped(t
     assert mean["target_sft"] > mean["sft"] + 20
     assert mean["sft"] > mean["prior_surprise"] + 5
     assert found["untrained"]["most"]["accuracy_percent"] > 50
-    assert 0.5 < found["cells"][0]["base_knows"]["favourite_share"] < 0.95
+    assert 0.2 < found["cells"][0]["base_knows"]["favourite_share"] < 0.5  # 0.83 of the clean labels
     assert output.with_suffix(".png").stat().st_size > 10_000
     log = output.with_suffix(".runs.jsonl")
     lines = log.read_text().splitlines(keepends=True)

@@ -320,9 +320,9 @@ def test_tokens_beyond_a_shorter_head_are_no_padding(make_trainer):
         ({"teacher": "CACHE", "teacher_cache": "x"}, "is a cache, and teacher_cache: x is set too"),
         (
             {"teacher": "some/model", "teacher_model_name_or_path": "y"},
-            "is a model.*, and teacher_model_name_or_path: y",
+            "name of a model.*, and teacher_model_name_or_path: y",
         ),
-        ({"teacher": "some/model", "teacher_cache": "x"}, "is a model.*, and teacher_cache: x is set too"),
+        ({"teacher": "some/model", "teacher_cache": "x"}, "name of a model.*, and teacher_cache: x is set too"),
         ({"teacher": "http://host:1", "teacher_cache": "x"}, "are both set; keep one"),
         ({"teacher": "EMPTY"}, "has neither manifest.json .* nor config.json"),
         ({"vocab_padding": "ignore"}, "refuse, truncate"),
