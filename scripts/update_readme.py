@@ -135,7 +135,7 @@ def proof() -> str:
         if (g["base"], g["rate"]) == ("most", 0.4):
             best, below = f"`{g['best_published']}` {g['best_published_percent']:.1f} %", g["ours"] < g["untrained"]
             lines.append(
-                f"- The same on SCAN, on which `consensus` was not designed: `sft` {g['sft']:.1f} %, `consensus` {g['ours']:.1f} %, "
+                f"- The same on SCAN, not used to design `consensus`: `sft` {g['sft']:.1f} %, `consensus` {g['ours']:.1f} %, "
                 f"best published target {best}, untrained {g['untrained']:.1f} %: above SFT, "
                 f"{'below the untrained base' if below else 'above the untrained base'}."
             )
