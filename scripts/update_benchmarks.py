@@ -113,8 +113,8 @@ def practice(found: Mapping[str, Any]) -> str:
 
 
 DESIGNED = """\
-`consensus` was designed on these tasks: its form, and once the grid of `caution` (3 in place of 0.3), were changed after numbers of the
-test prompts had been seen. What it does on tasks that it was not designed on stands below, under SCAN.
+`consensus` was designed on these tasks: its form, and once the grid of `caution` (3 in place of 0.3), were changed after numbers
+of the test prompts had been seen. What it does on tasks that it was not designed on stands below, under SCAN.
 """
 
 
