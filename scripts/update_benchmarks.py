@@ -8,7 +8,7 @@ A test compares the page with the results, so neither can change alone. A result
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qtarget.benchmarks.noise import CELLS
 from qtarget.benchmarks.noise_methods import OTHERS
 from qtarget.benchmarks.noise_results import noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior_results import prior_figure, prior_table
+from qtarget.benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -143,12 +144,7 @@ def goal_table(goals: list[Mapping[str, Any]]) -> str:
             "" if gain is None else f"{gain:+.0%}", "" if gap is None else f"{gap:.0%}",
             f"{goal['best_published']} ({best:.1f})", "yes" if goal["within_a_point_of_best"] else "no",
         ))  # fmt: skip
-    return table(head, lines)
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+    return markdown_table(head, lines)
 
 
 def newsletter(found: Mapping[str, Any]) -> str:
@@ -203,7 +199,7 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
         lines.append([name, without, corrects, changes, "reached" if row["reached"] else "missed"])
     figure = "![the flawed skill answered right, by target and guard](prior.png)\n"
     finding = f"**{found['summary']['finding']}.**\n"
-    return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), table(head, lines)])
+    return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), markdown_table(head, lines)])
 
 
 PRIOR_PROTOCOL = """\

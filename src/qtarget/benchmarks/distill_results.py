@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
 from qtarget.benchmarks.seeds import Interval, bootstrap_means, percentiles
+from qtarget.benchmarks.tables import markdown_table, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,24 +197,20 @@ def distill_table(results: Mapping[str, Any]) -> str:
         "method", "bytes a token", "learning rate", *shares, "to full logits, points", "rows needed for sft's accuracy",
         "for sft's KL",
     ]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, row in results["methods"].items():
         lines.append(
             [
                 name,
                 f"{row['bytes_per_token']:.1f}" if row["cache"] else "text only",
                 f"{row['learning_rate']:g}",
-                *map(_with_ends, row["accuracy_percent"]),
-                "" if name == FULL_LOGITS else _with_ends(row["to_full_logits_points"], "+.1f"),
+                *(with_ends(cell, ends=".1f") for cell in row["accuracy_percent"]),
+                "" if name == FULL_LOGITS else with_ends(row["to_full_logits_points"], "+.1f", "+.1f"),
                 needed_words(row["data_needed"]),
                 needed_words(row["data_needed_for_kl"]),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _with_ends(row: Mapping[str, float], form: str = ".1f") -> str:
-    return f"{row['mean']:{form}} ({row['low']:{form}}..{row['high']:{form}})"
+    return markdown_table(head, lines)
 
 
 def distill_figure(results: Mapping[str, Any]) -> Figure:

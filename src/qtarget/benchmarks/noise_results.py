@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
 from qtarget.benchmarks.noise_methods import CHOSEN, METHODS, OTHERS, PRACTICE
-from qtarget.benchmarks.seeds import Interval, bootstrap_interval
+from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,8 +45,8 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
             **{name: cell[name] for name in ("base", "kind", "rate")},
             "methods": {
                 name: {
-                    "accuracy_percent": _interval(accuracies(cell, name)),
-                    "to_sft_points": _interval(_differences(accuracies(cell, name), accuracies(cell, BASELINE))),
+                    "accuracy_percent": rounded_interval(accuracies(cell, name)),
+                    "to_sft_points": rounded_interval(_differences(accuracies(cell, name), accuracies(cell, BASELINE))),
                     "gap_recovered": recovered(cells, cell, name),
                     "kept_percent": _mean(runs, "kept_percent"),
                     "clean_nll": _mean(runs, "nll", 3),
@@ -72,11 +72,6 @@ def recovered(cells: Cells, cell: Mapping[str, Any], method: str) -> float | Non
 
 def _differences(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
     return [value - base for value, base in zip(values, baseline, strict=True)]
-
-
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    found: Interval = bootstrap_interval(values)
-    return {"mean": round(found.mean, 2), "low": round(found.low, 2), "high": round(found.high, 2)}
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], name: str, digits: int = 1) -> float | None:
@@ -129,9 +124,8 @@ def noise_table(results: Mapping[str, Any]) -> str:
     cells = results["summary"]["cells"]
     names = [name for name in METHODS if any(name in cell["methods"] for cell in cells)]
     head = ["method", *(f"{cell['base']}: {words(cell)}" for cell in cells)]
-    lines = [head, ["---"] * len(head)]
     untrained = [f"{_untrained(results, cell):.1f}" for cell in cells]
-    lines.append(["*untrained*", *untrained])
+    lines = [["*untrained*", *untrained]]
     oracles = {method.name for method in PRACTICE if method.rows == "marked"}
     for name in names:
         line = [f"*{name}*" if name in oracles else name]
@@ -141,7 +135,7 @@ def noise_table(results: Mapping[str, Any]) -> str:
             best = max(cell["methods"][m]["accuracy_percent"]["mean"] for m in real)
             line.append("" if row is None else _cell(row["accuracy_percent"], name in real, best))
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, lines)
 
 
 def words(cell: Mapping[str, Any]) -> str:
@@ -154,20 +148,22 @@ def _untrained(results: Mapping[str, Any], cell: Mapping[str, Any]) -> float:
 
 
 def _cell(row: Mapping[str, float], real: bool, best: float) -> str:
-    text = f"{row['mean']:.1f} ({row['low']:.0f}..{row['high']:.0f})"
+    text = with_ends(row)
     return f"**{text}**" if real and row["mean"] == best else text
 
 
 def share_table(results: Mapping[str, Any]) -> str:
     """Where the label pull goes, what is forgotten, and the NLL of clean rows, at the noisiest random-token points."""
     cells = [cell for cell in results["summary"]["cells"] if cell["kind"] == "random_tokens" and cell["rate"] == 0.4]
-    lines = [["base", "method", "label pull spent on noise", "other skills kept (%)", "NLL of clean rows (nats)"]]
-    lines.append(["---"] * 5)
+    head, lines = (
+        ["base", "method", "label pull spent on noise", "other skills kept (%)", "NLL of clean rows (nats)"],
+        [],
+    )
     for cell in cells:
         for name, row in cell["methods"].items():
             numbers = [row["noise_share"], row["kept_percent"], row["clean_nll"]]
             lines.append([cell["base"], name, *("" if value is None else f"{value:g}" for value in numbers)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, lines)
 
 
 def noise_figure(results: Mapping[str, Any]) -> Figure:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtarget.benchmarks.figure import REST_COLOUR, TARGET_COLOUR
-from qtarget.benchmarks.seeds import bootstrap_interval
+from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,20 +31,15 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(condition: Mapping[str, Any], name: str) -> dict[str, Any]:
     runs, baseline = condition["runs"][name], condition["runs"][BASELINE]
-    row: dict[str, Any] = {"accuracy_percent": _interval([run["accuracy_percent"] for run in runs])}
+    row: dict[str, Any] = {"accuracy_percent": rounded_interval([run["accuracy_percent"] for run in runs])}
     if condition["flaw"] != "none":
         corrected, by_sft = ([run["corrected_percent"] for run in some] for some in (runs, baseline))
         row |= {
-            "corrected_percent": _interval(corrected),
+            "corrected_percent": rounded_interval(corrected),
             "flawed_percent": round(sum(run["flawed_percent"] for run in runs) / len(runs), 1),
             "share_of_sft": round(sum(corrected) / sum(by_sft), 3) if sum(by_sft) else None,
         }
     return row
-
-
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    found = bootstrap_interval(values)
-    return {"mean": round(found.mean, 2), "low": round(found.low, 2), "high": round(found.high, 2)}
 
 
 def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,12 +97,11 @@ def prior_table(results: Mapping[str, Any]) -> str:
     """A line a method: percent of the flawed skill answered right by flaw and dose, then accuracy on a sound base."""
     conditions = results["summary"]["conditions"]
     head = ["method", *(_words(condition) for condition in conditions)]
-    lines = [head, ["---"] * len(head)]
-    lines.append(["*untrained*", *(_untrained(results, condition) for condition in conditions)])
+    lines = [["*untrained*", *(_untrained(results, condition) for condition in conditions)]]
     for name in conditions[0]["methods"]:
-        cells = [_cell(condition["methods"][name][_counted(condition)]) for condition in conditions]
+        cells = [with_ends(condition["methods"][name][_counted(condition)]) for condition in conditions]
         lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, lines)
 
 
 def _words(condition: Mapping[str, Any]) -> str:
@@ -122,10 +116,6 @@ def _untrained(results: Mapping[str, Any], condition: Mapping[str, Any]) -> str:
 
 def _counted(condition: Mapping[str, Any]) -> str:
     return "accuracy_percent" if condition["flaw"] == "none" else "corrected_percent"
-
-
-def _cell(row: Mapping[str, float]) -> str:
-    return f"{row['mean']:.1f} ({row['low']:.0f}..{row['high']:.0f})"
 
 
 def prior_figure(results: Mapping[str, Any]) -> Figure:
