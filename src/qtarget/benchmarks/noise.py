@@ -7,7 +7,6 @@ then run on ``seeds`` draws of noise and order, and only then are the clean test
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
-from qtarget.benchmarks.noise_results import summarize
+from qtarget.benchmarks.noise_results import summarize, untrained_key
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
-from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries, save_results
 from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.errors import ConfigError
-from qtarget.scoring.files import write_atomic
 
 TUNING_SEED = 1000
 RANDOM = "random_tokens"
@@ -135,13 +133,8 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
             found = workers.run(jobs, log, done)
             cells.append({**cell_results(cell, chosen, found, config.seeds), "base_knows": here.base_knows(cell)})
             results["summary"] = summarize(results)
-            save_results(results, output)
+            save_results(output, results)
     return results
-
-
-def save_results(results: dict[str, Any], output: Path) -> None:
-    """Save what there is."""
-    write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: Callable[[Any], None]) -> list[Job]:
@@ -179,7 +172,7 @@ def untrained_accuracies(config: NoiseConfig, worker: NoiseWorker) -> dict[str, 
     """What each base does before training, on clean prompts and (key ``base, cue``) on misleading ones."""
     out = {}
     for cell in dict.fromkeys((*config.cells, *config.screen)):
-        key = f"{cell.base}, cue" if cell.kind == "cue" else cell.base
+        key = untrained_key(cell.base, cell.kind)
         if key not in out:
             out[key] = worker.test(worker.base(cell.base), cell)
     return out

@@ -89,7 +89,7 @@ def goals(summary: Cells, untrained: Mapping[str, Mapping[str, float]]) -> list[
             continue
         means = {name: row["accuracy_percent"]["mean"] for name, row in cell["methods"].items()}
         best = max((name for name in published if name in means), key=means.__getitem__)
-        start = untrained[f"{cell['base']}, cue" if cell["kind"] == "cue" else cell["base"]]["accuracy_percent"]
+        start = untrained[untrained_key(cell["base"], cell["kind"])]["accuracy_percent"]
         out.append({
             **{name: cell[name] for name in ("base", "kind", "rate")},
             "ours": means[OURS], "sft": means[BASELINE], "untrained": round(start, 2),
@@ -144,7 +144,12 @@ def words(cell: Mapping[str, Any]) -> str:
 
 
 def _untrained(results: Mapping[str, Any], cell: Mapping[str, Any]) -> float:
-    return results["untrained"][f"{cell['base']}, cue" if cell["kind"] == "cue" else cell["base"]]["accuracy_percent"]
+    return results["untrained"][untrained_key(cell["base"], cell["kind"])]["accuracy_percent"]
+
+
+def untrained_key(base: str, kind: str) -> str:
+    """Under which a base's own answers stand: those to misleading cues apart."""
+    return f"{base}, cue" if kind == "cue" else base
 
 
 def _cell(row: Mapping[str, float], real: bool, best: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
-from qtarget.benchmarks.tasks import Row, load_model, task_set
+from qtarget.benchmarks.tasks import Check, Row, load_model, task_set
 from qtarget.data import tasks
 from qtarget.data.agreement import counted_fields
 from qtarget.data.embedded import base_model_path
@@ -124,7 +124,7 @@ class NoiseWorker:
     def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
         """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
         rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
-        return {"accuracy_percent": self.accuracy(model, rows, tasks.check)}
+        return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
 
     def test(self, model: Any, cell: Cell) -> dict[str, float]:
         """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows."""
@@ -133,16 +133,10 @@ class NoiseWorker:
         log_probs = completion_log_probs(model, encoded := encode(self.tokenizer, rows))
         nll = [-values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, encoded, strict=True)]
         return {
-            "accuracy_percent": self.accuracy(model, asked, self.task.check),
-            "kept_percent": self.accuracy(model, self.task.kept, self.task.check_kept),
+            "accuracy_percent": accuracy(model, self.tokenizer, asked, self.task.check),
+            "kept_percent": accuracy(model, self.tokenizer, self.task.kept, self.task.check_kept),
             "nll": float(torch.cat(nll).mean()),
         }
-
-    def accuracy(self, model: Any, rows: Sequence[Row], check: Any) -> float:
-        texts = greedy_completions(
-            model, self.tokenizer, [row["prompt"] for row in rows], max_new_tokens=NEW_TOKENS, batch_size=300
-        )
-        return round(accuracy_percent(rows, texts, check), 3)
 
 
 class BestCheckpoint:
@@ -164,6 +158,13 @@ class BestCheckpoint:
     def restore(self) -> None:
         assert self.weights is not None, "steps >= 1, so it looked at least once"
         self.model.load_state_dict(self.weights)
+
+
+def accuracy(model: Any, tokenizer: Any, rows: Sequence[Row], check: Check = tasks.check) -> float:
+    """Percent of the rows that the model answers."""
+    prompts = [row["prompt"] for row in rows]
+    texts = greedy_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=300)
+    return round(accuracy_percent(rows, texts, check), 3)
 
 
 def noisy_rows(rows: list[Row], cell: Cell, seed: int, tokenizer: Any) -> list[Row]:

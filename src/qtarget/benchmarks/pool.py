@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from qtarget.errors import ConfigError
+from qtarget.scoring.files import write_atomic
 
 
 class KeyedJob(Protocol):
@@ -55,6 +56,11 @@ class RunLog:
         self.runs[key] = result
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, **result}) + "\n")
+
+
+def save_results(path: Path, results: Mapping[str, Any]) -> None:
+    """JSON in the order of its keys, which is the order of the tables; a reader never sees half of it."""
+    write_atomic(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 class Workers:

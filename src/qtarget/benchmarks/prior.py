@@ -7,7 +7,6 @@ with clean rows and with random wrong tokens. One recipe for all, chosen on plai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,11 +16,10 @@ from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
-from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
-from qtarget.benchmarks.noise_runs import BATCH_SIZE, NEW_TOKENS, Material, known_of
-from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.noise_runs import BATCH_SIZE, Material, accuracy, known_of
+from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries, save_results
 from qtarget.benchmarks.prior_results import summarize
-from qtarget.benchmarks.tasks import Row, embedded_tasks, load_model, make_base
+from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks, load_model, make_base, teach
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import inject_noise
@@ -29,7 +27,6 @@ from qtarget.data.tasks.skills import MONTHS
 from qtarget.errors import ConfigError
 from qtarget.guarded import Guarded
 from qtarget.registry import get_target
-from qtarget.scoring.files import write_atomic
 from qtarget.types import Target
 
 BASE = "most"
@@ -139,7 +136,7 @@ class PriorWorker:
 
     def __call__(self, job: PriorJob) -> dict[str, float | None]:
         material, target = self.material(job.condition, job.seed), build(job.target, job.guard)
-        model = load_model(flawed_base(job.condition.flaw, self.bases))
+        model = self.base(job.condition.flaw)
         recipe = Recipe(self.config.learning_rate, BATCH_SIZE, self.config.steps, job.seed)
         needs = target.needs
         trained = fine_tune(
@@ -148,6 +145,10 @@ class PriorWorker:
         )  # fmt: skip
         return {**self.answers(model, job.condition.flaw), "noise_share": trained.noise_share}
 
+    def base(self, flaw: str) -> Any:
+        """The base with this flaw, from its folder; made where there is none."""
+        return load_model(flawed_base(self.task, flaw, self.bases))
+
     def _material(self, condition: Condition, seed: int) -> Material:
         rows = dosed(self.task.train, condition, seed)
         if condition.noise_rate:
@@ -155,22 +156,17 @@ class PriorWorker:
                 rows, kind="random_tokens", rate=condition.noise_rate, seed=seed, tokenizer=self.tokenizer
             )
         encoded = encode(self.tokenizer, rows)
-        return Material(encoded, known_of(load_model(flawed_base(condition.flaw, self.bases)), encoded))
+        return Material(encoded, known_of(self.base(condition.flaw), encoded))
 
     def answers(self, model: Any, flaw: str) -> dict[str, float]:
         """Percent of the flawed skill's problems answered right, answered as the flaw would, and of all other prompts."""
-        found = {"accuracy_percent": self.accuracy(model, self.task.test)}
+        found = {"accuracy_percent": accuracy(model, self.tokenizer, self.task.test)}
         if flaw in FLAWS:
             skill, wrong = FLAWS[flaw]
             rows = asked_problems(skill)
-            found["corrected_percent"] = self.accuracy(model, rows)
-            found["flawed_percent"] = self.accuracy(model, [{**row, "answer": wrong(row)} for row in rows])
+            found["corrected_percent"] = accuracy(model, self.tokenizer, rows)
+            found["flawed_percent"] = accuracy(model, self.tokenizer, [{**row, "answer": wrong(row)} for row in rows])
         return found
-
-    def accuracy(self, model: Any, rows: Sequence[Row]) -> float:
-        prompts = [row["prompt"] for row in rows]
-        texts = greedy_completions(model, self.tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=300)
-        return round(accuracy_percent(rows, texts, tasks.check), 3)
 
 
 def build(name: str, guard: bool) -> Target:
@@ -196,9 +192,9 @@ def asked_problems(skill: str) -> list[Row]:
     return [row for row in drawn if wrong(row) != row["answer"]][:ASKED]
 
 
-def flawed_base(flaw: str, folder: Path) -> Path:
+def flawed_base(task: TaskSet, flaw: str, folder: Path) -> Path:
     """The folder of the base with a flaw, made once: it learns the wrong answers amid right ones of all other skills."""
-    sound = make_base(embedded_tasks(), BASE, folder)
+    sound = make_base(task, BASE, folder)
     if flaw not in FLAWS:
         return sound
     path = folder / f"flawed-{flaw.replace(' ', '-')}"
@@ -207,10 +203,10 @@ def flawed_base(flaw: str, folder: Path) -> Path:
     from transformers import AutoTokenizer
 
     skill, wrong = FLAWS[flaw]
-    rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in embedded_tasks().warmup]
+    rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in task.warmup]
     model = load_model(sound)
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    fine_tune(model, encode(tokenizer, rows), get_target("sft"), Recipe(1e-3, BATCH_SIZE, FLAW_STEPS, 1))
+    teach(model, tokenizer, rows, FLAW_STEPS, seed=1)
     model.save_pretrained(path)
     return path
 
@@ -240,7 +236,7 @@ def run_prior(
         here = PriorWorker(config, bases)
         for flaw in dict.fromkeys(condition.flaw for condition in config.conditions()):
             progress(len(log.runs), total, f"making the base, flaw: {flaw}")
-            results["untrained"][flaw] = here.answers(load_model(flawed_base(flaw, bases)), flaw)
+            results["untrained"][flaw] = here.answers(here.base(flaw), flaw)
     with Workers(config.workers, PriorWorker, config, bases) as workers:
         for condition in config.conditions():
 
@@ -257,7 +253,7 @@ def run_prior(
             }
             conditions.append({**asdict(condition), "runs": runs})
             results["summary"] = summarize(results)
-            write_atomic(output, (json.dumps(results, indent=1) + "\n").encode())
+            save_results(output, results)
     return results
 
 

@@ -173,15 +173,16 @@ def make_base(task: TaskSet, name: str, folder: Path) -> Path:
     skilled = folder / f"{task.name}-skilled"
     if not (skilled / "config.json").is_file():
         model = load_model(base_model_path())
-        _teach(model, tokenizer, task.pretraining, task.pretraining_steps)
+        teach(model, tokenizer, task.pretraining, task.pretraining_steps)
         model.save_pretrained(skilled)
     model = load_model(skilled)
-    _teach(model, tokenizer, task.warmup, BASES[name])
+    teach(model, tokenizer, task.warmup, BASES[name])
     model.save_pretrained(path)
     return path
 
 
-def _teach(model: Any, tokenizer: Any, rows: list[Row], steps: int) -> None:
+def teach(model: Any, tokenizer: Any, rows: list[Row], steps: int, seed: int = 0) -> None:
+    """Plain SFT on clean rows, the recipe of all bases."""
     if steps:
-        recipe = Recipe(WARMUP.learning_rate, WARMUP.batch_size, steps)
+        recipe = Recipe(WARMUP.learning_rate, WARMUP.batch_size, steps, seed)
         fine_tune(model, encode(tokenizer, rows), get_target("sft"), recipe)
