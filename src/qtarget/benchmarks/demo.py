@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import count
@@ -16,14 +16,13 @@ from typing import Any
 
 from qtarget.benchmarks.demo_runs import BASELINE, DemoConfig, DemoRuns, Job
 from qtarget.benchmarks.figure import comparison_figure, save_figure
-from qtarget.benchmarks.pool import Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.pool import Progress, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.seeds import finding, over_seeds, paired_difference
 
 CAPTION = (
     "Large points: mean over seeds; small points: each seed; lines: smallest to largest seed (no confidence "
     "interval). A seed sets the noise and the order of the rows; within a seed all targets see the same."
 )
-Progress = Callable[[int, int, str], None]
 
 
 def quick(config: DemoConfig) -> DemoConfig:

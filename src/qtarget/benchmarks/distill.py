@@ -20,12 +20,11 @@ from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.distill_data import Sizes, percent, prepare
 from qtarget.benchmarks.distill_results import CAPTION, summarize
 from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS, DistillWorker, Job, method
-from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_json
 
 TUNING_SEED = 1000
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class DistillConfig:
     validation_rows: int = 200
     test_rows: int = 300
     teacher_steps: int = 500
-    workers: int = 2
+    workers: int = WORKERS
 
     def __post_init__(self) -> None:
         counts = (

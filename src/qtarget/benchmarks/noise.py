@@ -16,7 +16,7 @@ from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
 from qtarget.benchmarks.noise_results import summarize, untrained_key
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
-from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries, save_results
 from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.errors import ConfigError
 
@@ -55,7 +55,7 @@ class NoiseConfig:
     seeds: int = 5
     steps: int = 40
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
-    workers: int = 2
+    workers: int = WORKERS
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.workers) < 1:
@@ -94,8 +94,6 @@ QUICK = NoiseConfig(
     learning_rates=(1e-3,),
 )  # fmt: skip
 """For continuous integration: enough to see an ordering with a wide margin, not for conclusions."""
-
-Progress = Callable[[int, int, str], None]
 
 
 def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from typing import Any, Protocol
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_atomic
 
+WORKERS = 2
+"""Processes, unless somebody says otherwise."""
+Progress = Callable[[int, int, str], None]
+"""Told steps or runs done, how many there are in all, and what was done last."""
+
 
 class KeyedJob(Protocol):
     """A run with a name that is its own."""

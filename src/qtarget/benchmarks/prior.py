@@ -17,7 +17,7 @@ from typing import Any
 from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
 from qtarget.benchmarks.noise_runs import BATCH_SIZE, Material, accuracy, known_of
-from qtarget.benchmarks.pool import RunLog, Workers, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries, save_results
 from qtarget.benchmarks.prior_results import summarize
 from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks, load_model, make_base, teach
 from qtarget.data import tasks
@@ -76,7 +76,7 @@ class PriorConfig:
     seeds: int = 5
     steps: int = 40
     learning_rate: float = 1e-3
-    workers: int = 2
+    workers: int = WORKERS
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.targets if name not in TARGETS]:
@@ -216,9 +216,7 @@ def spoilt(row: Row, answer: str) -> Row:
     return {**row, "completion": row["completion"].replace(f"[{row['answer']}]", f"[{answer}]"), "answer": answer}
 
 
-def run_prior(
-    config: PriorConfig, output: Path, *, resume: bool, progress: Callable[[int, int, str], None]
-) -> dict[str, Any]:
+def run_prior(config: PriorConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
     """Run all conditions; results are saved after each.
 
     Args:

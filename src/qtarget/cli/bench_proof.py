@@ -8,92 +8,73 @@ from typing import Annotated, Any
 
 import typer
 
-from qtarget.benchmarks.distill import DistillConfig, quick, run_distill
-from qtarget.benchmarks.noise import NoiseConfig
-from qtarget.benchmarks.prior import PriorConfig
+from qtarget.benchmarks.pool import WORKERS
 from qtarget.cli.outputs import check_writable, progress_bar, saver
 
-DISTILL, NOISE, PRIOR = DistillConfig(), NoiseConfig(), PriorConfig()
+Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")]
 
 
 def distill(
-    output: Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")] = Path(
-        "runs/distill.json"
-    ),
+    output: Output = Path("runs/distill.json"),
     is_quick: Annotated[bool, typer.Option("--quick", help="Three methods, one seed: a smoke test.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")] = False,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
-    ] = DISTILL.workers,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
 ) -> None:
     """Does a student match cross entropy on a teacher's text with less data when it sees the teacher's distribution?"""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
+    from qtarget.benchmarks.distill import DistillConfig, quick, run_distill
     from qtarget.benchmarks.distill_results import distill_figure, distill_table
-    from qtarget.benchmarks.figure import save_figure
 
     check_writable(output)
-    config = replace(quick(DISTILL) if is_quick else DISTILL, workers=workers)
+    full = DistillConfig()
+    config = replace(quick(full) if is_quick else full, workers=workers)
     with progress_bar() as advance:
         results = run_distill(config, output, resume=resume, progress=advance)
     saver(output)(results)
-    figure = output.with_suffix(".png")
-    save_figure(distill_figure(results), figure)
-    console = Console()
-    console.print(Markdown(distill_table(results)))
-    console.print(results["finding"], soft_wrap=True, highlight=False)
-    console.print(f"{results['seconds']:.0f} s; {output}, {figure}", soft_wrap=True, highlight=False)
+    show(results["finding"], output, distill_table(results), distill_figure(results), f"{results['seconds']:.0f} s; ")
 
 
 def noise(
-    output: Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")] = Path(
-        "runs/noise.json"
-    ),
+    output: Output = Path("runs/noise.json"),
     tasks: Annotated[str, typer.Option(help="embedded, or scan (with --data).")] = "embedded",
     data: Annotated[Path | None, typer.Option(help="Folder that holds compositional/scan_simple_*.txt.gz.")] = None,
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")] = False,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
-    ] = NOISE.workers,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
 ) -> None:
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
-    from qtarget.benchmarks.noise import QUICK, SCAN, run_noise
+    from qtarget.benchmarks.noise import QUICK, SCAN, NoiseConfig, run_noise
     from qtarget.benchmarks.noise_results import noise_figure, noise_table
 
     check_writable(output)
-    config = QUICK if is_quick else SCAN if tasks == "scan" else NOISE
+    config = QUICK if is_quick else SCAN if tasks == "scan" else NoiseConfig()
     config = replace(config, tasks=tasks, data=None if data is None else str(data), workers=workers)
     with progress_bar() as advance:
         results = run_noise(config, output, resume=resume, progress=advance)
-    show(results, output, noise_table(results), noise_figure(results))
+    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
 
 
 def prior(
-    output: Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")] = Path(
-        "runs/prior.json"
-    ),
+    output: Output = Path("runs/prior.json"),
     is_quick: Annotated[bool, typer.Option("--quick", help="Two targets, one flaw, one seed: a smoke test.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")] = False,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
-    ] = PRIOR.workers,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
 ) -> None:
     """Is a flawed prior amplified, and what does the guard against it correct and cost?"""
-    from qtarget.benchmarks.prior import QUICK, run_prior
+    from qtarget.benchmarks.prior import QUICK, PriorConfig, run_prior
     from qtarget.benchmarks.prior_results import prior_figure, prior_table
 
     check_writable(output)
     with progress_bar() as advance:
-        config = replace(QUICK if is_quick else PRIOR, workers=workers)
+        config = replace(QUICK if is_quick else PriorConfig(), workers=workers)
         results = run_prior(config, output, resume=resume, progress=advance)
-    show(results, output, prior_table(results), prior_figure(results))
+    show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
 
 
-def show(results: dict[str, Any], output: Path, table: str, figure: Any) -> None:
+def show(finding: str, output: Path, table: str, figure: Any, took: str = "") -> None:
     """Table and finding on the terminal, the figure beside the results."""
     from rich.console import Console
     from rich.markdown import Markdown
@@ -103,5 +84,5 @@ def show(results: dict[str, Any], output: Path, table: str, figure: Any) -> None
     save_figure(figure, output.with_suffix(".png"))
     console = Console()
     console.print(Markdown(table))
-    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
-    console.print(f"{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)
+    console.print(finding, soft_wrap=True, highlight=False)
+    console.print(f"{took}{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)
