@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from qtarget.registry import available_targets
@@ -19,45 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 EVIDENCE = ROOT / "src" / "qtarget" / "report" / "evidence.json"
 
 
-def demo(name: str) -> dict[str, Any]:
-    """Exact completion and kept skills of a demo run, percent, by target: mean, smallest and largest seed."""
-    raw = json.loads((RESULTS / name).read_text())
-    accuracy, kept = {}, {}
-    for target, runs in raw["runs"].items():
-        values = [run["accuracy_percent"] for run in runs]
-        accuracy[target] = [round(mean(values), 1), min(values), max(values)]
-        kept[target] = round(mean(run["kept_percent"] for run in runs), 1)
-    return {
-        "file": f"benchmarks/results/{name}",
-        "rows": raw["config"]["train_rows"],
-        "noise": f"{raw['config']['kind']} {raw['config']['rate']}",
-        "seeds": raw["config"]["seeds"],
-        "untrained": raw["untrained"]["accuracy_percent"],
-        "accuracy_percent": accuracy,
-        "kept_percent": kept,
-    }
-
-
 def real_noise() -> dict[str, Any]:
     """Held-out clean NLL of the real rows, one seed."""
     raw = json.loads((RESULTS / "real_noise.json").read_text())
     nll = {run["data"]: {name: round(value, 3) for name, value in run["clean_nll"].items()} for run in raw["runs"]}
     return {"file": "benchmarks/results/real_noise.json", "seeds": 1, "clean_nll": nll}
-
-
-def audit_noise() -> dict[str, Any]:
-    """What the base knows of each marked data set, and how well its surprise finds the marks."""
-    raw = json.loads((RESULTS / "audit_noise.json").read_text())
-    settings = {**raw["injected"], **raw["real"]}
-    kept = {
-        name: {
-            "favourite_share": round(run["favourite_share"], 3),
-            "row_auc": round(run["row_auc"]["mean_surprise"], 3),
-            "token_auc": round(run["token_auc"]["surprise"], 3),
-        }
-        for name, run in settings.items()
-    }
-    return {"file": "benchmarks/results/audit_noise.json", "settings": kept}
 
 
 def noise_map() -> dict[str, Any]:
@@ -80,10 +45,7 @@ def noise_map() -> dict[str, Any]:
 def collect() -> dict[str, Any]:
     """All of the file."""
     return {
-        "demo": demo("demo.json"),
-        "demo_dropped": demo("demo_dropped_targets.json"),
         "real_noise": real_noise(),
-        "audit_noise": audit_noise(),
         "noise_map": noise_map(),
     }
 
