@@ -67,12 +67,12 @@ def reverse_kl(pair: Outcomes) -> Float[Tensor, " tokens"]:
     return expectation(pair.model, pair.model - pair.frozen)
 
 
-def log_mixture(first: Tensor, second: Tensor, second_weight: float) -> Float[Tensor, "tokens outcomes"]:
-    """``log((1 - w) exp(first) + w exp(second))``; exact at ``w = 0`` and ``w = 1``."""
-    if second_weight in (0, 1):
-        return second if second_weight else first
-    first, second = first.clamp(min=FLOOR), second.clamp(min=FLOOR)
-    return torch.logaddexp(first + math.log1p(-second_weight), second + math.log(second_weight))
+def log_mixture(pair: Outcomes, frozen_weight: float) -> Float[Tensor, "tokens outcomes"]:
+    """``log((1 - w) p + w p_frozen)``; exact at ``w = 0`` and ``w = 1``."""
+    if frozen_weight in (0, 1):
+        return pair.frozen if frozen_weight else pair.model
+    frozen = pair.frozen.clamp(min=FLOOR)  # one of the two is enough, and the model's would have a gradient
+    return torch.logaddexp(pair.model + math.log1p(-frozen_weight), frozen + math.log(frozen_weight))
 
 
 def refuse_renormalize(frozen: Reference | None, name: str) -> None:

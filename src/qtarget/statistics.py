@@ -65,7 +65,7 @@ def check_sampled(target: Target, frozen: Reference | FrozenHead | None, role: s
 
 
 def token_view(
-    logits: Float[Tensor, "tokens vocab"],
+    log_probs: Float[Tensor, "tokens vocab"],
     labels: Int[Tensor, " tokens"],
     needs: Needs,
     reference: Reference | FrozenHead | None = None,
@@ -73,8 +73,7 @@ def token_view(
     sequence_ids: Int[Tensor, " tokens"] | None = None,
     label_weights: Float[Tensor, " tokens"] | None = None,
 ) -> TokenView:
-    """The statistics that ``needs`` names. Differentiable in ``logits`` wherever gradients are enabled."""
-    log_probs = logits.log_softmax(-1)
+    """The statistics that ``needs`` names, from the live log-softmax; differentiable in it wherever gradients are enabled."""
     frozen = {"reference": reference, "teacher": teacher}
     resolved = {role: None if m is None else m.resolve(labels) for role, m in frozen.items()}
     outcomes: dict[str, Outcomes | None] = {"reference": None, "teacher": None}
@@ -84,7 +83,7 @@ def token_view(
             outcomes[role] = shared_outcomes(log_probs, align(model, log_probs))
     return TokenView(
         label_log_probs=log_probs.gather(-1, labels[:, None])[:, 0],
-        vocab_size=logits.shape[-1],
+        vocab_size=log_probs.shape[-1],
         entropy=entropy_of(log_probs) if needs.entropy else None,
         mean_log_prob=log_probs.mean(-1) if needs.mean_log_prob else None,
         top_log_probs=largest(log_probs.detach(), needs.top_k) if needs.top_k else None,

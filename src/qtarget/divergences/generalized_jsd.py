@@ -51,7 +51,7 @@ class GeneralizedJSD(Target):
         if self.beta == 1:
             refuse_renormalize(x.teacher, self.name)
             return Terms(residual=reverse_kl(x.on_teacher))
-        mixture = log_mixture(model, teacher, self.beta)
+        mixture = log_mixture(x.on_teacher, self.beta)
         to_teacher = expectation(teacher, teacher - mixture)
         to_model = expectation(model, model - mixture)
         return Terms(residual=self.beta * to_teacher + (1 - self.beta) * to_model)

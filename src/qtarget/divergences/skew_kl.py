@@ -43,6 +43,5 @@ class SkewKL(Target):
 
     def losses(self, x: TokenView) -> Terms:
         assert x.on_teacher is not None
-        model, teacher = x.on_teacher.model, x.on_teacher.frozen
-        mixture = log_mixture(model, teacher, self.alpha)
-        return Terms(residual=expectation(teacher, teacher - mixture))
+        teacher = x.on_teacher.frozen
+        return Terms(residual=expectation(teacher, teacher - log_mixture(x.on_teacher, self.alpha)))

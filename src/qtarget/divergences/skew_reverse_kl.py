@@ -44,6 +44,5 @@ class SkewReverseKL(Target):
         assert x.on_teacher is not None
         if self.alpha == 0:
             refuse_renormalize(x.teacher, self.name)
-        model, teacher = x.on_teacher.model, x.on_teacher.frozen
-        mixture = log_mixture(teacher, model, self.alpha)
-        return Terms(residual=expectation(model, model - mixture))
+        model = x.on_teacher.model
+        return Terms(residual=expectation(model, model - log_mixture(x.on_teacher, 1 - self.alpha)))

@@ -34,10 +34,10 @@ class LossRequest:
     loss_weights: Tensor | None = None
     want_report: bool = False
 
-    def view(self, logits: Float[Tensor, "tokens vocab"]) -> TokenView:
-        """What the target gets to see of these tokens' logits."""
+    def view(self, log_probs: Float[Tensor, "tokens vocab"]) -> TokenView:
+        """What the target gets to see of these tokens' live log-softmax."""
         return token_view(
-            logits,
+            log_probs,
             self.labels,
             self.target.needs,
             self.reference,
@@ -89,16 +89,16 @@ class TokenReport:
 
 @torch.no_grad()
 def report(
-    logits: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest, found: Differentiated
+    log_probs: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest, found: Differentiated
 ) -> TokenReport:
-    """The report of one run of tokens whose logits are at hand."""
+    """The report of one run of tokens whose log-softmax is at hand."""
     label, residual = found.pulls(request.loss_weights)
-    entropy = entropy_of(logits.log_softmax(-1)) if view.entropy is None else view.entropy
+    entropy = entropy_of(log_probs) if view.entropy is None else view.entropy
     return TokenReport(
         losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
         entropy=entropy.detach(),
-        correct=((logits >= logits.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
+        correct=((log_probs >= log_probs.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
         label_weights=label,
         residual_weights=residual,
     )
