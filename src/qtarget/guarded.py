@@ -13,7 +13,7 @@ class Guarded(Target):
     """``L = (1 - d) L_target - d A / (A + 0.02) log p_y``; ``a <- (1 - d) a + d A / (A + 0.02)``, ``b <- (1 - d) b``.
 
     ``d`` in [0, 1] is the conflict of the data with the frozen base (`qtarget.data.agreement.prior_conflict`): 1 where nearly
-    all rows of this context surprise it, 0 where it knew. ``A`` is the other rows' ``agreement`` with the label, so that a
+    all rows surprise it in this place, 0 where it knew. ``A`` is the other rows' ``agreement`` with the label, so that a
     token which no other row supports has no weight however wrong the base is around it.
 
     Args:

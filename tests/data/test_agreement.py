@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qtarget.data.agreement import agreement, counted_fields, prior_conflict, prior_reliability
+from qtarget.data.agreement import agreement, confident_choices, counted_fields, prior_conflict, prior_reliability
 from qtarget.errors import ShapeError
 
 
@@ -155,6 +155,58 @@ def test_conflict_needs_surprise_most_of_the_time() -> None:
     assert conflict(0.01, surprised=6)[:10] == [0] * 6 + [0.333] * 4  # five or six of nine: noise, or just above it
 
 
+def test_a_choice_that_the_rows_keep_contradicting_is_a_conflict_whatever_stands_before_it() -> None:
+    ids = [[100 + i, 200 + i, 50 + i % 4] for i in range(10)]  # no context is shared, and the answers vary
+    masks = [[False, False, True]] * 10
+    known = [np.log(np.array([0.01 if i < 9 else 0.9])) for i in range(10)]
+    says = [np.array([7 if i % 2 == 0 or i == 9 else -1]) for i in range(10)]  # sure at rows 0, 2, 4, 6, 8 and 9
+    assert [float(row[0]) for row in prior_conflict(ids, masks, known)] == [0.0] * 10
+    found = [round(float(row[0]), 3) for row in prior_conflict(ids, masks, known, says)]
+    assert found == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]  # four of five others: 0.8; row 9, where the base was right, sees five of five
+    rare = [np.array([7 if i < 3 else -1]) for i in range(10)]  # two other rows are not enough
+    assert not any(float(row[0]) for row in prior_conflict(ids, masks, known, rare))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_conflict_by_choice_is_the_count_by_hand(seed: int) -> None:
+    ids, masks = drawn(seed, rows=12, vocab=3)
+    rng = np.random.default_rng(seed)
+    log_probs = [np.log(rng.uniform(0.0, 0.13, size=len(trained(mask)))) for mask in masks]
+    says = [rng.integers(-1, 3, size=len(trained(mask))) for mask in masks]
+    by_context, moved = conflict_by_hand(ids, masks, log_probs), 0
+    found = prior_conflict(ids, masks, log_probs, says)
+    for r, row in enumerate(found):
+        for i, value in enumerate(row):
+            others = [
+                log_probs[s][j] < np.log(0.1)
+                for s in range(len(ids))
+                for j in range(len(log_probs[s]))
+                if s != r and says[s][j] == says[r][i] >= 0
+            ]
+            share = sum(others) / len(others) if len(others) >= 3 else 0.0
+            by_choice = min(1.0, max(0.0, (share - 0.6) / 0.2))
+            moved += by_choice > by_context[r][i]
+            assert float(value) == pytest.approx(max(by_choice, by_context[r][i]), rel=1e-5, abs=1e-6)
+    assert moved
+
+
+def test_a_choice_counts_where_the_base_is_sure_of_it() -> None:
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(np.array([[0.2, 0.5, 0.0], [0.49, 0.4, 0.1], [1.0, 0.0, 0.0]]))
+    assert confident_choices(np.array([[4, 5, -1], [4, 5, 6], [9, -1, -1]]), log_probs).tolist() == [5, -1, 9]
+
+
 def test_counted_fields_are_these_and_only_those_asked_for() -> None:
     ids, masks = drawn(1, rows=12, vocab=3)
     log_probs = [np.log(np.full(len(trained(mask)), 0.05)) for mask in masks]
@@ -192,3 +244,5 @@ def test_misaligned_inputs_say_which_row() -> None:
         prior_conflict(rows, masks, two)
     with pytest.raises(ShapeError, match="2 rows of tokens, 1 of log-probs"):
         prior_conflict(rows, masks, one[:1])
+    with pytest.raises(ShapeError, match="row 1: 1 supervised tokens and 2 log-probs"):
+        prior_conflict(rows, masks, one, two)

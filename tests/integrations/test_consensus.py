@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 import qtarget
-from qtarget.data.agreement import agreement, prior_conflict, prior_reliability
+from qtarget.data.agreement import agreement, confident_choices, prior_conflict, prior_reliability
 from qtarget.errors import IncompatibleError, MissingStatisticError
 from tests.integrations.conftest import make_model, make_tokenizer
 
@@ -37,6 +37,14 @@ def tokens_of(rows: Dataset) -> tuple[list[list[int]], list[list[bool]]]:
 
 
 @torch.no_grad()
+def sure_base():
+    """A model that has a favourite nearly everywhere."""
+    base = make_model(seed=3)
+    base.lm_head.weight *= 5
+    return base
+
+
+@torch.no_grad()
 def expected_loss(target: qtarget.Target, base, rows_seen: set[int]) -> float:
     """Each row alone, full logits, and the rows' numbers counted over the whole data set."""
     ids, masks = tokens_of(formatted_rows())
@@ -47,7 +55,9 @@ def expected_loss(target: qtarget.Target, base, rows_seen: set[int]) -> float:
         known.append(qtarget.Reference.from_logits(logits, torch.tensor(row)[torch.tensor(at) + 1]))
     log_probs = [k.label_log_probs.numpy() for k in known]
     agreed = agreement(ids, masks)
-    conflict = prior_conflict(ids, masks, log_probs)
+    said = [confident_choices(*(v.numpy() for v in reversed(k.log_probs.topk(1)))) for k in known]
+    conflict = prior_conflict(ids, masks, log_probs, said)
+    assert any((c != d).any() for c, d in zip(conflict, prior_conflict(ids, masks, log_probs), strict=True))
     rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs))
     assert 0.001 < rho < 0.9 and max(c.max() for c in conflict) > 0.5, "the case is too weak to tell"
     total, count = 0.0, 0
@@ -74,7 +84,7 @@ CASES = [("consensus", False, "reference"), ("asft", True, "reference"), ("targe
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(("target", "guard", "role"), CASES)
 def test_the_loss_from_a_cache_is_that_of_full_logits(make_trainer, cached, target, guard, role, packing):
-    base = make_model(seed=3)
+    base = sure_base()
     named = {f"{role}_cache": cached(base, formatted_rows(), model_id="base"), f"{role}_model_name_or_path": "base"}
     kwargs = {"target_kwargs": {"kl_weight": 0.7}} if target == "asft" else {}
     trainer = make_trainer(target, data=formatted_rows(), guard=guard, packing=packing, **named, **kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
@@ -16,7 +17,7 @@ from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
 from qtarget.benchmarks.tasks import Check, Row, load_model, task_set
 from qtarget.data import tasks
-from qtarget.data.agreement import counted_fields
+from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import NOISE_KINDS, inject_noise
 from qtarget.types import DATA_FIELDS, Reference
@@ -214,7 +215,8 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     labels = [values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
     ids, numbers = [row.prompt + row.completion for row in rows], [label.numpy() for label in labels]
-    found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS))
+    said = [confident_choices(*_first_choices(values)) for values in log_probs]
+    found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS), said)
     return [
         Reference(
             label_log_probs=label,
@@ -223,6 +225,11 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
         )
         for i, (label, values) in enumerate(zip(labels, log_probs, strict=True))
     ]
+
+
+def _first_choices(log_probs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    first = log_probs.max(-1, keepdim=True)
+    return first.indices.numpy(), first.values.numpy()
 
 
 def _column(row: Encoded) -> torch.Tensor:

@@ -50,7 +50,7 @@ def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[
 
 
 Context = tuple[str, tuple[int, ...]]
-"""What a context is made of (``last``, ``back`` or ``depth``) and its numbers."""
+"""What a place is made of (``last``, ``back`` or ``depth`` tokens, or what the base ``said``) and its numbers."""
 Observation = tuple[Context, int]
 """A context and the token that follows it."""
 
@@ -128,26 +128,51 @@ def prior_reliability(agreements: np.ndarray, label_log_probs: np.ndarray) -> fl
 
 SURPRISING = 0.1
 """Probability under the frozen base below which a label counts as one that the base did not expect."""
+CONFIDENT = 0.5
+"""Probability from which on its first choice is what the base says."""
 WITNESSES = 3
-"""Other rows that a context needs before its rows can be said to agree."""
+"""Other rows that a place needs before its rows can be said to agree."""
 SOME, MOST = 0.6, 0.8
-"""Share of surprising rows at which a context begins to contradict the base, and at which it does so wholly."""
+"""Share of surprising rows at which a place begins to contradict the base, and at which it does so wholly."""
+
+
+def confident_choices(topk_ids: np.ndarray, topk_log_probs: np.ndarray) -> np.ndarray:
+    """What the frozen base says at each token, where it is sure: its first choice if that has half of the mass, else -1.
+
+    Args:
+        topk_ids, topk_log_probs: ``[tokens, k]``, in any order; nats.
+
+    Returns:
+        ``[tokens]``, int64.
+
+    Example:
+        >>> import numpy as np
+        >>> confident_choices(np.array([[7, 8], [7, 8]]), np.log(np.array([[0.9, 0.05], [0.3, 0.2]]))).tolist()
+        [7, -1]
+    """
+    first = topk_log_probs.argmax(-1)[:, None]
+    sure = np.take_along_axis(topk_log_probs, first, -1)[:, 0] >= np.log(CONFIDENT)
+    return np.where(sure, np.take_along_axis(topk_ids, first, -1)[:, 0], -1).astype(np.int64)
 
 
 def prior_conflict(
     token_ids: Sequence[Sequence[int]],
     supervised: Sequence[Sequence[bool]],
     label_log_probs: Sequence[np.ndarray],
+    choices: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Where the demonstrations contradict the frozen base: ``(share - 0.6) / 0.2``, cut to [0, 1].
 
-    ``share`` is how many of the *other* rows surprise the base at the token's context (the longest one, of at most three
-    tokens, that at least three other rows have). Noise surprises it now and then, a flawed or missing prior nearly always: a
-    share up to 0.6 counts nothing, from 0.8 on it counts in full. Without a context there is no conflict.
+    ``share`` is how many of the *other* rows' tokens surprise the base in the same place. Noise surprises it now and then, a
+    flawed or missing prior nearly always: a share up to 0.6 counts nothing, from 0.8 on it counts in full. A token stands in
+    two places, of which the more contradicted counts: its context (the longest one, of at most three tokens, that stands
+    three times in other rows), which shows what the base does not know of a phrase; and among the tokens at which the base
+    is sure of the same choice, which shows a bias that it has everywhere. Without a place there is no conflict.
 
     Args:
         token_ids, supervised: as for ``agreement``.
         label_log_probs: ``[supervised tokens]`` of the frozen base a row, nats.
+        choices: ``[supervised tokens]`` a row, of ``confident_choices``; without them contexts alone are compared.
 
     Raises:
         ShapeError: a row has another number of numbers than supervised tokens, or a list another number of rows.
@@ -159,23 +184,60 @@ def prior_conflict(
         >>> [found.tolist() for found in prior_conflict(rows, masks, unexpected)]
         [[1.0], [1.0], [1.0], [1.0], [1.0]]
     """
-    if len(token_ids) != len(label_log_probs):
-        raise ShapeError(
-            f"{len(token_ids)} rows of tokens, {len(label_log_probs)} of log-probs; expected as many of each"
-        )
+    for found in (label_log_probs, choices):
+        if found is not None and len(token_ids) != len(found):
+            raise ShapeError(f"{len(token_ids)} rows of tokens, {len(found)} of log-probs; expected as many of each")
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
+    said = [np.full(len(flags), -1) for flags in surprised] if choices is None else choices
     seen, against = Counter(), Counter()
-    for number, (row, flags) in enumerate(zip(_rows(token_ids, supervised), surprised, strict=True)):
-        if len(row) != len(flags):
-            raise ShapeError(f"row {number}: {len(row)} supervised tokens and {len(flags)} log-probs; expected as many")
-        for found, flag in zip(row, flags, strict=True):
-            for context in _plain(found):
-                seen[context] += 1
-                against[context] += bool(flag)
+    for places, flags in _placed(token_ids, supervised, surprised, said):
+        _count(places, flags, seen, against)
     return [
-        _conflicts(row, flags, seen, against)
-        for row, flags in zip(_rows(token_ids, supervised), surprised, strict=True)
+        _conflicts(places, flags, seen, against) for places, flags in _placed(token_ids, supervised, surprised, said)
     ]
+
+
+Places = tuple[list[Context], list[Context]]
+"""Where a token stands: its contexts, longest first, and the base's choice, if it is sure of one."""
+
+
+def _placed(
+    token_ids: Sequence[Sequence[int]],
+    supervised: Sequence[Sequence[bool]],
+    surprised: Sequence[np.ndarray],
+    said: Sequence[np.ndarray],
+) -> Iterator[tuple[list[Places], np.ndarray]]:
+    """Each row's places, and whether its tokens surprise the base."""
+    for number, (row, flags, chosen) in enumerate(zip(_rows(token_ids, supervised), surprised, said, strict=True)):
+        if not len(row) == len(flags) == len(chosen):
+            wrong = flags if len(row) != len(flags) else chosen
+            raise ShapeError(f"row {number}: {len(row)} supervised tokens and {len(wrong)} log-probs; expected as many")
+        plain = [[context for context, _ in found if context[0] == "last"] for found in row]
+        sure: list[list[Context]] = [[("said", (int(choice),))] if choice >= 0 else [] for choice in chosen]
+        yield list(zip(plain, sure, strict=True)), flags
+
+
+def _count(places: list[Places], flags: np.ndarray, seen: Counter, against: Counter) -> None:
+    for (contexts, said), flag in zip(places, flags, strict=True):
+        for place in (*contexts, *said):
+            seen[place] += 1
+            against[place] += bool(flag)
+
+
+def _conflicts(places: list[Places], flags: np.ndarray, seen: Counter, against: Counter) -> np.ndarray:
+    """The conflict at each token, the row's own tokens taken out."""
+    own_seen, own_against = Counter(), Counter()
+    _count(places, flags, own_seen, own_against)
+
+    def share(candidates: list[Context]) -> float:
+        """Of the first candidate with enough witnesses."""
+        for place in candidates:
+            if (others := seen[place] - own_seen[place]) >= WITNESSES:
+                return (against[place] - own_against[place]) / others
+        return 0.0
+
+    shares = np.array([max(share(contexts), share(said)) for contexts, said in places], dtype=np.float32)
+    return np.clip((shares - SOME) / (MOST - SOME), 0, 1)
 
 
 def counted_fields(
@@ -183,11 +245,12 @@ def counted_fields(
     supervised: Sequence[Sequence[bool]],
     label_log_probs: Sequence[np.ndarray],
     fields: frozenset[str],
+    choices: Sequence[np.ndarray] | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Those of ``DATA_FIELDS`` that are named, as a ``Reference`` holds them: ``[supervised tokens]`` a row each.
 
     Args:
-        token_ids, supervised, label_log_probs: as for ``prior_conflict``.
+        token_ids, supervised, label_log_probs, choices: as for ``prior_conflict``.
         fields: what a target needs of the frozen model; names of other fields are passed over.
 
     Raises:
@@ -203,30 +266,7 @@ def counted_fields(
     if not wanted:
         return {}
     agreed = agreement(token_ids, supervised)
-    conflicts = prior_conflict(token_ids, supervised, label_log_probs)
+    conflicts = prior_conflict(token_ids, supervised, label_log_probs, choices)
     rho = prior_reliability(np.concatenate(agreed), np.concatenate(label_log_probs))
     found = {"agreement": agreed, "conflict": conflicts, "reliability": [rho * (1 - values) for values in conflicts]}
     return {name: values for name, values in found.items() if name in wanted}
-
-
-def _plain(found: list[Observation]) -> list[Context]:
-    """The contexts of the last one to three tokens, longest first."""
-    return [context for context, _ in found if context[0] == "last"]
-
-
-def _conflicts(row: list[list[Observation]], flags: np.ndarray, seen: Counter, against: Counter) -> np.ndarray:
-    """The conflict at each token, the row's own tokens taken out."""
-    own_seen, own_against = Counter(), Counter()
-    for found, flag in zip(row, flags, strict=True):
-        for context in _plain(found):
-            own_seen[context] += 1
-            own_against[context] += bool(flag)
-    out = np.zeros(len(row), dtype=np.float32)
-    for place, found in enumerate(row):
-        for context in _plain(found):
-            others = seen[context] - own_seen[context]
-            if others >= WITNESSES:
-                share = (against[context] - own_against[context]) / others
-                out[place] = min(1.0, max(0.0, (share - SOME) / (MOST - SOME)))
-                break
-    return out

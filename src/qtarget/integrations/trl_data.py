@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qtarget.data.agreement import counted_fields
+from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
 from qtarget.errors import CacheMismatchError, DataError
 from qtarget.integrations.step import REFERENCE_FIELDS, ROLES
@@ -140,8 +140,13 @@ def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields:
         return dataset
     rows: list[Any] = list(dataset)
     ids, masks = [row["input_ids"] for row in rows], [supervised_mask(row["labels"]) for row in rows]
-    known = [cache.row(row[f"{role}_rows"][0])["label_log_probs"] for row in rows]
-    found = counted_fields(ids, masks, known, fields)
+    known, said = [], []
+    for row in rows:
+        numbers = cache.row(row[f"{role}_rows"][0])
+        known.append(numbers["label_log_probs"])
+        if cache.has_topk:
+            said.append(confident_choices(numbers["topk_ids"], numbers["topk_log_probs"]))
+    found = counted_fields(ids, masks, known, fields, said if cache.has_topk else None)
     if "reliability" in found:
         mean = float(np.concatenate(found["reliability"]).mean())
         logger.warning(f"{role}: reliability of the frozen model, mean over the trained tokens: {mean:.2f}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtarget.data.agreement import counted_fields
+from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.errors import DataError
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
@@ -159,8 +159,10 @@ class ModelNumbers:
         """The same with what a target needs to know of the rows around each token, counted among these rows."""
         ids = np.split(rows.ids, rows.offsets[1:-1])
         masks = np.split(rows.supervised, rows.offsets[1:-1])
-        known = np.split(self.label_log_probs, rows.trained_offsets[1:-1])
-        found = counted_fields(ids, masks, known, fields)  # pyright: ignore[reportArgumentType]
+        known, said = np.split(self.label_log_probs, rows.trained_offsets[1:-1]), None
+        if self.topk_ids is not None and self.topk_log_probs is not None:
+            said = np.split(confident_choices(self.topk_ids, self.topk_log_probs), rows.trained_offsets[1:-1])
+        found = counted_fields(ids, masks, known, fields, said)  # pyright: ignore[reportArgumentType]
         return replace(self, counted={name: np.concatenate(values) for name, values in found.items()})
 
 
