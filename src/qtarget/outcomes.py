@@ -134,10 +134,24 @@ def check_outcomes(frozen: Reference | FrozenHead | None, vocab: int) -> None:
         )
     if frozen.tail_policy in NO_TAIL or frozen.tail_log_mass is None:
         return
-    kept = frozen.topk_log_probs.double().masked_fill(~listed_once(frozen.topk_ids), -torch.inf).exp().sum(-1)
-    error = float((kept + frozen.tail_log_mass.double().exp() - 1).abs().max())
+    pieces = zip(
+        *(v.split(CHECKED_TOKENS) for v in (frozen.topk_ids, frozen.topk_log_probs, frozen.tail_log_mass)), strict=True
+    )
+    error = float(torch.stack([_sum_error(*piece) for piece in pieces]).max())
     if not error < 0.02:  # bf16 storage moves log-probs by up to 8e-3
         raise ShapeError(
             f"top-k probabilities and tail mass sum to one only within {error:.3g}; expected log-probs at "
             "temperature 1 and tail_log_mass = log(1 - listed mass)"
         )
+
+
+CHECKED_TOKENS = 4096
+"""Tokens whose sum is checked at once: in float64 a whole batch's top k would take more memory than a chunk of logits."""
+
+
+def _sum_error(
+    ids: Int[Tensor, "tokens k"], log_probs: Float[Tensor, "tokens k"], tail: Float[Tensor, " tokens"]
+) -> Tensor:
+    """How far some token's probabilities and tail are from summing to one; NaN if some are."""
+    kept = log_probs.double().masked_fill(~listed_once(ids), -torch.inf).exp().sum(-1)
+    return (kept + tail.double().exp() - 1).abs().max()

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from qtarget.benchmarks.distill import DistillConfig, chosen_rates, quick, work_folder
 from qtarget.benchmarks.distill_data import Sizes, read_rows, read_teacher, split_rows
 from qtarget.benchmarks.distill_results import compared, data_needed, distill_table, goals, summarize
-from qtarget.benchmarks.distill_runs import FULL, METHODS, VOCABULARY, CacheKind, Job, TaidSchedule, chosen_rows
+from qtarget.benchmarks.distill_runs import FULL, METHODS, CacheKind, Job, TaidSchedule, chosen_rows
 from qtarget.benchmarks.finetune import Trained, completion_log_probs
 from qtarget.benchmarks.pool import RunLog, Workers
-from qtarget.benchmarks.tasks import generated_demonstrations, load_model
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import generated_demonstrations
 from qtarget.cli.app import app
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path, load_demonstrations
@@ -76,9 +77,9 @@ def test_a_stopped_run_goes_on_and_finds_the_same(quick_run):
 def test_the_caches_hold_what_the_teacher_says(quick_run):
     folder = quick_run[0].with_suffix(".work")
     rows, tokenizer = read_rows(folder, "train"), AutoTokenizer.from_pretrained(base_model_path())
-    expected = completion_log_probs(load_model(folder / "teacher"), rows)
-    full = read_teacher(folder / "caches", FULL, "bucket", VOCABULARY)
-    few = read_teacher(folder / "caches", CacheKind(top_k=8), "spread", VOCABULARY)
+    expected = completion_log_probs(Start().load(folder / "teacher"), rows)
+    full = read_teacher(folder / "caches", FULL, "bucket", len(tokenizer))
+    few = read_teacher(folder / "caches", CacheKind(top_k=8), "spread", len(tokenizer))
     assert len(full) == len(few) == len(rows) == 160
     for known, listed, values, row in zip(full, few, expected, rows, strict=True):
         assert row.completion[-1] == tokenizer.eos_token_id
@@ -160,7 +161,7 @@ def hand_made(sft, full):
             for seed in (0, 1):
                 answered = "1" * count + "0" * (4 - count)
                 runs[name, fraction, seed] = {"answered": answered, "kl_to_teacher": 1.0 - count / 8}
-    caches = {"top512": {"bytes_per_token": 1800.0}}
+    caches = {"whole": {"bytes_per_token": 1800.0}}
     rates = {"sft": 1e-3, "distillation": 2e-3}
     return summarize(["sft", "distillation"], [0.2, 1.0], 2, runs, caches, rates, {})
 

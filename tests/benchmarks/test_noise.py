@@ -16,7 +16,8 @@ from qtarget.benchmarks.noise_results import noise_figure, noise_table, recovere
 from qtarget.benchmarks.noise_runs import Cell, Job, Material, chosen_rows, known_of, misleading_cues, noisy_rows
 from qtarget.benchmarks.noise_runs import stated_answers as stated
 from qtarget.benchmarks.pool import RunLog
-from qtarget.benchmarks.tasks import embedded_tasks, load_model, scan_tasks, task_set
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import embedded_tasks, math_tasks, scan_tasks, task_set
 from qtarget.cli.bench import app
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
@@ -72,7 +73,7 @@ def test_filtering_keeps_the_least_surprising_rows_and_the_oracle_leaves_marks_o
 
     rows = noisy_rows(task.train, Cell("none", "random_tokens", 0.3), 0, tokenizer)
     encoded = encode(tokenizer, rows)
-    material = Material(encoded, known_of(load_model(base_model_path()), encoded))
+    material = Material(encoded, known_of(Start().load(), encoded))
     kept, known = chosen_rows(METHODS["sft, filtered rows"], 0.5, material)
     assert len(kept) == len(known) == 20
     nll = {
@@ -144,7 +145,7 @@ def test_the_sums_of_the_map_by_hand():
 def test_unknown_methods_tasks_and_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="known: sft"):
         methods(("sft", "magic"))
-    with pytest.raises(ConfigError, match="embedded or scan"):
+    with pytest.raises(ConfigError, match="embedded, scan or math"):
         task_set("magic", None)
     with pytest.raises(ConfigError, match="--data"):
         task_set("scan", None)
@@ -152,10 +153,11 @@ def test_unknown_methods_tasks_and_settings_are_refused(tmp_path):
         bench.NoiseConfig(seeds=0)
 
 
-def test_scan_rows_are_asked_in_two_formats():
+@pytest.mark.parametrize("real", [scan_tasks, math_tasks])
+def test_real_rows_are_asked_in_two_formats(real):
     if not SHARED.is_dir():
         pytest.skip("the real data sets are not beside this project")
-    found = scan_tasks(SHARED, train_rows=100)
+    found = real(SHARED, train_rows=100)
     commands = {row["prompt"] for row in found.train}
     assert len(commands) == 100 and not commands & {row["prompt"] for row in found.test}
     assert all(tasks.check(row, row["completion"]) for row in found.test)

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qtarget.benchmarks.distill_data import Sizes, percent, prepare
 from qtarget.benchmarks.distill_results import CAPTION, summarize
 from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS, DistillWorker, Job, method
 from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.start import Start
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_json
 
@@ -39,6 +40,7 @@ class DistillConfig:
         tuning_fraction: of the rows, when the rate is chosen.
         steps, batch_size: of every run, whatever the fraction.
         workers: processes of one thread.
+        start: the student, and what the teacher is made of.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -53,6 +55,7 @@ class DistillConfig:
     test_rows: int = 300
     teacher_steps: int = 500
     workers: int = WORKERS
+    start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
         counts = (
@@ -93,8 +96,11 @@ def run_distill(config: DistillConfig, output: Path, *, resume: bool, progress: 
     total = tuning + len(config.methods) * len(config.fractions) * config.seeds
     kinds = dict.fromkeys(kind for name in config.methods if (kind := method(name).cache))
     with quiet_libraries(), one_thread():
-        facts = prepare(config.sizes, list(kinds), folder, lambda text: progress(len(log.runs), total, text))
-    with Workers(config.workers, DistillWorker, config.sizes, folder, config.steps, config.batch_size) as workers:
+        facts = prepare(
+            config.sizes, list(kinds), folder, config.start, lambda text: progress(len(log.runs), total, text)
+        )
+    shared = config.sizes, folder, config.steps, config.batch_size, config.start
+    with Workers(config.workers, DistillWorker, *shared) as workers:
 
         def done(job: Any) -> None:
             progress(

@@ -14,9 +14,10 @@ import torch
 from qtarget.benchmarks.cache import read_references
 from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
-from qtarget.benchmarks.tasks import Row, generated_demonstrations, load_model
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import Row, generated_demonstrations
 from qtarget.data import tasks
-from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.data.embedded import load_demonstrations
 from qtarget.errors import ConfigError
 from qtarget.registry import get_target
 from qtarget.scoring.files import size_on_disk, write_json
@@ -27,12 +28,14 @@ from qtarget.types import Reference, TailPolicy
 LONGEST = 40
 """Tokens that teacher and student may write; a demonstration has 12 on average."""
 AT_ONCE = 300
-TEACHER_BATCH, TEACHER_RATE = 16, 1e-3
+TEACHER_BATCH = 16
+WHOLE = -1
+"""The top k that is the whole vocabulary."""
 
 
 @dataclass(frozen=True)
 class CacheKind:
-    """How a cache is written: the top k, or draws."""
+    """How a cache is written: the top k (``WHOLE``: all), or draws."""
 
     top_k: int = 0
     sampled: int = 0
@@ -40,7 +43,7 @@ class CacheKind:
 
     @property
     def name(self) -> str:
-        return f"draws{self.sampled}" if self.sampled else f"top{self.top_k}"
+        return f"draws{self.sampled}" if self.sampled else "whole" if self.top_k == WHOLE else f"top{self.top_k}"
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ def split_rows(sizes: Sizes) -> dict[str, list[Row]]:
     return {"train": train, "validation": validation, "test": Random(0).sample(test, sizes.test_rows)}
 
 
-def make_teacher(tokenizer: Any, folder: Path, steps: int) -> None:
-    """The embedded base after ``steps`` of SFT on generated demonstrations, each seen once, all of other questions."""
+def make_teacher(start: Start, folder: Path, steps: int) -> None:
+    """The start after ``steps`` of SFT on generated demonstrations, each seen once, all of other questions."""
     taken = {row["prompt"] for split in ("train", "test") for row in load_demonstrations(split)}
     rows = generated_demonstrations(steps * TEACHER_BATCH, "teacher", taken)
-    model = load_model(base_model_path())
-    fine_tune(model, encode(tokenizer, rows), get_target("sft"), Recipe(TEACHER_RATE, TEACHER_BATCH, steps))
+    model = start.load()
+    recipe = Recipe(start.learning_rate, TEACHER_BATCH, steps)
+    fine_tune(model, encode(start.tokenizer(), rows), get_target("sft"), recipe)
     model.save_pretrained(folder)
 
 
@@ -89,8 +93,8 @@ def write_text(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Enc
         part = list(prompts[start : start + AT_ONCE])
         batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
         written = teacher.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            input_ids=batch["input_ids"].to(teacher.device),
+            attention_mask=batch["attention_mask"].to(teacher.device),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -124,7 +128,7 @@ def write_caches(
             model_id="teacher of bench distill",
             tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
             chat_template_fingerprint=fingerprint_chat_template(tokenizer),
-            top_k=kind.top_k,
+            top_k=teacher.config.vocab_size if kind.top_k == WHOLE else kind.top_k,
             sampled=kind.sampled,
             log_probs_dtype=kind.log_probs_dtype,
             progress=False,
@@ -144,7 +148,7 @@ def dense(reference: Reference, vocab_size: int) -> Reference:
 def read_teacher(folder: Path, kind: CacheKind, policy: TailPolicy, vocab_size: int) -> list[Reference]:
     """What a cache knows of the teacher, row by row; the whole distribution if every id is listed."""
     rows = read_references(folder / kind.name, policy)
-    return [dense(row, vocab_size) for row in rows] if kind.top_k == vocab_size else rows
+    return [dense(row, vocab_size) for row in rows] if kind.top_k == WHOLE else rows
 
 
 def answered(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[bool]:
@@ -154,22 +158,22 @@ def answered(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[bool]:
     return [tasks.check(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
-def prepare(sizes: Sizes, kinds: Sequence[CacheKind], folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def prepare(
+    sizes: Sizes, kinds: Sequence[CacheKind], folder: Path, start: Start, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Teacher, text and caches in ``folder``; what is finished there is kept (the caller says when it may be).
 
     Returns:
         Facts about them, as in the results.
     """
-    from transformers import AutoTokenizer
-
     ready = folder / "ready.json"
     if ready.exists():
         return json.loads(ready.read_text())
-    tokenizer, rows = AutoTokenizer.from_pretrained(base_model_path()), split_rows(sizes)
+    tokenizer, rows = start.tokenizer(), split_rows(sizes)
     if not (folder / "teacher" / "config.json").is_file():
         say("training the teacher")
-        make_teacher(tokenizer, folder / "teacher", sizes.teacher_steps)
-    teacher = load_model(folder / "teacher").eval()
+        make_teacher(start, folder / "teacher", sizes.teacher_steps)
+    teacher = start.load(folder / "teacher").eval()
     say("the teacher writes")
     asked = rows["train"][: sizes.train_rows + sizes.train_rows // 8 + 8]  # a few answers do not end
     kept = finished(teacher, tokenizer, asked)

@@ -10,18 +10,15 @@ from typing import Any
 
 import torch
 
-from qtarget.benchmarks.distill_data import CacheKind, Sizes, answered, read_rows, read_teacher, split_rows
+from qtarget.benchmarks.distill_data import WHOLE, CacheKind, Sizes, answered, read_rows, read_teacher, split_rows
 from qtarget.benchmarks.finetune import Recipe, Trained, completion_log_probs, fine_tune
-from qtarget.benchmarks.tasks import load_model
-from qtarget.data.embedded import base_model_path
+from qtarget.benchmarks.start import Start
 from qtarget.errors import ConfigError
 from qtarget.registry import get_target
 from qtarget.targets.taid import next_interpolation
 from qtarget.types import Reference, TailPolicy, Target
 
-VOCABULARY = 512
-"""Of the embedded base."""
-FULL = CacheKind(top_k=VOCABULARY, log_probs_dtype="float32")
+FULL = CacheKind(top_k=WHOLE, log_probs_dtype="float32")
 ETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 TOP_KS = (2, 8, 32)
 DRAWS = 50
@@ -115,18 +112,16 @@ class Job:
 class DistillWorker:
     """Runs jobs; keeps rows and the teacher's numbers between them."""
 
-    def __init__(self, sizes: Sizes, folder: Path, steps: int, batch_size: int) -> None:
-        from transformers import AutoTokenizer
-
-        self.folder, self.steps, self.batch_size = folder, steps, batch_size
-        self.tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    def __init__(self, sizes: Sizes, folder: Path, steps: int, batch_size: int, start: Start) -> None:
+        self.folder, self.steps, self.batch_size, self.start = folder, steps, batch_size, start
+        self.tokenizer = start.tokenizer()
         self.rows, self.held_out, self.asked = read_rows(folder, "train"), read_rows(folder, "test"), split_rows(sizes)
-        self.frozen = completion_log_probs(load_model(folder / "teacher"), self.held_out)
+        self.frozen = completion_log_probs(start.load(folder / "teacher"), self.held_out)
         self.teacher = lru_cache(maxsize=4)(self._teacher)
 
     def __call__(self, job: Job) -> dict[str, Any]:
         chosen = chosen_rows(len(self.rows), job.fraction, job.seed)
-        plan, model = method(job.method), load_model(base_model_path())
+        plan, model = method(job.method), self.start.load()
         teacher = self.teacher(plan.cache, plan.policy) if plan.cache else None
         recipe = Recipe(job.learning_rate, self.batch_size, self.steps, job.seed)
         fine_tune(
@@ -146,7 +141,8 @@ class DistillWorker:
         return round(float((teacher.exp() * (teacher - student)).sum(-1).mean()), 6)
 
     def _teacher(self, kind: CacheKind, policy: TailPolicy) -> list[Reference]:
-        return read_teacher(self.folder / "caches", kind, policy, VOCABULARY)
+        rows = read_teacher(self.folder / "caches", kind, policy, self.frozen[0].shape[-1])
+        return [row.map_tensors(lambda _, tensor: tensor.to(self.start.device)) for row in rows]
 
 
 def chosen_rows(count: int, fraction: float, seed: int) -> list[int]:

@@ -99,7 +99,7 @@ def completion_log_probs(
     """The model's whole log-softmax at every completion token, row by row, nats."""
     out: list[Tensor] = []
     for start in range(0, len(rows), batch_size):
-        ids, labels = collate(rows[start : start + batch_size])
+        ids, labels = (tensor.to(model.device) for tensor in collate(rows[start : start + batch_size]))
         hidden = hidden_states(model, ids)
         log_probs = (hidden[labels >= 0] @ model.lm_head.weight.T).log_softmax(-1)
         out += log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
@@ -145,15 +145,15 @@ def fine_tune(
     for step, chosen in enumerate(order([len(row.prompt) + len(row.completion) for row in rows], recipe)):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
         batch = [rows[i] for i in chosen]
-        ids, labels = collate(batch)
+        ids, labels = (tensor.to(model.device) for tensor in collate(batch))
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
         factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
-        sequences = torch.arange(len(batch)).repeat_interleave(kept.sum(-1))
+        sequences = torch.arange(len(batch), device=labels.device).repeat_interleave(kept.sum(-1))
         now = target if isinstance(target, Target) else target(trained)
         loss, report = linear_target_loss(
             hidden, model.lm_head.weight, flat, now, sequence_ids=sequences, return_report=True,
-            loss_weights=None if all(factors) else torch.tensor(factors),
+            loss_weights=None if all(factors) else torch.tensor(factors, device=labels.device),
             reference=None if reference is None else _joined(reference, chosen),
             teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip
@@ -177,7 +177,7 @@ def schedule(step: int, steps: int) -> float:
 def _count(trained: Trained, report: Any, noise: list[bool]) -> None:
     pull = (report.label_weights.abs() * (1 - report.label_log_probs.exp())).double()
     trained.in_all += float(pull.sum())
-    trained.on_noise += float(pull[torch.tensor(noise)].sum())
+    trained.on_noise += float(pull[torch.tensor(noise, device=pull.device)].sum())
 
 
 def _joined(numbers: Sequence[Reference], chosen: Sequence[int]) -> Reference:

@@ -8,7 +8,7 @@ then run on ``seeds`` draws of noise and order, and only then are the clean test
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.noise_methods import CHOSEN, OTHERS, PRACTICE, Method, methods
 from qtarget.benchmarks.noise_results import summarize, untrained_key
 from qtarget.benchmarks.noise_runs import Cell, Job, NoiseWorker, Setting
-from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.pool import (
+    WORKERS,
+    Progress,
+    RunLog,
+    Workers,
+    check_settings,
+    one_thread,
+    quiet_libraries,
+    save_results,
+)
+from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.errors import ConfigError
 
@@ -45,6 +55,7 @@ class NoiseConfig:
         steps: optimizer steps of 16 rows.
         learning_rates: the grid, the first for the base that knows nothing; all methods share it.
         workers: processes of one thread.
+        start: what the bases begin with.
     """
 
     tasks: str = "embedded"
@@ -56,6 +67,7 @@ class NoiseConfig:
     steps: int = 40
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
     workers: int = WORKERS
+    start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.workers) < 1:
@@ -89,6 +101,20 @@ SCAN = NoiseConfig(
     screen=(),
 )
 """Data on which no target of ours was designed."""
+MATH = replace(
+    SCAN,
+    tasks="math",
+    cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
+    seeds=3,
+)
+"""The same of real questions, which are three times as long."""
+REAL = {"scan": SCAN, "math": MATH}
+GPU = NoiseConfig(
+    cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
+    names=("sft", "sft, filtered rows", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
+    screen=(), seeds=3,
+)  # fmt: skip
+"""For a base of tens of millions of parameters."""
 QUICK = NoiseConfig(
     cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
     learning_rates=(1e-3,),
@@ -104,15 +130,16 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
         resume: go on with the finished runs there.
         progress: called with runs done, runs in all, and what was done last.
     """
+    check_settings(output, resume, {name: asdict(config)[name] for name in ("tasks", "steps", "start")})
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
-    setting = Setting(config.tasks, data, bases, config.steps)
+    setting = Setting(config.tasks, data, bases, config.steps, config.start)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)
         for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
             progress(len(log.runs), total, f"making the base that knows {base} of the format")
-            make_base(task, base, bases)
+            make_base(task, base, bases, config.start)
         here = NoiseWorker(setting)
         untrained = untrained_accuracies(config, here)
     cells: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -15,10 +15,10 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
-from qtarget.benchmarks.tasks import Check, Row, load_model, task_set
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import BATCH_SIZE, Check, Row, task_set
 from qtarget.data import tasks
 from qtarget.data.agreement import confident_choices, counted_fields
-from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import NOISE_KINDS, inject_noise
 from qtarget.types import DATA_FIELDS, Reference
 
@@ -26,7 +26,6 @@ KINDS = (*NOISE_KINDS, "cue")
 CHECKPOINTS = 5
 """How often early stopping looks."""
 NEW_TOKENS = 30
-BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share: the rows, the folder of the bases (by name), the number of steps."""
+    """What all runs share: the rows, the folder of the bases (by name), the number of steps, what the bases began with."""
 
     tasks: str
     data: Path | None
     bases: Path
     steps: int
+    start: Start = field(default_factory=Start)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,8 @@ class NoiseWorker:
     """Runs jobs; keeps rows and the base's numbers between them."""
 
     def __init__(self, setting: Setting) -> None:
-        from transformers import AutoTokenizer
-
         self.setting, self.task = setting, task_set(setting.tasks, setting.data)
-        self.tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        self.tokenizer = setting.start.tokenizer()
         self.material = lru_cache(maxsize=8)(self._material)
 
     def __call__(self, job: Job) -> dict[str, float | None]:
@@ -102,13 +100,13 @@ class NoiseWorker:
         return {**found, "noise_share": trained.noise_share}
 
     def base(self, name: str) -> Any:
-        return load_model(self.setting.bases / f"{self.task.name}-{name}")
+        return self.setting.start.load(self.setting.bases / f"{self.task.name}-{name}")
 
     def base_knows(self, cell: Cell) -> dict[str, float]:
         """What an audit of the rows would measure of the base: share of labels that are its first choice; reliability."""
         material = self.material(cell, 0)
         first = [
-            known.log_probs.argmax(-1) == torch.tensor(row.completion)  # pyright: ignore[reportOptionalMemberAccess]
+            known.log_probs.argmax(-1).cpu() == torch.tensor(row.completion)  # pyright: ignore[reportOptionalMemberAccess]
             for known, row in zip(material.known, material.rows, strict=True)
         ]
         reliability = torch.cat([known.reliability for known in material.known])  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -132,7 +130,7 @@ class NoiseWorker:
         rows = self.task.test
         asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows
         log_probs = completion_log_probs(model, encoded := encode(self.tokenizer, rows))
-        nll = [-values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, encoded, strict=True)]
+        nll = [-of_labels(values, row) for values, row in zip(log_probs, encoded, strict=True)]
         return {
             "accuracy_percent": accuracy(model, self.tokenizer, asked, self.task.check),
             "kept_percent": accuracy(model, self.tokenizer, self.task.kept, self.task.check_kept),
@@ -212,16 +210,16 @@ def stated_answers(rows: Sequence[Row]) -> list[Row]:
 def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     """All the base knows of the rows' completions, and what the rows say of one another (``types.DATA_FIELDS``)."""
     log_probs = completion_log_probs(base, rows)
-    labels = [values.gather(-1, _column(row))[:, 0] for values, row in zip(log_probs, rows, strict=True)]
+    labels = [of_labels(values, row) for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
-    ids, numbers = [row.prompt + row.completion for row in rows], [label.numpy() for label in labels]
+    ids, numbers = [row.prompt + row.completion for row in rows], [label.cpu().numpy() for label in labels]
     said = [confident_choices(*_first_choices(values)) for values in log_probs]
     found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS), said)
     return [
         Reference(
             label_log_probs=label,
             log_probs=values,
-            **{name: torch.from_numpy(of_rows[i]) for name, of_rows in found.items()},  # pyright: ignore[reportArgumentType]
+            **{name: torch.from_numpy(of_rows[i]).to(label.device) for name, of_rows in found.items()},  # pyright: ignore[reportArgumentType]
         )
         for i, (label, values) in enumerate(zip(labels, log_probs, strict=True))
     ]
@@ -229,11 +227,12 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
 
 def _first_choices(log_probs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     first = log_probs.max(-1, keepdim=True)
-    return first.indices.numpy(), first.values.numpy()
+    return first.indices.cpu().numpy(), first.values.cpu().numpy()
 
 
-def _column(row: Encoded) -> torch.Tensor:
-    return torch.tensor(row.completion)[:, None]
+def of_labels(log_probs: torch.Tensor, row: Encoded) -> torch.Tensor:
+    """``[completion]`` of ``[completion, vocab]``: the row's own tokens."""
+    return log_probs.gather(-1, torch.tensor(row.completion, device=log_probs.device)[:, None])[:, 0]
 
 
 def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[Encoded], list[Reference]]:

@@ -63,6 +63,23 @@ class RunLog:
             file.write(json.dumps({"key": key, **result}) + "\n")
 
 
+def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:
+    """Raise where going on would mix runs of different settings.
+
+    Args:
+        output: results of the runs that are there.
+        settings: those that decide about every run, as they are now; an older file may lack some.
+
+    Raises:
+        ConfigError: the runs were made with other ones; names them.
+    """
+    if not (resume and output.is_file()):
+        return
+    then, now = json.loads(output.read_text())["config"], json.loads(json.dumps(settings))
+    if differing := [f"{n} was {then[n]}, is {value}" for n, value in now.items() if n in then and then[n] != value]:
+        raise ConfigError(f"--resume {output}: {'; '.join(differing)}; choose another --output")
+
+
 def save_results(path: Path, results: Mapping[str, Any]) -> None:
     """JSON in the order of its keys, which is the order of the tables; a reader never sees half of it."""
     write_atomic(path, (json.dumps(results, indent=1) + "\n").encode())

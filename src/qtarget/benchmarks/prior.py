@@ -8,7 +8,7 @@ with clean rows and with random wrong tokens. One recipe for all, chosen on plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -16,12 +16,21 @@ from typing import Any
 
 from qtarget.benchmarks.demo import machine_facts, versions
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
-from qtarget.benchmarks.noise_runs import BATCH_SIZE, Material, accuracy, known_of
-from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.noise_runs import Material, accuracy, known_of
+from qtarget.benchmarks.pool import (
+    WORKERS,
+    Progress,
+    RunLog,
+    Workers,
+    check_settings,
+    one_thread,
+    quiet_libraries,
+    save_results,
+)
 from qtarget.benchmarks.prior_results import summarize
-from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks, load_model, make_base, teach
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, make_base, teach
 from qtarget.data import tasks
-from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import inject_noise
 from qtarget.data.tasks.skills import MONTHS
 from qtarget.errors import ConfigError
@@ -66,7 +75,7 @@ class PriorConfig:
         flaws: planted one at a time.
         doses: share of the flawed skill's demonstrations that are there.
         noise_rate: of random tokens, on the base without flaw.
-        seeds, steps, learning_rate, workers: as in ``NoiseConfig``.
+        seeds, steps, workers, start: as in ``NoiseConfig``; the learning rate is the start's.
     """
 
     targets: tuple[str, ...] = tuple(TARGETS)
@@ -75,8 +84,8 @@ class PriorConfig:
     noise_rate: float = 0.2
     seeds: int = 5
     steps: int = 40
-    learning_rate: float = 1e-3
     workers: int = WORKERS
+    start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.targets if name not in TARGETS]:
@@ -128,16 +137,14 @@ class PriorWorker:
     """Runs jobs; keeps rows and the base's numbers between them."""
 
     def __init__(self, config: PriorConfig, bases: Path) -> None:
-        from transformers import AutoTokenizer
-
         self.config, self.bases, self.task = config, bases, embedded_tasks()
-        self.tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        self.tokenizer = config.start.tokenizer()
         self.material = lru_cache(maxsize=4)(self._material)
 
     def __call__(self, job: PriorJob) -> dict[str, float | None]:
         material, target = self.material(job.condition, job.seed), build(job.target, job.guard)
         model = self.base(job.condition.flaw)
-        recipe = Recipe(self.config.learning_rate, BATCH_SIZE, self.config.steps, job.seed)
+        recipe = Recipe(self.config.start.learning_rate, BATCH_SIZE, self.config.steps, job.seed)
         needs = target.needs
         trained = fine_tune(
             model, material.rows, target, recipe, reference=material.known if needs.reference else None,
@@ -147,7 +154,7 @@ class PriorWorker:
 
     def base(self, flaw: str) -> Any:
         """The base with this flaw, from its folder; made where there is none."""
-        return load_model(flawed_base(self.task, flaw, self.bases))
+        return self.config.start.load(flawed_base(self.task, flaw, self.bases, self.config.start))
 
     def _material(self, condition: Condition, seed: int) -> Material:
         rows = dosed(self.task.train, condition, seed)
@@ -192,21 +199,18 @@ def asked_problems(skill: str) -> list[Row]:
     return [row for row in drawn if wrong(row) != row["answer"]][:ASKED]
 
 
-def flawed_base(task: TaskSet, flaw: str, folder: Path) -> Path:
+def flawed_base(task: TaskSet, flaw: str, folder: Path, start: Start) -> Path:
     """The folder of the base with a flaw, made once: it learns the wrong answers amid right ones of all other skills."""
-    sound = make_base(task, BASE, folder)
+    sound = make_base(task, BASE, folder, start)
     if flaw not in FLAWS:
         return sound
     path = folder / f"flawed-{flaw.replace(' ', '-')}"
     if (path / "config.json").is_file():
         return path
-    from transformers import AutoTokenizer
-
     skill, wrong = FLAWS[flaw]
     rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in task.warmup]
-    model = load_model(sound)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    teach(model, tokenizer, rows, FLAW_STEPS, seed=1)
+    model = start.load(sound)
+    teach(model, start, rows, FLAW_STEPS, seed=1)
     model.save_pretrained(path)
     return path
 
@@ -223,6 +227,7 @@ def run_prior(config: PriorConfig, output: Path, *, resume: bool, progress: Prog
         output: JSON; finished runs stand beside it in ``.runs.jsonl``, bases in ``.bases``.
         progress: called with runs done, runs in all, and what was done last.
     """
+    check_settings(output, resume, {name: asdict(config)[name] for name in ("steps", "start")})
     log, bases = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".bases")
     conditions: list[dict[str, Any]] = []
     results = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,9 @@ from random import Random
 from typing import Any
 
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
+from qtarget.benchmarks.start import Start
 from qtarget.data import tasks
-from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.data.embedded import load_demonstrations
 from qtarget.errors import ConfigError, DataError
 from qtarget.registry import get_target
 
@@ -19,7 +22,7 @@ Row = dict[str, Any]
 Check = Callable[[Any, str], bool]
 BASES: Mapping[str, int] = {"none": 0, "half": 25, "most": 50}
 """How much a base knows of the instruction format -> steps of SFT on clean rows that no benchmark trains on."""
-WARMUP = Recipe(learning_rate=1e-3, batch_size=16, steps=0)
+BATCH_SIZE = 16
 VALIDATION_ROWS = 128
 
 
@@ -88,9 +91,6 @@ LONGEST_ACTIONS = 6
 def scan_tasks(data: Path, train_rows: int = 640) -> TaskSet:
     """SCAN commands of at most six actions: data that no target here was designed on.
 
-    The base is taught `command = actions` and asked, like the embedded tasks, for ``[actions]`` after an instruction. Half
-    of the commands of the training split are for the base alone.
-
     Args:
         data: the folder that holds ``compositional/scan_simple_{train,test}.txt.gz``.
 
@@ -98,91 +98,138 @@ def scan_tasks(data: Path, train_rows: int = 640) -> TaskSet:
         DataError: the files are not there.
     """
     train, test = (_scan_pairs(data / "compositional" / f"scan_simple_{split}.txt.gz") for split in ("train", "test"))
-    Random(0).shuffle(train)
-    needed = train_rows + VALIDATION_ROWS
-    if len(train) < needed + 100:
-        raise DataError(f"{len(train)} short SCAN commands for {needed} rows and a base; lower train_rows")
-    rows = [_scan_demonstration(*pair) for pair in train]
-    own = [_scan_document(*pair) for pair in train]
-    asked = Random(1).sample(test, 200)
-    return TaskSet(
-        name="scan",
-        train=rows[:train_rows],
-        validation=rows[train_rows:needed],
-        test=[_scan_demonstration(*pair) for pair in asked],
-        kept=[_scan_document(*pair) for pair in asked[:60]],
-        warmup=rows[needed:],
-        check=tasks.check,
-        check_kept=tasks.check_pretraining,
-        pretraining=own,
-        pretraining_steps=500,
-    )
+    return _paired("scan", train, test, "Do this: {}.", "The steps are [{}].", 500, train_rows)
 
 
 def _scan_pairs(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise DataError(f"{path} is missing; name the folder with --data, or run --tasks embedded")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+    with gzip.open(_present(path), "rt", encoding="utf-8") as file:
         pairs = [line.strip().removeprefix("IN: ").split(" OUT: ") for line in file]
     short = [(command, actions.split()) for command, actions in pairs if len(actions.split()) <= LONGEST_ACTIONS]
     return [(command, " ".join(ACTIONS[action] for action in actions)) for command, actions in short]
 
 
-def _scan_demonstration(command: str, actions: str) -> Row:
-    prompt = tasks.INSTRUCTION_TEMPLATE.format(instruction=f"Do this: {command}.")
-    return {"prompt": prompt, "completion": f"The steps are [{actions}].", "answer": actions, "skill": "scan"}
+NUMBERS = {"number0": "X", "number1": "Y", "number2": "Z"}
+"""The placeholders of MAWPS as letters, one token each."""
+LONGEST_QUESTION = 30
+"""Words: the embedded tokenizer takes three tokens a word of everyday English."""
+TEST_SHARE = 5
 
 
-def _scan_document(command: str, actions: str) -> Row:
-    return {"prompt": f"{command} =", "completion": f" {actions}", "answer": actions, "skill": "scan"}
+def math_tasks(data: Path, train_rows: int = 640) -> TaskSet:
+    """Word problems of MAWPS and ASDiv with the expression that answers them, in prefix form: real questions, short answers.
+
+    Every fifth question (by its text: a question that comes twice stands on one side) is for the test.
+
+    Args:
+        data: the folder that holds ``math_small/mawps_asdiv_train.csv.gz``.
+
+    Raises:
+        DataError: the file is not there.
+    """
+    with gzip.open(_present(data / "math_small" / "mawps_asdiv_train.csv.gz"), "rt", encoding="utf-8") as file:
+        found = {row["Question"]: row["Equation"] for row in csv.DictReader(file)}
+    for name, letter in NUMBERS.items():
+        found = {question.replace(name, letter): answer.replace(name, letter) for question, answer in found.items()}
+    short = {question: answer for question, answer in found.items() if len(question.split()) <= LONGEST_QUESTION}
+    pairs = [pair for pair in sorted(short.items()) if "number" not in "".join(pair)]
+    test = [pair for pair in pairs if zlib.crc32(pair[0].encode()) % TEST_SHARE == 0]
+    train = [pair for pair in pairs if zlib.crc32(pair[0].encode()) % TEST_SHARE]
+    return _paired("math", train, test, "Solve this: {}", "The plan is [{}].", 450, train_rows)
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; name the folder with --data, or run --tasks embedded")
+    return path
+
+
+Pair = tuple[str, str]
+"""A question and its answer."""
+
+
+def _paired(
+    name: str, train: list[Pair], test: list[Pair], asking: str, answering: str, steps: int, train_rows: int
+) -> TaskSet:
+    """Pairs of question and answer as tasks: the base is taught `question = answer` and asked for ``[answer]``.
+
+    What the demonstrations do not take of the training pairs is for the base alone.
+
+    Args:
+        asking, answering: how an instruction and a response word them.
+        steps: of teaching the base all training pairs.
+
+    Raises:
+        DataError: fewer than a hundred pairs are left for the base.
+    """
+
+    def demonstration(pair: Pair) -> Row:
+        prompt = tasks.INSTRUCTION_TEMPLATE.format(instruction=asking.format(pair[0]))
+        return {"prompt": prompt, "completion": answering.format(pair[1]), "answer": pair[1], "skill": name}
+
+    def document(pair: Pair) -> Row:
+        return {"prompt": f"{pair[0]} =", "completion": f" {pair[1]}", "answer": pair[1], "skill": name}
+
+    train = list(train)
+    Random(0).shuffle(train)
+    needed = train_rows + VALIDATION_ROWS
+    if len(train) < needed + 100:
+        raise DataError(f"{len(train)} short {name} questions for {needed} rows and a base; lower train_rows")
+    rows = [demonstration(pair) for pair in train]
+    asked = Random(1).sample(test, 200)
+    return TaskSet(
+        name=name,
+        train=rows[:train_rows],
+        validation=rows[train_rows:needed],
+        test=[demonstration(pair) for pair in asked],
+        kept=[document(pair) for pair in asked[:60]],
+        warmup=rows[needed:],
+        check=tasks.check,
+        check_kept=tasks.check_pretraining,
+        pretraining=[document(pair) for pair in train],
+        pretraining_steps=steps,
+    )
+
+
+REAL = {"scan": scan_tasks, "math": math_tasks}
+"""Tasks from files that are not part of the package."""
 
 
 def task_set(name: str, data: Path | None) -> TaskSet:
     """By name.
 
     Raises:
-        ConfigError: no such name, or SCAN without its folder.
+        ConfigError: no such name, or real tasks without their folder.
     """
     if name == "embedded":
         return embedded_tasks()
-    if name != "scan":
-        raise ConfigError(f"--tasks {name!r} is unknown; expected embedded or scan")
+    if name not in REAL:
+        raise ConfigError(f"--tasks {name!r} is unknown; expected embedded, {' or '.join(REAL)}")
     if data is None:
-        raise ConfigError("--tasks scan reads files that are not part of the package; name their folder with --data")
-    return scan_tasks(data)
+        raise ConfigError(f"--tasks {name} reads files that are not part of the package; name their folder with --data")
+    return REAL[name](data)
 
 
-def load_model(folder: Path | str) -> Any:
-    """A causal model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-
-
-def make_base(task: TaskSet, name: str, folder: Path) -> Path:
-    """The folder of a base: the embedded model, taught the skill if need be, then ``BASES[name]`` steps of the format.
+def make_base(task: TaskSet, name: str, folder: Path, start: Start) -> Path:
+    """The folder of a base: the start, taught the skill if need be, then ``BASES[name]`` steps of the format.
 
     Made once: a base that stands in ``folder`` is taken as it is.
     """
-    from transformers import AutoTokenizer
-
     path = folder / f"{task.name}-{name}"
     if (path / "config.json").is_file():
         return path
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
     skilled = folder / f"{task.name}-skilled"
     if not (skilled / "config.json").is_file():
-        model = load_model(base_model_path())
-        teach(model, tokenizer, task.pretraining, task.pretraining_steps)
+        model = start.load()
+        teach(model, start, task.pretraining, task.pretraining_steps)
         model.save_pretrained(skilled)
-    model = load_model(skilled)
-    teach(model, tokenizer, task.warmup, BASES[name])
+    model = start.load(skilled)
+    teach(model, start, task.warmup, BASES[name])
     model.save_pretrained(path)
     return path
 
 
-def teach(model: Any, tokenizer: Any, rows: list[Row], steps: int, seed: int = 0) -> None:
+def teach(model: Any, start: Start, rows: list[Row], steps: int, seed: int = 0) -> None:
     """Plain SFT on clean rows, the recipe of all bases."""
     if steps:
-        recipe = Recipe(WARMUP.learning_rate, WARMUP.batch_size, steps, seed)
-        fine_tune(model, encode(tokenizer, rows), get_target("sft"), recipe)
+        recipe = Recipe(start.learning_rate, BATCH_SIZE, steps, seed)
+        fine_tune(model, encode(start.tokenizer(), rows), get_target("sft"), recipe)

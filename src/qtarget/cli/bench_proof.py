@@ -9,10 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from qtarget.benchmarks.pool import WORKERS
+from qtarget.benchmarks.start import Start, start_of
 from qtarget.cli.outputs import check_writable, progress_bar, saver
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of real data: tasks, and texts for --scale gpu.")]
+Scale = Annotated[
+    str, typer.Option(help="cpu: the embedded base; gpu: a base of 36 million parameters, trained first on real texts.")
+]
+Corpus = Annotated[Path | None, typer.Option(help="Text file for --scale gpu; paragraphs are apart by a blank line.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")]
 
 
@@ -21,14 +27,18 @@ def distill(
     is_quick: Annotated[bool, typer.Option("--quick", help="Three methods, one seed: a smoke test.")] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    data: Data = None,
+    corpus: Corpus = None,
 ) -> None:
     """Does a student match cross entropy on a teacher's text with less data when it sees the teacher's distribution?"""
     from qtarget.benchmarks.distill import DistillConfig, quick, run_distill
     from qtarget.benchmarks.distill_results import distill_figure, distill_table
 
     check_writable(output)
-    full = DistillConfig()
-    config = replace(quick(full) if is_quick else full, workers=workers)
+    start, full = started(scale, data, corpus, output), DistillConfig()
+    config = replace(quick(full) if is_quick else full, workers=workers, start=start)
+    config = replace(config, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance:
         results = run_distill(config, output, resume=resume, progress=advance)
     saver(output)(results)
@@ -37,21 +47,27 @@ def distill(
 
 def noise(
     output: Output = Path("runs/noise.json"),
-    tasks: Annotated[str, typer.Option(help="embedded, or scan (with --data).")] = "embedded",
-    data: Annotated[Path | None, typer.Option(help="Folder that holds compositional/scan_simple_*.txt.gz.")] = None,
+    tasks: Annotated[str, typer.Option(help="embedded, scan or math (the last two with --data).")] = "embedded",
+    data: Data = None,
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
     ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    corpus: Corpus = None,
 ) -> None:
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
-    from qtarget.benchmarks.noise import QUICK, SCAN, NoiseConfig, run_noise
+    from qtarget.benchmarks.noise import GPU, QUICK, REAL, NoiseConfig, run_noise
     from qtarget.benchmarks.noise_results import noise_figure, noise_table
 
     check_writable(output)
-    config = QUICK if is_quick else SCAN if tasks == "scan" else NoiseConfig()
-    config = replace(config, tasks=tasks, data=None if data is None else str(data), workers=workers)
+    start = started(scale, data, corpus, output)
+    full = GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
+    config = replace(
+        QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
+    )
+    config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance:
         results = run_noise(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
@@ -62,6 +78,9 @@ def prior(
     is_quick: Annotated[bool, typer.Option("--quick", help="Two targets, one flaw, one seed: a smoke test.")] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    data: Data = None,
+    corpus: Corpus = None,
 ) -> None:
     """Is a flawed prior amplified, and what does the guard against it correct and cost?"""
     from qtarget.benchmarks.prior import QUICK, PriorConfig, run_prior
@@ -69,9 +88,15 @@ def prior(
 
     check_writable(output)
     with progress_bar() as advance:
-        config = replace(QUICK if is_quick else PriorConfig(), workers=workers)
+        start = started(scale, data, corpus, output)
+        config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
+
+
+def started(scale: str, data: Path | None, corpus: Path | None, output: Path) -> Start:
+    """The model that all bases begin with; a larger one is trained beside the results."""
+    return start_of(scale, data, corpus, output.with_suffix(".start"), typer.echo)
 
 
 def show(finding: str, output: Path, table: str, figure: Any, took: str = "") -> None:

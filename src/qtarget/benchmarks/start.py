@@ -1,0 +1,230 @@
+"""The model that the bases of a proof benchmark begin with: the embedded one, or a larger one trained on the spot.
+
+The larger one is a Llama with a byte-level BPE of its own, trained from scratch by `QTargetTrainer` on real texts between
+documents that teach the small skills in their own format, so that it has a prior worth trusting on the tasks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qtarget.data import tasks
+from qtarget.data.embedded import base_model_path
+from qtarget.errors import ConfigError, DataError
+from qtarget.scoring.files import write_json
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where bases and runs begin.
+
+    Attributes:
+        folder: model and tokenizer; absent: the embedded base.
+        device: of torch, for all runs.
+        learning_rate: a peak rate that suits this size of model: bases are taught with it, and grids are multiples of it.
+    """
+
+    folder: str | None = None
+    device: str = "cpu"
+    learning_rate: float = 1e-3
+
+    def rates(self, grid: tuple[float, ...]) -> tuple[float, ...]:
+        """A grid of learning rates that was made for the embedded base, for this one."""
+        return tuple(rate * self.learning_rate / Start.learning_rate for rate in grid)
+
+    @property
+    def path(self) -> Path:
+        """Of model and tokenizer."""
+        return Path(self.folder) if self.folder else base_model_path()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of all its bases."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def load(self, folder: Path | None = None) -> Any:
+        """A causal model in float32, on the device: the one of ``folder``, or the start itself."""
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder or self.path, dtype="float32")
+        return model.to(self.device)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model that is trained from scratch as a start, and on how much.
+
+    Attributes:
+        vocab, width, layers, heads: of tokenizer and model; three in eight of ``width`` is what a Llama's MLP is wider.
+        skill_documents: small documents that teach the skills.
+        steps, batch_size, length: optimizer steps of so many packed rows of so many tokens.
+        learning_rate: the peak of that training; fine-tuning takes a third.
+    """
+
+    vocab: int = 8192
+    width: int = 512
+    layers: int = 10
+    heads: int = 8
+    skill_documents: int = 200_000
+    steps: int = 3000
+    batch_size: int = 64
+    length: int = 512
+    learning_rate: float = 1e-3
+    device: str = "cuda"
+
+
+def start_of(
+    scale: str, data: Path | None, corpus: Path | None, folder: Path, say: Callable[[str], None] = print
+) -> Start:
+    """What ``--scale`` names: ``cpu`` is the embedded base, ``gpu`` a larger one, trained into ``folder`` once.
+
+    Raises:
+        ConfigError: another scale, no CUDA device, or a corpus that nothing is trained on.
+        DataError: there are no texts.
+    """
+    if scale == "cpu":
+        if corpus is not None:
+            raise ConfigError(
+                "--corpus is what the base of --scale gpu is trained on; add --scale gpu, or leave it out"
+            )
+        return Start()
+    if scale != "gpu":
+        raise ConfigError(f"--scale {scale!r} is unknown; expected cpu or gpu")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "--scale gpu trains a base of 36 million parameters, and torch sees no CUDA device; leave --scale out"
+        )
+    return trained_start(Scale(), list(real_texts(data, corpus)), folder, say)
+
+
+def real_texts(data: Path | None, corpus: Path | None) -> Iterator[str]:
+    """Paragraphs of a text file, one a blank line apart; or those of the real texts in ``data``.
+
+    Raises:
+        DataError: neither is given, or a file is missing.
+    """
+    if corpus is not None:
+        yield from (part.strip() for part in _read(corpus).split("\n\n") if part.strip())
+        return
+    if data is None:
+        raise DataError(
+            "--scale gpu trains its base on texts; name a text file with --corpus, or their folder with --data"
+        )
+    folder = data / "text_corpora"
+    for name in ("wikitext2_valid.txt.gz", "wikitext2_test.txt.gz", "tinyshakespeare.txt.gz"):
+        yield from (part.strip() for part in _read(folder / name).split("\n\n") if part.strip())
+    yield from json.loads(_read(folder / "tinystories_1000.json.gz"))
+    for row in json.loads(_read(data / "dolly_3k" / "dolly_3k.json.gz")):
+        yield "\n".join(str(value) for value in row.values() if value)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing; --data names the folder of the real data, --corpus a text file of your own"
+        )
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+
+
+def skill_texts(count: int) -> list[str]:
+    """Documents that state a problem of the training split and its answer, bare or in a sentence; never as an instruction."""
+    random, skills = Random("skill documents"), list(tasks.SKILLS)
+    out = []
+    for _ in range(count):
+        problem = tasks.sample_problem_in(random.choice(skills), "train", random)
+        word = tasks.framed_example if random.random() < 0.5 else tasks.pretraining_example
+        example = word(problem, random)
+        out.append(example["prompt"] + example["completion"])
+    return out
+
+
+def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[str], None]) -> Start:
+    """A start of this scale in ``folder``; trained once, and gone on with from its last checkpoint if it was stopped.
+
+    Raises:
+        ConfigError: the folder holds one of another scale.
+    """
+    made, settings = folder / "settings.json", {"scale": asdict(scale), "texts": len(texts)}
+    if made.is_file() and json.loads(made.read_text()) != settings:
+        raise ConfigError(f"{folder} holds a base of other settings; delete it, or choose another --output")
+    start = Start(str(folder), scale.device, scale.learning_rate / 3)
+    if (folder / "model.safetensors").is_file():
+        return start
+    from datasets import Dataset
+
+    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+
+    say(f"training a base on {len(texts)} real texts and {scale.skill_documents} skill documents")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(made, settings)
+    rows = texts + skill_texts(scale.skill_documents)
+    Random(0).shuffle(rows)
+    tokenizer = trained_tokenizer(rows, scale)
+    checkpoints, cuda = folder / "checkpoints", scale.device != "cpu"
+    arguments = QTargetConfig(
+        target="sft", output_dir=str(checkpoints), max_steps=scale.steps, per_device_train_batch_size=scale.batch_size,
+        learning_rate=scale.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.1,
+        packing=True, max_length=scale.length, bf16=cuda, use_cpu=not cuda, activation_checkpointing=False,
+        save_steps=max(1, scale.steps // 10), save_total_limit=1, report_to="none",
+        logging_steps=max(1, scale.steps // 20), dataloader_pin_memory=cuda,
+    )  # fmt: skip
+    trainer = QTargetTrainer(
+        untrained(scale, tokenizer), arguments, Dataset.from_dict({"text": rows}), processing_class=tokenizer
+    )
+    trainer.train(resume_from_checkpoint=True if any(checkpoints.glob("checkpoint-*")) else None)
+    tokenizer.save_pretrained(folder)
+    model: Any = trainer.model
+    model.save_pretrained(folder)
+    return start
+
+
+def trained_tokenizer(texts: list[str], scale: Scale) -> Any:
+    """Byte-level BPE over the texts; digits and upper-case letters stay single, as in the embedded tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    embedded = AutoTokenizer.from_pretrained(base_model_path())
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = embedded.backend_tokenizer.pre_tokenizer
+    tokenizer.decoder = embedded.backend_tokenizer.decoder
+    special = [embedded.eos_token, embedded.pad_token]
+    trainer = BpeTrainer(
+        vocab_size=scale.vocab,
+        special_tokens=special,
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1], padding_side="left"
+    )
+
+
+def untrained(scale: Scale, tokenizer: Any) -> Any:
+    """A Llama of this scale with random weights, the same each time."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=scale.width, intermediate_size=scale.width * 8 // 3,
+        num_hidden_layers=scale.layers, num_attention_heads=scale.heads, num_key_value_heads=scale.heads,
+        max_position_embeddings=max(scale.length, 512), tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids, do_sample=False)
+    return model

@@ -1,0 +1,118 @@
+"""The model that bases begin with: what a scale trains, from what, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qtarget.benchmarks import noise as bench
+from qtarget.benchmarks.pool import check_settings
+from qtarget.benchmarks.start import Scale, Start, real_texts, skill_texts, start_of, trained_start
+from qtarget.cli.bench import app
+from qtarget.data import tasks
+from qtarget.data.embedded import load_demonstrations
+from qtarget.errors import ConfigError, DataError
+
+TINY = Scale(
+    vocab=400, width=32, layers=1, heads=2, skill_documents=400, steps=6, batch_size=4, length=64, learning_rate=3e-3,
+    device="cpu",
+)  # fmt: skip
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "A second paragraph, 42 words short."] * 20
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Start:
+    return trained_start(TINY, TEXTS, tmp_path_factory.mktemp("scale") / "start", lambda text: None)
+
+
+def test_a_start_is_a_model_of_its_scale_with_a_tokenizer_that_loses_nothing(start: Start) -> None:
+    model, tokenizer = start.load(), start.tokenizer()
+    assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size) == (
+        32,
+        1,
+        len(tokenizer),
+    )
+    text = "The quick FOX: 42 [a b] \u00e9\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == model.config.eos_token_id is not None
+    assert start.rates((1e-3, 5e-4)) == pytest.approx((1e-3, 5e-4))  # a third of 3e-3 is the embedded base's
+    log = json.loads(sorted(Path(start.path).glob("checkpoints/*/trainer_state.json"))[-1].read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_it_is_trained_once_and_not_mixed_with_another(start: Start) -> None:
+    weights = start.load().state_dict()
+    again = trained_start(TINY, TEXTS, start.path, lambda text: pytest.fail("trained again"))
+    assert again == start
+    assert all(torch.equal(value, weights[name]) for name, value in again.load().state_dict().items())
+    with pytest.raises(ConfigError, match="holds a base of other settings"):
+        trained_start(replace(TINY, steps=7), TEXTS, start.path, lambda text: None)
+
+
+def test_a_benchmark_runs_from_it(start: Start, tmp_path: Path) -> None:
+    config = replace(
+        bench.QUICK, names=("sft", "target_sft"), steps=2, workers=1, start=start, learning_rates=start.rates((1e-3,))
+    )
+    results = bench.run_noise(config, tmp_path / "noise.json", resume=False, progress=lambda *_: None)
+    assert results["config"]["start"]["folder"] == start.folder
+    base = Start(str(tmp_path / "noise.bases" / "embedded-most")).load()
+    assert base.config.vocab_size == start.load().config.vocab_size  # not the embedded model
+    with pytest.raises(ConfigError, match=r"start was .* is .*; choose another --output"):
+        bench.run_noise(replace(config, start=Start()), tmp_path / "noise.json", resume=True, progress=lambda *_: None)
+
+
+def test_results_without_a_setting_are_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "old.json"
+    output.write_text(json.dumps({"config": {"steps": 40}}))
+    check_settings(output, True, {"steps": 40, "start": {"folder": None}})
+    check_settings(output, False, {"steps": 41})
+    with pytest.raises(ConfigError, match="steps was 40, is 41"):
+        check_settings(output, True, {"steps": 41})
+
+
+def test_skill_documents_show_no_instruction_and_no_test_problem() -> None:
+    texts = skill_texts(300)
+    assert not any("Instruction:" in text or "Response:" in text for text in texts)
+    assert texts == skill_texts(300)
+    mark = tasks.INSTRUCTION_TEMPLATE.split("{")[0]
+    assert all(
+        row["prompt"].startswith(mark) for row in load_demonstrations("test")[:5]
+    )  # the format that it has not seen
+
+
+def test_a_corpus_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("one\nline\n\n\n two \n\n")
+    assert list(real_texts(None, tmp_path / "own.txt")) == ["one\nline", "two"]
+    with pytest.raises(DataError, match="is missing"):
+        list(real_texts(None, tmp_path / "none.txt"))
+    with pytest.raises(DataError, match="--corpus, or their folder with --data"):
+        list(real_texts(None, None))
+
+
+def test_real_texts_are_whole_paragraphs() -> None:
+    data = Path(__file__).parents[3] / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("the real data is not part of the project")
+    texts = list(real_texts(data, None))
+    assert len(texts) > 5000
+    assert all(text.strip() for text in texts)
+
+
+def test_impossible_scales_are_refused_with_the_way_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no CUDA device; leave --scale out"):
+        start_of("gpu", tmp_path, None, tmp_path)
+    with pytest.raises(ConfigError, match="expected cpu or gpu"):
+        start_of("tpu", None, None, tmp_path)
+    with pytest.raises(ConfigError, match="add --scale gpu"):
+        start_of("cpu", None, tmp_path / "own.txt", tmp_path)
+    for command in ("noise", "distill", "prior"):
+        found = CliRunner().invoke(app, [command, "--scale", "gpu", "--output", str(tmp_path / "out.json")])
+        assert found.exit_code != 0
+        assert "CUDA" in str(found.exception or found.output)
