@@ -36,18 +36,24 @@ def results(name: str) -> dict[str, Any] | None:
 
 def page() -> str:
     """The whole page."""
-    noise = noise_part(results("noise"), results("noise_scan"))
-    return "\n".join([HEAD, noise, distill_part(results("distill")), prior_part(results("prior"))])
+    noise = noise_part(results("noise"))
+    real = [real_part(results("noise_scan"), SCAN), real_part(results("noise_math"), MATH)]
+    marked = marked_part(results("real_noise"))
+    return "\n".join(
+        [HEAD, noise, *filter(None, real), marked, distill_part(results("distill")), prior_part(results("prior"))]
+    )
 
 
 HEAD = """# Do the claims hold?
 
 Three claims come with the work that this project builds on. Each is a command that anybody can run again; every number
-below is written by `python scripts/update_benchmarks.py` from the raw results in `benchmarks/results/`.
+below is written by `python scripts/update_benchmarks.py` from the raw results in `benchmarks/results/`. `--scale gpu` first
+trains a base of 36 million parameters, with a tokenizer of its own, on real texts (`--data`, or `--corpus` with your own) and on
+documents of the small skills, and goes on from there; no number here is from it, as no GPU was at hand.
 """
 
 
-def noise_part(found: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) -> str:
+def noise_part(found: Mapping[str, Any] | None) -> str:
     """`bench noise`."""
     title = '## "12-18 % higher task completion on noisy data, clean data unharmed"\n'
     if found is None:
@@ -66,18 +72,11 @@ def noise_part(found: Mapping[str, Any] | None, scan: Mapping[str, Any] | None) 
         "### Our own target, `consensus`, against the goals\n",
         DESIGNED,
         goal_table(found["summary"]["goals"]),
+        *goal_lines(found["summary"]["goals"]),
         newsletter(found),
         "### Where the pull goes, and what is forgotten\n",
         share_table(found),
     ]
-    if scan is not None:
-        parts += [
-            "### On data that it was not designed on: SCAN\n",
-            f"Short SCAN commands (`compositional/` of the real data), a base that was taught them as `command = actions`. "
-            f"{scan['summary']['finding']}.\n",
-            noise_table(scan),
-            goal_table(scan["summary"]["goals"]),
-        ]
     return "\n".join(parts)
 
 
@@ -115,8 +114,68 @@ def practice(found: Mapping[str, Any]) -> str:
 
 DESIGNED = """\
 `consensus` was designed on these tasks: its form, and once the grid of `caution` (3 in place of 0.3), were changed after numbers
-of the test prompts had been seen. What it does on tasks that it was not designed on stands below, under SCAN.
+of the test prompts had been seen. What it does on tasks that it was not designed on stands below.
 """
+
+
+SCAN = (
+    "### On data that it was not designed on: SCAN",
+    "Short SCAN commands (`compositional/` of the real data; `--tasks scan`), a base that was taught them as `command = actions`.",
+)
+MATH = (
+    "### On data that it was not designed on: word problems",
+    "Questions of MAWPS and ASDiv (`math_small/` of the real data; `--tasks math`) with letters for numbers, answered by an "
+    "expression in prefix form (`+ X Y`); a base that was taught them as `question = expression`.",
+)
+
+
+def real_part(found: Mapping[str, Any] | None, words: tuple[str, str]) -> str:
+    """`bench noise` on real rows, or nothing."""
+    if found is None:
+        return ""
+    title, data = words
+    finding = f"{data} {found['summary']['finding']}.\n"
+    return "\n".join([f"{title}\n", finding, noise_table(found), goal_table(found["summary"]["goals"])])
+
+
+def marked_part(found: Mapping[str, Any] | None) -> str:
+    """Real noise that people marked: what `examples/real_noise.py` found."""
+    title = "### Real noise, marked: wrong solutions of GSM8K\n"
+    if found is None:
+        return f"{title}\nNot measured yet: `python examples/real_noise.py --data ../shared/data`.\n"
+    run = next(run for run in found["runs"] if run["marked_wrong"])
+    share, rows = run["marked_wrong"] / run["rows"]["train"], run["rows"]
+    ranked = sorted(run["clean_nll"].items(), key=lambda item: item[1])
+    text = (
+        f"{rows['train']} model-written solutions, {share:.0%} of them marked wrong, and a real story model of 0.66 million "
+        f"parameters, which solves none: so the measure is the NLL of {rows['clean']} clean rows of other questions. One seed, one "
+        "recipe for all (`examples/real_noise.py`). The teacher of `target_sft` is the base trained on other, clean rows.\n"
+    )
+    return "\n".join([title, text, markdown_table(("", "NLL, nats a token"), [(n, f"{v:.3f}") for n, v in ranked])])
+
+
+def goal_lines(goals: list[Mapping[str, Any]]) -> list[str]:
+    """What was set as a goal beforehand, and where it is reached."""
+    noisy = [goal for goal in goals if goal["rate"]]
+    random = [goal for goal in noisy if goal["kind"] == "random_tokens" and goal["base"] != "half"]
+    other = [goal for goal in noisy if goal["kind"] != "random_tokens"]
+    clean = [goal for goal in goals if not goal["rate"]]
+
+    def gains(goal: Mapping[str, Any], share: float) -> bool:
+        return (goal["relative_gain"] or 0) >= share and goal["ours"] > goal["untrained"]
+
+    asked = (
+        ("18 % above `sft` and above the untrained base, random tokens, base knows none or most", random, lambda g: gains(g, 0.18)),
+        ("12 % above `sft` and above the untrained base, other noise", other, lambda g: gains(g, 0.12)),
+        ("three quarters of the gap to clean rows closed", noisy, lambda g: (g["gap_recovered"] or 0) >= 0.75),
+        ("at most 1 point below `sft` on clean rows", clean, lambda g: g["ours"] >= g["sft"] - 1),
+        ("within 1 point of the best published target", goals, lambda g: g["within_a_point_of_best"]),
+    )  # fmt: skip
+    lines = []
+    for name, points, reached in asked:
+        met = [f"{goal['base']}: {words(goal)}" for goal in points if reached(goal)]
+        lines.append(f"- {name}: {len(met)} of {len(points)} points" + (f" ({'; '.join(met)})" if met else ""))
+    return ["Goals:\n", *lines, ""]
 
 
 def unrun(found: Mapping[str, Any]) -> str:

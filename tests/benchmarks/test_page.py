@@ -26,6 +26,30 @@ def test_the_page_is_what_the_results_say():
 
 def test_what_was_not_measured_is_said():
     module = script()
-    assert "Not measured yet: `qtarget bench noise" in module.noise_part(None, None)
+    assert "Not measured yet: `qtarget bench noise" in module.noise_part(None)
     assert "Not measured yet: `qtarget bench distill" in module.distill_part(None)
     assert "Not measured yet: `qtarget bench prior" in module.prior_part(None)
+    assert "Not measured yet: `python examples/real_noise.py" in module.marked_part(None)
+    assert module.real_part(None, module.SCAN) == ""
+
+
+def test_goals_are_counted_where_they_are_reached():
+    def goal(base, rate, ours, sft, untrained=0.0, kind="random_tokens", gap=None, near=True):
+        gain = ours / sft - 1
+        return {
+            "base": base, "kind": kind, "rate": rate, "ours": ours, "sft": sft, "untrained": untrained,
+            "relative_gain": gain, "gap_recovered": gap, "within_a_point_of_best": near,
+        }  # fmt: skip
+
+    goals = [
+        goal("none", 0.0, 59.5, 60.0),
+        goal("most", 0.0, 58.0, 60.0, near=False),
+        goal("none", 0.4, 36.0, 30.0, gap=0.8),
+        goal("most", 0.4, 36.0, 30.0, untrained=50.0, gap=0.5, near=False),  # above sft, below the untrained base
+        goal("half", 0.4, 60.0, 30.0),  # not one of the two regimes
+        goal("most", 0.4, 34.0, 30.0, kind="wrong_answer"),
+    ]
+    lines = script().goal_lines(goals)
+    counts = [re.search(r": (\d of \d) points", line).group(1) for line in lines if line.startswith("-")]
+    assert counts == ["1 of 2", "1 of 1", "1 of 4", "1 of 2", "4 of 6"]
+    assert "(none: 40 % random tokens)" in lines[1]

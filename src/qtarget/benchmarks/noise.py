@@ -34,7 +34,7 @@ TUNING_SEED = 1000
 RANDOM = "random_tokens"
 NAMES = tuple(method.name for method in (*PRACTICE, *CHOSEN))
 CELLS = (
-    *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.2, 0.4)),
+    *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.1, 0.2, 0.4)),
     *(Cell("half", RANDOM, rate) for rate in (0.0, 0.4)),
     *(Cell(base, "wrong_answer", 0.4) for base in ("none", "most")),
     *(Cell("most", kind, 0.4) for kind in ("contradictory_duplicate", "boilerplate", "cue")),
