@@ -1,4 +1,7 @@
-"""The guard: ``(1 - d) g_target + d A / (A + 0.02) g_sft``, token by token, from the papers' formulas on full float64 logits."""
+"""The guard, token by token, from the papers' formulas on full float64 logits.
+
+``(1 - t) g_label + t g_sft + (1 - d) g_residual`` with ``t = d A / (A + 0.02)``.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,23 @@ def supported(batch: Batch) -> Tensor:
     return agreed / (agreed + 0.02)
 
 
+def label_part(name: str, settings: dict[str, Any], x: formulas.Tokens) -> Tensor:
+    """What of the paper's loss pulls towards the label."""
+    if name in ("dft", "p_power", "prior_surprise"):
+        return formulas.losses(name, x, settings)
+    if name == "gift":
+        mixed = (1 - settings["smoothing"]) * x.frozen_lp_y.exp() + settings["smoothing"] / x.lp.shape[-1]
+        bonus = torch.expm1(torch.tensor(settings["beta"], dtype=torch.float64)) * mixed
+        return -bonus / (1 + bonus) * x.lp_y
+    row = formulas.table_row(name, x, settings)
+    assert row is not None
+    return -(row.c * row.a).detach() * x.lp_y
+
+
 def expected_loss(name: str, settings: dict[str, Any], x: formulas.Tokens, conflict: Tensor, share: Tensor) -> Tensor:
-    return ((1 - conflict) * formulas.losses(name, x, settings) - conflict * share * x.lp_y).sum()
+    label, trust = label_part(name, settings, x), conflict * share
+    residual = formulas.losses(name, x, settings) - label
+    return ((1 - trust) * label - trust * x.lp_y + (1 - conflict) * residual).sum()
 
 
 @pytest.mark.parametrize("form", ["dense", "chunked"])
@@ -78,50 +96,66 @@ def test_value_and_gradient_are_the_mixture(name: str, settings: dict[str, Any],
     if name != "gift":  # its row is written with Q as a whole
         close(
             report.label_weights[batch.kept],
-            ((1 - conflict[batch.kept]) * row.c * row.a + conflict[batch.kept] * share).detach(),
+            (row.c * row.a * (1 - conflict[batch.kept] * share) + conflict[batch.kept] * share).detach(),
         )
         close(report.residual_weights[batch.kept], ((1 - conflict[batch.kept]) * row.c * row.b).detach())
 
 
+def gradient_of(method: Any, logits: Tensor, labels: Tensor, **given: Any) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    qtarget.target_loss(leaf, labels, method, reduction="sum", **given).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def mixture_of_gradients(target: Any, batch: Batch, given: dict[str, Any], conflict: Tensor) -> Tensor:
+    """From the target's own gradients: loss weights reach its label part alone, so a weight of zero leaves the residual."""
+    trust = conflict * supported(batch)
+    whole = gradient_of(target, batch.logits, batch.labels, loss_weights=1 - trust, **given)
+    residual = gradient_of(target, batch.logits, batch.labels, loss_weights=torch.zeros_like(trust), **given)
+    by_sft = gradient_of("sft", batch.logits, batch.labels, loss_weights=trust)
+    return whole - conflict[..., None] * residual + by_sft
+
+
+@pytest.mark.parametrize("conflict", [0.0, 1.0])
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_without_conflict_it_is_the_target_and_in_full_conflict_sft_on_supported_tokens(
-    name: str, settings: dict[str, Any]
+def test_without_conflict_it_is_the_target_and_in_full_conflict_the_base_has_no_pull(
+    name: str, settings: dict[str, Any], conflict: float
 ) -> None:
     batch = make_batch()
-    target = qtarget.get_target(name, **settings)
-    weighted = {"loss_weights": supported(batch)}
-    for c, same, arguments in ((0.0, target, frozen_arguments(name, batch)), (1.0, "sft", weighted)):
-        found = []
-        for method, given in (
-            (qtarget.Guarded(target), guarded_arguments(name, batch, torch.full_like(conflict_of(batch), c))),
-            (same, arguments),
-        ):
-            leaf = batch.logits.clone().requires_grad_()
-            qtarget.target_loss(leaf, batch.labels, method, reduction="sum", **given).backward()
-            found.append(leaf.grad)
-        close(found[0], found[1])
+    target, given = qtarget.get_target(name, **settings), frozen_arguments(name, batch)
+    everywhere = torch.full_like(conflict_of(batch), conflict)
+    found = gradient_of(
+        qtarget.Guarded(target), batch.logits, batch.labels, **guarded_arguments(name, batch, everywhere)
+    )
+    close(found, mixture_of_gradients(target, batch, given, everywhere))
+    if not conflict:
+        close(found, gradient_of(target, batch.logits, batch.labels, **given))
+
+
+def test_no_label_weighs_less_than_in_the_target_or_more_than_in_sft() -> None:
+    batch = make_batch()
+    conflict = conflict_of(batch)
+    for name, settings in (("asft", {"kl_weight": 0.7}), ("sft_kl", {"kl_weight": 0.7})):
+        weights = []
+        for method in (qtarget.get_target(name, **settings), qtarget.Guarded(qtarget.get_target(name, **settings))):
+            given = guarded_arguments("asft", batch, conflict)
+            _, report = qtarget.target_loss(batch.logits, batch.labels, method, return_report=True, **given)
+            weights.append(report.label_weights[batch.kept])
+        assert (weights[1] >= weights[0] - 1e-12).all() and (weights[1] <= 1 + 1e-12).all()
+        assert (weights[1] > weights[0]).any() == (name == "asft")
 
 
 @pytest.mark.parametrize("name", ["asft", "target_sft", "consensus"])
 def test_on_top_k_and_a_tail(name: str) -> None:
-    """The mixture of the two gradients on the same sparse numbers; that those are right is the conformance suite's."""
+    """The mixture of the gradients on the same sparse numbers; that those are right is the conformance suite's."""
     batch = make_batch()
-    conflict = conflict_of(batch)
-    role = formulas.FROZEN[name][0]
+    conflict, role = conflict_of(batch), formulas.FROZEN[name][0]
     stats = qtarget.token_statistics(batch.frozen, batch.labels, top_k=5)
-    known = with_counted("consensus", stats, batch.labels)
-    target = qtarget.get_target(name)
-
-    def gradient(method: Any, **given: Any) -> Tensor:
-        leaf = batch.logits.clone().requires_grad_()
-        qtarget.target_loss(leaf, batch.labels, method, reduction="sum", **given).backward()
-        assert leaf.grad is not None
-        return leaf.grad
-
-    c = conflict[..., None]
-    by_sft = gradient("sft", loss_weights=supported(batch))
-    expected = (1 - c) * gradient(target, **{role: known}) + c * by_sft
-    close(gradient(qtarget.Guarded(target), **{role: replace(known, conflict=conflict)}), expected)
+    known, target = with_counted("consensus", stats, batch.labels), qtarget.get_target(name)
+    given = {role: replace(known, conflict=conflict)}
+    found = gradient_of(qtarget.Guarded(target), batch.logits, batch.labels, **given)
+    close(found, mixture_of_gradients(target, batch, {role: known}, conflict))
 
 
 def test_the_conflict_is_that_of_the_model_which_the_target_follows() -> None:

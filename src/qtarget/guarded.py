@@ -10,11 +10,11 @@ from qtarget.types import Needs, Target, Terms, TokenView, require
 
 @dataclass(frozen=True)
 class Guarded(Target):
-    """``L = (1 - d) L_target - d A / (A + 0.02) log p_y``; ``a <- (1 - d) a + d A / (A + 0.02)``, ``b <- (1 - d) b``.
+    """``L = (1 - t) L_label - t log p_y + (1 - d) L_residual``, ``t = d A / (A + 0.02)``; ``a <- a + t (1 - a)``, ``b <- (1 - d) b``.
 
     ``d`` in [0, 1] is the conflict of the data with the frozen base (`qtarget.data.agreement.prior_conflict`): 1 where nearly
     all rows surprise it in this place, 0 where it knew. ``A`` is the other rows' ``agreement`` with the label, so that a
-    token which no other row supports has no weight however wrong the base is around it.
+    token which no other row supports gets nothing back however wrong the base is around it.
 
     Args:
         target: any target of token scope with a label term; most useful where the weight or the residual follows a prior.
@@ -26,8 +26,8 @@ class Guarded(Target):
         >>> import torch, qtarget
         >>> known = qtarget.Reference(conflict=torch.tensor([0.5]), agreement=torch.tensor([0.18]))
         >>> guarded = qtarget.Guarded(qtarget.get_target("dft"))
-        >>> qtarget.target_loss(torch.zeros(1, 2), torch.tensor([0]), guarded, reference=known)  # (1/4 + 0.45) log 2
-        tensor(0.4852)
+        >>> qtarget.target_loss(torch.zeros(1, 2), torch.tensor([0]), guarded, reference=known)  # (0.55/2 + 0.45) log 2
+        tensor(0.5025)
 
     Reference: ours. Deviations: none.
     """
@@ -54,7 +54,7 @@ class Guarded(Target):
 
     @property
     def formula(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return f"(1 - d) x {self.target.name} - d A / (A + {SUPPORT}) log p_y"
+        return f"{self.target.name}, label part x (1 - t) - t log p_y, residual x (1 - d), t = d A / (A + {SUPPORT})"
 
     @property
     def has_residual(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,11 +79,11 @@ class Guarded(Target):
         known = getattr(x, self.prior)
         conflict = require(known, "conflict", self.name, self.prior)
         agreed = require(known, "agreement", self.name, self.prior)
-        supported = conflict * agreed / (agreed + SUPPORT)
+        trust = conflict * agreed / (agreed + SUPPORT)
         terms = self.target.losses(x)
         assert terms.label is not None, "checked at construction"
         residual = None if terms.residual is None else (1 - conflict) * terms.residual
-        return Terms(label=(1 - conflict) * terms.label - supported * x.label_log_probs, residual=residual)
+        return Terms(label=(1 - trust) * terms.label - trust * x.label_log_probs, residual=residual)
 
 
 SUPPORT = 0.02
