@@ -10,11 +10,11 @@ from qtarget.types import Needs, Target, Terms, TokenView, require
 
 @dataclass(frozen=True)
 class Guarded(Target):
-    """``L = (1 - t) L_label - t log p_y + (1 - d) L_residual``, ``t = d A / (A + 0.02)``; ``a <- a + t (1 - a)``, ``b <- (1 - d) b``.
+    """``L = (1 - t) L_label - t log p_y + (1 - d) L_residual``, so ``a <- a + t (1 - a)`` and ``b <- (1 - d) b``.
 
     ``d`` in [0, 1] is the conflict of the data with the frozen base (`qtarget.data.agreement.prior_conflict`): 1 where nearly
     all rows surprise it in this place, 0 where it knew. ``A`` is the other rows' ``agreement`` with the label, so that a
-    token which no other row supports gets nothing back however wrong the base is around it.
+    token which no other row supports gets nothing back however wrong the base is around it: ``t = d A / (A + 0.02)``.
 
     Args:
         target: any target of token scope with a label term; most useful where the weight or the residual follows a prior.

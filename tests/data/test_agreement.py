@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qtarget.data.agreement import agreement, confident_choices, counted_fields, prior_conflict, prior_reliability
+from qtarget.data.agreement import (
+    agreement,
+    confident_choices,
+    context_trust,
+    counted_fields,
+    prior_conflict,
+    prior_reliability,
+)
 from qtarget.errors import ShapeError
 
 
@@ -201,10 +208,39 @@ def test_conflict_by_choice_is_the_count_by_hand(seed: int) -> None:
     assert moved
 
 
+def test_what_stands_after_noise_says_little_of_the_base() -> None:
+    """Ten rows agree; in four a drawn token comes first, after which the base is surprised by the right one too."""
+    ids = [[5, 30 + i if i < 4 else 7, 8, 9] for i in range(10)]
+    masks = [[False, True, True, True]] * 10
+    known = [np.log(np.array([0.01, 0.05, 0.05] if i < 4 else [0.9, 0.9, 0.9])) for i in range(10)]
+    agreed = agreement(ids, masks)
+    trust = [context_trust(values) for values in agreed]
+    assert trust[0].tolist() == [1.0, 0.0, 0.0] and min(trust[9]) > 0.9
+    flat = [np.concatenate(values) for values in (agreed, known, trust)]
+    assert prior_reliability(*flat[:2]) < 0.7 < 0.85 < prior_reliability(*flat)
+    eight = [row[2] for row in prior_conflict(ids, masks, [np.log(np.array([0.9, 0.9, 0.05]))] * 10, None, trust)]
+    assert eight == [1.0] * 10  # the base is surprised where nothing stands before: a conflict for all that come there
+    noisy = [np.log(np.array([0.9, 0.9, 0.05 if i < 8 else 0.9])) for i in range(10)]
+    spoilt = [np.array([1.0, 1.0, 0.0 if i < 8 else 1.0]) for i in range(10)]
+    assert float(prior_conflict(ids, masks, noisy)[9][2]) > 0.9  # eight of nine others
+    assert float(prior_conflict(ids, masks, noisy, None, spoilt)[9][2]) == 0.0  # but none of those is trusted
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_trust_is_the_product_over_three_tokens_before(length: int) -> None:
+    agreed = np.random.default_rng(length).uniform(0, 1, length)
+    expected = [
+        np.prod([agreed[j] / (agreed[j] + 0.02) for j in range(max(0, i - 3), i)]) if i else 1.0 for i in range(length)
+    ]
+    np.testing.assert_allclose(context_trust(agreed), expected)
+
+
 def test_a_choice_counts_where_the_base_is_sure_of_it() -> None:
     with np.errstate(divide="ignore"):
         log_probs = np.log(np.array([[0.2, 0.5, 0.0], [0.49, 0.4, 0.1], [1.0, 0.0, 0.0]]))
-    assert confident_choices(np.array([[4, 5, -1], [4, 5, 6], [9, -1, -1]]), log_probs).tolist() == [5, -1, 9]
+    for dtype in (np.float16, np.float32, np.float64):  # half of the mass is half in each
+        found = confident_choices(np.array([[4, 5, -1], [4, 5, 6], [9, -1, -1]]), log_probs.astype(dtype))
+        assert found.tolist() == [5, -1, 9]
 
 
 def test_counted_fields_are_these_and_only_those_asked_for() -> None:
@@ -215,7 +251,8 @@ def test_counted_fields_are_these_and_only_those_asked_for() -> None:
     found = counted_fields(ids, masks, log_probs, everything)
     assert set(found) == {"agreement", "reliability", "conflict"}
     np.testing.assert_allclose(np.concatenate(found["agreement"]), np.concatenate(shares), rtol=1e-6)
-    expected = np.concatenate(conflict_by_hand(ids, masks, log_probs))
+    trust = [context_trust(np.array(values, dtype=np.float32)) for values in shares]
+    expected = np.concatenate(prior_conflict(ids, masks, log_probs, None, trust))
     np.testing.assert_allclose(np.concatenate(found["reliability"]), 0.05 * (1 - expected), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.concatenate(found["conflict"]), expected, rtol=1e-5, atol=1e-7)
     assert set(counted_fields(ids, masks, log_probs, frozenset({"conflict"}))) == {"conflict"}
@@ -244,5 +281,7 @@ def test_misaligned_inputs_say_which_row() -> None:
         prior_conflict(rows, masks, two)
     with pytest.raises(ShapeError, match="2 rows of tokens, 1 of log-probs"):
         prior_conflict(rows, masks, one[:1])
-    with pytest.raises(ShapeError, match="row 1: 1 supervised tokens and 2 log-probs"):
+    with pytest.raises(ShapeError, match="row 1: 1 supervised tokens and 2 choices"):
         prior_conflict(rows, masks, one, two)
+    with pytest.raises(ShapeError, match="2 rows of tokens, 1 of trust"):
+        prior_conflict(rows, masks, one, one, one[:1])

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 import qtarget
-from qtarget.data.agreement import agreement, confident_choices, prior_conflict, prior_reliability
+from qtarget.data.agreement import agreement, confident_choices, context_trust, prior_conflict, prior_reliability
 from qtarget.errors import IncompatibleError, MissingStatisticError
 from tests.integrations.conftest import make_model, make_tokenizer
 
@@ -56,9 +56,11 @@ def expected_loss(target: qtarget.Target, base, rows_seen: set[int]) -> float:
     log_probs = [k.label_log_probs.numpy() for k in known]
     agreed = agreement(ids, masks)
     said = [confident_choices(*(v.numpy() for v in reversed(k.log_probs.topk(1)))) for k in known]
-    conflict = prior_conflict(ids, masks, log_probs, said)
-    assert any((c != d).any() for c, d in zip(conflict, prior_conflict(ids, masks, log_probs), strict=True))
-    rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs))
+    trust = [context_trust(values) for values in agreed]
+    conflict = prior_conflict(ids, masks, log_probs, said, trust)
+    by_context = prior_conflict(ids, masks, log_probs, None, trust)
+    assert any((c != d).any() for c, d in zip(conflict, by_context, strict=True)), "the case is too weak to tell"
+    rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs), np.concatenate(trust))
     assert 0.001 < rho < 0.9 and max(c.max() for c in conflict) > 0.5, "the case is too weak to tell"
     total, count = 0.0, 0
     for index in rows_seen:

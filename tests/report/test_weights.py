@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.data.agreement import agreement, confident_choices, prior_conflict, prior_reliability
+from qtarget.data.agreement import agreement, confident_choices, context_trust, prior_conflict, prior_reliability
 from qtarget.registry import available_targets
 from qtarget.report.tokens import ModelNumbers, flatten_rows
 from qtarget.report.weights import target_numbers, unavailable
@@ -31,7 +31,7 @@ def case():
     """Logits ``[rows, trained, vocab]`` of a base, a later checkpoint and a teacher, and the rows they belong to."""
     generator = torch.Generator().manual_seed(0)
     base, teacher, later = (2 * torch.randn(ROWS, LENGTH, VOCAB, generator=generator) for _ in range(3))
-    base[:, 5, 3] += 12.0  # a bias: the base says 3 here, whatever the rows say
+    base[:, 1, 3] += 12.0  # a bias: the base says 3 here, whatever the rows say
     teacher, later = base + 0.5 * teacher, base + 0.3 * later
     labels = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator)
     labels[1:, 0], labels[2, 3:7] = 17, labels[3, 3:7]  # something that rows agree on
@@ -46,9 +46,10 @@ def with_rows(known, labels):
     log_probs = list(known.label_log_probs.numpy())
     agreed = agreement(rows, masks)
     said = [confident_choices(np.arange(VOCAB)[None].repeat(LENGTH, 0), row) for row in known.log_probs.numpy()]
-    conflict = np.stack(prior_conflict(rows, masks, log_probs, said))
-    assert conflict[:, 5].max() == 1, "the bias does not show"
-    rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs))
+    trust = [context_trust(values) for values in agreed]
+    conflict = np.stack(prior_conflict(rows, masks, log_probs, said, trust))
+    assert conflict[0, 1] == 1, "the bias does not show"
+    rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs), np.concatenate(trust))
     counted = {"agreement": np.stack(agreed), "reliability": rho * (1 - conflict), "conflict": conflict}
     assert all(values.max() > 0.01 for values in counted.values()), "the case is too weak to tell"
     return replace(known, **{name: torch.from_numpy(values).float() for name, values in counted.items()})

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qtarget.errors import ShapeError
+from qtarget.guarded import SUPPORT
 from qtarget.types import DATA_FIELDS
 
 SHORTEST, LONGEST = 1, 3
@@ -99,15 +100,41 @@ def _shares(row: list[list[Observation]], contexts: Counter, pairs: Counter) -> 
     )
 
 
-def prior_reliability(agreements: np.ndarray, label_log_probs: np.ndarray) -> float:
-    """How much of what the demonstrations agree on the frozen base knew before: ``sum A p_ref(y) / sum A``, in [0, 1].
+TOKENS_BEFORE = 3
+"""How far back a token's context is looked at for noise."""
+
+
+def context_trust(agreements: np.ndarray) -> np.ndarray:
+    """How far the tokens before each are what others say: the product of ``A / (A + 0.02)`` over the last three, in [0, 1].
+
+    After noise a base is surprised by a right label too, which says nothing of the base. What stands before the first
+    supervised token, the prompt, counts as trusted.
+
+    Args:
+        agreements: ``[supervised tokens]`` of ``agreement``, one row.
+
+    Example:
+        >>> import numpy as np
+        >>> context_trust(np.array([0.98, 0.0, 0.98, 0.98, 0.98, 0.98])).round(2).tolist()
+        [1.0, 0.98, 0.0, 0.0, 0.0, 0.94]
+    """
+    credible, trust = agreements / (agreements + SUPPORT), np.ones_like(agreements)
+    for back in range(1, min(TOKENS_BEFORE, len(trust) - 1) + 1):
+        trust[back:] *= credible[:-back]
+    return trust
+
+
+def prior_reliability(agreements: np.ndarray, label_log_probs: np.ndarray, trust: np.ndarray | None = None) -> float:
+    """How much of what the demonstrations agree on the frozen base knew before: ``sum c A p_ref(y) / sum c A``, in [0, 1].
 
     Near 0 the base has never seen such answers (its format is another one, say), and its opinion of a token says little;
-    near 1 it could have written them. Random noise has no agreement, so it hardly moves this number.
+    near 1 it could have written them. Random noise has no agreement, and tokens after noise no trust ``c``, so it hardly
+    moves this number.
 
     Args:
         agreements: ``[tokens]`` of ``agreement``, all rows of a data set together.
         label_log_probs: ``[tokens]`` of the frozen base, nats.
+        trust: ``[tokens]`` of ``context_trust``; 1 without.
 
     Raises:
         ShapeError: the two differ in length, or there are no tokens.
@@ -121,7 +148,7 @@ def prior_reliability(agreements: np.ndarray, label_log_probs: np.ndarray) -> fl
         raise ShapeError(
             f"{len(agreements)} agreements and {len(label_log_probs)} log-probs; expected as many of each, at least one"
         )
-    weight = np.asarray(agreements, dtype=np.float64)
+    weight = np.asarray(agreements, dtype=np.float64) * (1.0 if trust is None else trust)
     known = np.exp(np.asarray(label_log_probs, dtype=np.float64))
     return float((weight * known).sum() / weight.sum()) if weight.sum() else 0.0
 
@@ -130,8 +157,8 @@ SURPRISING = 0.1
 """Probability under the frozen base below which a label counts as one that the base did not expect."""
 CONFIDENT = 0.5
 """Probability from which on its first choice is what the base says."""
-WITNESSES = 3
-"""Other rows that a place needs before its rows can be said to agree."""
+WITNESSES = 2.5
+"""Tokens of other rows, each as far as its context is trusted, that a place needs: three that nearly everybody would trust."""
 SOME, MOST = 0.6, 0.8
 """Share of surprising rows at which a place begins to contradict the base, and at which it does so wholly."""
 
@@ -151,7 +178,7 @@ def confident_choices(topk_ids: np.ndarray, topk_log_probs: np.ndarray) -> np.nd
         [7, -1]
     """
     first = topk_log_probs.argmax(-1)[:, None]
-    sure = np.take_along_axis(topk_log_probs, first, -1)[:, 0] >= np.log(CONFIDENT)
+    sure = np.take_along_axis(topk_log_probs, first, -1)[:, 0] >= np.log(CONFIDENT) - 1e-3  # stored in half precision
     return np.where(sure, np.take_along_axis(topk_ids, first, -1)[:, 0], -1).astype(np.int64)
 
 
@@ -160,19 +187,22 @@ def prior_conflict(
     supervised: Sequence[Sequence[bool]],
     label_log_probs: Sequence[np.ndarray],
     choices: Sequence[np.ndarray] | None = None,
+    trust: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Where the demonstrations contradict the frozen base: ``(share - 0.6) / 0.2``, cut to [0, 1].
 
-    ``share`` is how many of the *other* rows' tokens surprise the base in the same place. Noise surprises it now and then, a
-    flawed or missing prior nearly always: a share up to 0.6 counts nothing, from 0.8 on it counts in full. A token stands in
-    two places, of which the more contradicted counts: its context (the longest one, of at most three tokens, that stands
-    three times in other rows), which shows what the base does not know of a phrase; and among the tokens at which the base
-    is sure of the same choice, which shows a bias that it has everywhere. Without a place there is no conflict.
+    ``share`` is how many of the *other* rows' tokens surprise the base in the same place, each counted as far as what stands
+    before it is trusted. Noise surprises it now and then, a flawed or missing prior nearly always: a share up to 0.6 counts
+    nothing, from 0.8 on it counts in full. A token stands in two places, of which the more contradicted counts: its context
+    (the longest one, of at most three tokens, that three trusted tokens in other rows have), which shows what the base does
+    not know of a phrase; and among the tokens at which the base is sure of the same choice, which shows a bias that it has
+    everywhere. Without a place there is no conflict.
 
     Args:
         token_ids, supervised: as for ``agreement``.
         label_log_probs: ``[supervised tokens]`` of the frozen base a row, nats.
         choices: ``[supervised tokens]`` a row, of ``confident_choices``; without them contexts alone are compared.
+        trust: ``[supervised tokens]`` a row, of ``context_trust``; 1 without.
 
     Raises:
         ShapeError: a row has another number of numbers than supervised tokens, or a list another number of rows.
@@ -184,16 +214,22 @@ def prior_conflict(
         >>> [found.tolist() for found in prior_conflict(rows, masks, unexpected)]
         [[1.0], [1.0], [1.0], [1.0], [1.0]]
     """
-    for found in (label_log_probs, choices):
-        if found is not None and len(token_ids) != len(found):
-            raise ShapeError(f"{len(token_ids)} rows of tokens, {len(found)} of log-probs; expected as many of each")
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
     said = [np.full(len(flags), -1) for flags in surprised] if choices is None else choices
+    trusted = [np.ones(len(flags)) for flags in surprised] if trust is None else trust
+    for name, found in (("log-probs", surprised), ("choices", said), ("trust", trusted)):
+        if len(token_ids) != len(found):
+            raise ShapeError(f"{len(token_ids)} rows of tokens, {len(found)} of {name}; expected as many of each")
+        for number, (mask, values) in enumerate(zip(supervised, found, strict=True)):
+            if (count := sum(mask[1:])) != len(values):
+                raise ShapeError(f"row {number}: {count} supervised tokens and {len(values)} {name}; expected as many")
+    rows = list(zip(surprised, trusted, strict=True))
     seen, against = Counter(), Counter()
-    for places, flags in _placed(token_ids, supervised, surprised, said):
-        _count(places, flags, seen, against)
+    for places, row in zip(_placed(token_ids, supervised, said), rows, strict=True):
+        _count(places, *row, seen, against)
     return [
-        _conflicts(places, flags, seen, against) for places, flags in _placed(token_ids, supervised, surprised, said)
+        _conflicts(places, *row, seen, against)
+        for places, row in zip(_placed(token_ids, supervised, said), rows, strict=True)
     ]
 
 
@@ -202,32 +238,28 @@ Places = tuple[list[Context], list[Context]]
 
 
 def _placed(
-    token_ids: Sequence[Sequence[int]],
-    supervised: Sequence[Sequence[bool]],
-    surprised: Sequence[np.ndarray],
-    said: Sequence[np.ndarray],
-) -> Iterator[tuple[list[Places], np.ndarray]]:
-    """Each row's places, and whether its tokens surprise the base."""
-    for number, (row, flags, chosen) in enumerate(zip(_rows(token_ids, supervised), surprised, said, strict=True)):
-        if not len(row) == len(flags) == len(chosen):
-            wrong = flags if len(row) != len(flags) else chosen
-            raise ShapeError(f"row {number}: {len(row)} supervised tokens and {len(wrong)} log-probs; expected as many")
+    token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]], said: Sequence[np.ndarray]
+) -> Iterator[list[Places]]:
+    """Where the tokens of each row stand."""
+    for row, chosen in zip(_rows(token_ids, supervised), said, strict=True):
         plain = [[context for context, _ in found if context[0] == "last"] for found in row]
         sure: list[list[Context]] = [[("said", (int(choice),))] if choice >= 0 else [] for choice in chosen]
-        yield list(zip(plain, sure, strict=True)), flags
+        yield list(zip(plain, sure, strict=True))
 
 
-def _count(places: list[Places], flags: np.ndarray, seen: Counter, against: Counter) -> None:
-    for (contexts, said), flag in zip(places, flags, strict=True):
+def _count(places: list[Places], flags: np.ndarray, trust: np.ndarray, seen: Counter, against: Counter) -> None:
+    for (contexts, said), flag, weight in zip(places, flags.tolist(), trust.tolist(), strict=True):
         for place in (*contexts, *said):
-            seen[place] += 1
-            against[place] += bool(flag)
+            seen[place] += weight
+            against[place] += weight * flag
 
 
-def _conflicts(places: list[Places], flags: np.ndarray, seen: Counter, against: Counter) -> np.ndarray:
+def _conflicts(
+    places: list[Places], flags: np.ndarray, trust: np.ndarray, seen: Counter, against: Counter
+) -> np.ndarray:
     """The conflict at each token, the row's own tokens taken out."""
     own_seen, own_against = Counter(), Counter()
-    _count(places, flags, own_seen, own_against)
+    _count(places, flags, trust, own_seen, own_against)
 
     def share(candidates: list[Context]) -> float:
         """Of the first candidate with enough witnesses."""
@@ -266,7 +298,8 @@ def counted_fields(
     if not wanted:
         return {}
     agreed = agreement(token_ids, supervised)
-    conflicts = prior_conflict(token_ids, supervised, label_log_probs, choices)
-    rho = prior_reliability(np.concatenate(agreed), np.concatenate(label_log_probs))
+    trust = [context_trust(values) for values in agreed]
+    conflicts = prior_conflict(token_ids, supervised, label_log_probs, choices, trust)
+    rho = prior_reliability(*(np.concatenate(values) for values in (agreed, label_log_probs, trust)))
     found = {"agreement": agreed, "conflict": conflicts, "reliability": [rho * (1 - values) for values in conflicts]}
     return {name: values for name, values in found.items() if name in wanted}
