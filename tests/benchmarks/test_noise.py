@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def test_real_rows_are_asked_in_two_formats(real):
     if not SHARED.is_dir():
         pytest.skip("the real data sets are not beside this project")
     found = real(SHARED, train_rows=100)
+    taught = [row["prompt"] for row in (*found.train, *found.validation, *found.warmup, *found.pretraining)]
+    asked = {re.sub("[^a-z0-9]", "", row["prompt"].lower()) for row in (*found.test, *found.kept)}
+    assert not asked & {re.sub("[^a-z0-9]", "", prompt.lower()) for prompt in taught}
     commands = {row["prompt"] for row in found.train}
     assert len(commands) == 100 and not commands & {row["prompt"] for row in found.test}
     assert all(tasks.check(row, row["completion"]) for row in found.test)

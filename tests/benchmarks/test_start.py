@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -51,8 +53,21 @@ def test_it_is_trained_once_and_not_mixed_with_another(start: Start) -> None:
     again = trained_start(TINY, TEXTS, start.path, lambda text: pytest.fail("trained again"))
     assert again == start
     assert all(torch.equal(value, weights[name]) for name, value in again.load().state_dict().items())
-    with pytest.raises(ConfigError, match="holds a base of other settings"):
-        trained_start(replace(TINY, steps=7), TEXTS, start.path, lambda text: None)
+    for scale, texts, name in ((replace(TINY, steps=7), TEXTS, "scale"), (TINY, TEXTS[::-1], "texts")):
+        with pytest.raises(ConfigError, match=f"was made with another {name}; delete it"):
+            trained_start(scale, texts, start.path, lambda text: None)
+
+
+def test_a_base_that_was_not_finished_is_trained_on(start: Start, tmp_path: Path) -> None:
+    copy = tmp_path / "start"
+    shutil.copytree(start.path, copy)
+    (copy / "ready.json").unlink()  # killed while it was saved, with a checkpoint that is cut off too
+    (copy / "checkpoints" / "checkpoint-99").mkdir()
+    said = []
+    again = trained_start(TINY, TEXTS, copy, said.append)
+    assert len(said) == 1 and (copy / "ready.json").is_file()
+    weights = start.load().state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.load().state_dict().items())
 
 
 def test_a_benchmark_runs_from_it(start: Start, tmp_path: Path) -> None:
@@ -65,30 +80,41 @@ def test_a_benchmark_runs_from_it(start: Start, tmp_path: Path) -> None:
     assert base.config.vocab_size == start.load().config.vocab_size  # not the embedded model
     with pytest.raises(ConfigError, match=r"start was .* is .*; choose another --output"):
         bench.run_noise(replace(config, start=Start()), tmp_path / "noise.json", resume=True, progress=lambda *_: None)
+    for name in ("noise.json", "noise.runs.jsonl"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=r"noise\.bases was made with another start; delete it"):
+        bench.run_noise(replace(config, start=Start()), tmp_path / "noise.json", resume=False, progress=lambda *_: None)
 
 
-def test_results_without_a_setting_are_gone_on_with(tmp_path: Path) -> None:
+def test_results_that_name_no_start_are_of_the_embedded_base(tmp_path: Path) -> None:
     output = tmp_path / "old.json"
     output.write_text(json.dumps({"config": {"steps": 40}}))
-    check_settings(output, True, {"steps": 40, "start": {"folder": None}})
+    check_settings(output, True, {"steps": 40, "start": asdict(Start())})
     check_settings(output, False, {"steps": 41})
+    with pytest.raises(ConfigError, match="start was"):
+        check_settings(output, True, {"steps": 40, "start": asdict(Start("other"))})
     with pytest.raises(ConfigError, match="steps was 40, is 41"):
         check_settings(output, True, {"steps": 41})
 
 
 def test_skill_documents_show_no_instruction_and_no_test_problem() -> None:
-    texts = skill_texts(300)
+    texts = skill_texts(2000)
     assert not any("Instruction:" in text or "Response:" in text for text in texts)
-    assert texts == skill_texts(300)
-    mark = tasks.INSTRUCTION_TEMPLATE.split("{")[0]
-    assert all(
-        row["prompt"].startswith(mark) for row in load_demonstrations("test")[:5]
-    )  # the format that it has not seen
+    assert texts[:300] == skill_texts(300)
+    asked = {row["prompt"] for row in load_demonstrations("heldout_skills_test")}  # in the base's own format
+    beginnings = {text[:end] for text in texts for end in range(1, len(text) + 1)}
+    assert asked and not asked & beginnings
+    problems = (tasks.sample_problem_in(skill, "train", Random(i)) for skill in tasks.SKILLS for i in range(300))
+    assert {tasks.pretraining_text(problem, Random(0)) for problem in problems} & set(texts)  # those may be there
 
 
 def test_a_corpus_is_cut_at_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "own.txt").write_text("one\nline\n\n\n two \n\n")
-    assert list(real_texts(None, tmp_path / "own.txt")) == ["one\nline", "two"]
+    for content in (b"one\nline\n\n\n two \n\n", b"one\nline\r\n\r\n two"):
+        (tmp_path / "own.txt").write_bytes(content)
+        assert list(real_texts(None, tmp_path / "own.txt")) == ["one\nline", "two"]
+    (tmp_path / "own.txt").write_text("one\nline")
+    with pytest.raises(DataError, match="has 1 paragraphs; a blank line ends one"):
+        list(real_texts(None, tmp_path / "own.txt"))
     with pytest.raises(DataError, match="is missing"):
         list(real_texts(None, tmp_path / "none.txt"))
     with pytest.raises(DataError, match="--corpus, or their folder with --data"):
@@ -110,8 +136,9 @@ def test_impossible_scales_are_refused_with_the_way_out(tmp_path: Path, monkeypa
         start_of("gpu", tmp_path, None, tmp_path)
     with pytest.raises(ConfigError, match="expected cpu or gpu"):
         start_of("tpu", None, None, tmp_path)
-    with pytest.raises(ConfigError, match="add --scale gpu"):
-        start_of("cpu", None, tmp_path / "own.txt", tmp_path)
+    for data, corpus in ((None, tmp_path / "own.txt"), (tmp_path, None)):
+        with pytest.raises(ConfigError, match="add --scale gpu"):
+            start_of("cpu", data, corpus, tmp_path)
     for command in ("noise", "distill", "prior"):
         found = CliRunner().invoke(app, [command, "--scale", "gpu", "--output", str(tmp_path / "out.json")])
         assert found.exit_code != 0

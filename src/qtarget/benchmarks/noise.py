@@ -26,7 +26,7 @@ from qtarget.benchmarks.pool import (
     quiet_libraries,
     save_results,
 )
-from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.errors import ConfigError
 
@@ -134,6 +134,7 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
+    claim(bases, {"tasks": config.tasks, "start": asdict(config.start)})
     setting = Setting(config.tasks, data, bases, config.steps, config.start)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)

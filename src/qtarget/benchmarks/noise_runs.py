@@ -80,7 +80,7 @@ class NoiseWorker:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.task = setting, task_set(setting.tasks, setting.data)
         self.tokenizer = setting.start.tokenizer()
-        self.material = lru_cache(maxsize=8)(self._material)
+        self.material = lru_cache(maxsize=8 if setting.start.device == "cpu" else 2)(self._material)
 
     def __call__(self, job: Job) -> dict[str, float | None]:
         method, cell = METHODS[job.method], job.cell

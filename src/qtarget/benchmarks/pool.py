@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from qtarget.benchmarks.start import Start
 from qtarget.errors import ConfigError
 from qtarget.scoring.files import write_atomic
 
@@ -29,6 +31,16 @@ class KeyedJob(Protocol):
     def key(self) -> str: ...
 
 
+def refuse_earlier(path: Path, resume: bool) -> None:
+    """Raise if runs are there that nobody asked to go on with.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if path.exists() and not resume:
+        raise ConfigError(f"{path} holds the runs of an earlier benchmark; go on with --resume, or delete it")
+
+
 class RunLog:
     """Finished runs, one JSON object a line: ``{"key": ..., ...}``. A line that was cut off by a kill is dropped.
 
@@ -41,8 +53,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, resume: bool) -> None:
-        if path.exists() and not resume:
-            raise ConfigError(f"{path} holds the runs of an earlier benchmark; go on with --resume, or delete it")
+        refuse_earlier(path, resume)
         self.path, self.runs = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -68,15 +79,15 @@ def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> N
 
     Args:
         output: results of the runs that are there.
-        settings: those that decide about every run, as they are now; an older file may lack some.
+        settings: those that decide about every run, as they are now; a file that names no start has the embedded one.
 
     Raises:
         ConfigError: the runs were made with other ones; names them.
     """
     if not (resume and output.is_file()):
         return
-    then, now = json.loads(output.read_text())["config"], json.loads(json.dumps(settings))
-    if differing := [f"{n} was {then[n]}, is {value}" for n, value in now.items() if n in then and then[n] != value]:
+    then, now = {"start": asdict(Start())} | json.loads(output.read_text())["config"], json.loads(json.dumps(settings))
+    if differing := [f"{n} was {then[n]}, is {value}" for n, value in now.items() if then[n] != value]:
         raise ConfigError(f"--resume {output}: {'; '.join(differing)}; choose another --output")
 
 

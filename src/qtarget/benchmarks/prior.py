@@ -28,7 +28,7 @@ from qtarget.benchmarks.pool import (
     save_results,
 )
 from qtarget.benchmarks.prior_results import summarize
-from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, make_base, teach
 from qtarget.data import tasks
 from qtarget.data.noise import inject_noise
@@ -229,6 +229,7 @@ def run_prior(config: PriorConfig, output: Path, *, resume: bool, progress: Prog
     """
     check_settings(output, resume, {name: asdict(config)[name] for name in ("steps", "start")})
     log, bases = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".bases")
+    claim(bases, {"tasks": "embedded", "start": asdict(config.start)})
     conditions: list[dict[str, Any]] = []
     results = {
         "benchmark": "prior", "config": asdict(config), "untrained": {}, "conditions": conditions,

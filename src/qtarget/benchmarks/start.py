@@ -7,7 +7,9 @@ documents that teach the small skills in their own format, so that it has a prio
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +64,7 @@ class Scale:
     """A model that is trained from scratch as a start, and on how much.
 
     Attributes:
-        vocab, width, layers, heads: of tokenizer and model; three in eight of ``width`` is what a Llama's MLP is wider.
+        vocab, width, layers, heads: of tokenizer and model.
         skill_documents: small documents that teach the skills.
         steps, batch_size, length: optimizer steps of so many packed rows of so many tokens.
         learning_rate: the peak of that training; fine-tuning takes a third.
@@ -90,9 +92,9 @@ def start_of(
         DataError: there are no texts.
     """
     if scale == "cpu":
-        if corpus is not None:
+        if corpus is not None or data is not None:
             raise ConfigError(
-                "--corpus is what the base of --scale gpu is trained on; add --scale gpu, or leave it out"
+                "--corpus or --data is what the base of --scale gpu is trained on; add --scale gpu, or leave it out"
             )
         return Start()
     if scale != "gpu":
@@ -102,6 +104,11 @@ def start_of(
     if not torch.cuda.is_available():
         raise ConfigError(
             "--scale gpu trains a base of 36 million parameters, and torch sees no CUDA device; leave --scale out"
+        )
+    if torch.cuda.device_count() > 1 or not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"--scale gpu runs on one device with bfloat16, and torch sees {torch.cuda.device_count()}; choose it with "
+            "CUDA_VISIBLE_DEVICES"
         )
     return trained_start(Scale(), list(real_texts(data, corpus)), folder, say)
 
@@ -113,7 +120,10 @@ def real_texts(data: Path | None, corpus: Path | None) -> Iterator[str]:
         DataError: neither is given, or a file is missing.
     """
     if corpus is not None:
-        yield from (part.strip() for part in _read(corpus).split("\n\n") if part.strip())
+        paragraphs = _paragraphs(corpus)
+        if len(paragraphs) < 2:
+            raise DataError(f"{corpus} has {len(paragraphs)} paragraphs; a blank line ends one, and each is a text")
+        yield from paragraphs
         return
     if data is None:
         raise DataError(
@@ -121,10 +131,14 @@ def real_texts(data: Path | None, corpus: Path | None) -> Iterator[str]:
         )
     folder = data / "text_corpora"
     for name in ("wikitext2_valid.txt.gz", "wikitext2_test.txt.gz", "tinyshakespeare.txt.gz"):
-        yield from (part.strip() for part in _read(folder / name).split("\n\n") if part.strip())
+        yield from _paragraphs(folder / name)
     yield from json.loads(_read(folder / "tinystories_1000.json.gz"))
     for row in json.loads(_read(data / "dolly_3k" / "dolly_3k.json.gz")):
         yield "\n".join(str(value) for value in row.values() if value)
+
+
+def _paragraphs(path: Path) -> list[str]:
+    return [part.strip() for part in re.split(r"\r?\n\s*\r?\n", _read(path)) if part.strip()]
 
 
 def _read(path: Path) -> str:
@@ -154,25 +168,24 @@ def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[s
     Raises:
         ConfigError: the folder holds one of another scale.
     """
-    made, settings = folder / "settings.json", {"scale": asdict(scale), "texts": len(texts)}
-    if made.is_file() and json.loads(made.read_text()) != settings:
-        raise ConfigError(f"{folder} holds a base of other settings; delete it, or choose another --output")
+    texts_hash = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    claim(folder, {"scale": asdict(scale), "texts": texts_hash})
     start = Start(str(folder), scale.device, scale.learning_rate / 3)
-    if (folder / "model.safetensors").is_file():
+    if (folder / READY).is_file():
         return start
     from datasets import Dataset
 
-    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, last_complete_checkpoint
 
     say(f"training a base on {len(texts)} real texts and {scale.skill_documents} skill documents")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(made, settings)
     rows = texts + skill_texts(scale.skill_documents)
     Random(0).shuffle(rows)
     tokenizer = trained_tokenizer(rows, scale)
+    at_once = min(8, scale.batch_size)  # rows of a packed batch attend under one mask of (rows x length) squared
     checkpoints, cuda = folder / "checkpoints", scale.device != "cpu"
     arguments = QTargetConfig(
-        target="sft", output_dir=str(checkpoints), max_steps=scale.steps, per_device_train_batch_size=scale.batch_size,
+        target="sft", output_dir=str(checkpoints), max_steps=scale.steps, per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=scale.batch_size // at_once,
         learning_rate=scale.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.1,
         packing=True, max_length=scale.length, bf16=cuda, use_cpu=not cuda, activation_checkpointing=False,
         save_steps=max(1, scale.steps // 10), save_total_limit=1, report_to="none",
@@ -181,11 +194,32 @@ def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[s
     trainer = QTargetTrainer(
         untrained(scale, tokenizer), arguments, Dataset.from_dict({"text": rows}), processing_class=tokenizer
     )
-    trainer.train(resume_from_checkpoint=True if any(checkpoints.glob("checkpoint-*")) else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(checkpoints)))
     tokenizer.save_pretrained(folder)
     model: Any = trainer.model
     model.save_pretrained(folder)
+    write_json(folder / READY, {"steps": scale.steps})
     return start
+
+
+READY = "ready.json"
+"""Written last: what stands beside it is whole."""
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder theirs, or see that it is.
+
+    Raises:
+        ConfigError: what it holds was made with other settings; names them.
+    """
+    mark = folder / "settings.json"
+    then, now = json.loads(mark.read_text()) if mark.is_file() else settings, json.loads(json.dumps(settings))
+    if differing := [name for name, value in now.items() if then.get(name) != value]:
+        raise ConfigError(
+            f"{folder} was made with another {' and '.join(differing)}; delete it, or choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, now)
 
 
 def trained_tokenizer(texts: list[str], scale: Scale) -> Any:
@@ -221,7 +255,7 @@ def untrained(scale: Scale, tokenizer: Any) -> Any:
     torch.manual_seed(0)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=scale.width, intermediate_size=scale.width * 8 // 3,
+        vocab_size=len(tokenizer), hidden_size=scale.width, intermediate_size=-(-scale.width * 8 // 3 // 64) * 64,
         num_hidden_layers=scale.layers, num_attention_heads=scale.heads, num_key_value_heads=scale.heads,
         max_position_embeddings=max(scale.length, 512), tie_word_embeddings=True, **ids,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ TEST_SHARE = 5
 def math_tasks(data: Path, train_rows: int = 640) -> TaskSet:
     """Word problems of MAWPS and ASDiv with the expression that answers them, in prefix form: real questions, short answers.
 
-    Every fifth question (by its text: a question that comes twice stands on one side) is for the test.
+    Questions that differ in case and punctuation alone are one, and left out if they are answered differently. Every fifth
+    is for the test.
 
     Args:
         data: the folder that holds ``math_small/mawps_asdiv_train.csv.gz``.
@@ -127,14 +129,25 @@ def math_tasks(data: Path, train_rows: int = 640) -> TaskSet:
         DataError: the file is not there.
     """
     with gzip.open(_present(data / "math_small" / "mawps_asdiv_train.csv.gz"), "rt", encoding="utf-8") as file:
-        found = {row["Question"]: row["Equation"] for row in csv.DictReader(file)}
-    for name, letter in NUMBERS.items():
-        found = {question.replace(name, letter): answer.replace(name, letter) for question, answer in found.items()}
-    short = {question: answer for question, answer in found.items() if len(question.split()) <= LONGEST_QUESTION}
-    pairs = [pair for pair in sorted(short.items()) if "number" not in "".join(pair)]
-    test = [pair for pair in pairs if zlib.crc32(pair[0].encode()) % TEST_SHARE == 0]
-    train = [pair for pair in pairs if zlib.crc32(pair[0].encode()) % TEST_SHARE]
+        rows = [(row["Question"], row["Equation"]) for row in csv.DictReader(file)]
+    answers: dict[str, set[str]] = {}
+    for question, answer in rows:
+        answers.setdefault(_words(question), set()).add(answer)
+    found = {_words(question): (question, answer) for question, answer in rows if len(answers[_words(question)]) == 1}
+    pairs = []
+    for question, answer in found.values():
+        for name, letter in NUMBERS.items():
+            question, answer = question.replace(name, letter), answer.replace(name, letter)
+        if len(question.split()) <= LONGEST_QUESTION and "number" not in question + answer:
+            pairs.append((question, answer))
+    in_test = [zlib.crc32(_words(question).encode()) % TEST_SHARE == 0 for question, _ in pairs]
+    test = [pair for pair, held_out in zip(pairs, in_test, strict=True) if held_out]
+    train = [pair for pair, held_out in zip(pairs, in_test, strict=True) if not held_out]
     return _paired("math", train, test, "Solve this: {}", "The plan is [{}].", 450, train_rows)
+
+
+def _words(question: str) -> str:
+    return " ".join(re.findall("[a-z0-9]+", question.lower()))
 
 
 def _present(path: Path) -> Path:

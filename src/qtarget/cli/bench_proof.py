@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qtarget.benchmarks.pool import WORKERS
+from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
 from qtarget.cli.outputs import check_writable, progress_bar, saver
 
@@ -19,7 +19,9 @@ Scale = Annotated[
     str, typer.Option(help="cpu: the embedded base; gpu: a base of 36 million parameters, trained first on real texts.")
 ]
 Corpus = Annotated[Path | None, typer.Option(help="Text file for --scale gpu; paragraphs are apart by a blank line.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes of one thread each; on a CPU numbers do not depend on it.")
+]
 
 
 def distill(
@@ -36,7 +38,7 @@ def distill(
     from qtarget.benchmarks.distill_results import distill_figure, distill_table
 
     check_writable(output)
-    start, full = started(scale, data, corpus, output), DistillConfig()
+    start, full = started(scale, data, corpus, output, resume), DistillConfig()
     config = replace(quick(full) if is_quick else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance:
@@ -60,9 +62,11 @@ def noise(
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
     from qtarget.benchmarks.noise import GPU, QUICK, REAL, NoiseConfig, run_noise
     from qtarget.benchmarks.noise_results import noise_figure, noise_table
+    from qtarget.benchmarks.tasks import task_set
 
     check_writable(output)
-    start = started(scale, data, corpus, output)
+    task_set(tasks, data)  # says what is missing before a base is trained
+    start = started(scale, None if scale == "cpu" else data, corpus, output, resume)
     full = GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
     config = replace(
         QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
@@ -87,15 +91,16 @@ def prior(
     from qtarget.benchmarks.prior_results import prior_figure, prior_table
 
     check_writable(output)
+    start = started(scale, data, corpus, output, resume)
+    config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
     with progress_bar() as advance:
-        start = started(scale, data, corpus, output)
-        config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
 
 
-def started(scale: str, data: Path | None, corpus: Path | None, output: Path) -> Start:
-    """The model that all bases begin with; a larger one is trained beside the results."""
+def started(scale: str, data: Path | None, corpus: Path | None, output: Path, resume: bool) -> Start:
+    """The model that all bases begin with; a larger one is trained beside the results, if runs may begin there."""
+    refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
     return start_of(scale, data, corpus, output.with_suffix(".start"), typer.echo)
 
 

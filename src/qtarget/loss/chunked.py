@@ -303,7 +303,7 @@ class _Run:
             found = differentiate(request.target, view)
             loss += found.terms.total(piece.loss_weights).sum()
             if request.want_report:
-                self.reports.append(report(log_probs, view, piece, found))
+                self.reports.append(report(z, log_probs, view, piece, found))
             if write:
                 weights = found.combined(piece.loss_weights)
                 gradient = logit_gradient(log_probs, piece.labels, weights, view.reference, view.teacher)

@@ -11,9 +11,10 @@ def dense_token_losses(
     logits: Float[Tensor, "tokens vocab"], request: LossRequest
 ) -> tuple[Float[Tensor, " tokens"], TokenReport | None]:
     """The loss at each supervised token, with its graph, and the report when the request asks for one."""
-    log_probs = (logits if logits.dtype.itemsize >= 4 else logits.float()).log_softmax(-1)
+    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
+    log_probs = wide.log_softmax(-1)
     target = request.target
     view = request.view(log_probs)
     losses = target.losses(view).total(request.loss_weights)
     found = differentiate(target, view) if request.want_report else None
-    return losses, None if found is None else report(log_probs.detach(), view, request, found)
+    return losses, None if found is None else report(wide.detach(), log_probs.detach(), view, request, found)

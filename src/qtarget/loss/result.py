@@ -89,16 +89,20 @@ class TokenReport:
 
 @torch.no_grad()
 def report(
-    log_probs: Float[Tensor, "tokens vocab"], view: TokenView, request: LossRequest, found: Differentiated
+    logits: Float[Tensor, "tokens vocab"],
+    log_probs: Float[Tensor, "tokens vocab"],
+    view: TokenView,
+    request: LossRequest,
+    found: Differentiated,
 ) -> TokenReport:
-    """The report of one run of tokens whose log-softmax is at hand."""
+    """The report of one run of tokens whose logits, and their log-softmax, are at hand."""
     label, residual = found.pulls(request.loss_weights)
     entropy = entropy_of(log_probs) if view.entropy is None else view.entropy
     return TokenReport(
         losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
         entropy=entropy.detach(),
-        correct=((log_probs >= log_probs.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
+        correct=((logits >= logits.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
         label_weights=label,
         residual_weights=residual,
     )
