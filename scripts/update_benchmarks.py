@@ -114,12 +114,13 @@ def practice(found: Mapping[str, Any]) -> str:
 
 DESIGNED = """\
 `consensus` was designed on these tasks: its form, and once the grid of `caution` (3 in place of 0.3), were changed after numbers
-of the test prompts had been seen. What it does on tasks that it was not designed on stands below.
+of the test prompts had been seen. SCAN, below, was not looked at until the form stood; then its numbers showed that noise made the base
+look unreliable, and the trust of contexts ([consensus.md](consensus.md)) was added: so SCAN is not unseen either. The word problems are.
 """
 
 
 SCAN = (
-    "### On data that it was not designed on: SCAN",
+    "### Other data: SCAN",
     "Short SCAN commands (`compositional/` of the real data; `--tasks scan`), a base that was taught them as `command = actions`.",
 )
 MATH = (

@@ -134,8 +134,8 @@ def test_the_sums_of_the_map_by_hand():
     assert (goal["relative_gain"], goal["gap_recovered"]) == (0.7, pytest.approx(0.438, abs=1e-3))
     assert (goal["best_published"], goal["within_a_point_of_best"], goal["untrained"]) == ("sft", True, 5.0)
     assert results["summary"]["finding"] == (
-        "Over 1 noisy points of the map, consensus is never below SFT; the next best target, prior_surprise, up to 20 points; "
-        "1 - p_base up to 20"
+        "Over 1 noisy points of the map, consensus is never below SFT; the next best target, prior_surprise, up to 20.0 points; "
+        "1 - p_base up to 20.0"
     )
     table = noise_table(results)
     assert "| consensus | **65.0 (64..66)** | **42.5 (40..45)** |" in table

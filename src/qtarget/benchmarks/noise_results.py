@@ -112,10 +112,10 @@ def finding(summary: Cells) -> str:
     if not noisy or not names:
         return "No noisy point of the map was run"
     best, *others = sorted(names, key=below)
-    first = "is never below SFT" if below(best) <= 0 else f"is at most {below(best):.0f} points below SFT"
+    first = "is never below SFT" if below(best) <= 0 else f"is at most {below(best):.1f} points below SFT"
     parts = [f"Over {len(noisy)} noisy points of the map, {best} {first}"]
-    parts += [f"the next best target, {others[0]}, up to {max(0.0, below(others[0])):.0f} points"] if others else []
-    parts += [f"1 - p_base up to {max(0.0, below('prior_surprise')):.0f}"] if "prior_surprise" in names else []
+    parts += [f"the next best target, {others[0]}, up to {max(0.0, below(others[0])):.1f} points"] if others else []
+    parts += [f"1 - p_base up to {max(0.0, below('prior_surprise')):.1f}"] if "prior_surprise" in names else []
     return "; ".join(parts)
 
 
