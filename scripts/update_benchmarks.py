@@ -114,8 +114,9 @@ def practice(found: Mapping[str, Any]) -> str:
 
 DESIGNED = """\
 `consensus` was designed on these tasks: its form, and once the grid of `caution` (3 in place of 0.3), were changed after numbers
-of the test prompts had been seen. SCAN, below, was not looked at until the form stood; then its numbers showed that noise made the base
-look unreliable, and the trust of contexts ([consensus.md](consensus.md)) was added: so SCAN is not unseen either. The word problems are.
+of the test prompts had been seen. SCAN, below, was not looked at until the form stood; then its numbers showed that noise made
+the base look unreliable, and the trust of contexts ([consensus.md](consensus.md)) was added: so SCAN is not unseen either. The
+word problems are.
 """
 
 
