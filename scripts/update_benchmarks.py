@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.distill_results import distill_figure, distill_table
+from qtarget.benchmarks.distill_runs import METHODS
 from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise import CELLS
 from qtarget.benchmarks.noise_methods import OTHERS
@@ -232,11 +233,13 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     goals = [f"- {name.replace(chr(95), chr(32))}: {_reached(goal)}" for name, goal in found["goals"].items()]
     figure = "![accuracy by fraction of the data](distill.png)\n"
     finding = f"**{found['finding']}.**\n"
-    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), "Goals:\n", *goals, ""])
+    missing = [name for name in METHODS if name not in found["config"]["methods"]]
+    unrun = f"Part of the full setting and not run yet: {', '.join(missing)}.\n" if missing else ""
+    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), unrun, "Goals:\n", *goals, ""])
 
 
 DISTILL_PROTOCOL = """\
-`qtarget bench distill`. A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
+`qtarget bench distill` (full setting: about 35 minutes on two quiet cores; resumable, `--quick` as above). A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
 answers, by their text alone or by the teacher's distribution from a cache made by the project's own scorer. Steps are equal
 at every fraction. *Rows needed*: the fraction at which a method reaches cross entropy on all rows.
 """
@@ -264,7 +267,7 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
 
 
 PRIOR_PROTOCOL = """\
-`qtarget bench prior`. The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
+`qtarget bench prior` (full setting: about 15 minutes on two quiet cores; resumable, `--quick` as above). The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
 largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
 that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
 base. What it costs is measured on the base without flaw. One recipe for all.
