@@ -239,7 +239,8 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
 
 
 DISTILL_PROTOCOL = """\
-`qtarget bench distill` (full setting: about 35 minutes on two quiet cores; resumable, `--quick` as above). A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
+`qtarget bench distill` (full setting: about 35 minutes on two quiet cores; resumable, `--quick` as above).
+A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
 answers, by their text alone or by the teacher's distribution from a cache made by the project's own scorer. Steps are equal
 at every fraction. *Rows needed*: the fraction at which a method reaches cross entropy on all rows.
 """
@@ -267,7 +268,8 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
 
 
 PRIOR_PROTOCOL = """\
-`qtarget bench prior` (full setting: about 15 minutes on two quiet cores; resumable, `--quick` as above). The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
+`qtarget bench prior` (full setting: about 15 minutes on two quiet cores; resumable, `--quick` as above).
+The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
 largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
 that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
 base. What it costs is measured on the base without flaw. One recipe for all.
