@@ -132,13 +132,17 @@ MATH = (
 )
 
 
-def real_part(found: Mapping[str, Any] | None, words: tuple[str, str]) -> str:
+def real_part(found: Mapping[str, Any] | None, about: tuple[str, str]) -> str:
     """`bench noise` on real rows, or nothing."""
     if found is None:
         return ""
-    title, data = words
+    title, data = about
     finding = f"{data} {found['summary']['finding']}.\n"
-    return "\n".join([f"{title}\n", finding, noise_table(found), goal_table(found["summary"]["goals"])])
+    run = [(cell["base"], cell["kind"], cell["rate"]) for cell in found["cells"]]
+    left = [cell for cell in found["config"]["cells"] if (cell["base"], cell["kind"], cell["rate"]) not in run]
+    points = "; ".join(f"{cell['base']}: {words(cell)}" for cell in left)
+    unrun = f"Not run yet: {points}.\n" if left else ""
+    return "\n".join([f"{title}\n", finding, noise_table(found), goal_table(found["summary"]["goals"]), unrun])
 
 
 def marked_part(found: Mapping[str, Any] | None) -> str:
