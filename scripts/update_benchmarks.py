@@ -8,7 +8,7 @@ A test compares the page with the results, so neither can change alone. A result
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,15 @@ def real_part(found: Mapping[str, Any] | None, about: tuple[str, str]) -> str:
         return ""
     title, data = about
     finding = f"{data} {found['summary']['finding']}.\n"
-    run = [(cell["base"], cell["kind"], cell["rate"]) for cell in found["cells"]]
-    left = [cell for cell in found["config"]["cells"] if (cell["base"], cell["kind"], cell["rate"]) not in run]
-    points = "; ".join(f"{cell['base']}: {words(cell)}" for cell in left)
-    unrun = f"Not run yet: {points}.\n" if left else ""
-    return "\n".join([f"{title}\n", finding, noise_table(found), goal_table(found["summary"]["goals"]), unrun])
+    left = points_left(found, found["config"]["cells"])
+    missing = f"Not run yet: {'; '.join(left)}.\n" if left else ""
+    return "\n".join([f"{title}\n", finding, noise_table(found), goal_table(found["summary"]["goals"]), missing])
+
+
+def points_left(found: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which of these points of the map the results lack."""
+    run = {(cell["base"], cell["kind"], cell["rate"]) for cell in found["cells"]}
+    return [f"{cell['base']}: {words(cell)}" for cell in cells if (cell["base"], cell["kind"], cell["rate"]) not in run]
 
 
 def marked_part(found: Mapping[str, Any] | None) -> str:
@@ -187,8 +191,7 @@ def goal_lines(goals: list[Mapping[str, Any]]) -> list[str]:
 
 def unrun(found: Mapping[str, Any]) -> str:
     """Points and targets of the full setting that these results lack."""
-    run = {(cell["base"], cell["kind"], cell["rate"]) for cell in found["cells"]}
-    points = [f"{cell.base}: {words(vars(cell))}" for cell in CELLS if (cell.base, cell.kind, cell.rate) not in run]
+    points = points_left(found, map(vars, CELLS))
     names = {name for cell in found["cells"] for name in cell["runs"]}
     targets = [method.name for method in OTHERS if method.name not in names]
     parts = [f"points {'; '.join(points)}"] if points else []
@@ -237,9 +240,9 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     goals = [f"- {name.replace(chr(95), chr(32))}: {_reached(goal)}" for name, goal in found["goals"].items()]
     figure = "![accuracy by fraction of the data](distill.png)\n"
     finding = f"**{found['finding']}.**\n"
-    missing = [name for name in METHODS if name not in found["config"]["methods"]]
-    unrun = f"Part of the full setting and not run yet: {', '.join(missing)}.\n" if missing else ""
-    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), unrun, "Goals:\n", *goals, ""])
+    left = [name for name in METHODS if name not in found["config"]["methods"]]
+    missing = f"Part of the full setting and not run yet: {', '.join(left)}.\n" if left else ""
+    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), missing, "Goals:\n", *goals, ""])
 
 
 DISTILL_PROTOCOL = """\
