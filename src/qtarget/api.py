@@ -121,9 +121,10 @@ def linear_target_loss(
         hidden: ``[..., width]`` last hidden states of the live model.
         lm_head_weight: ``[vocab, width]``; ``logits = softcap(scale (h W^T + bias))``.
         reference, teacher: known numbers, or a ``FrozenHead`` whose logits are made chunk by chunk as well.
-        backend: ``chunked`` (PyTorch), ``triton`` (the same with fused kernels, on a GPU), ``dense`` (holds all logits,
-            differentiable twice: the oracle). ``auto`` takes ``triton`` where it can and ``chunked`` elsewhere;
-            ``qtarget.explain_backend`` says which, and why.
+        backend: ``chunked`` (PyTorch), ``compiled`` (the same with whole rows of logits through ``torch.compile``, for a
+            live teacher and the like; its first call takes seconds), ``triton`` (the same with fused kernels, on a
+            GPU), ``dense`` (holds all logits, differentiable twice: the oracle). ``auto`` takes ``triton`` where it can
+            and ``chunked`` elsewhere; ``qtarget.explain_backend`` says which, and why.
         chunk_size: tokens whose logits exist at once; the default fits a memory budget.
         logits_dtype: ``torch.bfloat16`` accepts rounded logits for soft targets too, which costs 20 to 200 % of their
             gradient near the teacher; the default keeps them float32 there, and in the model's dtype for hard labels.

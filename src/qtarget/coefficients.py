@@ -27,7 +27,7 @@ LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_refere
 
 def savable(view: TokenView) -> TokenView:
     """The same view in tensors that autograd may save: those made under ``torch.inference_mode`` are copied."""
-    if not view.label_log_probs.is_inference():
+    if torch.compiler.is_compiling() or not view.label_log_probs.is_inference():
         return view
 
     def copy(value):

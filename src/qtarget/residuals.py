@@ -24,7 +24,7 @@ def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:
     The values are masked before the product, so that such an outcome's gradient is zero too and not ``0 x inf``.
     """
     probs = log_probs.exp()
-    if probs.device.type == "cpu":  # the mask costs more than all else here; a GPU would have to wait for the answer
+    if probs.device.type == "cpu" and not torch.compiler.is_compiling():  # the mask costs more than all else there
         total = (probs * values).sum(-1)
         if bool(total.isfinite().all()):  # then no value was infinite
             return total

@@ -1,6 +1,8 @@
 """The trainer against TRL's own, against full logits, and against itself with the batch cut differently."""
 
 import math
+import os
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import qtarget
-from qtarget.errors import ConfigError, DataError, MissingStatisticError, NonFiniteLossError, QTargetError
+from qtarget.errors import ConfigError, DataError, IncompatibleError, MissingStatisticError, NonFiniteLossError, QTargetError
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 BATCH_SCOPE = ["talr", "rho1", "inverse_likelihood"]
@@ -181,6 +183,28 @@ def test_nan_stops_with_the_row(make_trainer, rows):
 def test_refusals(make_trainer, settings, error, words):
     with pytest.raises(error, match=words):
         make_trainer(**settings)
+
+
+def test_the_loss_backend_is_passed_on(make_trainer):
+    chosen, oracle = (make_trainer("gem", max_steps=2, loss_backend=backend) for backend in ("auto", "dense"))
+    for trainer in (chosen, oracle):
+        trainer.train()
+    assert losses_of(chosen) == pytest.approx(losses_of(oracle), rel=1e-5)
+    with pytest.raises(IncompatibleError, match="nothing to compile; use backend='auto'"):
+        make_trainer("sft", loss_backend="compiled").train()
+    with pytest.raises(ConfigError, match="loss_backend='fast'; expected one of auto, chunked, compiled"):
+        make_trainer("sft", loss_backend="fast")
+
+
+def test_a_checkpoint_that_the_limit_deletes_at_once_is_said(make_trainer, tmp_path, caplog):
+    newer = tmp_path / "out" / "checkpoint-99"
+    newer.mkdir(parents=True)
+    os.utime(newer, (time.time() + 3600,) * 2)
+    trainer = make_trainer("sft", max_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1)
+    with caplog.at_level("WARNING", logger="qtarget"):
+        trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-1").exists()
+    assert "checkpoint-1 is not kept: save_total_limit deleted it as the oldest" in caplog.text
 
 
 def test_rows_without_anything_to_train_on(make_trainer):

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,7 +195,10 @@ def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[s
     trainer = QTargetTrainer(
         untrained(scale, tokenizer), arguments, Dataset.from_dict({"text": rows}), processing_class=tokenizer
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(checkpoints)))
+    last = last_complete_checkpoint(checkpoints)
+    for cut_off in (path for path in checkpoints.glob("checkpoint-*") if str(path) != last):
+        shutil.rmtree(cut_off)  # its number may be the highest, and save_total_limit keeps the highest
+    trainer.train(resume_from_checkpoint=last)
     tokenizer.save_pretrained(folder)
     model: Any = trainer.model
     model.save_pretrained(folder)

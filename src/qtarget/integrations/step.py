@@ -11,6 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from qtarget.api import linear_target_loss
 from qtarget.integrations.heads import HeadSpec
+from qtarget.loss.backends import Backend
 from qtarget.loss.result import TokenReport
 from qtarget.shapes import Tensor
 from qtarget.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
@@ -48,6 +49,7 @@ class TargetStep:
         loss_weights, label_weights: see ``qtarget.linear_target_loss``.
         num_items: supervised tokens of the whole optimizer batch.
         vocab_rows: leading rows of the head that count, where student and teacher differ in padding; all if absent.
+        backend: see ``qtarget.linear_target_loss``.
     """
 
     target: Target
@@ -58,6 +60,7 @@ class TargetStep:
     label_weights: Tensor | None = None
     num_items: Tensor | int | None = None
     vocab_rows: int | None = None
+    backend: Backend = "auto"
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> TargetOutput:
         self.move_to(hidden.device)
@@ -80,6 +83,7 @@ class TargetStep:
             loss_weights=_tail(self.loss_weights),
             label_weights=_tail(self.label_weights),
             num_items=self.num_items,
+            backend=self.backend,
             return_report=True,
         )
         return output_of(loss, report, self.labels[:, 1:])

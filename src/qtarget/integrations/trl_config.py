@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from trl.trainer.sft_config import SFTConfig
 
 from qtarget.errors import ConfigError
 from qtarget.guarded import Guarded
 from qtarget.integrations.teacher import place_teacher
+from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
 from qtarget.types import Target
 
@@ -33,6 +34,8 @@ class QTargetConfig(SFTConfig):
         teacher_top_k: log-probs a token that a URL's teacher is asked for.
         vocab_padding: what to do where teacher and model differ in padding rows of the vocabulary: ``refuse``, or
             ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
+        loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
+            teacher needs.
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
     """
 
@@ -50,6 +53,9 @@ class QTargetConfig(SFTConfig):
     vocab_padding: str = field(
         default="refuse", metadata={"help": "Padding rows that differ.", "choices": ["refuse", "truncate"]}
     )
+    loss_backend: str = field(
+        default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
+    )
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
     def __post_init__(self) -> None:
@@ -61,6 +67,8 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
             )
+        if self.loss_backend not in get_args(Backend):
+            raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
         if self.heatmap_rows < 0:
             raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 

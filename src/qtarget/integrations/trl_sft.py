@@ -311,6 +311,7 @@ class QTargetTrainer(SFTTrainer):
             label_weights=extra["label_weights"],
             num_items=num_items,
             vocab_rows=self.vocab_rows,
+            backend=self.args.loss_backend,
         )
         return step, inputs
 
@@ -363,7 +364,13 @@ class QTargetTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / COMPLETE_MARK).write_text("saved to the end\n")
+            if folder.is_dir():
+                (folder / COMPLETE_MARK).write_text("saved to the end\n")
+            else:
+                logger.warning(
+                    f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds "
+                    "checkpoints of higher steps; move them away or choose another output_dir"
+                )
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

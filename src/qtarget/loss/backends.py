@@ -13,11 +13,12 @@ from qtarget.errors import HyperparameterError, IncompatibleError
 from qtarget.loss.chunked import Plan, whole_vocabulary
 from qtarget.loss.head import Head, Precision
 from qtarget.loss.result import LossRequest
+from qtarget.loss.whole_rows import compile_obstacle
 from qtarget.shapes import Tensor
 from qtarget.statistics import check_frozen, check_sampled
 from qtarget.types import FrozenHead, Reference, Target
 
-Backend = Literal["auto", "chunked", "triton", "dense"]
+Backend = Literal["auto", "chunked", "compiled", "triton", "dense"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class BackendChoice:
     """The backend of a loss and the reasons for it; ``print`` it.
 
     Attributes:
-        backend: ``chunked`` (PyTorch, any device), ``triton`` (chunked, with fused kernels) or ``dense`` (the oracle).
+        backend: ``chunked`` (PyTorch, any device), ``compiled`` (chunked, with whole rows through ``torch.compile``),
+            ``triton`` (chunked, with fused kernels) or ``dense`` (the oracle).
         reasons: one sentence each.
         chunk_size: tokens whose logits exist at once; absent for ``dense``.
         logits_dtype, multiply_dtype: in what logits are stored, and the backward products run.
@@ -77,7 +79,8 @@ def choose(
             "top-k numbers of the frozen model (tail_policy 'bucket' or 'renormalize'), or gather the head"
         )
     path = (
-        f"whole rows of logits are differentiated by autograd, a few tokens at a time: {whole}"
+        f"whole rows of logits are differentiated by autograd, a few tokens at a time: {whole}; backend='compiled' fuses "
+        "them, after seconds of compiling"
         if whole
         else "two passes over each chunk of logits: the target sees the vocabulary through a few columns and sums"
     )
@@ -85,6 +88,10 @@ def choose(
         return "dense", ("asked for; holds all logits, and is differentiable twice",)
     if backend == "chunked":
         return "chunked", ("asked for", path)
+    if backend == "compiled":
+        if obstacle := compile_obstacle(hidden.device.type) if whole else "a few columns and sums leave nothing to compile":
+            raise IncompatibleError(f"backend='compiled' cannot compute this loss: {obstacle}; use backend='auto'")
+        return "compiled", ("asked for", f"whole rows of logits are differentiated by compiled autograd: {whole}")
     if backend == "auto" and hidden.device.type != "cuda":
         return "chunked", (f"the hidden states are on {hidden.device.type}", path)
     obstacle = triton_obstacle(hidden, whole)
@@ -99,12 +106,12 @@ def choose(
 def plan_of(
     name: str, hidden: Tensor, head: Head, request: LossRequest, chunk_size, logits_dtype, widest: int | None = None
 ) -> Plan:
-    """The chunked plan behind ``chunked`` or ``triton``."""
+    """The chunked plan behind ``chunked``, ``compiled`` or ``triton``."""
     if name == "triton":
         from qtarget.loss import triton_rows as kernels
     else:
         from qtarget.loss import rows as kernels
-    return Plan.of(hidden, head, request, chunk_size, logits_dtype, kernels, widest)
+    return Plan.of(hidden, head, request, chunk_size, logits_dtype, kernels, widest, name == "compiled")
 
 
 def precision_reason(precision: Precision, hidden: Tensor, soft: bool, logits_dtype: torch.dtype | None) -> str:

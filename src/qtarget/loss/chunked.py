@@ -7,7 +7,7 @@ with a frozen head, one without gradients; nothing of vocabulary size outlives a
 Two ways from logits to gradient. Most targets see the vocabulary through a few columns and sums (``columns.py``): one
 pass turns logits into sums and exponentials, and one factor a token those into the gradient, whatever the target. A
 target that needs a second distribution over the whole vocabulary, or the whole log-softmax, is differentiated by
-autograd, a few tokens at a time (``coefficients.py``).
+autograd (``whole_rows.py``).
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 
-from qtarget.coefficients import differentiate, logit_gradient
+from qtarget.coefficients import differentiate
 from qtarget.errors import HyperparameterError
-from qtarget.loss import rows
+from qtarget.loss import rows, whole_rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
 from qtarget.loss.gradients import Gradients
 from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
-from qtarget.loss.result import LossRequest, TokenReport, report
+from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import entropy_of
 from qtarget.types import FrozenHead, Needs, Reference
 
 LOGIT_BYTES = {"cpu": 48 * 2**20}
@@ -35,9 +34,6 @@ LOGIT_BYTES = {"cpu": 48 * 2**20}
 
 FEWEST_TOKENS = {"cpu": 160}
 """A chunk with fewer starves the matrix products (1,024 on other devices), so it may exceed the memory."""
-
-PIECE_BYTES = 2**21
-"""Logits that autograd differentiates at once where a target needs the whole vocabulary."""
 
 
 def default_chunk_size(vocab: int, heads: int, itemsize: int, device_type: str) -> int:
@@ -62,12 +58,14 @@ class Plan:
         precision: of the live head's products.
         chunk_size: tokens whose logits exist at once.
         whole_vocabulary: why autograd must see whole rows of logits, or empty.
+        compiled: whether those rows go through ``torch.compile``, a chunk at a time, and not in small pieces.
     """
 
     kernels: ModuleType
     precision: Precision
     chunk_size: int
     whole_vocabulary: str
+    compiled: bool = False
 
     @classmethod
     def of(
@@ -79,6 +77,7 @@ class Plan:
         logits_dtype: torch.dtype | None = None,
         kernels: ModuleType = rows,
         widest: int | None = None,
+        compiled: bool = False,
     ) -> Plan:
         """Decide for these inputs; ``widest`` is the most columns that one process holds.
 
@@ -92,7 +91,7 @@ class Plan:
         if chunk_size is None:
             columns = widest or head.vocab
             chunk_size = default_chunk_size(columns, heads, precision.logits.itemsize, hidden.device.type)
-        return cls(kernels, precision, chunk_size, whole_vocabulary(request))
+        return cls(kernels, precision, chunk_size, whole_vocabulary(request), compiled)
 
 
 def wanted(needs: Needs, role: str) -> bool:
@@ -191,7 +190,11 @@ class _Run:
                 logits = products.logits(rows_of)
                 if self.plan.whole_vocabulary:
                     others = {r: p.logits(frozen_heads(request)[r].hidden) for r, p in frozen.items()}
-                    loss += self._whole(logits, others, request, grads is not None)
+                    compiled = self.plan.compiled and len(logits) > 1  # 0 and 1 would be compiled for themselves
+                    whole = whole_rows.compiled() if compiled else whole_rows.in_pieces
+                    value, reports = whole(logits, others, request, self.head, grads is not None)
+                    loss += value
+                    self.reports += reports
                     gradient = LogitGradient(logits)
                 else:
                     known = None if self.known is None else self.known.rows(part)
@@ -282,42 +285,6 @@ class _Run:
             rows.scale_exponentials(values, rest.factor, rest.slope)
         self.vocabulary.put(values, columns.ids, at_columns)
         return LogitGradient(values, rest.level)
-
-    def _whole(
-        self, logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, write: bool
-    ) -> Float[Tensor, ""]:
-        """The same through whole rows of logits, a few tokens at a time."""
-        step = max(1, PIECE_BYTES // (logits.dtype.itemsize * self.head.vocab))
-        loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        for start in range(0, max(len(logits), 1), step):
-            part = slice(start, start + step)
-            piece = request.rows(part)
-            models = {r: numbers_of(z[part], piece, r) for r, z in frozen.items()}
-            piece = replace(piece, **models)
-            z = logits[part].to(loss.dtype)
-            log_probs = z.log_softmax(-1)
-            view = piece.view(log_probs)
-            if not (write or request.want_report):
-                loss += request.target.losses(view).total(piece.loss_weights).sum()
-                continue
-            found = differentiate(request.target, view)
-            loss += found.terms.total(piece.loss_weights).sum()
-            if request.want_report:
-                self.reports.append(report(z, log_probs, view, piece, found))
-            if write:
-                weights = found.combined(piece.loss_weights)
-                gradient = logit_gradient(log_probs, piece.labels, weights, view.reference, view.teacher)
-                logits[part] = gradient if self.head.plain else gradient.mul_(self.head.chain(z))
-        return loss
-
-
-def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role: str) -> Reference:
-    """What a frozen model with these logits says, as far as the target asks."""
-    known = Reference.from_logits(logits, request.labels)
-    if "entropy" in getattr(request.target.needs, role):
-        assert known.log_probs is not None
-        known = replace(known, entropy=entropy_of(known.log_probs))
-    return known
 
 
 def frozen_head(model: FrozenHead) -> Head:

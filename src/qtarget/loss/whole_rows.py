@@ -1,0 +1,114 @@
+"""Whole rows of logits differentiated by autograd: for a target that needs a second distribution over the vocabulary.
+
+``in_pieces`` takes a few tokens at a time, whose numbers fit the cache; ``compiled`` has ``torch.compile`` fuse the same
+lines, whatever the target, and takes a chunk at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qtarget.coefficients import differentiate, logit_gradient
+from qtarget.errors import IncompatibleError
+from qtarget.loss.head import Head
+from qtarget.loss.result import LossRequest, TokenReport, report
+from qtarget.shapes import Float, Tensor
+from qtarget.statistics import entropy_of
+from qtarget.types import Reference
+
+PIECE_BYTES = 2**21
+"""Logits that autograd differentiates at once where nothing is compiled."""
+
+Result = tuple[Float[Tensor, ""], list[TokenReport]]
+
+
+def whole_rows(
+    logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, head: Head, write: bool
+) -> Result:
+    """Summed loss of these tokens, and their report where one is wanted; with ``write`` the logits become its gradient.
+
+    Args:
+        logits: of the live model.
+        frozen: by role, the logits of frozen models, where they are made chunk by chunk.
+        request: for these tokens.
+        head: what the logits were made with; the gradient is by what its scale and soft-cap were applied to.
+        write: whether a gradient is needed.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    request = replace(request, **{role: numbers_of(z, request, role) for role, z in frozen.items()})  # pyright: ignore[reportArgumentType]
+    z = logits.to(wide)
+    log_probs = z.log_softmax(-1)
+    view = request.view(log_probs)
+    if not (write or request.want_report):
+        return request.target.losses(view).total(request.loss_weights).sum(), []
+    found = differentiate(request.target, view)
+    reports = [report(z, log_probs, view, request, found)] if request.want_report else []
+    if write:
+        weights = found.combined(request.loss_weights)
+        gradient = logit_gradient(log_probs, request.labels, weights, view.reference, view.teacher)
+        logits.copy_(gradient if head.plain else gradient * head.chain(z))
+    return found.terms.total(request.loss_weights).sum(), reports
+
+
+def in_pieces(
+    logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, head: Head, write: bool
+) -> Result:
+    """``whole_rows``, a few tokens at a time."""
+    step = max(1, PIECE_BYTES // (logits.dtype.itemsize * logits.shape[1]))
+    loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    reports: list[TokenReport] = []
+    for start in range(0, max(len(logits), 1), step):
+        part = slice(start, start + step)
+        others = {role: z[part] for role, z in frozen.items()}
+        value, found = whole_rows(logits[part], others, request.rows(part), head, write)
+        loss += value
+        reports += found
+    return loss, reports
+
+
+def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role: str) -> Reference:
+    """What a frozen model with these logits says, as far as the target asks."""
+    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    at_label = log_probs.gather(-1, request.labels[:, None])[:, 0]
+    entropy = entropy_of(log_probs) if "entropy" in getattr(request.target.needs, role) else None
+    return Reference(label_log_probs=at_label, entropy=entropy, log_probs=log_probs)
+
+
+def compile_obstacle(device_type: str) -> str:
+    """Why ``compiled`` cannot serve; empty if it can."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        return f"it needs torch 2.13 or later, and this is {torch.__version__}"
+    if device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "torch.compile needs a C++ compiler on a CPU: install g++, or name one in CXX"
+    return ""
+
+
+@functools.cache
+def compiled() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Result]:
+    """``whole_rows`` through ``torch.compile``; the first call of a target compiles, which takes seconds.
+
+    Raises:
+        IncompatibleError: (by the function) it cannot be compiled here.
+    """
+    options: Any = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": 256}
+    fused = torch.compile(whole_rows, **options)
+
+    def run(*arguments: Any) -> Result:
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):  # pyright: ignore[reportAttributeAccessIssue]
+                return fused(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise IncompatibleError(
+                f"backend='compiled': torch.compile could not compile this loss ({reason}); use backend='chunked'"
+            ) from error
+
+    return run
