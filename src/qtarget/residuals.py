@@ -6,17 +6,11 @@ formula is written once for full and for sparse distributions. Units are nats.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from qtarget.errors import IncompatibleError
 from qtarget.shapes import Float, Tensor
 from qtarget.types import Outcomes, Reference
-
-FLOOR = -1e30
-"""Log-prob that stands for minus infinity inside ``logaddexp``, whose gradient at two infinities is NaN."""
-
 
 def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:
     """``sum exp(log_probs) values`` where an outcome of probability zero counts zero, whatever its value.
@@ -68,11 +62,11 @@ def reverse_kl(pair: Outcomes) -> Float[Tensor, " tokens"]:
 
 
 def log_mixture(pair: Outcomes, frozen_weight: float) -> Float[Tensor, "tokens outcomes"]:
-    """``log((1 - w) p + w p_frozen)``; exact at ``w = 0`` and ``w = 1``."""
+    """``log((1 - w) p + w p_frozen)``, in float32 never below log 1e-38; exact at ``w = 0`` and ``w = 1``."""
     if frozen_weight in (0, 1):
         return pair.frozen if frozen_weight else pair.model
-    frozen = pair.frozen.clamp(min=FLOOR)  # one of the two is enough, and the model's would have a gradient
-    return torch.logaddexp(pair.model + math.log1p(-frozen_weight), frozen + math.log(frozen_weight))
+    mixture = torch.lerp(pair.model.exp(), pair.frozen.exp(), frozen_weight)
+    return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()  # at 0 its gradient would be 0 / 0
 
 
 def refuse_renormalize(frozen: Reference | None, name: str) -> None:

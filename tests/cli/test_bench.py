@@ -22,7 +22,8 @@ def invoke(*options: str) -> str:
     return result.output
 
 
-def test_every_target_is_timed_and_the_raw_rounds_are_kept(tmp_path):
+def test_every_target_is_timed_and_the_raw_rounds_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "compile_obstacle", lambda device: "the annotations' checker is on")
     output = invoke("--suite", "all", "--no-peers", "--output", str(tmp_path / "s.json"))
     results = json.loads((tmp_path / "s.json").read_text())
     assert set(qtarget.available_targets()) < set(results["rows"])

@@ -12,7 +12,14 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import qtarget
-from qtarget.errors import ConfigError, DataError, IncompatibleError, MissingStatisticError, NonFiniteLossError, QTargetError
+from qtarget.errors import (
+    ConfigError,
+    DataError,
+    IncompatibleError,
+    MissingStatisticError,
+    NonFiniteLossError,
+    QTargetError,
+)
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 BATCH_SCOPE = ["talr", "rho1", "inverse_likelihood"]

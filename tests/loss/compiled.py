@@ -44,7 +44,9 @@ def check(name: str, settings: dict[str, Any], other: dict[str, Any]) -> None:
     """Chunks of other sizes reuse what the first two calls compiled; the last of 16 tokens by 5 is one token alone."""
     compiled = 0
     head = {"logit_scale": 0.7, "logit_softcap": 6.0}
-    for turn, (tokens, size, chosen) in enumerate(((11, 4, settings), (11, 4, other), (17, 5, other), (16, 8, settings))):
+    for turn, (tokens, size, chosen) in enumerate(
+        ((11, 4, settings), (11, 4, other), (17, 5, other), (16, 8, settings))
+    ):
         ours = losses(name, chosen, "compiled", tokens, chunk_size=size, **head)
         exact = losses(name, chosen, "dense", tokens, **head)
         for value, right in zip(ours, exact, strict=True):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,7 +64,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch) -> None:
     with pytest.raises(IncompatibleError, match="columns and sums leave nothing to compile; use backend='auto'"):
         qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="compiled")
     if not compile_obstacle("cpu"):
-        with pytest.raises(IncompatibleError, match="could not compile this loss .*; use backend='chunked'"):
+        with pytest.raises(IncompatibleError, match=r"could not compile this loss .*; use backend='chunked'"):
             qtarget.linear_target_loss(hidden, weight, labels, Asks(), backend="compiled")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(IncompatibleError, match="needs a C\\+\\+ compiler on a CPU: install g\\+\\+"):

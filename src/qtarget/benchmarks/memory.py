@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.speed import Problem, SpeedConfig, Step, frozen_arguments, machine, ours, peers
+from qtarget.loss.whole_rows import compile_obstacle
 
 NAIVE_LIMIT = 4e9
 """Bytes above which naive cross entropy is not run: 65,536 x 49,152 float32 logits are 13 GB, four times over."""
 
-MEMORY = ("naive", "sft", "label_smoothing", "eaft", "asft", "target_sft", "reverse_kl, live teacher")
+COMPILED = () if compile_obstacle("cpu") else ("reverse_kl, live teacher, compiled",)
+MEMORY = ("naive", "sft", "label_smoothing", "eaft", "asft", "target_sft", "reverse_kl, live teacher", *COMPILED)
 
 
 def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
@@ -56,8 +58,9 @@ def memory_step(problem: Problem, name: str) -> Step:
     """The contender of this name, its frozen numbers already made."""
     if name == "naive":
         return peers(problem, False)[name]
-    target, _, teacher = name.partition(", ")
-    return ours(problem, target, **frozen_arguments(problem, target, live=bool(teacher)))
+    target, *live = name.split(", ")
+    backend = "compiled" if "compiled" in live else "auto"
+    return ours(problem, target, backend=backend, **frozen_arguments(problem, target, live=bool(live)))
 
 
 def resident(field: str) -> int:

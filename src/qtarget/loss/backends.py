@@ -89,7 +89,11 @@ def choose(
     if backend == "chunked":
         return "chunked", ("asked for", path)
     if backend == "compiled":
-        if obstacle := compile_obstacle(hidden.device.type) if whole else "a few columns and sums leave nothing to compile":
+        if (
+            obstacle := compile_obstacle(hidden.device.type)
+            if whole
+            else "a few columns and sums leave nothing to compile"
+        ):
             raise IncompatibleError(f"backend='compiled' cannot compute this loss: {obstacle}; use backend='auto'")
         return "compiled", ("asked for", f"whole rows of logits are differentiated by compiled autograd: {whole}")
     if backend == "auto" and hidden.device.type != "cuda":

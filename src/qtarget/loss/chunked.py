@@ -20,12 +20,13 @@ import torch
 
 from qtarget.coefficients import differentiate
 from qtarget.errors import HyperparameterError
-from qtarget.loss import rows, whole_rows
+from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
 from qtarget.loss.gradients import Gradients
 from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
 from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.loss.vocabulary import Vocabulary
+from qtarget.loss.whole_rows import in_pieces
 from qtarget.shapes import Float, Int, Tensor
 from qtarget.types import FrozenHead, Needs, Reference
 
@@ -58,7 +59,7 @@ class Plan:
         precision: of the live head's products.
         chunk_size: tokens whose logits exist at once.
         whole_vocabulary: why autograd must see whole rows of logits, or empty.
-        compiled: whether those rows go through ``torch.compile``, a chunk at a time, and not in small pieces.
+        compiled: whether those rows go through ``torch.compile``.
     """
 
     kernels: ModuleType
@@ -190,9 +191,9 @@ class _Run:
                 logits = products.logits(rows_of)
                 if self.plan.whole_vocabulary:
                     others = {r: p.logits(frozen_heads(request)[r].hidden) for r, p in frozen.items()}
-                    compiled = self.plan.compiled and len(logits) > 1  # 0 and 1 would be compiled for themselves
-                    whole = whole_rows.compiled() if compiled else whole_rows.in_pieces
-                    value, reports = whole(logits, others, request, self.head, grads is not None)
+                    value, reports = in_pieces(
+                        logits, others, request, self.head, grads is not None, self.plan.compiled
+                    )
                     loss += value
                     self.reports += reports
                     gradient = LogitGradient(logits)

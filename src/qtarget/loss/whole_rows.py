@@ -1,7 +1,7 @@
 """Whole rows of logits differentiated by autograd: for a target that needs a second distribution over the vocabulary.
 
-``in_pieces`` takes a few tokens at a time, whose numbers fit the cache; ``compiled`` has ``torch.compile`` fuse the same
-lines, whatever the target, and takes a chunk at once.
+A few tokens at a time, so that what lies between logits and gradient stays in the cache. ``torch.compile`` can fuse the same
+lines, whatever the target.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from qtarget.shapes import Float, Tensor
 from qtarget.statistics import entropy_of
 from qtarget.types import Reference
 
-PIECE_BYTES = 2**21
-"""Logits that autograd differentiates at once where nothing is compiled."""
+PIECE_BYTES = {"cpu": 2**21}
+"""Logits that autograd differentiates at once; 64 MiB on a GPU, where launches cost more than the cache saves."""
 
 Result = tuple[Float[Tensor, ""], list[TokenReport]]
 
@@ -59,16 +59,22 @@ def whole_rows(
 
 
 def in_pieces(
-    logits: Float[Tensor, "tokens vocab"], frozen: dict[str, Tensor], request: LossRequest, head: Head, write: bool
+    logits: Float[Tensor, "tokens vocab"],
+    frozen: dict[str, Tensor],
+    request: LossRequest,
+    head: Head,
+    write: bool,
+    compiled: bool,
 ) -> Result:
-    """``whole_rows``, a few tokens at a time."""
-    step = max(1, PIECE_BYTES // (logits.dtype.itemsize * logits.shape[1]))
+    """``whole_rows``, compiled or not, a few tokens at a time."""
+    step = max(1, PIECE_BYTES.get(logits.device.type, 2**26) // (logits.dtype.itemsize * logits.shape[1]))
     loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     reports: list[TokenReport] = []
     for start in range(0, max(len(logits), 1), step):
         part = slice(start, start + step)
-        others = {role: z[part] for role, z in frozen.items()}
-        value, found = whole_rows(logits[part], others, request.rows(part), head, write)
+        piece, others = logits[part], {role: z[part] for role, z in frozen.items()}
+        rows = fused() if compiled and len(piece) > 1 else whole_rows  # 0 and 1 would be compiled for themselves
+        value, found = rows(piece, others, request.rows(part), head, write)
         loss += value
         reports += found
     return loss, reports
@@ -83,7 +89,7 @@ def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role
 
 
 def compile_obstacle(device_type: str) -> str:
-    """Why ``compiled`` cannot serve; empty if it can."""
+    """Why ``fused`` cannot serve; empty if it can."""
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         return f"it needs torch 2.13 or later, and this is {torch.__version__}"
     if device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -92,19 +98,19 @@ def compile_obstacle(device_type: str) -> str:
 
 
 @functools.cache
-def compiled() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Result]:
+def fused() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Result]:
     """``whole_rows`` through ``torch.compile``; the first call of a target compiles, which takes seconds.
 
     Raises:
         IncompatibleError: (by the function) it cannot be compiled here.
     """
     options: Any = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": 256}
-    fused = torch.compile(whole_rows, **options)
+    compiled = torch.compile(whole_rows, **options)
 
     def run(*arguments: Any) -> Result:
         try:
             with torch._dynamo.config.patch(trace_autograd_ops=True):  # pyright: ignore[reportAttributeAccessIssue]
-                return fused(*arguments)
+                return compiled(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise IncompatibleError(
