@@ -12,6 +12,7 @@ from qtarget.errors import IncompatibleError
 from qtarget.shapes import Float, Tensor
 from qtarget.types import Outcomes, Reference
 
+
 def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:
     """``sum exp(log_probs) values`` where an outcome of probability zero counts zero, whatever its value.
 
