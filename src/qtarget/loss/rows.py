@@ -74,12 +74,14 @@ def exponentiate(
     exp, exp_x = torch.zeros_like(maximum), torch.zeros_like(maximum) if entropy else None
     out = logits if dtype is None else narrowed(logits, dtype)
     for rows, columns, room in tiles(logits):
-        x = minus(logits[rows, columns], maximum[rows], room)
-        e = x.exp_() if exp_x is None else x.exp()
+        tile = logits[rows, columns]
+        place = tile if dtype == tile.dtype == room.dtype else room  # where the exponentials are kept in what they are computed in
+        x = minus(tile, maximum[rows], place if exp_x is None else room)
+        e = torch.exp(x, out=place) if exp_x is None or place is tile else x.exp()
         exp[rows] += e.sum(-1)
         if exp_x is not None:
             exp_x[rows] += x.clamp_(min=NOTHING).mul_(e).sum(-1)
-        if dtype is not None:
+        if dtype is not None and place is room:
             out[rows, columns] = e  # behind the logits that are still to be read, whatever the dtype
     return out, RestSums(maximum, exp, exp_x)
 
