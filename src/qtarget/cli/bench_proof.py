@@ -11,6 +11,7 @@ import typer
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
 from qtarget.cli.outputs import check_writable, progress_bar, saver
+from qtarget.errors import ConfigError
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
@@ -27,6 +28,9 @@ Processes = Annotated[
 def distill(
     output: Output = Path("runs/distill.json"),
     is_quick: Annotated[bool, typer.Option("--quick", help="Three methods, one seed: a smoke test.")] = False,
+    is_long: Annotated[
+        bool, typer.Option("--long", help="Eight methods, 300 steps instead of 80: rows are scarce, and not steps.")
+    ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -34,12 +38,14 @@ def distill(
     corpus: Corpus = None,
 ) -> None:
     """Does a student match cross entropy on a teacher's text with less data when it sees the teacher's distribution?"""
-    from qtarget.benchmarks.distill import DistillConfig, quick, run_distill
+    from qtarget.benchmarks.distill import DistillConfig, long, quick, run_distill
     from qtarget.benchmarks.distill_results import distill_figure, distill_table
 
+    if is_quick and is_long:
+        raise ConfigError("--quick and --long contradict each other; give one of them")
     check_writable(output)
     start, full = started(scale, data, corpus, output, resume), DistillConfig()
-    config = replace(quick(full) if is_quick else full, workers=workers, start=start)
+    config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance:
         results = run_distill(config, output, resume=resume, progress=advance)

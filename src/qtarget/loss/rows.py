@@ -75,7 +75,7 @@ def exponentiate(
     out = logits if dtype is None else narrowed(logits, dtype)
     for rows, columns, room in tiles(logits):
         tile = logits[rows, columns]
-        place = tile if dtype == tile.dtype == room.dtype else room  # where the exponentials are kept in what they are computed in
+        place = tile if dtype == tile.dtype == room.dtype else room  # at once where they stay, if they are not narrowed
         x = minus(tile, maximum[rows], place if exp_x is None else room)
         e = torch.exp(x, out=place) if exp_x is None or place is tile else x.exp()
         exp[rows] += e.sum(-1)
