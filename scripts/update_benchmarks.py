@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "noise": noise_figure, "distill": distill_figure, "prior": prior_figure
+    "noise": noise_figure, "distill": distill_figure, "distill_long": distill_figure, "prior": prior_figure
 }  # fmt: skip
 
 
@@ -40,9 +40,8 @@ def page() -> str:
     noise = noise_part(results("noise"))
     real = [real_part(results("noise_scan"), SCAN), real_part(results("noise_math"), MATH)]
     marked = marked_part(results("real_noise"))
-    return "\n".join(
-        [HEAD, noise, *filter(None, real), marked, distill_part(results("distill")), prior_part(results("prior"))]
-    )
+    distill = [distill_part(results("distill")), long_part(results("distill_long"))]
+    return "\n".join([HEAD, noise, *filter(None, real), marked, *filter(None, distill), prior_part(results("prior"))])
 
 
 HEAD = """# Do the claims hold?
@@ -237,16 +236,60 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     title = '## "Matches the teacher with 60 % less data"\n'
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench distill --output benchmarks/results/distill.json`.\n"
-    goals = [f"- {name.replace(chr(95), chr(32))}: {_reached(goal)}" for name, goal in found["goals"].items()]
     figure = "![accuracy by fraction of the data](distill.png)\n"
-    finding = f"**{found['finding']}.**\n"
     left = [name for name in METHODS if name not in found["config"]["methods"]]
     missing = f"Part of the full setting and not run yet: {', '.join(left)}.\n" if left else ""
-    return "\n".join([title, figure, finding, DISTILL_PROTOCOL, distill_table(found), missing, "Goals:\n", *goals, ""])
+    parts = [title, figure, f"**{found['finding']}.**\n", DISTILL_PROTOCOL, distill_table(found), missing]
+    return "\n".join([*parts, not_started(found), plateau(found), "Goals:\n", *distill_goals(found), ""])
+
+
+def distill_goals(found: Mapping[str, Any]) -> list[str]:
+    """A line a goal."""
+    return [f"- {name.replace('_', ' ')}: {_reached(goal)}" for name, goal in found["goals"].items()]
+
+
+def not_started(found: Mapping[str, Any]) -> str:
+    """Methods that taught nothing, and why."""
+    names = [
+        f"`{name}`"
+        for name, row in found["methods"].items()
+        if max(cell["mean"] for cell in row["accuracy_percent"]) < 1
+    ]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: not a single rate of the grid starts. Their pull is multiplied by what the student gives the "
+        "teacher's tokens, and a student that has never seen the format gives them next to nothing.\n"
+    )
+
+
+def plateau(found: Mapping[str, Any]) -> str:
+    """The control: what cross entropy itself needs of its own rows."""
+    needed = found["methods"]["sft"]["data_needed"]["mean"]
+    if needed == 1:
+        return ""
+    return (
+        f"The control, cross entropy against itself, needs {needed:.2f} of the rows for its own accuracy on all of them: after "
+        f"{found['config']['steps']} steps it is steps that are scarce and not rows, so that the rows needed for an accuracy say "
+        "little here. `--long` makes rows scarce.\n"
+    )
+
+
+def long_part(found: Mapping[str, Any] | None) -> str:
+    """`bench distill --long`."""
+    if found is None:
+        return ""
+    figure = "![accuracy by fraction of the data, more steps](distill_long.png)\n"
+    about = (
+        f"`qtarget bench distill --long` (about half an hour): {found['config']['steps']} steps a run, a grid of lower learning "
+        "rates, everything else the same.\n"
+    )
+    parts = ["### Where rows are scarce\n", figure, f"**{found['finding']}.**\n", about, distill_table(found)]
+    return "\n".join([*parts, not_started(found), plateau(found), "Goals:\n", *distill_goals(found), ""])
 
 
 DISTILL_PROTOCOL = """\
-`qtarget bench distill` (full setting: about 35 minutes on two quiet cores; resumable, `--quick` as above).
+`qtarget bench distill` (full setting: about 40 minutes on two quiet cores; resumable, `--quick` as above).
 A stronger teacher of the same family answers the prompts; the student trains on a fraction of its
 answers, by their text alone or by the teacher's distribution from a cache made by the project's own scorer. Steps are equal
 at every fraction. *Rows needed*: the fraction at which a method reaches cross entropy on all rows.
