@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from qtarget.benchmarks import noise as bench
+from qtarget.benchmarks import start as start_module
 from qtarget.benchmarks.pool import check_settings
 from qtarget.benchmarks.start import Scale, Start, real_texts, skill_texts, start_of, trained_start
 from qtarget.cli.bench import app
@@ -143,3 +144,16 @@ def test_impossible_scales_are_refused_with_the_way_out(tmp_path: Path, monkeypa
         found = CliRunner().invoke(app, [command, "--scale", "gpu", "--output", str(tmp_path / "out.json")])
         assert found.exit_code != 0
         assert "CUDA" in str(found.exception or found.output)
+
+
+def test_a_smoke_test_trains_its_base_for_a_minute(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "own.txt").write_text("one\n\ntwo")
+    for name, value in (("is_available", True), ("device_count", 1), ("is_bf16_supported", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    asked = []
+    monkeypatch.setattr(start_module, "trained_start", lambda scale, *rest: asked.append(scale) or Start())
+    for is_quick in (False, True):
+        start_of("gpu", None, tmp_path / "own.txt", tmp_path, is_quick=is_quick)
+    assert asked[0] == Scale()
+    assert asked[1] == replace(Scale(), steps=asked[1].steps, skill_documents=asked[1].skill_documents)
+    assert asked[1].steps < Scale().steps / 10

@@ -83,8 +83,17 @@ class Scale:
     device: str = "cuda"
 
 
+QUICK_SCALE = Scale(steps=60, skill_documents=4000)
+"""For a smoke test: the same model, a minute of it."""
+
+
 def start_of(
-    scale: str, data: Path | None, corpus: Path | None, folder: Path, say: Callable[[str], None] = print
+    scale: str,
+    data: Path | None,
+    corpus: Path | None,
+    folder: Path,
+    say: Callable[[str], None] = print,
+    is_quick: bool = False,
 ) -> Start:
     """What ``--scale`` names: ``cpu`` is the embedded base, ``gpu`` a larger one, trained into ``folder`` once.
 
@@ -111,7 +120,7 @@ def start_of(
             f"--scale gpu runs on one device with bfloat16, and torch sees {torch.cuda.device_count()}; choose it with "
             "CUDA_VISIBLE_DEVICES"
         )
-    return trained_start(Scale(), list(real_texts(data, corpus)), folder, say)
+    return trained_start(QUICK_SCALE if is_quick else Scale(), list(real_texts(data, corpus)), folder, say)
 
 
 def real_texts(data: Path | None, corpus: Path | None) -> Iterator[str]:

@@ -44,7 +44,7 @@ def distill(
     if is_quick and is_long:
         raise ConfigError("--quick and --long contradict each other; give one of them")
     check_writable(output)
-    start, full = started(scale, data, corpus, output, resume), DistillConfig()
+    start, full = started(scale, data, corpus, output, resume, is_quick), DistillConfig()
     config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance:
@@ -72,7 +72,7 @@ def noise(
 
     check_writable(output)
     task_set(tasks, data)  # says what is missing before a base is trained
-    start = started(scale, None if scale == "cpu" else data, corpus, output, resume)
+    start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)
     full = GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
     config = replace(
         QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
@@ -97,17 +97,17 @@ def prior(
     from qtarget.benchmarks.prior_results import prior_figure, prior_table
 
     check_writable(output)
-    start = started(scale, data, corpus, output, resume)
+    start = started(scale, data, corpus, output, resume, is_quick)
     config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
     with progress_bar() as advance:
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
 
 
-def started(scale: str, data: Path | None, corpus: Path | None, output: Path, resume: bool) -> Start:
+def started(scale: str, data: Path | None, corpus: Path | None, output: Path, resume: bool, is_quick: bool) -> Start:
     """The model that all bases begin with; a larger one is trained beside the results, if runs may begin there."""
     refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
-    return start_of(scale, data, corpus, output.with_suffix(".start"), typer.echo)
+    return start_of(scale, data, corpus, output.with_suffix(".start"), typer.echo, is_quick)
 
 
 def show(finding: str, output: Path, table: str, figure: Any, took: str = "") -> None:
