@@ -196,6 +196,18 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
         found["torchtune, 8 chunks"] = in_torchtune
     except ImportError:
         pass
+    try:  # without a GPU it loads only under UNSLOTH_ZOO_DISABLE_GPU_INIT=1
+        from unsloth_zoo.fused_losses.cross_entropy_loss import (  # pyright: ignore[reportMissingImports]
+            unsloth_fused_ce_loss,
+        )
+
+        def in_unsloth() -> None:
+            loss = unsloth_fused_ce_loss(None, hidden[None], weight, None, labels[None], shift_labels=False)
+            backward(loss, hidden, weight)
+
+        found["Unsloth"] = in_unsloth
+    except (ImportError, NotImplementedError):
+        pass
     if hidden.device.type == "cuda":
         found.update(cuda_peers(problem))
     return found
