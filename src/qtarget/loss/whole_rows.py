@@ -25,7 +25,7 @@ from qtarget.statistics import entropy_of
 from qtarget.types import Reference
 
 PIECE_BYTES = {"cpu": 2**21}
-"""Logits that autograd differentiates at once; 64 MiB on a GPU, where launches cost more than the cache saves."""
+"""Logits that autograd differentiates at once; 32 MiB on a GPU, where launches cost more than the cache saves."""
 
 Result = tuple[Float[Tensor, ""], list[TokenReport]]
 
@@ -67,7 +67,7 @@ def in_pieces(
     compiled: bool,
 ) -> Result:
     """``whole_rows``, compiled or not, a few tokens at a time."""
-    step = max(1, PIECE_BYTES.get(logits.device.type, 2**26) // (logits.dtype.itemsize * logits.shape[1]))
+    step = max(1, PIECE_BYTES.get(logits.device.type, 2**25) // (logits.dtype.itemsize * logits.shape[1]))
     loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     reports: list[TokenReport] = []
     for start in range(0, max(len(logits), 1), step):
