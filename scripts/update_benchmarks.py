@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.distill_results import distill_figure, distill_table
+from qtarget.benchmarks.distill_results import distill_figure, distill_table, needed_words
 from qtarget.benchmarks.distill_runs import METHODS
 from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise import CELLS
@@ -248,30 +248,39 @@ def distill_goals(found: Mapping[str, Any]) -> list[str]:
     return [f"- {name.replace('_', ' ')}: {_reached(goal)}" for name, goal in found["goals"].items()]
 
 
+VANISHING = ("target_sft_0", "generalized_jsd", "skew_kl")
+"""Methods whose pull has the student's own probability of the teacher's token as a factor."""
+
+
 def not_started(found: Mapping[str, Any]) -> str:
-    """Methods that taught nothing, and why."""
-    names = [
-        f"`{name}`"
+    """Methods that taught nothing at any rate of the grid."""
+    nothing = {
+        name
         for name, row in found["methods"].items()
-        if max(cell["mean"] for cell in row["accuracy_percent"]) < 1
-    ]
-    if not names:
-        return ""
-    return (
-        f"{', '.join(names)}: not a single rate of the grid starts. Their pull is multiplied by what the student gives the "
-        "teacher's tokens, and a student that has never seen the format gives them next to nothing.\n"
+        if max(*(cell["mean"] for cell in row["accuracy_percent"]), *row["validation_percent"].values()) < 1
+    }
+    lines = (
+        [f"Nothing is learned at any rate of the grid by {', '.join(f'`{n}`' for n in sorted(nothing))}."]
+        if nothing
+        else []
     )
+    if starved := [f"`{name}`" for name in VANISHING if name in nothing]:
+        lines.append(
+            f"The pull of {', '.join(starved)} has what the student gives the teacher's token as a factor, and a student that has "
+            "never seen the format gives it next to nothing."
+        )
+    return " ".join(lines) + "\n" if lines else ""
 
 
 def plateau(found: Mapping[str, Any]) -> str:
     """The control: what cross entropy itself needs of its own rows."""
-    needed = found["methods"]["sft"]["data_needed"]["mean"]
-    if needed == 1:
+    needed = found["methods"]["sft"]["data_needed"]
+    if (needed["mean"] or 1) > 0.9:
         return ""
     return (
-        f"The control, cross entropy against itself, needs {needed:.2f} of the rows for its own accuracy on all of them: after "
-        f"{found['config']['steps']} steps it is steps that are scarce and not rows, so that the rows needed for an accuracy say "
-        "little here. `--long` makes rows scarce.\n"
+        f"The control, cross entropy against itself, needs {needed_words(needed)} of the rows for its own accuracy on all of "
+        f"them: {found['config']['steps']} steps are too few for more rows to show, and the rows needed for an accuracy say "
+        "little.\n"
     )
 
 

@@ -13,7 +13,10 @@ CHECKED = (
     "statistics",
     "outcomes",
     "coefficients",
-    *(f"loss.{m}" for m in ("backends", "chunked", "columns", "dense", "dispatch", "head", "result", "rows")),
+    *(
+        f"loss.{m}"
+        for m in ("backends", "chunked", "columns", "dense", "dispatch", "head", "result", "rows", "whole_rows")
+    ),
     "types",
     "residuals",
     "reductions",

@@ -66,7 +66,7 @@ def log_mixture(pair: Outcomes, frozen_weight: float) -> Float[Tensor, "tokens o
     """``log((1 - w) p + w p_frozen)``, in float32 never below log 1e-38; exact at ``w = 0`` and ``w = 1``."""
     if frozen_weight in (0, 1):
         return pair.frozen if frozen_weight else pair.model
-    mixture = torch.lerp(pair.model.exp(), pair.frozen.exp(), frozen_weight)
+    mixture = (1 - frozen_weight) * pair.model.exp() + frozen_weight * pair.frozen.exp()
     return mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()  # at 0 its gradient would be 0 / 0
 
 

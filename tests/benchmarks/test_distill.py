@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from qtarget.benchmarks.distill import DistillConfig, chosen_rates, quick, work_folder
+from qtarget.benchmarks.distill import DistillConfig, chosen_rates, long, quick, work_folder
 from qtarget.benchmarks.distill_data import Sizes, read_rows, read_teacher, split_rows
 from qtarget.benchmarks.distill_results import compared, data_needed, distill_table, goals, summarize
 from qtarget.benchmarks.distill_runs import FULL, METHODS, CacheKind, Job, TaidSchedule, chosen_rows
@@ -265,3 +266,14 @@ def test_impossible_settings_are_refused(change, message):
 def test_quick_is_one_seed_of_three_methods():
     config = quick(DistillConfig(workers=3))
     assert (config.seeds, len(config.methods), config.workers) == (1, 3, 3)
+
+
+def test_the_long_setting_changes_steps_rates_and_methods_only(tmp_path):
+    full, longer = DistillConfig(), long(DistillConfig())
+    assert longer.steps > 3 * full.steps
+    assert min(longer.learning_rates) < min(full.learning_rates)
+    same = {"steps": full.steps, "learning_rates": full.learning_rates, "methods": full.methods}
+    assert replace(longer, **same) == full
+    assert set(longer.methods) < set(full.methods)
+    found = CliRunner().invoke(app, ["bench", "distill", "--quick", "--long", "--output", str(tmp_path / "d.json")])
+    assert "contradict each other" in str(found.exception)

@@ -27,12 +27,12 @@ MEMORY = ("naive", "sft", "label_smoothing", "eaft", "asft", "target_sft", "reve
 def peak_of(name: str, config: SpeedConfig) -> dict[str, float]:
     """Peak MB of one step beyond its inputs; call it in a fresh process (a Linux CPU, or CUDA).
 
-    A small step of the same kind comes first, so that libraries and threads are loaded.
+    A small step of the same kind comes first, so that libraries and threads are loaded and what is compiled is compiled.
 
     Returns:
         ``beyond_inputs`` and ``gradients`` (of hidden states and head: float32 where they are accumulated so).
     """
-    small = SpeedConfig(**{**asdict(config), "tokens": 32, "vocab": 1024, "top_k": min(config.top_k, 1024)})
+    small = SpeedConfig(**{**asdict(config), "tokens": 128, "vocab": 8192})
     memory_step(Problem.make(small), name)()
     problem = Problem.make(config)
     step = memory_step(problem, name)

@@ -271,7 +271,7 @@ class QTargetTrainer(SFTTrainer):
         step, model_inputs = self._step(inputs, None)
         wrapped: Any = self.model_wrapped
         frozen = step.frozen.get("reference")
-        step.target = get_target("sft")
+        step.target, step.backend = get_target("sft"), "auto"
         output = wrapped(**model_inputs, target_loss=step)
         mask = step.labels[:, 1:] != -100
         live = output.label_log_probs[mask]
@@ -368,8 +368,8 @@ class QTargetTrainer(SFTTrainer):
                 (folder / COMPLETE_MARK).write_text("saved to the end\n")
             else:
                 logger.warning(
-                    f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds "
-                    "checkpoints of higher steps; move them away or choose another output_dir"
+                    f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds newer "
+                    "checkpoints, or some of higher steps; move them away or choose another output_dir"
                 )
 
 

@@ -67,13 +67,14 @@ def in_pieces(
     compiled: bool,
 ) -> Result:
     """``whole_rows``, compiled or not, a few tokens at a time."""
-    step = max(1, PIECE_BYTES.get(logits.device.type, 2**25) // (logits.dtype.itemsize * logits.shape[1]))
+    fit = PIECE_BYTES.get(logits.device.type, 2**25) // (logits.dtype.itemsize * logits.shape[1])
+    step = max(2 if compiled else 1, fit)
     loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     reports: list[TokenReport] = []
     for start in range(0, max(len(logits), 1), step):
         part = slice(start, start + step)
         piece, others = logits[part], {role: z[part] for role, z in frozen.items()}
-        rows = fused() if compiled and len(piece) > 1 else whole_rows  # 0 and 1 would be compiled for themselves
+        rows = fused() if compiled and len(piece) > 1 else whole_rows  # a last one alone would be compiled for itself
         value, found = rows(piece, others, request.rows(part), head, write)
         loss += value
         reports += found
@@ -104,17 +105,21 @@ def fused() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Re
     Raises:
         IncompatibleError: (by the function) it cannot be compiled here.
     """
+    import torch._dynamo  # takes two seconds
+    import torch.fx.experimental._config as symbols
+
     options: Any = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": 256}
     compiled = torch.compile(whole_rows, **options)
 
-    def run(*arguments: Any) -> Result:
+    def run(logits: Tensor, frozen: dict[str, Tensor], *rest: Any) -> Result:
         try:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):  # pyright: ignore[reportAttributeAccessIssue]
-                return compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            with torch._dynamo.config.patch(trace_autograd_ops=True), symbols.patch(use_duck_shape=False):
+                return compiled(logits, frozen, *rest)
+        except Exception as error:
+            whole_rows(logits.clone(), frozen, *rest)  # an error of the target's own is raised here, in its own words
             raise IncompatibleError(
-                f"backend='compiled': torch.compile could not compile this loss ({reason}); use backend='chunked'"
+                f"backend='compiled': torch.compile could not compile this loss (its reasons stand above: "
+                f"{type(error).__name__}); use backend='chunked'"
             ) from error
 
     return run
