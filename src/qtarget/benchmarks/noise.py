@@ -105,7 +105,6 @@ MATH = replace(
     SCAN,
     tasks="math",
     cells=tuple(Cell(base, RANDOM, rate) for base in ("most", "none") for rate in (0.4, 0.0)),
-    seeds=3,
 )
 """The same of real questions, which are three times as long."""
 REAL = {"scan": SCAN, "math": MATH}
