@@ -238,13 +238,13 @@ class Fixed:
         return {"answered": "1" * count + "0" * (10 - count)}
 
 
-def test_each_method_gets_its_best_rate_and_the_smaller_of_equals(tmp_path):
-    config = DistillConfig(methods=("sft", "distillation"), learning_rates=(1e-3, 2e-3))
+def test_each_method_gets_its_best_rate_and_of_equals_the_grids_first(tmp_path):
+    config = DistillConfig(methods=("sft", "distillation"), learning_rates=(2e-3, 1e-3))
     table = {("sft", 1e-3): 6, ("sft", 2e-3): 6, ("distillation", 1e-3): 3, ("distillation", 2e-3): 4}
     log = RunLog(tmp_path / "x.runs.jsonl", resume=False)
     with Workers(1, Fixed, table) as workers:
         rates, scores = chosen_rates(config, workers, log, lambda _: None)
-    assert rates == {"sft": 1e-3, "distillation": 2e-3}
+    assert rates == {"sft": 2e-3, "distillation": 2e-3}
     assert scores["distillation"] == {"0.001": 30.0, "0.002": 40.0}
     assert all("|1000|tuning" in key for key in log.runs)
 
