@@ -156,9 +156,7 @@ def proof() -> str:
     )
     lines += [line for name, words in OTHER_DATA.items() if (line := other_data(name, words))]
     longer = results_of("distill_long.json")
-    lines += [
-        f"- Less data, {found['config']['steps']} steps: {found['finding']}." for found in (distill, longer)
-    ]
+    lines += [f"- Less data, {found['config']['steps']} steps: {found['finding']}." for found in (distill, longer)]
     return "\n".join([*lines, f"- Flawed prior: {prior['summary']['finding']}."])
 
 
