@@ -311,7 +311,7 @@ class QTargetTrainer(SFTTrainer):
             label_weights=extra["label_weights"],
             num_items=num_items,
             vocab_rows=self.vocab_rows,
-            backend=self.args.loss_backend,
+            backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
         )
         return step, inputs
 

@@ -106,8 +106,9 @@ def fused() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Re
         IncompatibleError: (by the function) it cannot be compiled here.
     """
     import torch._dynamo  # takes two seconds
-    import torch.fx.experimental._config as symbols
+    import torch.fx.experimental._config
 
+    symbols: Any = torch.fx.experimental._config
     options: Any = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": 256}
     compiled = torch.compile(whole_rows, **options)
 
