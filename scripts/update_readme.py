@@ -95,7 +95,7 @@ def memory_table() -> str:
 
 
 def memory_note() -> str:
-    """The same over more tokens, measured on another machine: lowest and highest of each loss."""
+    """The same over more tokens, measured before: lowest and highest of each loss."""
     points = results_of("memory_cpu_float32_tokens.json")["memory"]
     at = [p for p in points if p["vocab"] == 49_152 and p["loss"] != "naive"]
     parts = []
@@ -104,7 +104,7 @@ def memory_note() -> str:
         beyond = [p["beyond_inputs"] - p["gradients"] for p in mine]
         most = max(p["tokens"] for p in mine)
         parts.append(f"`{name}` {min(beyond):.0f} to {max(beyond):.0f} MB (to N={most:,})")
-    return f"On another machine, V=49,152, from N=512 on: {'; '.join(parts)}."
+    return f"With older code, V=49,152, from N=512 on: {'; '.join(parts)}."
 
 
 def trainer_table() -> str:
