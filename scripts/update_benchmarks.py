@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.distill_results import distill_figure, distill_table, needed_words
+from qtarget.benchmarks.distill_results import distill_figure, distill_table, needed_words, summarize
 from qtarget.benchmarks.distill_runs import METHODS
 from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise import CELLS
@@ -284,6 +284,36 @@ def plateau(found: Mapping[str, Any]) -> str:
     )
 
 
+def equal_rates(found: Mapping[str, Any]) -> str:
+    """What the claim would have looked like with another of sft's rates that did as well on validation prompts."""
+    row = found["methods"]["sft"]
+    best, chosen = max(row["validation_percent"].values()), str(row["learning_rate"])
+    others = [rate for rate, reached in row["validation_percent"].items() if reached == best and rate != chosen]
+    log = (RESULTS / "distill_long.runs.jsonl").read_text(encoding="utf-8").splitlines() if others else []
+    runs = {run.pop("key"): run for run in map(json.loads, log)}
+    names = ["sft", "distillation"]
+    lines = []
+    for rate in others:
+        keys = [(fraction, seed) for fraction in found["fractions"] for seed in range(found["config"]["seeds"])]
+        if any(f"sft|{fraction}|{rate}|{seed}|test" not in runs for fraction, seed in keys):
+            continue
+        chosen_runs = {
+            (name, fraction, seed): runs[f"{name}|{fraction}|{at}|{seed}|test"]
+            for name, at in zip(names, (rate, found["methods"]["distillation"]["learning_rate"]), strict=True)
+            for fraction, seed in keys
+        }
+        rates = {name: found["methods"][name]["learning_rate"] for name in names}
+        other = summarize(
+            names, found["fractions"], found["config"]["seeds"], chosen_runs, found["teacher"]["caches"], rates, {}
+        )["methods"]["distillation"]  # fmt: skip
+        lines.append(
+            f"On validation prompts sft's rates {chosen} and {rate} did equally well; the grid's first was taken. With "
+            f"{rate}, distillation would seem to need {needed_words(other['data_needed'])} of the rows for the accuracy and "
+            f"{needed_words(other['data_needed_for_kl'])} for the KL: a baseline that is tuned a little worse makes the claim."
+        )
+    return "\n".join(lines) + "\n" if lines else ""
+
+
 def long_part(found: Mapping[str, Any] | None) -> str:
     """`bench distill --long`."""
     if found is None:
@@ -293,7 +323,14 @@ def long_part(found: Mapping[str, Any] | None) -> str:
         f"`qtarget bench distill --long` (about half an hour): {found['config']['steps']} steps a run, a grid of lower learning "
         "rates, everything else the same.\n"
     )
-    parts = ["### Where rows are scarce\n", figure, f"**{found['finding']}.**\n", about, distill_table(found)]
+    parts = [
+        "### Where rows are scarce\n",
+        figure,
+        f"**{found['finding']}.**\n",
+        about,
+        distill_table(found),
+        equal_rates(found),
+    ]
     return "\n".join([*parts, not_started(found), plateau(found), "Goals:\n", *distill_goals(found), ""])
 
 
