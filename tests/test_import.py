@@ -122,7 +122,7 @@ print(json.dumps(out))
 """
     seen = json.loads(fresh(code))
     expected = {
-        "backend": ("HyperparameterError", "expected one of auto, chunked, triton, dense"),
+        "backend": ("HyperparameterError", "expected one of auto, chunked, compiled, triton, dense"),
         "reduction": ("HyperparameterError", "'average' is unknown; expected mean, sum, none"),
         "none": ("HyperparameterError", "backend='dense'"),
         "divided sum": ("HyperparameterError", "leave it out"),

@@ -61,10 +61,11 @@ def test_benchmark_commands_run(tmp_path, monkeypatch):
     """As written, but for the size."""
     from typer.testing import CliRunner
 
-    from qtarget.benchmarks import memory
+    from qtarget.benchmarks import memory, speed
     from qtarget.cli.app import app
 
     monkeypatch.setattr(memory, "MEMORY", ("sft",))
+    monkeypatch.setattr(speed, "compile_obstacle", lambda device: "the annotations' checker is on")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for line in blocks("bash")[2].splitlines()]
     assert [c[1:3] for c in commands] == [["bench", "speed"]] * 2

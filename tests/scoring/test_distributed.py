@@ -78,7 +78,7 @@ def finished(path) -> int:
     return len(list(path.glob("shard-*.parquet")))
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=180.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
