@@ -170,6 +170,7 @@ def goal_lines(goals: list[Mapping[str, Any]]) -> list[str]:
     random = [goal for goal in noisy if goal["kind"] == "random_tokens" and goal["base"] != "half"]
     other = [goal for goal in noisy if goal["kind"] != "random_tokens"]
     clean = [goal for goal in goals if not goal["rate"]]
+    gaps = [goal for goal in noisy if goal["gap_recovered"] is not None]
 
     def gains(goal: Mapping[str, Any], share: float) -> bool:
         return (goal["relative_gain"] or 0) >= share and goal["ours"] > goal["untrained"]
@@ -177,7 +178,7 @@ def goal_lines(goals: list[Mapping[str, Any]]) -> list[str]:
     asked = (
         ("18 % above `sft` and above the untrained base, random tokens, base knows none or most", random, lambda g: gains(g, 0.18)),
         ("12 % above `sft` and above the untrained base, other noise", other, lambda g: gains(g, 0.12)),
-        ("three quarters of the gap to clean rows closed", noisy, lambda g: (g["gap_recovered"] or 0) >= 0.75),
+        ("three quarters of the gap to clean rows closed, where there is one", gaps, lambda g: g["gap_recovered"] >= 0.75),
         ("at most 1 point below `sft` on clean rows", clean, lambda g: g["ours"] >= g["sft"] - 1),
         ("within 1 point of the best published target", goals, lambda g: g["within_a_point_of_best"]),
     )  # fmt: skip
@@ -368,7 +369,8 @@ PRIOR_PROTOCOL = """\
 The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
 largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
 that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
-base. What it costs is measured on the base without flaw. One recipe for all.
+base. What it costs is measured on the base without flaw. One recipe for all. The goal: with the guard at least 95 % of what SFT
+corrects, in every column, and at most a tenth of the accuracy lost.
 """
 
 

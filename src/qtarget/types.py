@@ -374,7 +374,8 @@ def missing_message(target: str, role: str, field: str) -> str:
             f"target {target!r} needs {role}.log_probs, the whole distribution, which no cache holds; pass whole logits, or "
             f"in training set {role}_model_name_or_path and no {role}_cache, so that the model runs live"
         )
-    argument = "teacher_logits=..., teacher=..." if role == "teacher" else "reference=qtarget.Reference(...)"
+    argument = "teacher_logits=... or teacher=" if role == "teacher" else "reference="
+    argument += "qtarget.Reference(...), or qtarget.FrozenHead(...) from hidden states"
     option = (" --role teacher" if role == "teacher" else "") + (" --top_k 32" if field == "distribution" else "")
     return (
         f"target {target!r} needs {role}.{field}, which was not given; pass {argument}, "
