@@ -17,7 +17,7 @@ from qtarget.benchmarks.distill_runs import METHODS
 from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise import CELLS
 from qtarget.benchmarks.noise_methods import OTHERS
-from qtarget.benchmarks.noise_results import noise_figure, noise_table, share_table, words
+from qtarget.benchmarks.noise_results import FILTERED, best_of, noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior_results import prior_figure, prior_table
 from qtarget.benchmarks.tables import markdown_table
 
@@ -103,11 +103,7 @@ def knows(found: Mapping[str, Any]) -> str:
 
 def practice(found: Mapping[str, Any]) -> str:
     """Where dropping surprising rows, which needs no target, is the best of all."""
-    best = []
-    for cell in found["summary"]["cells"]:
-        means = {name: row["accuracy_percent"]["mean"] for name, row in cell["methods"].items() if "marks" not in name}
-        if max(means, key=means.__getitem__) == "sft, filtered rows":
-            best.append(f"{cell['base']}: {words(cell)}")
+    best = [f"{cell['base']}: {words(cell)}" for cell in found["summary"]["cells"] if best_of(cell) == FILTERED]
     points = f"{len(best)} of {len(found['cells'])} points"
     return f"Dropping the rows that surprise the base most, an old practice, is best at {points} ({'; '.join(best)}).\n"
 
@@ -240,13 +236,14 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     figure = "![accuracy by fraction of the data](distill.png)\n"
     left = [name for name in METHODS if name not in found["config"]["methods"]]
     missing = f"Part of the full setting and not run yet: {', '.join(left)}.\n" if left else ""
-    parts = [title, figure, f"**{found['finding']}.**\n", DISTILL_PROTOCOL, distill_table(found), missing]
-    return "\n".join([*parts, not_started(found), plateau(found), "Goals:\n", *distill_goals(found), ""])
+    return "\n".join([title, *distill_body(found, figure, DISTILL_PROTOCOL, missing)])
 
 
-def distill_goals(found: Mapping[str, Any]) -> list[str]:
-    """A line a goal."""
-    return [f"- {name.replace('_', ' ')}: {_reached(goal)}" for name, goal in found["goals"].items()]
+def distill_body(found: Mapping[str, Any], figure: str, about: str, note: str) -> list[str]:
+    """Figure, finding, table, a note on it, what it means, and a line a goal."""
+    goals = [f"- {name.replace('_', ' ')}: {_reached(goal)}" for name, goal in found["goals"].items()]
+    shown = [figure, f"**{found['finding']}.**\n", about, distill_table(found), note]
+    return [*shown, not_started(found), plateau(found), "Goals:\n", *goals, ""]
 
 
 VANISHING = ("target_sft_0", "generalized_jsd", "skew_kl")
@@ -260,17 +257,15 @@ def not_started(found: Mapping[str, Any]) -> str:
         for name, row in found["methods"].items()
         if max(*(cell["mean"] for cell in row["accuracy_percent"]), *row["validation_percent"].values()) < 1
     }
-    lines = (
-        [f"Nothing is learned at any rate of the grid by {', '.join(f'`{n}`' for n in sorted(nothing))}."]
-        if nothing
-        else []
-    )
+    if not nothing:
+        return ""
+    lines = [f"Nothing is learned at any rate of the grid by {', '.join(f'`{name}`' for name in sorted(nothing))}."]
     if starved := [f"`{name}`" for name in VANISHING if name in nothing]:
         lines.append(
             f"The pull of {', '.join(starved)} has what the student gives the teacher's token as a factor, and a student that has "
             "never seen the format gives it next to nothing."
         )
-    return " ".join(lines) + "\n" if lines else ""
+    return " ".join(lines) + "\n"
 
 
 def plateau(found: Mapping[str, Any]) -> str:
@@ -292,18 +287,17 @@ def equal_rates(found: Mapping[str, Any]) -> str:
     others = [rate for rate, reached in row["validation_percent"].items() if reached == best and rate != chosen]
     log = (RESULTS / "distill_long.runs.jsonl").read_text(encoding="utf-8").splitlines() if others else []
     runs = {run.pop("key"): run for run in map(json.loads, log)}
-    names = ["sft", "distillation"]
-    lines = []
+    names, lines = ["sft", "distillation"], []
+    rates = {name: found["methods"][name]["learning_rate"] for name in names}
+    keys = [(fraction, seed) for fraction in found["fractions"] for seed in range(found["config"]["seeds"])]
     for rate in others:
-        keys = [(fraction, seed) for fraction in found["fractions"] for seed in range(found["config"]["seeds"])]
         if any(f"sft|{fraction}|{rate}|{seed}|test" not in runs for fraction, seed in keys):
             continue
         chosen_runs = {
             (name, fraction, seed): runs[f"{name}|{fraction}|{at}|{seed}|test"]
-            for name, at in zip(names, (rate, found["methods"]["distillation"]["learning_rate"]), strict=True)
+            for name, at in zip(names, (rate, rates["distillation"]), strict=True)
             for fraction, seed in keys
         }
-        rates = {name: found["methods"][name]["learning_rate"] for name in names}
         other = summarize(
             names, found["fractions"], found["config"]["seeds"], chosen_runs, found["teacher"]["caches"], rates, {}
         )["methods"]["distillation"]  # fmt: skip
@@ -324,15 +318,7 @@ def long_part(found: Mapping[str, Any] | None) -> str:
         f"`qtarget bench distill --long` (about half an hour): {found['config']['steps']} steps a run, a grid of lower learning "
         "rates, everything else the same.\n"
     )
-    parts = [
-        "### Where rows are scarce\n",
-        figure,
-        f"**{found['finding']}.**\n",
-        about,
-        distill_table(found),
-        equal_rates(found),
-    ]
-    return "\n".join([*parts, not_started(found), plateau(found), "Goals:\n", *distill_goals(found), ""])
+    return "\n".join(["### Where rows are scarce\n", *distill_body(found, figure, about, equal_rates(found))])
 
 
 DISTILL_PROTOCOL = """\

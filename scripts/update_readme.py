@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from qtarget.benchmarks.distill_results import needed_words
+from qtarget.benchmarks.noise_results import FILTERED, best_of
 from qtarget.cli.targets import target_rows
 
 ROOT = Path(__file__).parents[1]
@@ -170,12 +172,10 @@ def proof() -> str:
 
 def filtered_rows(noise: dict) -> str:
     """The strongest practice without a target of any kind."""
-    best, behind = 0, 0.0
     cells = noise["summary"]["cells"]
-    for cell in cells:
-        means = {name: row["accuracy_percent"]["mean"] for name, row in cell["methods"].items() if "marks" not in name}
-        best += max(means, key=means.__getitem__) == "sft, filtered rows"
-        behind = max(behind, means["sft"] - means["sft, filtered rows"])
+    best = sum(best_of(cell) == FILTERED for cell in cells)
+    means = [{name: cell["methods"][name]["accuracy_percent"]["mean"] for name in ("sft", FILTERED)} for cell in cells]
+    behind = max(mean["sft"] - mean[FILTERED] for mean in means)
     return (
         f"- An old practice, `sft` without the rows that surprise the base most, is best of all at {best} of {len(cells)} points, "
         f"and at most {behind:.1f} points below `sft`."
@@ -185,10 +185,7 @@ def filtered_rows(noise: dict) -> str:
 def less_data(found: dict) -> str:
     """One setting of the distillation benchmark: the claim, the control, the verdict."""
     full, sft = found["methods"]["distillation"], found["methods"]["sft"]
-    need, kl, own = (
-        f"{row['mean']:.2f} ({row['low']:.2f}..{'never' if row['high'] is None else format(row['high'], '.2f')})"
-        for row in (full["data_needed"], full["data_needed_for_kl"], sft["data_needed"])
-    )
+    need, kl, own = map(needed_words, (full["data_needed"], full["data_needed_for_kl"], sft["data_needed"]))
     met = found["goals"]["accuracy_of_sft_with_0.4_of_the_rows"]["reached"]
     return (
         f"- Less data, {found['config']['steps']} steps: distillation needs {need} of the rows for cross entropy's accuracy on all "

@@ -200,9 +200,8 @@ def test_the_loss_backend_is_passed_on(make_trainer, monkeypatch):
     assert losses_of(chosen) == pytest.approx(losses_of(oracle), rel=1e-5)
     with pytest.raises(IncompatibleError, match="nothing to compile; use backend='auto'"):
         make_trainer("sft", loss_backend="compiled").train()
-    monkeypatch.setattr(
-        whole_rows, "fused", lambda: whole_rows.whole_rows
-    )  # under the annotations' checker nothing compiles
+    # under the annotations' checker nothing compiles
+    monkeypatch.setattr(whole_rows, "fused", lambda: whole_rows.whole_rows)
     live = {"reference_model": make_model(seed=3)}
     settings = {"models": live, "gradient_accumulation_steps": 2, "max_steps": 2}
     ours, plain = (make_trainer("rho1+asft", loss_backend=backend, **settings) for backend in ("compiled", "auto"))

@@ -206,7 +206,10 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
             backward(loss, hidden, weight)
 
         found["Unsloth"] = in_unsloth
-    except (ImportError, NotImplementedError):
+    except (
+        ImportError,
+        NotImplementedError,
+    ):  # not installed, or it finds no device of its own: the table has no such row
         pass
     if hidden.device.type == "cuda":
         found.update(cuda_peers(problem))

@@ -82,7 +82,10 @@ def in_pieces(
 
 
 def numbers_of(logits: Float[Tensor, "tokens vocab"], request: LossRequest, role: str) -> Reference:
-    """What a frozen model with these logits says, as far as the target asks."""
+    """What a frozen model with these logits says, as far as the target asks.
+
+    Not ``Reference.from_logits``: that looks at the labels' values, which were checked before and which no compiler follows.
+    """
     log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     at_label = log_probs.gather(-1, request.labels[:, None])[:, 0]
     entropy = entropy_of(log_probs) if "entropy" in getattr(request.target.needs, role) else None
