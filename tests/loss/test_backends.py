@@ -130,9 +130,10 @@ def test_a_second_derivative_is_refused_in_words() -> None:
 
 
 def test_chunks_follow_the_memory_but_do_not_starve_the_products() -> None:
-    assert default_chunk_size(49152, 1, 4, "cpu") == 256  # 48 MiB
-    assert default_chunk_size(152_064, 1, 4, "cpu") == 160
-    assert default_chunk_size(152_064, 1, 2, "cuda") > 1024 >= default_chunk_size(152_064, 2, 4, "cuda") >= 512
+    assert default_chunk_size(49152, 0, 4, "cpu") == 256  # 48 MiB
+    assert default_chunk_size(49152, 1, 4, "cpu") == 176  # and 80 tokens of a frozen head
+    assert default_chunk_size(152_064, 0, 4, "cpu") == 176
+    assert default_chunk_size(152_064, 0, 2, "cuda") > 1024 >= default_chunk_size(152_064, 1, 4, "cuda") >= 512
 
 
 # -- gradients are handed out once ---------------------------------------------------------------------------------

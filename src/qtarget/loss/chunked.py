@@ -33,21 +33,22 @@ from qtarget.types import FrozenHead, Needs, Reference
 LOGIT_BYTES = {"cpu": 48 * 2**20}
 """Memory for one chunk's logits, live and frozen; 512 MiB on other devices, where a narrowed copy comes on top."""
 
-FEWEST_TOKENS = {"cpu": 160}
+FEWEST_TOKENS = {"cpu": 176}
 """A chunk with fewer starves the matrix products (1,024 on other devices), so it may exceed the memory."""
 
 
-def default_chunk_size(vocab: int, heads: int, itemsize: int, device_type: str) -> int:
+def default_chunk_size(vocab: int, frozen: int, itemsize: int, device_type: str) -> int:
     """Tokens a chunk: what fits the memory for logits, but not too few.
 
     Args:
         vocab: V.
-        heads: how many logits of a token exist at once.
+        frozen: how many frozen heads' logits exist beside it (see ``Plan.frozen_size``).
         itemsize: bytes a logit.
         device_type: ``cpu``, ``cuda``, ...
     """
-    fit = LOGIT_BYTES.get(device_type, 512 * 2**20) // (vocab * heads * itemsize)
-    return max(FEWEST_TOKENS.get(device_type, 1024) // heads, fit // 16 * 16)
+    fit = LOGIT_BYTES.get(device_type, 512 * 2**20) // (vocab * itemsize)
+    live = max(FEWEST_TOKENS.get(device_type, 1024), fit) * 8 // (8 + 3 * frozen)
+    return live // 16 * 16 or live
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,15 @@ class Plan:
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise HyperparameterError(f"chunk_size={chunk_size}; expected a whole number of tokens, at least 1")
         precision = Precision.of(hidden, head.weight, request.target.needs.soft, logits_dtype)
-        heads = 1 + len(frozen_heads(request))
         if chunk_size is None:
-            columns = widest or head.vocab
-            chunk_size = default_chunk_size(columns, heads, precision.logits.itemsize, hidden.device.type)
+            frozen, columns = len(frozen_heads(request)), widest or head.vocab
+            chunk_size = default_chunk_size(columns, frozen, precision.logits.itemsize, hidden.device.type)
         return cls(kernels, precision, chunk_size, whole_vocabulary(request), compiled)
+
+    @property
+    def frozen_size(self) -> int:
+        """Tokens whose frozen logits exist at once: fewer (3/8), as they enter one product and the live ones three."""
+        return -(-3 * self.chunk_size // 128) * 16
 
 
 def wanted(needs: Needs, role: str) -> bool:
@@ -176,12 +181,7 @@ class _Run:
         hidden = hidden.detach()
         layout = False if self.plan.whole_vocabulary else self.plan.kernels is rows
         products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
-        frozen = {
-            role: HeadProducts(
-                frozen_head(model), Precision.of(model.hidden, model.lm_head_weight, True), min(count, size), False
-            )
-            for role, model in frozen_heads(self.request).items()
-        }
+        frozen = {role: self._frozen(model) for role, model in frozen_heads(self.request).items()}
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, max(count, 1), size):  # an empty batch runs once: its report is empty too
@@ -190,12 +190,7 @@ class _Run:
                 request, rows_of = self.request.rows(part), hidden[index]
                 logits = products.logits(rows_of)
                 if self.plan.whole_vocabulary:
-                    others = {r: p.logits(frozen_heads(request)[r].hidden) for r, p in frozen.items()}
-                    value, reports = in_pieces(
-                        logits, others, request, self.head, grads is not None, self.plan.compiled
-                    )
-                    loss += value
-                    self.reports += reports
+                    loss += self._whole_rows(logits, frozen, request, grads is not None)
                     gradient = LogitGradient(logits)
                 else:
                     known = None if self.known is None else self.known.rows(part)
@@ -205,9 +200,28 @@ class _Run:
                     loss += value
                 if grads is not None:
                     assert gradient is not None
-                    grads.add(index, gradient, rows_of, products, self.vocabulary, first=start == 0)
+                    grads.add(index, gradient, rows_of, products, self.vocabulary)
         if grads is not None:
             grads.finish()
+        return loss
+
+    def _frozen(self, model: FrozenHead) -> HeadProducts:
+        """Logits of a frozen model, for as many tokens as ``frozen_size``."""
+        precision = Precision.of(model.hidden, model.lm_head_weight, True)
+        return HeadProducts(frozen_head(model), precision, min(len(self.request.labels), self.plan.frozen_size), False)
+
+    def _whole_rows(
+        self, logits: Float[Tensor, "tokens vocab"], frozen: dict[str, HeadProducts], request: LossRequest, write: bool
+    ) -> Float[Tensor, ""]:
+        """Loss of one chunk by autograd; with ``write`` its gradient, in place of the logits."""
+        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for start in range(0, max(len(logits), 1), self.plan.frozen_size):
+            part = slice(start, start + self.plan.frozen_size)
+            some = request.rows(part)
+            others = {role: products.logits(frozen_heads(some)[role].hidden) for role, products in frozen.items()}
+            value, reports = in_pieces(logits[part], others, some, self.head, write, self.plan.compiled)
+            loss += value
+            self.reports += reports
         return loss
 
     def _columns(
@@ -319,7 +333,7 @@ def label_statistics(
     vocabulary = vocabulary or Vocabulary(head.vocab)
     precision = precision or Precision.of(hidden, head.weight, True)
     head, hidden = head.detach(), hidden.detach()
-    size = default_chunk_size(vocabulary.widest, 1, precision.logits.itemsize, hidden.device.type)
+    size = default_chunk_size(vocabulary.widest, 0, precision.logits.itemsize, hidden.device.type)
     products = HeadProducts(head, precision, min(size, len(labels)), kernels is rows)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]

@@ -33,7 +33,7 @@ class Gradients:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return cls(
             torch.zeros_like(hidden) if needs_grad[0] else None,
-            torch.empty_like(head.weight, dtype=wide) if needs_grad[1] else None,
+            torch.zeros_like(head.weight, dtype=wide) if needs_grad[1] else None,
             torch.zeros_like(head.bias, dtype=wide) if needs_grad[2] and head.bias is not None else None,
         )
 
@@ -44,16 +44,14 @@ class Gradients:
         hidden: Float[Tensor, "tokens width"],
         products: HeadProducts,
         vocabulary: Vocabulary,
-        *,
-        first: bool,
     ) -> None:
-        """Add one chunk, the ``first`` or a later one, given its gradient by ``h W^T + b``."""
+        """Add one chunk, given its gradient by ``h W^T + b``."""
         if self.bias is not None:
             self.bias += gradient.column_sum(self.bias.dtype)
         if self.hidden is not None:
             self.hidden[index] = vocabulary.total(products.hidden_gradient(gradient)).to(self.hidden.dtype)
         if self.weight is not None:
-            products.add_weight_gradient(self.weight, gradient, hidden, first=first)
+            products.add_weight_gradient(self.weight, gradient, hidden)
             if gradient.level is not None:
                 row = gradient.level.to(self.weight.dtype) @ hidden.to(self.weight.dtype)
                 self.every_row = row if self.every_row is None else self.every_row + row

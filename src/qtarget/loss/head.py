@@ -282,26 +282,17 @@ class HeadProducts:
         return out
 
     def add_weight_gradient(
-        self,
-        total: Float[Tensor, "vocab width"],
-        gradient: LogitGradient,
-        hidden: Float[Tensor, "tokens width"],
-        *,
-        first: bool,
+        self, total: Float[Tensor, "vocab width"], gradient: LogitGradient, hidden: Float[Tensor, "tokens width"]
     ) -> None:
-        """``total += G^T h``, but for the level; ``total`` is float32 at least, and the ``first`` is written over it."""
+        """``total += G^T h``, but for the level; ``total`` is float32 at least."""
         dtype = self.precision.multiply
         hidden = hidden.to(self.precision.inputs).to(dtype)
         if dtype == total.dtype:
-            left = gradient.values.to(dtype).T
-            torch.mm(left, hidden, out=total) if first else total.addmm_(left, hidden)
+            total.addmm_(gradient.values.to(dtype).T, hidden)
             return
         room = torch.empty_like(total[: next(blocks(total)).stop])
         for rows in blocks(total):
             part = product(gradient.values[:, rows].to(dtype).T, hidden, total.dtype)
-            if first:
-                total[rows] = part
-            elif part.dtype == total.dtype:
-                total[rows] += part
-            else:  # a CPU adds two dtypes ten times slower than it converts one
-                total[rows] += room[: len(part)].copy_(part)
+            if part.dtype != total.dtype:  # a CPU adds two dtypes ten times slower than it converts one
+                part = room[: len(part)].copy_(part)
+            total[rows] += part

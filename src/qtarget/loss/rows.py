@@ -20,6 +20,9 @@ NOTHING = -1e30
 TILE_BYTES = {"cpu": 2**22}
 """Working size; on a GPU, where launches cost more than the cache saves, 64 MiB."""
 
+RUN = 1024
+"""Rows of logits stored ``[vocab, tokens]`` that ``maxima`` keeps at hand."""
+
 GROUP = 64
 """Columns whose maximum stands for them in the first step of ``largest``."""
 
@@ -70,7 +73,7 @@ def exponentiate(
         maximum: ``[tokens]`` to subtract instead of each token's largest logit.
     """
     if maximum is None:
-        maximum = logits.amax(-1).to(torch.promote_types(logits.dtype, torch.float32)).clamp_(min=NOTHING)
+        maximum = maxima(logits).to(torch.promote_types(logits.dtype, torch.float32)).clamp_(min=NOTHING)
     exp, exp_x = torch.zeros_like(maximum), torch.zeros_like(maximum) if entropy else None
     out = logits if dtype is None else narrowed(logits, dtype)
     for rows, columns, room in tiles(logits):
@@ -84,6 +87,17 @@ def exponentiate(
         if dtype is not None and place is room:
             out[rows, columns] = e  # behind the logits that are still to be read, whatever the dtype
     return out, RestSums(maximum, exp, exp_x)
+
+
+def maxima(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """Each token's largest logit: where tokens are fast, element by element over long runs (``amax`` takes up to eight times as long)."""
+    if not token_is_fast(logits):
+        return logits.amax(-1)
+    first, *others = logits.T.split(RUN)
+    best = first.clone()
+    for part in others:
+        torch.maximum(best[: len(part)], part, out=best[: len(part)])
+    return best.amax(0)
 
 
 def narrowed(logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype) -> Float[Tensor, "tokens vocab"]:
