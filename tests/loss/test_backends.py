@@ -13,6 +13,7 @@ import qtarget
 from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError
 from qtarget.loss import rows
 from qtarget.loss.chunked import default_chunk_size
+from qtarget.loss.head import by_halves
 
 
 def leaves(tokens: int = 5, vocab: int = 30, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -292,3 +293,22 @@ def test_inside_torch_compile() -> None:
     """Dynamo breaks the graph at the loss and the numbers stay; in a process without the annotations' checker."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_by_halves_is_the_product(vocab: int, tokens: int, transposed: bool) -> None:
+    rng = torch.Generator().manual_seed(vocab)
+    left = torch.randn(tokens, vocab, generator=rng, dtype=torch.float64)
+    right = torch.randn(vocab, 3, generator=rng, dtype=torch.float64)
+    left = left.T.contiguous().T if transposed else left
+    torch.testing.assert_close(by_halves(left, right), left @ right)
+
+
+@pytest.mark.parametrize("vocab", [7, 3000])
+def test_maxima_of_logits_stored_by_vocabulary(vocab: int) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).T.contiguous().T
+    logits[1] = -torch.inf
+    logits[2, vocab // 2] = torch.nan
+    torch.testing.assert_close(rows.maxima(logits), logits.amax(-1), rtol=0, atol=0, equal_nan=True)

@@ -90,7 +90,10 @@ def exponentiate(
 
 
 def maxima(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """Each token's largest logit: where tokens are fast, element by element over long runs (``amax`` takes up to eight times as long)."""
+    """Each token's largest logit.
+
+    Where tokens are fast, element by element over long runs: ``amax`` takes several times as long there.
+    """
     if not token_is_fast(logits):
         return logits.amax(-1)
     first, *others = logits.T.split(RUN)
