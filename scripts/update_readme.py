@@ -76,37 +76,33 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+MEMORY_TOKENS = (512, 8192, 65_536)
+"""Numbers of tokens of the README's table; the picture has them all."""
+
+
 def memory_table() -> str:
     """Peak memory beyond inputs and gradients, by loss, shape and number of tokens."""
-    points = results_of("memory_cpu_float32.json")["memory"]
-    columns = list(dict.fromkeys((p["vocab"], p["width"], p["tokens"]) for p in points))
+    sweep = results_of("sweep_cpu_float32.json")
+    shapes = [(vocab, width, tokens) for vocab, width in sweep["config"]["shapes"] for tokens in MEMORY_TOKENS]
+    points = {(p["loss"], p["vocab"], p["width"], p["tokens"]): p for p in sweep["memory"]}
+    shapes = [shape for shape in shapes if ("sft", *shape) in points]
     lines = [
-        "| MB | " + " | ".join(f"V={v:,} D={w} N={n:,}" for v, w, n in columns) + " |",
-        "|---|" + "---|" * len(columns),
+        "| MB | " + " | ".join(f"V={v:,} D={w} N={n:,}" for v, w, n in shapes) + " |",
+        "|---|" + "---|" * len(shapes),
     ]
-    for name in dict.fromkeys(p["loss"] for p in points):
-        cells = []
-        for column in columns:
-            [point] = [p for p in points if (p["loss"], p["vocab"], p["width"], p["tokens"]) == (name, *column)]
-            if "computed" in point:
-                cells.append(f"({point['computed']:,.0f}, computed)")
-            else:
-                cells.append(f"{point['beyond_inputs'] - point['gradients']:,.0f}")
+    for name in dict.fromkeys(loss for loss, *_ in points):
+        cells = [memory_cell(points.get((name, *shape))) for shape in shapes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def memory_note() -> str:
-    """The same over more tokens, measured before: lowest and highest of each loss."""
-    points = results_of("memory_cpu_float32_tokens.json")["memory"]
-    at = [p for p in points if p["vocab"] == 49_152 and p["loss"] != "naive"]
-    parts = []
-    for name in dict.fromkeys(p["loss"] for p in at):
-        mine = [p for p in at if p["loss"] == name]
-        beyond = [p["beyond_inputs"] - p["gradients"] for p in mine]
-        most = max(p["tokens"] for p in mine)
-        parts.append(f"`{name}` {min(beyond):.0f} to {max(beyond):.0f} MB (to N={most:,})")
-    return f"With older code, V=49,152, from N=512 on: {'; '.join(parts)}."
+def memory_cell(point: dict | None) -> str:
+    """MB beyond inputs and gradients; empty where it was not measured."""
+    if point is None:
+        return ""
+    if "computed" in point:
+        return f"({point['computed']:,.0f}, computed)"
+    return f"{point['beyond_inputs'] - point['gradients']:,.0f}"
 
 
 def trainer_table() -> str:
@@ -117,6 +113,18 @@ def trainer_table() -> str:
         spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})"
         lines.append(f"| {name} | {row['median']:.1f} | {spread} | {row['peak_mb']:,.0f} |")
     return "\n".join(lines)
+
+
+def slow_paths() -> str:
+    """Targets that need whole rows, or the logits twice: the highest ratios of the run over all targets."""
+    found = results_of("speed_cpu_float32_49152_all.json")
+    ratio = {name: row["ratio"]["median"] for name, row in found["rows"].items()}
+    twice = [ratio[name] for name in ("rho1", "talr", "iw_sft", "token_cleaning", "inverse_likelihood")]
+    return (
+        f"In float32 at N={found['config']['tokens']}, `gem` takes {ratio['gem']:.2f} x the floor ({ratio['gem, compiled']:.2f} "
+        f"compiled), a `spread` tail {ratio['asft, tail spread']:.2f} x ({ratio['asft, tail spread, compiled']:.2f}), those "
+        f"scopes {min(twice):.2f} to {max(twice):.2f} x, `sft` {ratio['sft']:.2f} x."
+    )
 
 
 def speed_note() -> str:
@@ -224,7 +232,7 @@ def render() -> str:
         "SPEED": speed_table(),
         "SPEED_NOTE": speed_note(),
         "MEMORY": memory_table(),
-        "MEMORY_NOTE": memory_note(),
+        "SLOW_PATHS": slow_paths(),
         "TRAINER": trainer_table(),
         "EXAMPLE": (ROOT / "examples/train_with_trl.py").read_text().strip(),
         "YAML": (ROOT / "examples/noisy.yaml").read_text().split("\n", 9)[-1].strip(),

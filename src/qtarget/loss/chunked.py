@@ -33,22 +33,26 @@ from qtarget.types import FrozenHead, Needs, Reference
 LOGIT_BYTES = {"cpu": 48 * 2**20}
 """Memory for one chunk's logits, live and frozen; 512 MiB on other devices, where a narrowed copy comes on top."""
 
-FEWEST_TOKENS = {"cpu": 176}
-"""A chunk with fewer starves the matrix products (1,024 on other devices), so it may exceed the memory."""
+FEWEST_TOKENS = {"cpu": 180}
+"""Fewer logits at once starve the matrix products (1,024 tokens on other devices), so they may exceed the memory."""
+
+TOKEN_STEP = {"cpu": 8}
+"""A chunk is a multiple of this; 128 on other devices, whose products are made of such tiles."""
 
 
 def default_chunk_size(vocab: int, frozen: int, itemsize: int, device_type: str) -> int:
-    """Tokens a chunk: what fits the memory for logits, but not too few.
+    """Tokens a chunk: what fits the memory for logits, live and frozen together, but not too few.
 
     Args:
         vocab: V.
-        frozen: how many frozen heads' logits exist beside it (see ``Plan.frozen_size``).
+        frozen: how many frozen heads' logits exist beside it, of half as many tokens (``Plan.frozen_size``).
         itemsize: bytes a logit.
         device_type: ``cpu``, ``cuda``, ...
     """
     fit = LOGIT_BYTES.get(device_type, 512 * 2**20) // (vocab * itemsize)
-    live = max(FEWEST_TOKENS.get(device_type, 1024), fit) * 8 // (8 + 3 * frozen)
-    return live // 16 * 16 or live
+    live = max(FEWEST_TOKENS.get(device_type, 1024), fit) * 2 // (2 + frozen)
+    step = TOKEN_STEP.get(device_type, 128)
+    return live // step * step
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class Plan:
 
     @property
     def frozen_size(self) -> int:
-        """Tokens whose frozen logits exist at once: fewer (3/8), as they enter one product and the live ones three."""
-        return -(-3 * self.chunk_size // 128) * 16
+        """Tokens whose frozen logits exist at once: half a chunk, as they enter one product and the live ones three."""
+        return -(-self.chunk_size // 2)
 
 
 def wanted(needs: Needs, role: str) -> bool:
@@ -215,8 +219,9 @@ class _Run:
     ) -> Float[Tensor, ""]:
         """Loss of one chunk by autograd; with ``write`` its gradient, in place of the logits."""
         loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for start in range(0, max(len(logits), 1), self.plan.frozen_size):
-            part = slice(start, start + self.plan.frozen_size)
+        step = self.plan.frozen_size if frozen else self.plan.chunk_size
+        for start in range(0, max(len(logits), 1), step):
+            part = slice(start, start + step)
             some = request.rows(part)
             others = {role: products.logits(frozen_heads(some)[role].hidden) for role, products in frozen.items()}
             value, reports = in_pieces(logits[part], others, some, self.head, write, self.plan.compiled)

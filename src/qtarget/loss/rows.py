@@ -20,8 +20,8 @@ NOTHING = -1e30
 TILE_BYTES = {"cpu": 2**22}
 """Working size; on a GPU, where launches cost more than the cache saves, 64 MiB."""
 
-RUN = 1024
-"""Rows of logits stored ``[vocab, tokens]`` that ``maxima`` keeps at hand."""
+RUN_BYTES = 2**20
+"""Logits whose running maximum ``maxima`` keeps in the cache."""
 
 GROUP = 64
 """Columns whose maximum stands for them in the first step of ``largest``."""
@@ -96,7 +96,7 @@ def maxima(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
     """
     if not token_is_fast(logits):
         return logits.amax(-1)
-    first, *others = logits.T.split(RUN)
+    first, *others = logits.T.split(max(1, RUN_BYTES // (logits.itemsize * len(logits))))
     best = first.clone()
     for part in others:
         torch.maximum(best[: len(part)], part, out=best[: len(part)])
@@ -165,10 +165,10 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
     groups = vocab // GROUP
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values
-    maxima = logits[:, :groups].clone()
+    best = logits[:, :groups].clone()
     for member in logits[:, groups : groups * GROUP].split(groups, dim=1):
-        torch.maximum(maxima, member, out=maxima)
-    best = maxima.topk(k, dim=-1).indices
-    columns = (best[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
+        torch.maximum(best, member, out=best)
+    found = best.topk(k, dim=-1).indices
+    columns = (found[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
     found = torch.cat([logits.gather(-1, columns), logits[:, groups * GROUP :]], dim=-1)
     return found.topk(k, dim=-1).values
