@@ -116,12 +116,12 @@ def trainer_table() -> str:
 
 
 def slow_paths() -> str:
-    """Targets that need whole rows, or the logits twice: the highest ratios of the run over all targets."""
+    """Targets that need whole rows, or the logits twice, in the run over all targets."""
     found = results_of("speed_cpu_float32_49152_all.json")
     ratio = {name: row["ratio"]["median"] for name, row in found["rows"].items()}
     twice = [ratio[name] for name in ("rho1", "talr", "iw_sft", "token_cleaning", "inverse_likelihood")]
     return (
-        f"In float32 at N={found['config']['tokens']}, `gem` takes {ratio['gem']:.2f} x the floor ({ratio['gem, compiled']:.2f} "
+        f"In float32 at N={found['config']['tokens']:,}, `gem` takes {ratio['gem']:.2f} x the floor ({ratio['gem, compiled']:.2f} "
         f"compiled), a `spread` tail {ratio['asft, tail spread']:.2f} x ({ratio['asft, tail spread, compiled']:.2f}), those "
         f"scopes {min(twice):.2f} to {max(twice):.2f} x, `sft` {ratio['sft']:.2f} x."
     )
@@ -129,12 +129,17 @@ def slow_paths() -> str:
 
 def speed_note() -> str:
     """What bfloat16 costs, and a live teacher against the five products of a second pass."""
-    float32, _, bfloat16 = (results_of(name)["rows"] for name in SPEED.values())
+    *float32, bfloat16 = (results_of(name)["rows"] for name in SPEED.values())
     names = ("sft", "naive", "asft", "naive, float32 logits")
     ours, naive, soft, wide = (bfloat16[name]["ratio"]["median"] for name in names)
     live = [row["ratio"]["median"] for name, row in bfloat16.items() if name.endswith("live teacher")]
-    five = {name: row["ratio_to_five_products"]["median"] for name, row in float32.items() if "live" in name}
-    eager, compiled = ([x for name, x in five.items() if ("compiled" in name) == fused] for fused in (False, True))
+    five = [
+        (name, row["ratio_to_five_products"]["median"])
+        for rows in float32
+        for name, row in rows.items()
+        if "live" in name
+    ]
+    eager, compiled = ([x for name, x in five if ("compiled" in name) == fused] for fused in (False, True))
     return (
         f"Against five products, with the frozen logits made a second time for the gradient, a live teacher takes "
         f"{min(eager):.2f} to {max(eager):.2f} x, compiled {min(compiled):.2f} to {max(compiled):.2f} x.\n\n"

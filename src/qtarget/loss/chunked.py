@@ -34,7 +34,7 @@ LOGIT_BYTES = {"cpu": 48 * 2**20}
 """Memory for one chunk's logits, live and frozen; 512 MiB on other devices, where a narrowed copy comes on top."""
 
 FEWEST_TOKENS = {"cpu": 180}
-"""Fewer logits at once starve the matrix products (1,024 tokens on other devices), so they may exceed the memory."""
+"""Tokens' logits, live and frozen together: fewer starve the products (1,024 on other devices), so they may exceed the memory."""
 
 TOKEN_STEP = {"cpu": 8}
 """A chunk is a multiple of this; 128 on other devices, whose products are made of such tiles."""

@@ -165,10 +165,10 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
     groups = vocab // GROUP
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values
-    best = logits[:, :groups].clone()
+    peaks = logits[:, :groups].clone()
     for member in logits[:, groups : groups * GROUP].split(groups, dim=1):
-        torch.maximum(best, member, out=best)
-    found = best.topk(k, dim=-1).indices
-    columns = (found[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
+        torch.maximum(peaks, member, out=peaks)
+    best = peaks.topk(k, dim=-1).indices
+    columns = (best[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
     found = torch.cat([logits.gather(-1, columns), logits[:, groups * GROUP :]], dim=-1)
     return found.topk(k, dim=-1).values
