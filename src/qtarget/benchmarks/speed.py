@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +151,7 @@ def frozen_arguments(problem: Problem, target: str, live: bool = False, **change
 
 
 def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
-    """Naive cross entropy, and with ``others`` the libraries' from hidden states, where they are installed."""
+    """Naive cross entropy, and with ``others`` the libraries' from hidden states, where they are installed: no row without."""
     hidden, weight, labels = problem.hidden, problem.weight, problem.labels
 
     def naive(cast: bool) -> Step:
@@ -172,7 +173,7 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
             backward(F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)  # pyright: ignore
 
         found["torch linear_cross_entropy, compact"] = in_torch
-    try:
+    with suppress(ImportError):
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction  # pyright: ignore
 
         def in_trl() -> None:
@@ -182,9 +183,7 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
             backward(-per_token[0].mean(), hidden, weight)
 
         found["TRL tiled head"] = in_trl
-    except ImportError:
-        pass
-    try:
+    with suppress(ImportError):
         from torchtune.modules.loss import CEWithChunkedOutputLoss  # pyright: ignore[reportMissingImports]
 
         chunked = CEWithChunkedOutputLoss(8)
@@ -194,9 +193,8 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
             backward(chunked(pieces, labels[None]), hidden, weight)
 
         found["torchtune, 8 chunks"] = in_torchtune
-    except ImportError:
-        pass
-    try:  # without a GPU it loads only under UNSLOTH_ZOO_DISABLE_GPU_INIT=1
+    # without a GPU it raises NotImplementedError as it loads, unless UNSLOTH_ZOO_DISABLE_GPU_INIT=1
+    with suppress(ImportError, NotImplementedError):
         from unsloth_zoo.fused_losses.cross_entropy_loss import (  # pyright: ignore[reportMissingImports]
             unsloth_fused_ce_loss,
         )
@@ -206,11 +204,6 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
             backward(loss, hidden, weight)
 
         found["Unsloth"] = in_unsloth
-    except (
-        ImportError,
-        NotImplementedError,
-    ):  # not installed, or it finds no device of its own: the table has no such row
-        pass
     if hidden.device.type == "cuda":
         found.update(cuda_peers(problem))
     return found
@@ -220,21 +213,17 @@ def cuda_peers(problem: Problem) -> dict[str, Step]:
     """Peers that need a GPU: Liger-Kernel and Apple's cut-cross-entropy."""
     hidden, weight, labels = problem.hidden, problem.weight, problem.labels
     found: dict[str, Step] = {}
-    try:
+    with suppress(ImportError):
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearCrossEntropyLoss,
         )
 
         liger = LigerFusedLinearCrossEntropyLoss()
         found["Liger"] = lambda: backward(liger(weight, hidden, labels), hidden, weight)
-    except ImportError:
-        pass
-    try:
+    with suppress(ImportError):
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
         found["cut-cross-entropy"] = lambda: backward(linear_cross_entropy(hidden, weight, labels), hidden, weight)
-    except ImportError:
-        pass
     return found
 
 

@@ -6,7 +6,7 @@ Written in tiles that fit a core's cache, so that the logits cross the memory bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -96,11 +96,16 @@ def maxima(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
     """
     if not token_is_fast(logits):
         return logits.amax(-1)
-    first, *others = logits.T.split(max(1, RUN_BYTES // (logits.itemsize * len(logits))))
-    best = first.clone()
-    for part in others:
+    run = max(1, RUN_BYTES // (logits.itemsize * len(logits)))
+    return running_maximum(logits.T.split(run)).amax(0)
+
+
+def running_maximum(parts: Sequence[Tensor]) -> Tensor:
+    """Element by element over parts of one shape; the last may have fewer rows."""
+    best = parts[0].clone()
+    for part in parts[1:]:
         torch.maximum(best[: len(part)], part, out=best[: len(part)])
-    return best.amax(0)
+    return best
 
 
 def narrowed(logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype) -> Float[Tensor, "tokens vocab"]:
@@ -165,9 +170,7 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
     groups = vocab // GROUP
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values
-    peaks = logits[:, :groups].clone()
-    for member in logits[:, groups : groups * GROUP].split(groups, dim=1):
-        torch.maximum(peaks, member, out=peaks)
+    peaks = running_maximum(logits[:, : groups * GROUP].split(groups, dim=1))
     best = peaks.topk(k, dim=-1).indices
     columns = (best[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
     found = torch.cat([logits.gather(-1, columns), logits[:, groups * GROUP :]], dim=-1)
