@@ -31,7 +31,9 @@ CHECKED = (
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook([f"qtarget.{name}" for name in CHECKED], "core_typechecker.checked")
+    import tests.core_typechecker  # noqa: F401 - the hook looks the checker up by name, and does not import it
+
+    install_import_hook([f"qtarget.{name}" for name in CHECKED], "tests.core_typechecker.checked")
 
 import torch  # noqa: E402 - after the hook
 from hypothesis import settings  # noqa: E402

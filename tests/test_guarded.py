@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import formulas
-from conformance.cases import Batch, frozen_arguments, make_batch, tokens, with_counted
 from torch import Tensor
 
 import qtarget
 from qtarget.errors import IncompatibleError, MissingStatisticError
+from tests.conformance import formulas
+from tests.conformance.cases import Batch, frozen_arguments, make_batch, tokens, with_counted
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("asft", {"kl_weight": 0.7}),

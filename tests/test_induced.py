@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import formulas
-from conformance.cases import frozen_arguments, make_batch, tokens
 from torch import Tensor
 
 import qtarget
 from qtarget.errors import LossUnderLensError, ShapeError
+from tests.conformance import formulas
+from tests.conformance.cases import frozen_arguments, make_batch, tokens
 
 RNG = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(6, 11, generator=RNG, dtype=torch.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,8 +23,7 @@ from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
 from qtarget.errors import ConfigError
 from qtarget.registry import available_targets
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+from tests import SHARED
 
 
 @pytest.fixture(scope="module")

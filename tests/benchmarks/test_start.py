@@ -20,6 +20,7 @@ from qtarget.cli.bench import app
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
 from qtarget.errors import ConfigError, DataError
+from tests import SHARED
 
 TINY = Scale(
     vocab=400, width=32, layers=1, heads=2, skill_documents=400, steps=6, batch_size=4, length=64, learning_rate=3e-3,
@@ -123,7 +124,7 @@ def test_a_corpus_is_cut_at_blank_lines(tmp_path: Path) -> None:
 
 
 def test_real_texts_are_whole_paragraphs() -> None:
-    data = Path(__file__).parents[3] / "shared" / "data"
+    data = SHARED
     if not data.is_dir():
         pytest.skip("the real data is not part of the project")
     texts = list(real_texts(data, None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ pytest.importorskip("typer")
 
 from qtarget.cli.main import run
 from qtarget.report.noise_checks import KNOWS_TOO_LITTLE
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "benchmarks/results/audit_noise.json").read_text())
 

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from importlib.metadata import version
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +14,7 @@ from typer.testing import CliRunner
 from qtarget.cli.app import app
 from qtarget.errors import CacheMismatchError, ConfigError, IncompatibleError
 from qtarget.scoring import ReferenceCache
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def call(*arguments):

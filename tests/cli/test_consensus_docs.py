@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,8 +14,9 @@ import yaml
 pytest.importorskip("trl")
 
 from qtarget.cli.main import run
+from tests import ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs/consensus.md").read_text()
+PAGE = (ROOT / "docs/consensus.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

@@ -15,7 +15,6 @@ pytest.importorskip("trl")
 
 import torch
 import yaml
-from scoring.servers import FakeSglang, FakeVllm, serving
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtarget.cli.main import run
@@ -23,8 +22,10 @@ from qtarget.errors import ConfigError, ScoringServerError
 from qtarget.scoring.engines import EngineChoice, detect_engine
 from qtarget.scoring.http import Retries
 from qtarget.scoring.reader import ReferenceCache
+from tests import ROOT
+from tests.scoring.servers import FakeSglang, FakeVllm, serving
 
-DOCS = Path(__file__).parents[2] / "docs" / "scoring.md"
+DOCS = ROOT / "docs" / "scoring.md"
 
 
 def documented(verb: str) -> list[list[str]]:
@@ -112,7 +113,7 @@ def test_five_engines_one_loss(folder, teacher, servers):
     pytest.importorskip("mosec")
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    from serving.helpers import running
+    from tests.serving.helpers import running
 
     urls, _ = servers
     commands = {c[c.index("--output") + 1]: c for c in documented("score")}

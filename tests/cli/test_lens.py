@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import qtarget
 from qtarget.cli.app import app
 from qtarget.cli.main import run
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/lens.md").read_text()
 
 

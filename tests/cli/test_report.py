@@ -14,9 +14,9 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import ROOT
 from tests.cli.test_train import qtarget, refused
 
-ROOT = Path(__file__).parents[2]
 EVALUATING = {
     "validation_file": "held_out.jsonl", "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True,
     "save_strategy": "steps", "save_steps": 2,

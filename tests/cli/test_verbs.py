@@ -20,8 +20,8 @@ import qtarget
 from qtarget.cli.app import app
 from qtarget.cli.main import run
 from qtarget.cli.targets import targets_table
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE_ROWS = 64
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qtarget
-from conformance import formulas
+from tests.conformance import formulas
 
 IGNORE = -100
 VOCAB = 37

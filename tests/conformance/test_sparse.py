@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import qtarget
-from conformance import formulas
-from conformance.cases import VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, with_counted
 from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.types import Needs
+from tests.conformance import formulas
+from tests.conformance.cases import VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, with_counted
 
 SOFT = [
     pytest.param(name, settings, id="-".join([name, *(f"{k}={v}" for k, v in settings.items())]))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import qtarget
-from conformance import formulas
-from conformance.cases import IGNORE, VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, tokens
 from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
+from tests.conformance import formulas
+from tests.conformance.cases import IGNORE, VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, tokens
 
 CASES = [
     pytest.param(name, settings, id="-".join([name, *(f"{k}={v}" for k, v in settings.items())]))

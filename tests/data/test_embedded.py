@@ -9,7 +9,6 @@ import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qtarget.data import tasks
 from qtarget.data.embedded import DEMONSTRATION_SPLITS, base_model_path, load_demonstrations
 from qtarget.errors import DataError
+from tests import ROOT
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 def _script(name: str):

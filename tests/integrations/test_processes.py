@@ -13,9 +13,9 @@ import torch
 
 from qtarget.integrations.trl_score import score
 from qtarget.integrations.trl_sft import QTargetConfig
+from tests import ROOT
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 ZERO3 = {
     "deepspeed": {

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from scoring.servers import FakeSglang, FakeVllm, serving
 
 import qtarget
 from qtarget.errors import CacheMismatchError, ConfigError, IncompatibleError
@@ -17,6 +16,7 @@ from qtarget.integrations.trl_score import score
 from qtarget.registry import get_target
 from qtarget.scoring.engines import EngineChoice
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
+from tests.scoring.servers import FakeSglang, FakeVllm, serving
 
 TEACHER_TARGETS = [
     "distillation",

@@ -11,8 +11,7 @@ from qtarget.data.token_checks import check_roles
 from qtarget.errors import ConfigError
 from qtarget.integrations.trl_audit import cut, tokenise
 from qtarget.integrations.trl_sft import QTargetConfig
-
-from .conftest import SETTINGS, make_tokenizer
+from tests.integrations.conftest import SETTINGS, make_tokenizer
 
 TALK = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}],

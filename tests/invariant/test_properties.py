@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import formulas
-from conformance.cases import with_counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtarget
 from qtarget.loss import head
+from tests.conformance import formulas
+from tests.conformance.cases import with_counted
 
 TARGETS = [(name, s) for name in qtarget.available_targets() for s in formulas.SETTINGS.get(name, [{}])]
 RANKED = ("rho1", "token_cleaning")

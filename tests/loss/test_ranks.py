@@ -13,10 +13,8 @@ import torch
 
 import qtarget
 from qtarget.errors import IncompatibleError, ShapeError
-
-from . import ranks
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.loss import ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("QTARGET_REAL_DATA", ROOT.parent / "shared" / "data"))
+from tests import ROOT, SHARED
+
+DATA = Path(os.environ.get("QTARGET_REAL_DATA", SHARED))
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("QTARGET_REAL_DATA", ROOT.parent / "shared" / "data"))
+from tests import ROOT, SHARED
+
+DATA = Path(os.environ.get("QTARGET_REAL_DATA", SHARED))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (DATA / "models").is_dir(), reason=f"real data not found at {DATA}; set QTARGET_REAL_DATA"),

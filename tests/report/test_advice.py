@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
 import qtarget
 from qtarget.data.findings import Finding
 from qtarget.report.advice import evidence, facts_of, which_target
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def facts(favourite: float | None, **more) -> dict:

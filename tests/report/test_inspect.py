@@ -7,7 +7,6 @@ import re
 import shlex
 from contextlib import chdir
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,13 @@ from qtarget.report.quantise import quantise
 from qtarget.report.tokens import ModelNumbers, flatten_rows
 from qtarget.report.weights import TargetNumbers
 from qtarget.scoring.reader import ReferenceCache
-
-from .hostile import HOSTILE
+from tests import ROOT
+from tests.report.hostile import HOSTILE
 
 TARGETS = ["sft", "prior_surprise", "asft(kl_weight=0.1)", "label_smoothing"]
 
 
-DOCS = Path(__file__).parents[2] / "docs/inspect.md"
+DOCS = ROOT / "docs/inspect.md"
 
 
 def command(*arguments: object) -> None:
@@ -494,7 +493,7 @@ def test_where_not_all_rows_fit_half_of_those_shown_have_alternatives():
 
 
 def test_scripts_and_styles_of_the_page_end_where_they_should():
-    assets = Path(__file__).parents[2] / "src/qtarget/report/assets"
+    assets = ROOT / "src/qtarget/report/assets"
     for path in assets.iterdir():
         text = path.read_text()
         assert "</" not in text and "innerHTML" not in re.sub(r"//.*|/\*.*?\*/", "", text) and "<!--" not in text, path

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import formulas
 
 import qtarget
 from qtarget.report.lens import SWEEP, gradients, lens, look, random_tokens
 from qtarget.report.lens_checks import averages, describe_scale
 from qtarget.report.lens_form import Probes, fit_form, name_weight
 from qtarget.report.lens_loss import callable_under_lens, load_loss, target_under_lens
+from tests.conformance import formulas
 
 CASES = [
     pytest.param(name, settings, id="-".join([name, *(f"{k}={v}" for k, v in settings.items())]))

@@ -13,8 +13,7 @@ from jinja2 import DictLoader
 from qtarget.errors import DataError
 from qtarget.report import page as report_page
 from qtarget.report.page import pack_column, render_page, safe_json, unpack_column, write_text
-
-from .hostile import HOSTILE
+from tests.report.hostile import HOSTILE
 
 
 @pytest.mark.parametrize("text", HOSTILE)

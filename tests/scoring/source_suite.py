@@ -22,7 +22,7 @@ import torch
 
 from qtarget.errors import DataError, HyperparameterError
 from qtarget.scoring import ScoredRow, Source
-from scoring.helpers import VOCAB, ragged_rows, tiny_model
+from tests.scoring.helpers import VOCAB, ragged_rows, tiny_model
 
 CANDIDATES = [0, VOCAB - 1, 7, 7]
 """Unordered, with both ends of the vocabulary and one id twice."""

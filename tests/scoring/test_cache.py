@@ -24,7 +24,7 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import fingerprint_model, row_checksum, supervised_mask
 from qtarget.scoring.writer import locked, write_cache
-from scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
+from tests.scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
 
 
 def checksums(rows):

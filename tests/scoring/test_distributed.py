@@ -23,8 +23,8 @@ from qtarget.scoring.distributed import RaySource, connected, load_model
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.schema import fingerprint_model
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import VOCAB, contents, provenance, ragged_rows, tiny_model
-from scoring.source_suite import SourceSuite
+from tests.scoring.helpers import VOCAB, contents, provenance, ragged_rows, tiny_model
+from tests.scoring.source_suite import SourceSuite
 
 SMALL_STORE = 100 * 2**20
 ROW_BY_ROW = {"tokens_per_batch": 1}

@@ -29,7 +29,7 @@ from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.verify import check_counts, rescore, shared_places
 from qtarget.scoring.writer import locked, write_cache
-from scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
+from tests.scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
 
 ROWS = ragged_rows(11)
 

@@ -20,7 +20,7 @@ from qtarget.scoring.local import LocalSource
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import VOCAB, HashSource, provenance, ragged_rows, tiny_model
+from tests.scoring.helpers import VOCAB, HashSource, provenance, ragged_rows, tiny_model
 
 K = 5
 

@@ -16,9 +16,9 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.sglang import SglangSource
 from qtarget.scoring.vllm import VllmSource
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import VOCAB, provenance, ragged_rows, tiny_model
-from scoring.servers import FakeSglang, FakeVllm, changed, half_json, reset, serving, slow, status, truncated
-from scoring.source_suite import SourceSuite
+from tests.scoring.helpers import VOCAB, provenance, ragged_rows, tiny_model
+from tests.scoring.servers import FakeSglang, FakeVllm, changed, half_json, reset, serving, slow, status, truncated
+from tests.scoring.source_suite import SourceSuite
 
 ROW = np.array([5, 9, 3, 60, 0, 7])
 KINDS = {"vllm": (FakeVllm, VllmSource), "sglang": (FakeSglang, SglangSource)}

@@ -12,8 +12,8 @@ from torch import nn
 from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
 from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
 from qtarget.scoring.logits import spend_logits
-from scoring.helpers import VOCAB, ragged_rows, tiny_model
-from scoring.source_suite import SourceSuite
+from tests.scoring.helpers import VOCAB, ragged_rows, tiny_model
+from tests.scoring.source_suite import SourceSuite
 
 FINGERPRINTS = {"model_id": "tiny", "tokenizer_fingerprint": "t", "chat_template_fingerprint": "c"}
 

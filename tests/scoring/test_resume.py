@@ -13,7 +13,7 @@ from qtarget.errors import CacheMismatchError
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import PROCESSES, HashSource, contents, provenance, ragged_rows, score_and_log
+from tests.scoring.helpers import PROCESSES, HashSource, contents, provenance, ragged_rows, score_and_log
 
 ROWS = ragged_rows(26)
 SHARD_ROWS = 4

@@ -15,7 +15,7 @@ from qtarget.scoring.local import LocalSource, inverse_cumulative
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.writer import uniforms, write_cache
 from qtarget.types import Reference
-from scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
+from tests.scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
 
 DRAWS = 50
 

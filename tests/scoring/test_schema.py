@@ -23,7 +23,7 @@ from qtarget.scoring.schema import (
     supervised_mask,
 )
 from qtarget.scoring.writer import write_cache
-from scoring.helpers import HashSource, provenance, ragged_rows, tiny_model
+from tests.scoring.helpers import HashSource, provenance, ragged_rows, tiny_model
 
 
 def test_mask_excludes_masked_labels_and_the_first_position():

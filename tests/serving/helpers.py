@@ -22,11 +22,11 @@ from typing import Any
 
 from qtarget.scoring.identity import Limits
 from qtarget.serving.settings import ServeSettings
+from tests import ROOT
 
-TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -128,10 +128,10 @@ def running(command: list[str], **environment: str) -> Iterator[Running]:
         assert not [pid for pid in started if alive(pid)], "processes are left"
 
 
-def stub_server(*, loader: str = "serving.stub:load", token: str | None = None, **settings: Any) -> Any:
+def stub_server(*, loader: str = "tests.serving.stub:load", token: str | None = None, **settings: Any) -> Any:
     """``running`` for the stub; ``settings`` are those of ``ServeSettings``."""
     text = json.dumps({"loader": loader, "model": "stub", "token": token, **settings})
-    return running([sys.executable, "-m", "serving.helpers", text])
+    return running([sys.executable, "-m", "tests.serving.helpers", text])
 
 
 def main(text: str) -> None:

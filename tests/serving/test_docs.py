@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
@@ -21,9 +20,9 @@ from qtarget.scoring.identity import Limits
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import fingerprint_model
 from qtarget.serving.settings import ServeSettings
-from serving.helpers import ENVIRONMENT, running
+from tests import ROOT
+from tests.serving.helpers import ENVIRONMENT, running
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/serving.md").read_text()
 COMMANDS = [
     shlex.split(line)

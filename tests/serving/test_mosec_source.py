@@ -10,8 +10,6 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from scoring.helpers import VOCAB, tiny_model
-from scoring.source_suite import SourceSuite
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,7 +19,9 @@ from qtarget.scoring.http import Retries
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.mosec import MosecSource, mosec_connection
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
-from serving.helpers import running
+from tests.scoring.helpers import VOCAB, tiny_model
+from tests.scoring.source_suite import SourceSuite
+from tests.serving.helpers import running
 
 FAST = Retries(attempts=4, first=0.01)
 

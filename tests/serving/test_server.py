@@ -26,8 +26,8 @@ from qtarget.scoring.wire import CONTENT_TYPE, pack_request, unpack_answer
 from qtarget.serving.server import check_address, read_token
 from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor
-from serving.helpers import ENVIRONMENT, Running, alive, descendants, stub_server, until
-from serving.stub import CRASH, HANG, NATIVE_HANG, NOT_FINITE, RAISE, SLOW, VOCAB, expected
+from tests.serving.helpers import ENVIRONMENT, Running, alive, descendants, stub_server, until
+from tests.serving.stub import CRASH, HANG, NATIVE_HANG, NOT_FINITE, RAISE, SLOW, VOCAB, expected
 
 TOKEN = "correct-horse-battery"
 LIMITS = {"body_bytes": 20_000, "rows": 4, "row_tokens": 32, "top_k": 8}
@@ -217,15 +217,17 @@ def test_too_many_restarts_end_the_server():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"loader": "serving.stub:fail"}, "ended with code 1 before it was ready.*no such model anywhere"),
-        ({"loader": "serving.stub:end"}, "ended with code 0 before it was ready"),
+        ({"loader": "tests.serving.stub:fail"}, "ended with code 1 before it was ready.*no such model anywhere"),
+        ({"loader": "tests.serving.stub:end"}, "ended with code 0 before it was ready"),
         ({"start_timeout": 0.05}, "was not ready after 0 seconds"),
     ],
 )
 def test_a_failing_start_is_a_failure(settings, words, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", ENVIRONMENT)
     before = set(descendants(os.getpid()))
-    supervisor = Supervisor(ServeSettings(**{"loader": "serving.stub:load", "model": "stub", **settings}), tmp_path)
+    supervisor = Supervisor(
+        ServeSettings(**{"loader": "tests.serving.stub:load", "model": "stub", **settings}), tmp_path
+    )
     with pytest.raises(ServingError) as raised:
         asyncio.run(supervisor.start())
     assert re.search(words, str(raised.value), re.DOTALL), raised.value
@@ -233,8 +235,10 @@ def test_a_failing_start_is_a_failure(settings, words, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_a_start(tmp_path):
-    text = json.dumps({"loader": "serving.stub:never", "model": str(tmp_path / "begun"), "token": None})
-    process = subprocess.Popen([sys.executable, "-m", "serving.helpers", text], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    text = json.dumps({"loader": "tests.serving.stub:never", "model": str(tmp_path / "begun"), "token": None})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serving.helpers", text], env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
     until((tmp_path / "begun").exists, 60)
     started = descendants(process.pid)
     assert started
@@ -253,7 +257,9 @@ def test_another_model_after_a_restart_ends_the_server(tmp_path, monkeypatch):
 
     async def run() -> None:
         (tmp_path / "run").mkdir()
-        supervisor = Supervisor(ServeSettings(model=str(name), loader="serving.stub:load_named"), tmp_path / "run")
+        supervisor = Supervisor(
+            ServeSettings(model=str(name), loader="tests.serving.stub:load_named"), tmp_path / "run"
+        )
         try:
             await supervisor.start()
             name.write_text("another")
