@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
+from qtarget.core.errors import DataError
 from qtarget.data import tasks
-from qtarget.errors import DataError
 
 Row = dict[str, str]
 

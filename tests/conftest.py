@@ -10,21 +10,15 @@ if importlib.util.find_spec("torch") and not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import: its kernels then run on a CPU
 
 CHECKED = (
-    "statistics",
-    "outcomes",
-    "coefficients",
+    *(f"core.{m}" for m in ("statistics", "outcomes", "coefficients", "types", "residuals", "reductions", "induced")),
     *(
         f"loss.{m}"
         for m in ("backends", "chunked", "columns", "dense", "dispatch", "head", "result", "rows", "whole_rows")
     ),
-    "types",
-    "residuals",
-    "reductions",
-    "induced",
     "api",
     "targets",
     "divergences",
-    "combined",
+    "composed",
 )
 """Core modules (with what lies below them) whose every call is checked against its jaxtyping annotations."""
 

@@ -187,7 +187,7 @@ def test_public_names_are_locked() -> None:
 
 
 def test_every_error_has_the_root_and_a_built_in() -> None:
-    from qtarget import errors
+    from qtarget.core import errors
 
     kinds = [v for v in vars(errors).values() if isinstance(v, type) and v is not errors.QTargetError]
     assert len(kinds) >= 10

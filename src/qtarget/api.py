@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from qtarget.combined import Combined
-from qtarget.errors import ShapeError
+from qtarget.composed.combined import Combined
+from qtarget.core.errors import ShapeError
+from qtarget.core.reductions import Reduction
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.statistics import check_frozen
+from qtarget.core.types import FrozenHead, Reference, Target
 from qtarget.loss.backends import Backend, BackendChoice, explain
 from qtarget.loss.dispatch import batch_label_weights, loss_from_hidden, loss_from_logits
 from qtarget.loss.head import Head
-from qtarget.reductions import Reduction
 from qtarget.registry import get_target
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen
-from qtarget.types import FrozenHead, Reference, Target
 
 
 def target_loss(

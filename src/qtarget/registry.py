@@ -11,9 +11,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from qtarget import divergences, targets
-from qtarget.combined import Combined
-from qtarget.errors import HyperparameterError, UnknownTargetError
-from qtarget.types import Target
+from qtarget.composed.combined import Combined
+from qtarget.core.errors import HyperparameterError, UnknownTargetError
+from qtarget.core.types import Target
 
 
 def available_targets() -> list[str]:

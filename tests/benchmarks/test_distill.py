@@ -21,9 +21,9 @@ from qtarget.benchmarks.pool import RunLog, Workers
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import generated_demonstrations
 from qtarget.cli.app import app
+from qtarget.core.errors import ConfigError
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path, load_demonstrations
-from qtarget.errors import ConfigError
 
 
 def run(output, *options):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtarget import get_target
 from qtarget.benchmarks.finetune import Recipe, completion_log_probs, encode, fine_tune, order, schedule
+from qtarget.core.types import Reference
 from qtarget.data.embedded import base_model_path, load_demonstrations
-from qtarget.types import Reference
 
 STEPS, BATCH = 4, 3
 LENGTHS = [3, 9, 4, 8, 5, 7]

@@ -19,9 +19,9 @@ from qtarget.benchmarks.pool import RunLog
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import embedded_tasks, math_tasks, scan_tasks, task_set
 from qtarget.cli.bench import app
+from qtarget.core.errors import ConfigError
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
-from qtarget.errors import ConfigError
 from qtarget.registry import available_targets
 from tests import SHARED
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qtarget.benchmarks.pool import RunLog, Workers
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from qtarget.benchmarks.prior import FLAWS, Condition, PriorConfig, always_may, 
 from qtarget.benchmarks.prior_results import prior_figure, prior_table, summarize
 from qtarget.benchmarks.tasks import embedded_tasks
 from qtarget.cli.bench import app
+from qtarget.core.errors import ConfigError
 from qtarget.data import tasks
-from qtarget.errors import ConfigError
 
 
 def test_the_flaws_answer_wrongly_and_a_spoilt_row_states_it():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qtarget.benchmarks.seeds import bootstrap_interval, bootstrap_means, percentiles
-from qtarget.errors import ShapeError
+from qtarget.core.errors import ShapeError
 
 
 def test_many_values_give_the_normal_interval():

@@ -17,9 +17,9 @@ from qtarget.benchmarks import start as start_module
 from qtarget.benchmarks.pool import check_settings
 from qtarget.benchmarks.start import Scale, Start, real_texts, skill_texts, start_of, trained_start
 from qtarget.cli.bench import app
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
-from qtarget.errors import ConfigError, DataError
 from tests import SHARED
 
 TINY = Scale(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import qtarget
 from qtarget.benchmarks import memory, speed, speed_figure, sweep
 from qtarget.cli.app import app
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 SMALL = ["bench", "speed", "--tokens", "12", "--width", "8", "--vocab", "256", "--rounds", "2", "--threads", "1"]
 

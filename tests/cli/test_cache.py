@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qtarget.cli.app import app
-from qtarget.errors import CacheMismatchError, ConfigError, IncompatibleError
+from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError
 from qtarget.scoring import ReferenceCache
 from tests import ROOT
 
@@ -144,7 +144,7 @@ def test_an_imported_cache_without_label_log_probs_is_refused_where_they_are_nee
         "cache", "import", "verl", tmp_path / "verl", "--output", tmp_path / "back", "--model", str(tiny_model),
         "--tokenizer", tiny_model, "--shift", "1",
     )  # fmt: skip
-    from qtarget.errors import MissingStatisticError
+    from qtarget.core.errors import MissingStatisticError
 
     named = {"reference_cache": str(tmp_path / "back"), "reference_model_name_or_path": str(tiny_model)}
     with pytest.raises(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qtarget.cli.config import RunConfig, load_config, resolved_settings
-from qtarget.errors import ConfigError, QTargetError
+from qtarget.core.errors import ConfigError, QTargetError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 

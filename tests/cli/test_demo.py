@@ -11,7 +11,7 @@ from qtarget.benchmarks.demo_runs import DemoConfig, sample_rows
 from qtarget.benchmarks.figure import comparison_figure, save_figure
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.seeds import Range, finding, over_seeds, paired_difference
-from qtarget.errors import ConfigError, QTargetError, ShapeError
+from qtarget.core.errors import ConfigError, QTargetError, ShapeError
 
 
 def test_mean_range_and_paired_difference_by_hand():

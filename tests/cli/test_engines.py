@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtarget.cli.main import run
-from qtarget.errors import ConfigError, ScoringServerError
+from qtarget.core.errors import ConfigError, ScoringServerError
 from qtarget.scoring.engines import EngineChoice, detect_engine
 from qtarget.scoring.http import Retries
 from qtarget.scoring.reader import ReferenceCache

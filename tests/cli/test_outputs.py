@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("typer")
 
 from qtarget.cli.outputs import check_outputs
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from tests.cli.test_train import refused
 
 

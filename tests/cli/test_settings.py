@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from qtarget.cli.settings import Setting, coerce, parse_overrides, parse_yaml, read_settings
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 
 class Colour(enum.StrEnum):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
-from qtarget.types import Needs
+from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.types import Needs
 from tests.conformance import formulas
 from tests.conformance.cases import VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, with_counted
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
 from tests.conformance import formulas
 from tests.conformance.cases import IGNORE, VOCAB, Batch, frozen_arguments, make_batch, oracle_gradient, tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qtarget.core.errors import ShapeError
 from qtarget.data.agreement import (
     agreement,
     confident_choices,
@@ -13,7 +14,6 @@ from qtarget.data.agreement import (
     prior_conflict,
     prior_reliability,
 )
-from qtarget.errors import ShapeError
 
 
 def drawn(seed: int, rows: int = 7, vocab: int = 5, length: int = 9):

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from qtarget.core.errors import DataError
 from qtarget.data.audit import audit_rows
-from qtarget.errors import DataError
 
 
 def row(labels: list[int]) -> dict:

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qtarget.core.errors import DataError
 from qtarget.data.columns import message_token_weights, row_loss_weights
-from qtarget.errors import DataError
 
 CHATML = """{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}#
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtarget.core.errors import DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import DEMONSTRATION_SPLITS, base_model_path, load_demonstrations
-from qtarget.errors import DataError
 from tests import ROOT
 
 SCRIPTS = ROOT / "scripts"

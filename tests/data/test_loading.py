@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qtarget.core.errors import DataError
 from qtarget.data.loading import load_dataset_file, load_rows
-from qtarget.errors import DataError
 
 ROWS = [{"prompt": "2+2=", "completion": "4", "id": 1}, {"prompt": "Grüße, “you”\u2028:", "completion": "ok", "id": 2}]
 

@@ -10,10 +10,10 @@ from random import Random
 import pytest
 from transformers import AutoTokenizer
 
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
 from qtarget.data.noise import NOISE_KINDS, PREAMBLES, inject_noise, noise_token_mask, response_text
-from qtarget.errors import ConfigError, DataError
 
 
 def _demonstrations(count: int) -> list[dict]:

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
+from qtarget.core.errors import DataError
 from qtarget.data import tasks
 from qtarget.data.tasks import DEMONSTRATED_SKILLS, FORGETTING_SKILLS, SKILLS, Problem
-from qtarget.errors import DataError
 
 
 def _solve(skill: str, question: tuple[str, ...]) -> str:

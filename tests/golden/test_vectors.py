@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import HyperparameterError, IncompatibleError, UnknownTargetError
+from qtarget.core.errors import HyperparameterError, IncompatibleError, UnknownTargetError
 from qtarget.targets.taid import next_interpolation
 
 Z = torch.tensor([[1.2, 0.3, -0.5, 2.0, -1.0, 0.1]], dtype=torch.float64)
@@ -351,7 +351,7 @@ def test_malformed_names_raise(name: str) -> None:
         qtarget.get_target(name)
 
 
-@pytest.mark.parametrize("name", ["qtarget:Reference", "qtarget:Target", "qtarget.types:LabelWeight"])
+@pytest.mark.parametrize("name", ["qtarget:Reference", "qtarget:Target", "qtarget.core.types:LabelWeight"])
 def test_classes_that_are_no_targets_raise(name: str) -> None:
     with pytest.raises(UnknownTargetError, match=r"not a.*subclass"):
         qtarget.get_target(name)

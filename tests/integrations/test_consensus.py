@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 
 import qtarget
+from qtarget.core.errors import IncompatibleError, MissingStatisticError
 from qtarget.data.agreement import agreement, confident_choices, context_trust, prior_conflict, prior_reliability
-from qtarget.errors import IncompatibleError, MissingStatisticError
 from tests.integrations.conftest import make_model, make_tokenizer
 
 NOISY = 5

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qtarget.errors import UnsupportedModelError
+from qtarget.core.errors import UnsupportedModelError
+from qtarget.core.types import project
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
-from qtarget.types import project
 
 SMALL = {
     "vocab_size": 97,

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from qtarget.errors import ConfigError, NonFiniteLossError
+from qtarget.core.errors import ConfigError, NonFiniteLossError
 from qtarget.integrations.samples import describe_rows
 from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, read_lines
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import CacheMismatchError, ConfigError, IncompatibleError
+from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError
 from qtarget.integrations.teacher import truncate_reference
 from qtarget.integrations.trl_config import QTargetConfig
 from qtarget.integrations.trl_score import score

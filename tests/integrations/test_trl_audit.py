@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from qtarget.core.errors import ConfigError
 from qtarget.data.audit import audit_rows
 from qtarget.data.token_checks import check_roles
-from qtarget.errors import ConfigError
 from qtarget.integrations.trl_audit import cut, tokenise
 from qtarget.integrations.trl_sft import QTargetConfig
 from tests.integrations.conftest import SETTINGS, make_tokenizer
@@ -68,7 +68,7 @@ def test_packing_and_shuffling_do_not_reach_the_audit(tmp_path):
 
 
 def test_a_conversation_without_assistant_is_kept_where_trl_stops(tmp_path, make_trainer):
-    from qtarget.errors import DataError
+    from qtarget.core.errors import DataError
 
     silent = [{"role": "user", "content": "Anyone there"}]
     rows = Dataset.from_dict({"messages": [TALK[0], silent, TALK[2]]})

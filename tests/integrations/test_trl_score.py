@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtarget.errors import CacheMismatchError, ConfigError, MissingStatisticError
+from qtarget.core.errors import CacheMismatchError, ConfigError, MissingStatisticError
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer
 
 

@@ -12,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 import qtarget
-from qtarget.errors import (
+from qtarget.core.errors import (
     ConfigError,
     DataError,
     IncompatibleError,

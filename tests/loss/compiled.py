@@ -17,9 +17,9 @@ from torch._dynamo.utils import counters
 
 import qtarget
 from qtarget.benchmarks import speed
-from qtarget.errors import IncompatibleError
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.types import Needs, Target, Terms, TokenView
 from qtarget.loss import whole_rows
-from qtarget.types import Needs, Target, Terms, TokenView
 
 VOCAB = 61
 

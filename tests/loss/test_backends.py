@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError
+from qtarget.core.errors import HyperparameterError, IncompatibleError, MissingStatisticError
 from qtarget.loss import rows
 from qtarget.loss.chunked import default_chunk_size
 from qtarget.loss.head import long_product

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import IncompatibleError
+from qtarget.core.errors import IncompatibleError
 from qtarget.loss.whole_rows import compile_obstacle
 
 needs_compiler = pytest.mark.skipif(bool(compile_obstacle("cpu")), reason=compile_obstacle("cpu") or "none")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import IncompatibleError, ShapeError
+from qtarget.core.errors import IncompatibleError, ShapeError
 from tests import ROOT
 from tests.loss import ranks
 

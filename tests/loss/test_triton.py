@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import IncompatibleError
+from qtarget.core.errors import IncompatibleError
 from qtarget.loss import rows
 from qtarget.loss.columns import RestGradient
 

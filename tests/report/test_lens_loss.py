@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtarget.errors import HyperparameterError, LossUnderLensError, UnknownTargetError
+from qtarget.core.errors import HyperparameterError, LossUnderLensError, UnknownTargetError
 from qtarget.report.lens import look
 from qtarget.report.lens_loss import callable_under_lens, load_loss, parse_arguments
 

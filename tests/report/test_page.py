@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jinja2 import DictLoader
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 from qtarget.report import page as report_page
 from qtarget.report.page import pack_column, render_page, safe_json, unpack_column, write_text
 from tests.report.hostile import HOSTILE

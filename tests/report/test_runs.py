@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 from qtarget.report.page import write_text
 from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, append_line, read_lines, write_lines
 from qtarget.report.run_figures import comparison_figures, png_bytes, runs_page, write_pngs

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtarget.errors import DataError, HyperparameterError
+from qtarget.core.errors import DataError, HyperparameterError
 from qtarget.scoring import ScoredRow, Source
 from tests.scoring.helpers import VOCAB, ragged_rows, tiny_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtarget.errors import (
+from qtarget.core.errors import (
     CacheMismatchError,
     ConfigError,
     DataError,

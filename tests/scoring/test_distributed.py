@@ -18,7 +18,7 @@ pytest.importorskip("ray.data")
 
 import ray
 
-from qtarget.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError
+from qtarget.core.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError
 from qtarget.scoring.distributed import RaySource, connected, load_model
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.schema import fingerprint_model

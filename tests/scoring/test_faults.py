@@ -18,7 +18,7 @@ import pytest
 from qtarget.benchmarks.cache import CacheConfig, SyntheticTeacher, modes
 from qtarget.benchmarks.cache import provenance as provenance_of
 from qtarget.benchmarks.reading import anonymous_memory
-from qtarget.errors import CacheMismatchError, ConfigError, StorageError
+from qtarget.core.errors import CacheMismatchError, ConfigError, StorageError
 from qtarget.scoring import decoded
 from qtarget.scoring.columns import compact
 from qtarget.scoring.decoded import side_file

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from qtarget.errors import ConfigError, DataError, IncompatibleError
+from qtarget.core.errors import ConfigError, DataError, IncompatibleError
 from qtarget.scoring import foreign
 from qtarget.scoring.bits import pack_bits, unpack_bits
 from qtarget.scoring.export import export_rows

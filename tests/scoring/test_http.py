@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtarget.errors import ScoringServerError
+from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.canary import CANARY, TOLERANCE, check_model, check_tokenizer
 from qtarget.scoring.engines import EngineChoice
 from qtarget.scoring.engines import connect as connect_engine

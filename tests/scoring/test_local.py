@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qtarget.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
+from qtarget.core.errors import HyperparameterError, NonFiniteLossError, UnsupportedModelError
 from qtarget.scoring.local import LocalSource, evaluating, plan_batches, score_rows
 from qtarget.scoring.logits import spend_logits
 from tests.scoring.helpers import VOCAB, ragged_rows, tiny_model

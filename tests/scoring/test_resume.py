@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qtarget.errors import CacheMismatchError
+from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
 from qtarget.scoring.writer import write_cache

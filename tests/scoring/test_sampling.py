@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import qtarget
-from qtarget.errors import HyperparameterError, IncompatibleError
+from qtarget.core.errors import HyperparameterError, IncompatibleError
+from qtarget.core.types import Reference
 from qtarget.integrations.step import REFERENCE_FIELDS
 from qtarget.integrations.trl_data import cached_columns
 from qtarget.scoring.columns import compact, expand
 from qtarget.scoring.local import LocalSource, inverse_cumulative
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.writer import uniforms, write_cache
-from qtarget.types import Reference
 from tests.scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
 
 DRAWS = 50

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qtarget.errors import CacheMismatchError, DataError, QTargetError, UnsupportedModelError
+from qtarget.core.errors import CacheMismatchError, DataError, QTargetError, UnsupportedModelError
 from qtarget.scoring.schema import (
     SAMPLED_ABOVE,
     Manifest,

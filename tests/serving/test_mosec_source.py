@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from qtarget.core.errors import DataError, HyperparameterError, ScoringServerError
 from qtarget.data.embedded import base_model_path, load_demonstrations
-from qtarget.errors import DataError, HyperparameterError, ScoringServerError
 from qtarget.scoring.http import Retries
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.mosec import MosecSource, mosec_connection

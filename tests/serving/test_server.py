@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from qtarget.errors import ConfigError, ScoringServerError, ServingError
+from qtarget.core.errors import ConfigError, ScoringServerError, ServingError
 from qtarget.scoring.http import Retries
 from qtarget.scoring.mosec import MosecSource
 from qtarget.scoring.wire import CONTENT_TYPE, pack_request, unpack_answer

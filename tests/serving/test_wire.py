@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtarget.errors import DataError, HyperparameterError
+from qtarget.core.errors import DataError, HyperparameterError
 from qtarget.scoring.identity import Limits
 from qtarget.scoring.rows import ScoredRow
 from qtarget.scoring.wire import (

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 import qtarget
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import Reference
 from qtarget.scoring.columns import compact
 from qtarget.scoring.files import size_on_disk
 from qtarget.scoring.local import LocalSource, inverse_cumulative
@@ -24,8 +26,6 @@ from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import ScoredRow
 from qtarget.scoring.schema import Provenance
 from qtarget.scoring.writer import write_cache
-from qtarget.shapes import Tensor
-from qtarget.types import Reference
 
 KS = (1, 4, 8, 16, 32, 64, 128)
 LISTED = max(KS)
@@ -250,7 +250,7 @@ def reconstruction_kl(teacher: Tensor, reference: Reference) -> float | None:
     """Mean ``KL(teacher || reconstruction)`` in nats, the tail spread evenly; absent where it is infinite (draws)."""
     from dataclasses import replace
 
-    from qtarget.outcomes import align
+    from qtarget.core.outcomes import align
 
     if reference.tail_policy == "sampled":
         return None

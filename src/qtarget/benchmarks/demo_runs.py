@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.registry import get_target
 
 BASELINE = "sft"

@@ -22,7 +22,7 @@ from qtarget.benchmarks.distill_results import CAPTION, summarize
 from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS, DistillWorker, Job, method
 from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.start import Start
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.scoring.files import write_json
 
 TUNING_SEED = 1000

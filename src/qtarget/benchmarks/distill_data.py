@@ -16,14 +16,14 @@ from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import Row, generated_demonstrations
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Reference, TailPolicy
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
-from qtarget.errors import ConfigError
 from qtarget.registry import get_target
 from qtarget.scoring.files import size_on_disk, write_json
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
-from qtarget.types import Reference, TailPolicy
 
 LONGEST = 40
 """Tokens that teacher and student may write; a demonstration has 12 on average."""

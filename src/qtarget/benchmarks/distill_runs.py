@@ -13,10 +13,10 @@ import torch
 from qtarget.benchmarks.distill_data import WHOLE, CacheKind, Sizes, answered, read_rows, read_teacher, split_rows
 from qtarget.benchmarks.finetune import Recipe, Trained, completion_log_probs, fine_tune
 from qtarget.benchmarks.start import Start
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Reference, TailPolicy, Target
 from qtarget.registry import get_target
 from qtarget.targets.taid import next_interpolation
-from qtarget.types import Reference, TailPolicy, Target
 
 FULL = CacheKind(top_k=WHOLE, log_probs_dtype="float32")
 ETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from qtarget.api import linear_target_loss
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.types import Reference, Target
 from qtarget.data.noise import noise_token_mask
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import Reference, Target
 
 
 @dataclass(frozen=True)

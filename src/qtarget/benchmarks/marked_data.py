@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

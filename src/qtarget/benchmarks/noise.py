@@ -28,7 +28,7 @@ from qtarget.benchmarks.pool import (
 )
 from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import make_base, task_set
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 TUNING_SEED = 1000
 RANDOM = "random_tokens"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Target
 from qtarget.registry import get_target
-from qtarget.types import Target
 
 Rows = Literal["noisy", "marked", "filtered"]
 

@@ -17,10 +17,10 @@ from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise_methods import METHODS, Method
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Check, Row, task_set
+from qtarget.core.types import DATA_FIELDS, Reference
 from qtarget.data import tasks
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.noise import NOISE_KINDS, inject_noise
-from qtarget.types import DATA_FIELDS, Reference
 
 KINDS = (*NOISE_KINDS, "cue")
 CHECKPOINTS = 5

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtarget.benchmarks.start import Start
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.scoring.files import write_atomic
 
 WORKERS = 2

@@ -30,13 +30,13 @@ from qtarget.benchmarks.pool import (
 from qtarget.benchmarks.prior_results import summarize
 from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, make_base, teach
+from qtarget.composed.guarded import Guarded
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Target
 from qtarget.data import tasks
 from qtarget.data.noise import inject_noise
 from qtarget.data.tasks.skills import MONTHS
-from qtarget.errors import ConfigError
-from qtarget.guarded import Guarded
 from qtarget.registry import get_target
-from qtarget.types import Target
 
 BASE = "most"
 FLAW_STEPS = 40

@@ -20,12 +20,12 @@ import torch
 
 import qtarget
 from qtarget.benchmarks.cache import Mode, provenance
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import Reference
 from qtarget.scoring.files import DECODED, size_on_disk
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import ScoredRow
 from qtarget.scoring.writer import write_cache
-from qtarget.shapes import Tensor
-from qtarget.types import Reference
 
 SMOL = {
     "vocab_size": 49_152,

@@ -17,8 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtarget.benchmarks.speed import machine
+from qtarget.core.types import project
 from qtarget.scoring.local import LOGITS_AT_ONCE, LocalSource, evaluating, plan_batches
-from qtarget.types import project
 
 
 @dataclass(frozen=True)

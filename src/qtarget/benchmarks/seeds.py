@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qtarget.errors import ShapeError
+from qtarget.core.errors import ShapeError
 
 DRAWS = 2000
 COVERAGE = 95.0

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.benchmarks.speed import machine
-from qtarget.errors import ConfigError, ServingError
+from qtarget.core.errors import ConfigError, ServingError
 from qtarget.scoring.wire import CONTENT_TYPE, pack_request, unpack_answer
 
 VARIANTS: dict[str, list[str]] = {

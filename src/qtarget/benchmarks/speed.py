@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 import qtarget
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import DATA_FIELDS
 from qtarget.loss.head import multiplies_bfloat16
 from qtarget.loss.whole_rows import compile_obstacle
-from qtarget.shapes import Tensor
-from qtarget.types import DATA_FIELDS
 
 Step = Callable[[], Any]
 """One forward and backward pass."""

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

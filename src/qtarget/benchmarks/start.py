@@ -17,9 +17,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
-from qtarget.errors import ConfigError, DataError
 from qtarget.scoring.files import write_json
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qtarget.benchmarks.memory import MEMORY, NAIVE_LIMIT, measured_peak, naive_bytes
 from qtarget.benchmarks.speed import SpeedConfig, machine, run_speed
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
 from qtarget.benchmarks.start import Start
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
-from qtarget.errors import ConfigError, DataError
 from qtarget.registry import get_target
 
 Row = dict[str, Any]

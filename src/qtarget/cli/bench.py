@@ -15,7 +15,7 @@ from qtarget.benchmarks.sweep import SweepConfig, previous, run_sweep
 from qtarget.cli import bench_proof, bench_score, bench_scoring
 from qtarget.cli.bench_tables import memory_table, speed_table, sweep_table, trainer_table
 from qtarget.cli.outputs import check_outputs, check_writable, saver
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 DEFAULTS = SpeedConfig()
 SWEEP = SweepConfig()

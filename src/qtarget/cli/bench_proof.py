@@ -11,7 +11,7 @@ import typer
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
 from qtarget.cli.outputs import check_writable, progress_bar, saver
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli.settings import Setting, coerce, read_settings
-from qtarget.errors import ConfigError, QTargetError
+from qtarget.core.errors import ConfigError, QTargetError
 
 if TYPE_CHECKING:
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]

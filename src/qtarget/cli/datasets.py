@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qtarget.cli.config import RunConfig
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.loading import load_dataset_file
-from qtarget.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.audit_data import HARDWARE
-from qtarget.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from qtarget.cli.config import RunConfig
+    from qtarget.core.types import Target
     from qtarget.report.inspection import Inspection
     from qtarget.report.tokens import ModelNumbers, TokenRows
-    from qtarget.types import Target
 
 GROUP_COLUMNS = ("source", "dataset", "category", "skill", "role")
 TOP_K = 20  # listed where a model is run here; eaft reads as many

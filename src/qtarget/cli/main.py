@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qtarget.errors import MissingDependencyError, QTargetError
+from qtarget.core.errors import MissingDependencyError, QTargetError
 
 FAILED = 2
 

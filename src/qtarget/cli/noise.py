@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 
 def noise(

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.scoring.files import write_atomic
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qtarget.report.runs import Run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig

@@ -73,7 +73,7 @@ def run_server(settings: ServeSettings, host: str, port: int, token_file: Path |
     import logging
     import os
 
-    from qtarget.errors import MissingDependencyError
+    from qtarget.core.errors import MissingDependencyError
     from qtarget.scoring.http import KEY_VARIABLE
 
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtarget.core.types import Needs
 from qtarget.registry import available_targets, get_target, hyperparameters, target_class
-from qtarget.types import Needs
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def score_teacher(config: RunConfig) -> None:
 
 def has_said_all(folder: Path, url: str, top_k: int) -> bool:
     """Whether a folder is a whole cache of this URL's answers; the log says so, or what is wrong with it."""
-    from qtarget.errors import CacheMismatchError
+    from qtarget.core.errors import CacheMismatchError
     from qtarget.scoring.reader import ReferenceCache
 
     asked = folder / TEACHER_URL

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qtarget.errors import ShapeError
-from qtarget.guarded import SUPPORT
-from qtarget.types import DATA_FIELDS
+from qtarget.composed.guarded import SUPPORT
+from qtarget.core.errors import ShapeError
+from qtarget.core.types import DATA_FIELDS
 
 SHORTEST, LONGEST = 1, 3
 """Lengths of the contexts that are compared, in tokens."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.errors import DataError
 from qtarget.data.findings import Finding, Severity, finding
-from qtarget.errors import DataError
 
 IGNORE_INDEX = -100
 UNUSABLE = ("empty", "unsupervised", "cut_off")

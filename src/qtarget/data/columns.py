@@ -8,7 +8,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 Message = Mapping[str, Any]
 # A word that no template rewrites; it marks where a message's own text ends in the rendered conversation.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

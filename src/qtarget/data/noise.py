@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from qtarget.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 

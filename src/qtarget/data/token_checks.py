@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.errors import DataError
 from qtarget.data.audit import IGNORE_INDEX
 from qtarget.data.columns import message_token_weights
 from qtarget.data.findings import ROWS_NAMED, Finding, finding, named
-from qtarget.errors import DataError
 
 END_WINDOW = 3
 """An end mark counts within so many last labels: ChatML writes a line end after its own."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.residuals import forward_kl
-from qtarget.types import Needs, Target, Terms, TokenView
+from qtarget.core.residuals import forward_kl
+from qtarget.core.types import Needs, Target, Terms, TokenView
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qtarget.errors import UnsupportedModelError
-from qtarget.shapes import Tensor
-from qtarget.types import project
-from qtarget.zero3 import gathered_while_running
+from qtarget.core.errors import UnsupportedModelError
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import project
+from qtarget.loss.zero3 import gathered_while_running
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

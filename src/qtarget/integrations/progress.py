@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
+from qtarget.core.shapes import Tensor
 from qtarget.integrations.step import TargetOutput
-from qtarget.shapes import Tensor
 
 
 class TokenSums:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from qtarget.core.shapes import Tensor
 from qtarget.integrations.step import TargetOutput, TargetStep
-from qtarget.shapes import Tensor
 
 
 class RowSamples:

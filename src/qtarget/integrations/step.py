@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from qtarget.api import linear_target_loss
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
 from qtarget.integrations.heads import HeadSpec
 from qtarget.loss.backends import Backend
 from qtarget.loss.result import TokenReport
-from qtarget.shapes import Tensor
-from qtarget.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
 
 ROLES = ("reference", "teacher")
 REFERENCE_FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass")

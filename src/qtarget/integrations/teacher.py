@@ -10,14 +10,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from qtarget.errors import ConfigError, IncompatibleError, MissingStatisticError
+from qtarget.core.errors import ConfigError, IncompatibleError, MissingStatisticError
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import DATA_FIELDS, Reference, Target, missing_message, sampled_message
 from qtarget.integrations.step import ROLES
+from qtarget.loss.zero3 import whole_shape
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import MANIFEST
 from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
-from qtarget.shapes import Tensor
-from qtarget.types import DATA_FIELDS, Reference, Target, missing_message, sampled_message
-from qtarget.zero3 import whole_shape
 
 if TYPE_CHECKING:
     from qtarget.integrations.trl_config import QTargetConfig

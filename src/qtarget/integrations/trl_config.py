@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 from trl.trainer.sft_config import SFTConfig
 
-from qtarget.errors import ConfigError
-from qtarget.guarded import Guarded
+from qtarget.composed.guarded import Guarded
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Target
 from qtarget.integrations.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
-from qtarget.types import Target
 
 
 @dataclass

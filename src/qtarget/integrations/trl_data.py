@@ -17,14 +17,14 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qtarget.core.errors import CacheMismatchError, DataError
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
-from qtarget.errors import CacheMismatchError, DataError
 from qtarget.integrations.step import REFERENCE_FIELDS, ROLES
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import row_checksum, supervised_mask
-from qtarget.shapes import Tensor
-from qtarget.types import DATA_FIELDS
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
 from qtarget.report.run_tokens import scored_rows
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import TailPolicy
 from qtarget.integrations.teacher import compare_tokenizers
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
 from qtarget.scoring.distributed import load_model
@@ -17,7 +18,6 @@ from qtarget.scoring.engines import EngineChoice, connect
 from qtarget.scoring.local import score_rows
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
-from qtarget.types import TailPolicy
 
 
 @dataclass(frozen=True)

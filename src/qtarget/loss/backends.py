@@ -9,14 +9,14 @@ from typing import Literal, get_args
 
 import torch
 
-from qtarget.errors import HyperparameterError, IncompatibleError
+from qtarget.core.errors import HyperparameterError, IncompatibleError
+from qtarget.core.shapes import Tensor
+from qtarget.core.statistics import check_frozen, check_sampled
+from qtarget.core.types import FrozenHead, Reference, Target
 from qtarget.loss.chunked import Plan, whole_vocabulary
 from qtarget.loss.head import Head, Precision
 from qtarget.loss.result import LossRequest
 from qtarget.loss.whole_rows import compile_obstacle
-from qtarget.shapes import Tensor
-from qtarget.statistics import check_frozen, check_sampled
-from qtarget.types import FrozenHead, Reference, Target
 
 Backend = Literal["auto", "chunked", "compiled", "triton", "dense"]
 

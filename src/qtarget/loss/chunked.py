@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from qtarget.coefficients import differentiate
-from qtarget.errors import HyperparameterError
+from qtarget.core.coefficients import differentiate
+from qtarget.core.errors import HyperparameterError
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.types import FrozenHead, Needs, Reference
 from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
 from qtarget.loss.gradients import Gradients
@@ -27,8 +29,6 @@ from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
 from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.loss.whole_rows import in_pieces
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import FrozenHead, Needs, Reference
 
 LOGIT_BYTES = {"cpu": 48 * 2**20}
 """Memory for one chunk's logits, live and frozen; 512 MiB on other devices, where a narrowed copy comes on top."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.outcomes import ABSENT, frozen_outcomes, listed_once
-from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.types import Outcomes, Reference, TokenView
+from qtarget.core.outcomes import ABSENT, frozen_outcomes, listed_once
+from qtarget.core.shapes import Bool, Float, Int, Tensor
+from qtarget.core.types import Outcomes, Reference, TokenView
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qtarget.coefficients import differentiate
+from qtarget.core.coefficients import differentiate
+from qtarget.core.shapes import Float, Tensor
 from qtarget.loss.result import LossRequest, TokenReport, report
-from qtarget.shapes import Float, Tensor
 
 
 def dense_token_losses(

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.outcomes import check_outcomes
+from qtarget.core.reductions import Reduction, denominator
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.statistics import check_frozen, check_sampled, token_statistics
+from qtarget.core.types import FrozenHead, Reference, Target, TokenView, project
 from qtarget.loss.backends import Backend, choose, plan_of
 from qtarget.loss.chunked import chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
 from qtarget.loss.dense import dense_token_losses
 from qtarget.loss.head import Head
 from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.loss.vocabulary import vocabulary_of
-from qtarget.outcomes import check_outcomes
-from qtarget.reductions import Reduction, denominator
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import check_frozen, check_sampled, token_statistics
-from qtarget.types import FrozenHead, Reference, Target, TokenView, project
 
 
 def check_rows(rows: Tensor, labels: Tensor) -> None:

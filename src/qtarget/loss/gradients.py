@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.loss.head import Head, HeadProducts, LogitGradient, blocks
 from qtarget.loss.vocabulary import Vocabulary
-from qtarget.shapes import Float, Int, Tensor
 
 
 @dataclass

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qtarget.errors import HyperparameterError, ShapeError
-from qtarget.shapes import Float, Tensor
+from qtarget.core.errors import HyperparameterError, ShapeError
+from qtarget.core.shapes import Float, Tensor
 
 BLOCK_ROWS = {"cpu": 1024}
 """Rows of the head in one product where the head is widened, or a CPU stores logits by token; 16,384 on a GPU."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from qtarget.coefficients import Differentiated
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.statistics import entropy_of, token_view
-from qtarget.types import FrozenHead, Reference, Target, TokenView
+from qtarget.core.coefficients import Differentiated
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.statistics import entropy_of, token_view
+from qtarget.core.types import FrozenHead, Reference, Target, TokenView
 
 
 @dataclass(frozen=True)

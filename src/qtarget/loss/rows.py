@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from qtarget.errors import HyperparameterError
+from qtarget.core.errors import HyperparameterError
+from qtarget.core.shapes import Float, Tensor
 from qtarget.loss.columns import RestGradient, RestSums
-from qtarget.shapes import Float, Tensor
 
 NOTHING = -1e30
 """Maximum of an empty set of logits: finite, so that ``-inf - NOTHING`` is not NaN."""

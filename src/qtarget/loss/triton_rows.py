@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qtarget.errors import IncompatibleError
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.shapes import Float, Tensor
 from qtarget.loss.columns import RestGradient, RestSums
-from qtarget.shapes import Float, Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first import): on a CPU, slowly, for tests."""

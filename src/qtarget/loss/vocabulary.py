@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from qtarget.errors import HyperparameterError, ShapeError
+from qtarget.core.errors import HyperparameterError, ShapeError
+from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.loss import rows
 from qtarget.loss.columns import RestSums
-from qtarget.shapes import Float, Int, Tensor
 
 
 def write(logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"], values: Tensor) -> None:

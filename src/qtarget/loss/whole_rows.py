@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from qtarget.coefficients import differentiate, logit_gradient
-from qtarget.errors import IncompatibleError
+from qtarget.core.coefficients import differentiate, logit_gradient
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.statistics import entropy_of
+from qtarget.core.types import Reference
 from qtarget.loss.head import Head
 from qtarget.loss.result import LossRequest, TokenReport, report
-from qtarget.shapes import Float, Tensor
-from qtarget.statistics import entropy_of
-from qtarget.types import Reference
 
 PIECE_BYTES = {"cpu": 2**21}
 """Logits that autograd differentiates at once; 32 MiB on a GPU, where launches cost more than the cache saves."""

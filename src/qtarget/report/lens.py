@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from qtarget.errors import LossUnderLensError
+from qtarget.core.errors import LossUnderLensError
+from qtarget.core.shapes import Float, Tensor
 from qtarget.report.lens_checks import averages, run_checks
 from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit, with_label_probs
 from qtarget.report.lens_loss import Loss, gradient
 from qtarget.report.page import finite
-from qtarget.shapes import Float, Tensor
 
 VERSION = 1
 VOCAB = 32  # eaft looks at the 20 likeliest

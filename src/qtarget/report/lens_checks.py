@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qtarget.errors import LossUnderLensError
+from qtarget.core.errors import LossUnderLensError
 from qtarget.report.lens_batches import ROWS, TIME, VOCAB, Batch, copies, ragged_batch, random_batch
 from qtarget.report.lens_form import with_label_probs
 from qtarget.report.lens_loss import IGNORE, Loss, gradient

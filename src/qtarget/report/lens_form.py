@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.induced import fit_pulls
-from qtarget.shapes import Bool, Float, Int, Tensor
+from qtarget.core.induced import fit_pulls
+from qtarget.core.shapes import Bool, Float, Int, Tensor
 
 TOLERANCE = 1e-4
 """Relative error up to which a form counts as exact: a loss that computes in float32 reaches 1e-5 at our probes."""

@@ -25,10 +25,10 @@ from typing import Any, Literal
 import torch
 
 from qtarget.api import target_loss
-from qtarget.errors import LossUnderLensError, UnknownTargetError
+from qtarget.core.errors import LossUnderLensError, UnknownTargetError
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.types import DATA_FIELDS, Reference, Target
 from qtarget.registry import available_targets, get_target, load_outside
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import DATA_FIELDS, Reference, Target
 
 IGNORE = -100
 COUNTED = 0.5

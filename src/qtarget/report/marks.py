@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.noise import noise_token_mask, response_text
-from qtarget.errors import ConfigError, DataError
 from qtarget.report.roc import roc_auc
 
 UNPLACED = 2

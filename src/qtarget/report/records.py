@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
 EARLIER = "earlier_records"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.rows import read_row
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 from qtarget.report.page import finite
 from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, SCHEMA_VERSION, read_lines
 from qtarget.report.run_tokens import token_changes

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qtarget.core.errors import DataError
+from qtarget.core.types import Reference, TailPolicy
 from qtarget.data.agreement import confident_choices, counted_fields
-from qtarget.errors import DataError
 from qtarget.scoring.reader import ReferenceCache
 from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
 from qtarget.scoring.schema import row_checksum, supervised_mask
-from qtarget.types import Reference, TailPolicy
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ModelNumbers:
         name: the model, for people.
         vocab_size: its head's rows.
         tail_policy: what a loss lets stand for the unlisted tokens.
-        counted: ``[trained]`` each of ``qtarget.types.DATA_FIELDS`` that a target needs, see ``with_counted``.
+        counted: ``[trained]`` each of ``qtarget.core.types.DATA_FIELDS`` that a target needs, see ``with_counted``.
     """
 
     name: str

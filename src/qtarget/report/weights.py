@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from qtarget.api import label_weights
-from qtarget.coefficients import differentiate, logit_gradient
-from qtarget.outcomes import ABSENT
+from qtarget.core.coefficients import differentiate, logit_gradient
+from qtarget.core.outcomes import ABSENT
+from qtarget.core.shapes import Bool, Float, Int, Tensor
+from qtarget.core.statistics import check_frozen, token_view
+from qtarget.core.types import Needs, Reference, Target, TokenView
 from qtarget.report.tokens import ModelNumbers, TokenRows
-from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.statistics import check_frozen, token_view
-from qtarget.types import Needs, Reference, Target, TokenView
 
 CHUNK = 2**16
 """Tokens at once; a few dozen floats each."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ScoringServerError
+from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.http import HttpSource
 from qtarget.scoring.rows import Source
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qtarget.errors import StorageError
+from qtarget.core.errors import StorageError
 from qtarget.scoring.columns import PER_TOKEN, flat_lists, from_half_steps
 from qtarget.scoring.files import DECODED, digest, digest_file, write_atomic, write_json
 from qtarget.scoring.schema import Manifest, ShardRecord

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from qtarget.errors import CacheMismatchError, HyperparameterError, MissingDependencyError, QTargetError
+from qtarget.core.errors import CacheMismatchError, HyperparameterError, MissingDependencyError, QTargetError
 from qtarget.scoring.local import LocalSource
 from qtarget.scoring.rows import IntArray, Row, ScoredRow, check_request
 from qtarget.scoring.schema import Provenance, fingerprint_model

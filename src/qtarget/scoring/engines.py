@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from qtarget.errors import ConfigError, ScoringServerError
+from qtarget.core.errors import ConfigError, ScoringServerError
 from qtarget.scoring.canary import TOLERANCE, check_model, check_tokenizer
 from qtarget.scoring.distributed import Load, RaySource
 from qtarget.scoring.http import Endpoint, HttpSource

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from qtarget.errors import ConfigError, DataError, IncompatibleError
+from qtarget.core.errors import ConfigError, DataError, IncompatibleError
 from qtarget.scoring.bits import pack_bits
 from qtarget.scoring.columns import LOWEST
 from qtarget.scoring.files import write_atomic

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import StorageError
+from qtarget.core.errors import StorageError
 
 TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qtarget.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.scoring.bits import unpack_bits
 from qtarget.scoring.columns import LOWEST
 from qtarget.scoring.files import digest, digest_file

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx2
 import numpy as np
 
-from qtarget.errors import ScoringServerError
+from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.rows import IntArray, ScoredRow, check_request, empty_row
 
 T = TypeVar("T")

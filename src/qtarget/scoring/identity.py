@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 
 WIRE_VERSION = 1
 """Of the request and answer layouts in ``wire.py``."""

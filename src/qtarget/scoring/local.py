@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from qtarget.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
+from qtarget.core.errors import HyperparameterError, IncompatibleError, UnsupportedModelError
+from qtarget.core.shapes import Tensor
+from qtarget.core.statistics import statistics_of
+from qtarget.core.types import TailPolicy, project
 from qtarget.scoring.columns import compact
 from qtarget.scoring.logits import spend_logits
 from qtarget.scoring.plan import tool_versions
@@ -21,9 +24,6 @@ from qtarget.scoring.progress import TokenMeter
 from qtarget.scoring.rows import IntArray, ScoredRow, Source, check_request, empty_row
 from qtarget.scoring.schema import Manifest, Provenance, fingerprint_model
 from qtarget.scoring.writer import write_cache
-from qtarget.shapes import Tensor
-from qtarget.statistics import statistics_of
-from qtarget.types import TailPolicy, project
 
 LOGITS_AT_ONCE = 2**25
 """Logits that exist at once, 128 MiB in float32; softmax and top-k need a few times that."""

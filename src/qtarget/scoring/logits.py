@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qtarget.shapes import Tensor
+from qtarget.core.shapes import Tensor
 
 LOWEST_LOGIT = -1e30
 """Stands for minus infinity where it is multiplied."""
@@ -13,7 +13,7 @@ LOWEST_LOGIT = -1e30
 def spend_logits(logits: Tensor, labels: Tensor, top_k: int, columns: Tensor | None) -> dict[str, Tensor]:
     """Fields of a ``ScoredRow`` for ``[tokens, vocab]`` logits, which are overwritten: four passes and one copy.
 
-    The same numbers as ``qtarget.statistics.statistics_of`` at a third of its time. The tail is a sum over what is not
+    The same numbers as ``qtarget.core.statistics.statistics_of`` at a third of its time. The tail is a sum over what is not
     listed, never one minus what is: nothing cancels.
     """
     logits.sub_(logits.amax(-1, keepdim=True))

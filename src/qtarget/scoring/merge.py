@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from qtarget.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError
 from qtarget.scoring.columns import parquet_bytes
 from qtarget.scoring.files import TEMPORARY
 from qtarget.scoring.plan import PlannedShard

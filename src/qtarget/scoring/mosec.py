@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from qtarget.errors import DataError, HyperparameterError, MissingDependencyError, ScoringServerError
+from qtarget.core.errors import DataError, HyperparameterError, MissingDependencyError, ScoringServerError
 from qtarget.scoring.http import Cut, Endpoint, Retries, ServedModel, refuse_failure
 from qtarget.scoring.identity import WIRE_VERSION, Identity
 from qtarget.scoring.local import Connection

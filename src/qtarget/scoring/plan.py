@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import qtarget
-from qtarget.errors import CacheMismatchError, DataError, HyperparameterError
+from qtarget.core.errors import CacheMismatchError, DataError, HyperparameterError
 from qtarget.scoring.files import digest, write_json
 from qtarget.scoring.rows import read_row
 from qtarget.scoring.schema import MANIFEST, Provenance

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from qtarget.errors import CacheMismatchError
+from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.columns import expand
 from qtarget.scoring.decoded import LoadedShard, drop_damaged, load_shard
 from qtarget.scoring.files import digest_file

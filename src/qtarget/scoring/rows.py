@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from qtarget.errors import DataError, HyperparameterError
+from qtarget.core.errors import DataError, HyperparameterError
 from qtarget.scoring.schema import row_checksum, supervised_mask
 
 IntArray = NDArray[np.integer[Any]]

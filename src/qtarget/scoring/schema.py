@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qtarget.errors import CacheMismatchError, DataError, UnsupportedModelError
+from qtarget.core.errors import CacheMismatchError, DataError, UnsupportedModelError
+from qtarget.core.types import TailPolicy
+from qtarget.loss.zero3 import gathered
 from qtarget.scoring.files import digest, write_json
-from qtarget.types import TailPolicy
-from qtarget.zero3 import gathered
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)

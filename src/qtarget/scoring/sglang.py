@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ScoringServerError
+from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.http import HttpSource, ServedModel, largest, listed_row
 from qtarget.scoring.rows import ScoredRow
 

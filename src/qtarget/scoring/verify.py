@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import CacheMismatchError, DataError
+from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.scoring.columns import KEPT_BITS, LOWEST
 from qtarget.scoring.plan import PLAN
 from qtarget.scoring.reader import ReferenceCache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from qtarget.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError
 
 VocabPadding = Literal["refuse", "truncate"]
 NAMED = 3

@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from qtarget.errors import DataError, HyperparameterError
+from qtarget.core.errors import DataError, HyperparameterError
 from qtarget.scoring.identity import WIRE_VERSION, Limits
 from qtarget.scoring.rows import ScoredRow, check_request
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pyarrow.parquet as pq
 
-from qtarget.errors import (
+from qtarget.core.errors import (
     CacheMismatchError,
     ConfigError,
     DataError,

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import aiohttp
 from aiohttp import web
 
-from qtarget.errors import ServingError
+from qtarget.core.errors import ServingError
 from qtarget.scoring.wire import CONTENT_TYPE
 from qtarget.serving.supervisor import Supervisor
 

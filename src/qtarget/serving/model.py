@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import UnsupportedModelError
+from qtarget.core.errors import UnsupportedModelError
 from qtarget.scoring.canary import CANARY, CANARY_TOKENS
 from qtarget.scoring.identity import Identity, Limits
 from qtarget.scoring.local import LocalSource

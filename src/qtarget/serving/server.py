@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.scoring.identity import Identity
 from qtarget.serving.gateway import Gateway
 from qtarget.serving.settings import ServeSettings

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from qtarget.errors import ConfigError
+from qtarget.core.errors import ConfigError
 from qtarget.scoring.files import write_json
 from qtarget.scoring.identity import Limits
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from mosec import ClientError, ServerError, ValidationError, Worker  # pyright: ignore[reportMissingImports]
 
-from qtarget.errors import DataError, HyperparameterError
+from qtarget.core.errors import DataError, HyperparameterError
 from qtarget.scoring.rows import ScoredRow, Source
 from qtarget.scoring.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answer, unpack_request
 from qtarget.serving.heartbeat import Heartbeat

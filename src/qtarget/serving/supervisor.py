@@ -18,7 +18,7 @@ from typing import Literal
 
 import aiohttp
 
-from qtarget.errors import ServingError
+from qtarget.core.errors import ServingError
 from qtarget.scoring.http import KEY_VARIABLE
 from qtarget.scoring.identity import Identity
 from qtarget.serving.heartbeat import read_heartbeats

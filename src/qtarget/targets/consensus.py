@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.checks import in_range
-from qtarget.residuals import forward_kl
-from qtarget.types import Needs, Target, Terms, TokenView, require
+from qtarget.core.checks import in_range
+from qtarget.core.residuals import forward_kl
+from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
 
 @dataclass(frozen=True)

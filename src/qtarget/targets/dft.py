@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, TokenView
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, TokenView
 
 
 @dataclass(frozen=True)

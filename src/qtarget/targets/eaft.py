@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.residuals import expectation
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, Needs, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.residuals import expectation
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, Needs, TokenView
 
 
 @dataclass(frozen=True)

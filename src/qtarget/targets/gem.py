@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.checks import in_range, one_of
-from qtarget.residuals import expectation
-from qtarget.types import Needs, Target, Terms, TokenView
+from qtarget.core.checks import in_range, one_of
+from qtarget.core.residuals import expectation
+from qtarget.core.types import Needs, Target, Terms, TokenView
 
 SIGMOID_SLOPE = 0.01
 """Slope of the logsigmoid form, from the authors' script."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.residuals import cross_entropy, uniform_cross_entropy
-from qtarget.types import Needs, Target, Terms, TokenView, require
+from qtarget.core.checks import in_range
+from qtarget.core.residuals import cross_entropy, uniform_cross_entropy
+from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, Needs, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, Needs, TokenView
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, Needs, TokenView, require
+from qtarget.core.checks import in_range
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, Needs, TokenView, require
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.residuals import uniform_cross_entropy
-from qtarget.types import Needs, Target, Terms, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.residuals import uniform_cross_entropy
+from qtarget.core.types import Needs, Target, Terms, TokenView
 
 
 @dataclass(frozen=True)

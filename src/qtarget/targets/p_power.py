@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.checks import in_range
-from qtarget.types import Target, Terms, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.types import Target, Terms, TokenView
 
 
 @dataclass(frozen=True)

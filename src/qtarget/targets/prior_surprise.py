@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, Needs, TokenView, require
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, Needs, TokenView, require
 
 
 @dataclass(frozen=True)

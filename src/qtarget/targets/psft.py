@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.types import Needs, Target, Terms, TokenView, require
+from qtarget.core.checks import in_range
+from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.types import Target, Terms, TokenView
+from qtarget.core.types import Target, Terms, TokenView
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.residuals import forward_kl, geometric_mixture
-from qtarget.types import Needs, Outcomes, Target, Terms, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.residuals import forward_kl, geometric_mixture
+from qtarget.core.types import Needs, Outcomes, Target, Terms, TokenView
 
 
 def next_interpolation(

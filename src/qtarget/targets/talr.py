@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.checks import in_range
-from qtarget.reductions import sequence_means
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, TokenView
+from qtarget.core.checks import in_range
+from qtarget.core.reductions import sequence_means
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, TokenView
 
 
 @dataclass(frozen=True)

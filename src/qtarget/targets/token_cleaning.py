@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.checks import in_range
-from qtarget.reductions import keep_top
-from qtarget.shapes import Float, Tensor
-from qtarget.types import LabelWeight, Needs, TokenView, require
+from qtarget.core.checks import in_range
+from qtarget.core.reductions import keep_top
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import LabelWeight, Needs, TokenView, require
 
 
 @dataclass(frozen=True)

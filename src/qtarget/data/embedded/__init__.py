@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qtarget.errors import DataError
+from qtarget.core.errors import DataError
 
 DEMONSTRATION_SPLITS = ("train", "test", "base_format_test", "heldout_skills_test")
 

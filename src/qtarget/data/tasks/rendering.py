@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
+from qtarget.core.errors import DataError
 from qtarget.data.tasks.skills import SKILLS, Skill
-from qtarget.errors import DataError
 
 TEST_SHARE_PERCENT = 10
 INSTRUCTION_TEMPLATE = "Instruction: {instruction}\nResponse:\n"

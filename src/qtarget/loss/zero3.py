@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qtarget.shapes import Tensor
+from qtarget.core.shapes import Tensor
 
 
 def is_split(weight: Tensor) -> bool:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from qtarget.outcomes import align, outside
-from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.statistics import entropy_of
-from qtarget.types import Outcomes, Reference, Target, Terms, TokenView
+from qtarget.core.outcomes import align, outside
+from qtarget.core.shapes import Bool, Float, Int, Tensor
+from qtarget.core.statistics import entropy_of
+from qtarget.core.types import Outcomes, Reference, Target, Terms, TokenView
 
 LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_reference", "on_teacher")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qtarget.errors import ShapeError
-from qtarget.shapes import Bool, Float, Int, Tensor
-from qtarget.types import NO_TAIL, FrozenHead, Outcomes, Reference
+from qtarget.core.errors import ShapeError
+from qtarget.core.shapes import Bool, Float, Int, Tensor
+from qtarget.core.types import NO_TAIL, FrozenHead, Outcomes, Reference
 
 ABSENT = -1e30
 """Log-prob of an outcome that does not exist: finite, so that absent minus absent is 0 and not NaN."""

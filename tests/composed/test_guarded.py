@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import IncompatibleError, MissingStatisticError
+from qtarget.core.errors import IncompatibleError, MissingStatisticError
 from tests.conformance import formulas
 from tests.conformance.cases import Batch, frozen_arguments, make_batch, tokens, with_counted
 

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
-from qtarget.errors import HyperparameterError, ShapeError
-from qtarget.shapes import Float, Int, Tensor
+from qtarget.core.errors import HyperparameterError, ShapeError
+from qtarget.core.shapes import Float, Int, Tensor
 
 Reduction = Literal["mean", "sum", "none"]
 

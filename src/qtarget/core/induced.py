@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qtarget.errors import LossUnderLensError, ShapeError
-from qtarget.shapes import Bool, Float, Int, Tensor
+from qtarget.core.errors import LossUnderLensError, ShapeError
+from qtarget.core.shapes import Bool, Float, Int, Tensor
 
 FIT_TOLERANCE = 1e-5
 """Relative error of the gradient below which a loss counts as being of the form ``(a+b) p - a d_y - b q``."""

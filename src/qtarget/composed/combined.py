@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qtarget.coefficients import differentiate
-from qtarget.errors import IncompatibleError
-from qtarget.shapes import Float, Tensor
-from qtarget.types import Needs, Target, Terms, TokenView
+from qtarget.core.coefficients import differentiate
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import Needs, Target, Terms, TokenView
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from qtarget.errors import HyperparameterError
-from qtarget.types import Target
+from qtarget.core.errors import HyperparameterError
+from qtarget.core.types import Target
 
 
 def in_range(target: Target, field: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from qtarget.errors import IncompatibleError
-from qtarget.shapes import Float, Tensor
-from qtarget.types import Outcomes, Reference
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.shapes import Float, Tensor
+from qtarget.core.types import Outcomes, Reference
 
 
 def expectation(log_probs: Tensor, values: Tensor) -> Float[Tensor, " tokens"]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qtarget.errors import IncompatibleError
-from qtarget.types import Needs, Target, Terms, TokenView, require
+from qtarget.core.errors import IncompatibleError
+from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
 
 @dataclass(frozen=True)

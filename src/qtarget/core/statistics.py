@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-from qtarget.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
-from qtarget.outcomes import align, shared_outcomes, tail_log_mass
-from qtarget.shapes import Float, Int, Tensor
-from qtarget.types import (
+from qtarget.core.errors import HyperparameterError, IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.outcomes import align, shared_outcomes, tail_log_mass
+from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.types import (
     DATA_FIELDS,
     FrozenHead,
     Needs,

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from qtarget.errors import IncompatibleError, MissingStatisticError, ShapeError
-from qtarget.shapes import Float, Int, Tensor
+from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.shapes import Float, Int, Tensor
 
 TailPolicy = Literal["bucket", "spread", "renormalize", "sampled"]
 NO_TAIL = ("renormalize", "sampled")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qtarget
-from qtarget.errors import LossUnderLensError, ShapeError
+from qtarget.core.errors import LossUnderLensError, ShapeError
 from tests.conformance import formulas
 from tests.conformance.cases import frozen_arguments, make_batch, tokens
 
