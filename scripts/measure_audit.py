@@ -34,7 +34,7 @@ from qtarget.report.noise_checks import row_means, suspected_rows, suspected_tok
 from qtarget.report.prior_check import agreed_labels, flawed_prior
 from qtarget.report.roc import roc_auc
 from qtarget.report.scored import ScoredTokens, score_from_cache
-from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.cache.reader import ReferenceCache
 
 INJECTED = (("random_tokens", 0.05), ("random_tokens", 0.2), ("wrong_answer", 0.2))
 SPLITS = {"known_format": "base_format_test", "unknown_format": "train"}

@@ -22,10 +22,10 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from qtarget.scoring.plan import tool_versions
-from qtarget.scoring.rows import ScoredRow
-from qtarget.scoring.schema import Provenance, fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.cache.plan import tool_versions
+from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.cache.schema import Provenance, fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.cache.writer import write_cache
 
 TOP_K, PROMPT = 20, 64
 

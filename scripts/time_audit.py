@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.data.audit import audit_rows
-from qtarget.data.text_checks import check_texts
-from qtarget.data.token_checks import Vocabulary, check_tokens
+from qtarget.data.checks.audit import audit_rows
+from qtarget.data.checks.text import check_texts
+from qtarget.data.checks.tokens import Vocabulary, check_tokens
 from qtarget.report.noise_checks import check_noise
 from qtarget.report.prior_check import check_prior
 from qtarget.report.scored import ScoredTokens

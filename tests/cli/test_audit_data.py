@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("typer")
 
 from qtarget.cli.main import run
-from qtarget.data.findings import SEVERITIES
+from qtarget.data.checks.findings import SEVERITIES
 
 
 @pytest.fixture

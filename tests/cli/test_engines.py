@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qtarget.cli.main import run
 from qtarget.core.errors import ConfigError, ScoringServerError
-from qtarget.scoring.engines import EngineChoice, detect_engine
-from qtarget.scoring.http import Retries
-from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.sources.engines import EngineChoice, detect_engine
+from qtarget.scoring.sources.http import Retries
 from tests import ROOT
-from tests.scoring.servers import FakeSglang, FakeVllm, serving
+from tests.scoring.sources.servers import FakeSglang, FakeVllm, serving
 
 DOCS = ROOT / "docs" / "scoring.md"
 

@@ -14,9 +14,9 @@ from qtarget.integrations.teacher import truncate_reference
 from qtarget.integrations.trl_config import QTargetConfig
 from qtarget.integrations.trl_score import score
 from qtarget.registry import get_target
-from qtarget.scoring.engines import EngineChoice
+from qtarget.scoring.sources.engines import EngineChoice
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
-from tests.scoring.servers import FakeSglang, FakeVllm, serving
+from tests.scoring.sources.servers import FakeSglang, FakeVllm, serving
 
 TEACHER_TARGETS = [
     "distillation",

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 
 from qtarget.core.errors import ConfigError
-from qtarget.data.audit import audit_rows
-from qtarget.data.token_checks import check_roles
+from qtarget.data.checks.audit import audit_rows
+from qtarget.data.checks.tokens import check_roles
 from qtarget.integrations.trl_audit import cut, tokenise
 from qtarget.integrations.trl_sft import QTargetConfig
 from tests.integrations.conftest import SETTINGS, make_tokenizer

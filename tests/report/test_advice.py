@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 import qtarget
-from qtarget.data.findings import Finding
+from qtarget.data.checks.findings import Finding
 from qtarget.report.advice import evidence, facts_of, which_target
 from tests import ROOT
 

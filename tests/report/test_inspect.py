@@ -25,7 +25,7 @@ from qtarget.report.page import write_text
 from qtarget.report.quantise import quantise
 from qtarget.report.tokens import ModelNumbers, flatten_rows
 from qtarget.report.weights import TargetNumbers
-from qtarget.scoring.reader import ReferenceCache
+from qtarget.scoring.cache.reader import ReferenceCache
 from tests import ROOT
 from tests.report.hostile import HOSTILE
 

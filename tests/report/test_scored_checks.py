@@ -14,10 +14,10 @@ from qtarget.report.noise_checks import check_noise, row_means, suspected_rows, 
 from qtarget.report.prior_check import agreed_labels, check_prior, flawed_prior
 from qtarget.report.roc import roc_auc
 from qtarget.report.scored import ScoredTokens, check_coverage, score_from_cache
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.rows import ScoredRow
-from qtarget.scoring.schema import Provenance
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.cache.schema import Provenance
+from qtarget.scoring.cache.writer import write_cache
 
 
 def decode(ids: list[int]) -> str:

@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.scoring.source_suite")
+pytest.register_assert_rewrite("tests.scoring.sources.source_suite")

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtarget.scoring.local import LocalSource
-from qtarget.scoring.rows import Row, ScoredRow, check_request
-from qtarget.scoring.schema import Provenance, row_checksum
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.cache.rows import Row, ScoredRow, check_request
+from qtarget.scoring.cache.schema import Provenance, row_checksum
+from qtarget.scoring.cache.writer import write_cache
+from qtarget.scoring.sources.local import LocalSource
 
 VOCAB = 61
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Children that start in milliseconds: the server has imported what is slow to import, and nothing else runs in it."""
-PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "qtarget.scoring.local"])
+PROCESSES.set_forkserver_preload(["transformers.models.llama.modeling_llama", "qtarget.scoring.sources.local"])
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

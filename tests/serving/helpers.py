@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtarget.scoring.identity import Limits
+from qtarget.scoring.sources.identity import Limits
 from qtarget.serving.settings import ServeSettings
 from tests import ROOT
 

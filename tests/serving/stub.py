@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qtarget.scoring.identity import Identity, Limits
-from qtarget.scoring.rows import ScoredRow, check_request, empty_row
+from qtarget.scoring.cache.rows import ScoredRow, check_request, empty_row
+from qtarget.scoring.sources.identity import Identity, Limits
 from qtarget.serving.model import Loaded
 from qtarget.serving.settings import ServeSettings
 

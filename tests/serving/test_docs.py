@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from qtarget.benchmarks.serving import ServingConfig, row_lengths, summarise
 from qtarget.cli.app import app
 from qtarget.data.embedded import base_model_path
-from qtarget.scoring.identity import Limits
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.schema import fingerprint_model
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import fingerprint_model
+from qtarget.scoring.sources.identity import Limits
 from qtarget.serving.settings import ServeSettings
 from tests import ROOT
 from tests.serving.helpers import ENVIRONMENT, running

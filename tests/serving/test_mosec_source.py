@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qtarget.core.errors import DataError, HyperparameterError, ScoringServerError
 from qtarget.data.embedded import base_model_path, load_demonstrations
-from qtarget.scoring.http import Retries
-from qtarget.scoring.local import LocalSource
-from qtarget.scoring.mosec import MosecSource, mosec_connection
-from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.sources.http import Retries
+from qtarget.scoring.sources.local import LocalSource
+from qtarget.scoring.sources.mosec import MosecSource, mosec_connection
 from tests.scoring.helpers import VOCAB, tiny_model
-from tests.scoring.source_suite import SourceSuite
+from tests.scoring.sources.source_suite import SourceSuite
 from tests.serving.helpers import running
 
 FAST = Retries(attempts=4, first=0.01)

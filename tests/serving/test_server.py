@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from qtarget.core.errors import ConfigError, ScoringServerError, ServingError
-from qtarget.scoring.http import Retries
-from qtarget.scoring.mosec import MosecSource
-from qtarget.scoring.wire import CONTENT_TYPE, pack_request, unpack_answer
+from qtarget.scoring.sources.http import Retries
+from qtarget.scoring.sources.mosec import MosecSource
+from qtarget.scoring.sources.wire import CONTENT_TYPE, pack_request, unpack_answer
 from qtarget.serving.server import check_address, read_token
 from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtarget.core.errors import DataError, HyperparameterError
-from qtarget.scoring.identity import Limits
-from qtarget.scoring.rows import ScoredRow
-from qtarget.scoring.wire import (
+from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.sources.identity import Limits
+from qtarget.scoring.sources.wire import (
     MalformedError,
     answer_bytes,
     pack_answer,

@@ -19,13 +19,12 @@ import torch
 import qtarget
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import Reference
-from qtarget.scoring.columns import compact
-from qtarget.scoring.files import size_on_disk
-from qtarget.scoring.local import LocalSource, inverse_cumulative
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.rows import ScoredRow
-from qtarget.scoring.schema import Provenance
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.cache.columns import compact
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.cache.schema import Provenance, size_on_disk
+from qtarget.scoring.cache.writer import write_cache
+from qtarget.scoring.sources.local import LocalSource, inverse_cumulative
 
 KS = (1, 4, 8, 16, 32, 64, 128)
 LISTED = max(KS)
@@ -141,7 +140,7 @@ class SyntheticTeacher:
         return out
 
     def sample(self, token_ids: Any, uniforms: Any, *, positions: Any) -> list[ScoredRow]:
-        """See ``qtarget.scoring.rows.SamplingSource``; the draws were made beforehand."""
+        """See ``qtarget.scoring.cache.rows.SamplingSource``; the draws were made beforehand."""
         found = [self._numbers[tuple(int(i) for i in ids)] for ids in token_ids]
         return [ScoredRow(row.label_log_probs, row.entropy, samples=compact(draws)) for row, draws in found]
 

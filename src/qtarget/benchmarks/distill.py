@@ -23,7 +23,7 @@ from qtarget.benchmarks.distill_runs import BASELINE, FULL_LOGITS, METHODS, Dist
 from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.start import Start
 from qtarget.core.errors import ConfigError
-from qtarget.scoring.files import write_json
+from qtarget.storage.files import write_json
 
 TUNING_SEED = 1000
 

@@ -21,9 +21,9 @@ from qtarget.core.types import Reference, TailPolicy
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
 from qtarget.registry import get_target
-from qtarget.scoring.files import size_on_disk, write_json
-from qtarget.scoring.local import score_rows
-from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
+from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer, size_on_disk
+from qtarget.scoring.sources.local import score_rows
+from qtarget.storage.files import write_json
 
 LONGEST = 40
 """Tokens that teacher and student may write; a demonstration has 12 on average."""

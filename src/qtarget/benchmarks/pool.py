@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from qtarget.benchmarks.start import Start
 from qtarget.core.errors import ConfigError
-from qtarget.scoring.files import write_atomic
+from qtarget.storage.files import write_atomic
 
 WORKERS = 2
 """Processes, unless somebody says otherwise."""

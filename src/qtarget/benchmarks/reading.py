@@ -22,10 +22,10 @@ import qtarget
 from qtarget.benchmarks.cache import Mode, provenance
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import Reference
-from qtarget.scoring.files import DECODED, size_on_disk
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.rows import ScoredRow
-from qtarget.scoring.writer import write_cache
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.cache.schema import DECODED, size_on_disk
+from qtarget.scoring.cache.writer import write_cache
 
 SMOL = {
     "vocab_size": 49_152,

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtarget.benchmarks.speed import machine
 from qtarget.core.types import project
-from qtarget.scoring.local import LOGITS_AT_ONCE, LocalSource, evaluating, plan_batches
+from qtarget.scoring.sources.local import LOGITS_AT_ONCE, LocalSource, evaluating, plan_batches
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from qtarget.benchmarks.speed import machine
 from qtarget.core.errors import ConfigError, ServingError
-from qtarget.scoring.wire import CONTENT_TYPE, pack_request, unpack_answer
+from qtarget.scoring.sources.wire import CONTENT_TYPE, pack_request, unpack_answer
 
 VARIANTS: dict[str, list[str]] = {
     "sorted": [],

@@ -20,7 +20,7 @@ from typing import Any
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
-from qtarget.scoring.files import write_json
+from qtarget.storage.files import write_json
 
 
 @dataclass(frozen=True)

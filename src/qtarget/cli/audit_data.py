@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from qtarget.cli.config import RunConfig
     from qtarget.cli.settings import Setting
-    from qtarget.data.findings import Finding
+    from qtarget.data.checks.findings import Finding
     from qtarget.report.advice import Advice
     from qtarget.report.audit import DataAudit
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
 
 FAILED = 1
 EXAMPLES = 3
@@ -106,7 +106,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
     """
     from qtarget.cli.datasets import load_datasets
-    from qtarget.data.token_checks import Vocabulary
+    from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.trl_audit import cut, tokenise
     from qtarget.report.audit import audit_data
 
@@ -156,7 +156,7 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
 
 
 def open_cache(path: str | None, required: bool) -> ReferenceCache | None:
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
 
     if path is None or (not required and not Path(path).exists()):
         return None
@@ -165,8 +165,8 @@ def open_cache(path: str | None, required: bool) -> ReferenceCache | None:
 
 def cache_findings(cache: ReferenceCache, tokens: Any, vocab_size: int, rows: int) -> list[Finding]:
     """A cache of another tokenizer, template or vocabulary, at which training stops."""
-    from qtarget.data.findings import Finding
-    from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
+    from qtarget.data.checks.findings import Finding
+    from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
 
     try:
         cache.require(

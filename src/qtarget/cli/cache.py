@@ -13,7 +13,7 @@ from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from qtarget.integrations.trl_score import TrainingRows
-    from qtarget.scoring.schema import Manifest
+    from qtarget.scoring.cache.schema import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Look at reference caches, check, join, import and export them.")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -36,8 +36,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a cache is of, what it holds, and what it weighs."""
-    from qtarget.scoring.files import size_on_disk
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.schema import size_on_disk
 
     facts = described(ReferenceCache.open(directory, verify=False).manifest, size_on_disk(directory))
     if as_json:
@@ -70,8 +70,8 @@ def verify(
     seed: Annotated[int, typer.Option("--sample-seed", help="Which rows.")] = 0,
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
-    from qtarget.scoring.reader import ReferenceCache
-    from qtarget.scoring.verify import check_counts, check_plan
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.verify import check_counts, check_plan
 
     if (model is None) != (config is None):
         raise ConfigError(
@@ -112,9 +112,9 @@ def again(cache: Any, job: TrainingRows, model: str, rows: int, tolerance: float
     Raises:
         CacheMismatchError: one exceeds the tolerance.
     """
-    from qtarget.scoring.local import LocalSource
-    from qtarget.scoring.schema import fingerprint_model
-    from qtarget.scoring.verify import rescore
+    from qtarget.scoring.cache.schema import fingerprint_model
+    from qtarget.scoring.cache.verify import rescore
+    from qtarget.scoring.sources.local import LocalSource
 
     base, spec = job.trainer._base_model(), job.trainer.head_spec
     source = LocalSource(base, logit_scale=spec.scale, logit_softcap=spec.softcap)
@@ -142,7 +142,7 @@ def merge(
 ) -> None:
     """Join caches of one model; a repeated row is taken from the first."""
     from qtarget.cli.score import print_scored
-    from qtarget.scoring.merge import merge_caches
+    from qtarget.scoring.cache.merge import merge_caches
 
     print_scored(merge_caches(directories, output), output)
 
@@ -168,8 +168,8 @@ def import_(
 
     from qtarget.cli.score import print_scored
     from qtarget.integrations.teacher import load_named
-    from qtarget.scoring.foreign import import_rows
-    from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_tokenizer
+    from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
+    from qtarget.scoring.exchange.foreign import import_rows
 
     loaded = load_named(AutoTokenizer, "--tokenizer", tokenizer)
     manifest = import_rows(
@@ -195,8 +195,8 @@ def export(
 ) -> None:
     """Write a cache in the columns of another project."""
     from qtarget.cli.config import load_config
-    from qtarget.scoring.export import export_rows
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.exchange.export import export_rows
 
     student = str(load_config(config, context.args).model.model_name_or_path)
     count = export_rows(ReferenceCache.open(directory), rows_of(config, context.args, student).rows, name, output)

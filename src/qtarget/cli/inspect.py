@@ -171,7 +171,7 @@ def _data_weights(data: Dataset, tokens: Any) -> list[dict[str, Any]]:
 def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[str, ModelNumbers]]:
     """The model at the start of training, and the frozen ones: from caches, or run here."""
     from qtarget.report.tokens import numbers_from_cache
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
 
     training, model = config.training, str(config.model.model_name_or_path)
     frozen: dict[str, ModelNumbers] = {}
@@ -210,7 +210,7 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: 
 
     from qtarget.integrations.heads import probe_head
     from qtarget.report.tokens import numbers_from_source
-    from qtarget.scoring.local import LocalSource
+    from qtarget.scoring.sources.local import LocalSource
 
     keywords: dict[str, Any] = {"dtype": config.model.dtype, "trust_remote_code": config.training.trust_remote_code}
     try:
@@ -318,7 +318,7 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
 def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
     from qtarget.cli.audit_data import cache_findings, open_cache
-    from qtarget.data.token_checks import Vocabulary
+    from qtarget.data.checks.tokens import Vocabulary
     from qtarget.report.audit import audit_data
 
     training = config.training

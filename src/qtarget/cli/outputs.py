@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from qtarget.core.errors import ConfigError
-from qtarget.scoring.files import write_atomic
+from qtarget.storage.files import write_atomic
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = ()) -> None:

@@ -12,8 +12,8 @@ from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig
-    from qtarget.scoring.engines import EngineChoice
-    from qtarget.scoring.schema import Manifest
+    from qtarget.scoring.cache.schema import Manifest
+    from qtarget.scoring.sources.engines import EngineChoice
 
 Policy = Literal["bucket", "spread", "renormalize"]
 Role = Literal["reference", "teacher"]
@@ -52,7 +52,7 @@ def score(
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.config import load_config
-    from qtarget.scoring.engines import EngineChoice
+    from qtarget.scoring.sources.engines import EngineChoice
 
     chosen = EngineChoice(
         engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
@@ -126,7 +126,7 @@ def run_scoring(
 
 def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:
     """Size of a finished cache, and how long it took."""
-    from qtarget.scoring.files import size_on_disk
+    from qtarget.scoring.cache.schema import size_on_disk
 
     size = size_on_disk(directory)
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qtarget.scoring.identity import Identity
+    from qtarget.scoring.sources.identity import Identity
     from qtarget.serving.settings import ServeSettings
 
 
@@ -45,7 +45,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve MODEL until Ctrl-C or SIGTERM; the URL is printed once requests are answered."""
-    from qtarget.scoring.identity import Limits
+    from qtarget.scoring.sources.identity import Limits
     from qtarget.serving.settings import ServeSettings
 
     # fmt: off
@@ -74,7 +74,7 @@ def run_server(settings: ServeSettings, host: str, port: int, token_file: Path |
     import os
 
     from qtarget.core.errors import MissingDependencyError
-    from qtarget.scoring.http import KEY_VARIABLE
+    from qtarget.scoring.sources.http import KEY_VARIABLE
 
     try:
         from qtarget.serving import server

@@ -87,8 +87,8 @@ def score_teacher(config: RunConfig) -> None:
         ScoringServerError: the server fails, or is not what it should be.
     """
     from qtarget.cli.score import run_scoring
-    from qtarget.scoring.engines import EngineChoice, detect_engine
-    from qtarget.scoring.files import write_atomic
+    from qtarget.scoring.sources.engines import EngineChoice, detect_engine
+    from qtarget.storage.files import write_atomic
 
     training, url = config.training, str(config.training.teacher_url)
     folder = Path(str(training.output_dir)) / TEACHER_CACHE
@@ -110,7 +110,7 @@ def score_teacher(config: RunConfig) -> None:
 def has_said_all(folder: Path, url: str, top_k: int) -> bool:
     """Whether a folder is a whole cache of this URL's answers; the log says so, or what is wrong with it."""
     from qtarget.core.errors import CacheMismatchError
-    from qtarget.scoring.reader import ReferenceCache
+    from qtarget.scoring.cache.reader import ReferenceCache
 
     asked = folder / TEACHER_URL
     if not asked.is_file() or asked.read_text(encoding="utf-8") != url:

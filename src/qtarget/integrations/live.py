@@ -26,8 +26,8 @@ from qtarget.report.records import (
     set_aside,
     write_lines,
 )
-from qtarget.scoring.files import write_json
-from qtarget.scoring.schema import fingerprint_tokenizer
+from qtarget.scoring.cache.schema import fingerprint_tokenizer
+from qtarget.storage.files import write_json
 
 logger = logging.get_logger(__name__)
 

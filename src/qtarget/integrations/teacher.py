@@ -15,8 +15,8 @@ from qtarget.core.shapes import Tensor
 from qtarget.core.types import DATA_FIELDS, Reference, Target, missing_message, sampled_message
 from qtarget.integrations.step import ROLES
 from qtarget.loss.zero3 import whole_shape
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.schema import MANIFEST
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import MANIFEST
 from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from trl.data_utils import _tokenize, is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.errors import ConfigError
-from qtarget.data.audit import IGNORE_INDEX
+from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.integrations.trl_data import ROW, with_row_ids
 from qtarget.integrations.trl_sft import QTargetConfig, changed
 

@@ -23,8 +23,8 @@ from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
 from qtarget.integrations.step import REFERENCE_FIELDS, ROLES
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.schema import row_checksum, supervised_mask
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import row_checksum, supervised_mask
 
 logger = logging.get_logger(__name__)
 

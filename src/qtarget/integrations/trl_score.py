@@ -13,11 +13,11 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.types import TailPolicy
 from qtarget.integrations.teacher import compare_tokenizers
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, changed
-from qtarget.scoring.distributed import load_model
-from qtarget.scoring.engines import EngineChoice, connect
-from qtarget.scoring.local import score_rows
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
+from qtarget.scoring.sources.distributed import load_model
+from qtarget.scoring.sources.engines import EngineChoice, connect
+from qtarget.scoring.sources.local import score_rows
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qtarget.api import label_weights
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import FrozenHead, Reference
-from qtarget.data.audit import audit_rows
+from qtarget.data.checks.audit import audit_rows
 from qtarget.integrations.heads import HeadSpec, add_target_head, probe_head
 from qtarget.integrations.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.progress import TokenSums
@@ -38,7 +38,7 @@ from qtarget.integrations.trl_data import (
 from qtarget.loss.chunked import frozen_label_statistics
 from qtarget.loss.zero3 import is_split, whole_shape
 from qtarget.registry import get_target
-from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 
 logger = logging.get_logger(__name__)
 

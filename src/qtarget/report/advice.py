@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from qtarget.data.findings import Finding
+from qtarget.data.checks.findings import Finding
 
 FARTHEST = 0.15
 """Difference of the share of labels that are the base's first choice, beyond which the map says nothing."""

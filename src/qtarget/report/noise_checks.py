@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.data.findings import ROWS_NAMED, Finding
+from qtarget.data.checks.findings import ROWS_NAMED, Finding
 from qtarget.report.scored import Decode, ScoredTokens
 
 DEVIATIONS = 4.0

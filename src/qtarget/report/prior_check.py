@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.data.findings import ROWS_NAMED, Finding
+from qtarget.data.checks.findings import ROWS_NAMED, Finding
 from qtarget.report.scored import Decode, ScoredTokens
 
 CONFIDENCE = 0.9

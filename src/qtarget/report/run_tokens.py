@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from qtarget.core.errors import DataError
-from qtarget.scoring.local import LocalSource
-from qtarget.scoring.rows import read_row
+from qtarget.scoring.cache.rows import read_row
+from qtarget.scoring.sources.local import LocalSource
 
 EXTREMES = 20
 """How many of the largest gains and losses are listed."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.data.findings import Finding, finding
+from qtarget.data.checks.findings import Finding, finding
 from qtarget.report.tokens import flatten_rows, numbers_at
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.schema import row_checksum, supervised_mask
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import row_checksum, supervised_mask
 
 Decode = Callable[[list[int]], str]
 

@@ -14,9 +14,9 @@ import torch
 from qtarget.core.errors import DataError
 from qtarget.core.types import Reference, TailPolicy
 from qtarget.data.agreement import confident_choices, counted_fields
-from qtarget.scoring.reader import ReferenceCache
-from qtarget.scoring.rows import Row, ScoredRow, Source, read_row
-from qtarget.scoring.schema import row_checksum, supervised_mask
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.rows import Row, ScoredRow, Source, read_row
+from qtarget.scoring.cache.schema import row_checksum, supervised_mask
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qtarget.scoring.rows import IntArray, ScoredRow, Source
+from qtarget.scoring.cache.rows import IntArray, ScoredRow, Source
 
 if TYPE_CHECKING:
-    from qtarget.scoring.local import LocalSource, score_rows
-    from qtarget.scoring.merge import merge_caches
-    from qtarget.scoring.reader import ReferenceCache
-    from qtarget.scoring.schema import Manifest, Provenance
-    from qtarget.scoring.writer import write_cache
+    from qtarget.scoring.cache.merge import merge_caches
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.schema import Manifest, Provenance
+    from qtarget.scoring.cache.writer import write_cache
+    from qtarget.scoring.sources.local import LocalSource, score_rows
 
 _HOMES = {
-    "LocalSource": "local",
-    "Manifest": "schema",
-    "Provenance": "schema",
-    "ReferenceCache": "reader",
-    "merge_caches": "merge",
-    "score_rows": "local",
-    "write_cache": "writer",
+    "LocalSource": "sources.local",
+    "Manifest": "cache.schema",
+    "Provenance": "cache.schema",
+    "ReferenceCache": "cache.reader",
+    "merge_caches": "cache.merge",
+    "score_rows": "sources.local",
+    "write_cache": "cache.writer",
 }
 
 __all__ = [

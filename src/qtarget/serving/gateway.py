@@ -13,7 +13,7 @@ import aiohttp
 from aiohttp import web
 
 from qtarget.core.errors import ServingError
-from qtarget.scoring.wire import CONTENT_TYPE
+from qtarget.scoring.sources.wire import CONTENT_TYPE
 from qtarget.serving.supervisor import Supervisor
 
 READ_SECONDS = 30.0

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from qtarget.core.errors import UnsupportedModelError
-from qtarget.scoring.canary import CANARY, CANARY_TOKENS
-from qtarget.scoring.identity import Identity, Limits
-from qtarget.scoring.local import LocalSource
-from qtarget.scoring.plan import tool_versions
-from qtarget.scoring.rows import Source
-from qtarget.scoring.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.cache.plan import tool_versions
+from qtarget.scoring.cache.rows import Source
+from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
+from qtarget.scoring.sources.canary import CANARY, CANARY_TOKENS
+from qtarget.scoring.sources.identity import Identity, Limits
+from qtarget.scoring.sources.local import LocalSource
 from qtarget.serving.settings import ServeSettings
 
 

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-from qtarget.scoring.files import write_json
 from qtarget.serving.settings import IDENTITY, ServeSettings
+from qtarget.storage.files import write_json
 
 SETTINGS = "settings.json"
 SECRET = "secret"

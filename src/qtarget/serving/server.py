@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.scoring.identity import Identity
+from qtarget.scoring.sources.identity import Identity
 from qtarget.serving.gateway import Gateway
 from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor

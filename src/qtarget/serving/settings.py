@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qtarget.core.errors import ConfigError
-from qtarget.scoring.files import write_json
-from qtarget.scoring.identity import Limits
+from qtarget.scoring.sources.identity import Limits
+from qtarget.storage.files import write_json
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
 

@@ -18,8 +18,8 @@ import numpy as np
 from mosec import ClientError, ServerError, ValidationError, Worker  # pyright: ignore[reportMissingImports]
 
 from qtarget.core.errors import DataError, HyperparameterError
-from qtarget.scoring.rows import ScoredRow, Source
-from qtarget.scoring.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answer, unpack_request
+from qtarget.scoring.cache.rows import ScoredRow, Source
+from qtarget.scoring.sources.wire import CONTENT_TYPE, MalformedError, Wanted, pack_answer, unpack_request
 from qtarget.serving.heartbeat import Heartbeat
 from qtarget.serving.model import Loaded
 

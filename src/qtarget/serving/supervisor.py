@@ -19,8 +19,8 @@ from typing import Literal
 import aiohttp
 
 from qtarget.core.errors import ServingError
-from qtarget.scoring.http import KEY_VARIABLE
-from qtarget.scoring.identity import Identity
+from qtarget.scoring.sources.http import KEY_VARIABLE
+from qtarget.scoring.sources.identity import Identity
 from qtarget.serving.heartbeat import read_heartbeats
 from qtarget.serving.pipeline import SECRET, SETTINGS
 from qtarget.serving.settings import IDENTITY, ServeSettings

@@ -1,0 +1,258 @@
+"""Checks of tokenised rows before they are cut: end marks, masks, unknown tokens, lengths. One pass each, no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qtarget.core.errors import DataError
+from qtarget.data.checks.audit import IGNORE_INDEX
+from qtarget.data.checks.findings import ROWS_NAMED, Finding, finding, named
+from qtarget.data.columns import message_token_weights
+
+END_WINDOW = 3
+"""An end mark counts within so many last labels: ChatML writes a line end after its own."""
+RUNAWAY_SHARE, USUAL_SHARE = 0.98, 0.8
+"""A mask that keeps this share of a row has run away when half of all rows keep less than the other."""
+BYTE_SHARE = 0.2
+WINDOW = 6
+ROLES_CHECKED = 5000
+"""Role masks render every conversation again; of more rows than this an even sample is looked at."""
+
+TokenRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the checks need to know of tokenizer and model.
+
+    Attributes:
+        size: ids from 0 that the model has embeddings for.
+        end_ids: tokens that end an answer.
+        unknown_id: the id of text that the tokenizer does not know; None if it has none.
+        byte_ids: byte-fallback tokens (``<0xE2>``).
+        decode: ids to text.
+    """
+
+    size: int
+    end_ids: frozenset[int]
+    unknown_id: int | None
+    byte_ids: frozenset[int]
+    decode: Callable[[list[int]], str]
+
+    @classmethod
+    def of(cls, tokenizer: Any, size: int | None = None, end_ids: Sequence[int] = ()) -> Vocabulary:
+        """Of a Hugging Face tokenizer.
+
+        Args:
+            size: of the model's embeddings; the tokenizer's length if unknown.
+            end_ids: of the model's generation config, beside the tokenizer's own.
+        """
+        starts = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+        ends = {*tokenizer.all_special_ids, *end_ids} - starts
+        # GPT-2 names its end mark as unknown token too, and never uses it as such
+        marks = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        unknown = None if tokenizer.unk_token_id in marks else tokenizer.unk_token_id
+        bytes_ = {i for token, i in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
+        return cls(size or len(tokenizer), frozenset(ends), unknown, frozenset(bytes_), tokenizer.decode)
+
+
+def check_tokens(rows: Sequence[TokenRow], vocabulary: Vocabulary, *, max_length: int | None) -> list[Finding]:
+    """All checks of this file but that of roles.
+
+    Args:
+        rows: ``input_ids`` and ``labels`` each (arrays or lists, unshifted, -100 ignored), not cut to ``max_length``.
+    """
+    known = check_known(rows, vocabulary)
+    return [*known, *check_ends(rows, vocabulary), *check_runaway(rows), *check_lengths(rows, max_length)]
+
+
+def trained_positions(row: TokenRow) -> np.ndarray:
+    """Positions with a label that some token predicts, ascending."""
+    return np.flatnonzero(np.asarray(row["labels"])[1:] != IGNORE_INDEX) + 1
+
+
+def check_ends(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Finding]:
+    """Rows whose last labels hold no end mark, though they are not cut yet."""
+    missing, trained_rows = [], 0
+    for i, row in enumerate(rows):
+        places = trained_positions(row)[-END_WINDOW:]
+        trained_rows += bool(len(places))
+        if len(places) and vocabulary.end_ids.isdisjoint(np.asarray(row["input_ids"])[places].tolist()):
+            missing.append(i)
+    examples = [{"row": i, "text": _last_text(rows[i], vocabulary)} for i in missing[:ROWS_NAMED]]
+    what = "end without an end-of-sequence or end-of-turn token among their labels"
+    step = (
+        "append the tokenizer's eos_token, or put the end of the turn inside {% generation %}; else the model does "
+        "not learn to stop"
+    )
+    return finding("missing_end", "warning", missing, trained_rows, what, step, examples=examples)
+
+
+def _last_text(row: TokenRow, vocabulary: Vocabulary) -> str:
+    return vocabulary.decode(np.asarray(row["input_ids"])[trained_positions(row)[-WINDOW:]].tolist())
+
+
+def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Finding]:
+    """Ids that the model has no embedding for, unknown tokens, rows written mostly in bytes."""
+    outside, unknown, in_bytes, examples = [], [], [], []
+    in_byte = np.zeros(vocabulary.size, dtype=bool)
+    in_byte[[i for i in vocabulary.byte_ids if i < vocabulary.size]] = True
+    largest = unknown_count = 0
+    for i, row in enumerate(rows):
+        ids = np.asarray(row["input_ids"], dtype=np.int64)
+        if not len(ids):
+            continue
+        if ids.min() < 0 or ids.max() >= vocabulary.size:
+            outside.append(i)
+            largest = max(largest, int(ids.max()))
+            continue
+        places = np.flatnonzero(ids == vocabulary.unknown_id)  # None equals no id
+        if len(places):
+            unknown.append(i)
+            unknown_count += len(places)
+            if len(examples) < ROWS_NAMED:
+                at = int(places[0])
+                text = vocabulary.decode(ids[max(0, at - WINDOW) : at + WINDOW].tolist())
+                examples.append({"row": i, "position": at, "text": text})
+        if vocabulary.byte_ids and in_byte[ids].mean() > BYTE_SHARE:
+            in_bytes.append(i)
+    found = finding(
+        "outside_vocabulary", "error", outside, len(rows),
+        f"hold token ids outside the model's vocabulary (0 to {vocabulary.size - 1}; the largest is {largest})",
+        "use the model's own tokenizer, or resize its embeddings", largest_id=largest, vocabulary=vocabulary.size,
+    )  # fmt: skip
+    found += finding(
+        "unknown_tokens", "warning", unknown, len(rows),
+        f"hold text that the tokenizer does not know ({unknown_count} unknown tokens)",
+        "replace these characters, or use a tokenizer with byte fallback: the model would learn to write the unknown token",
+        tokens=unknown_count, examples=examples,
+    )  # fmt: skip
+    return found + finding(
+        "byte_tokens", "warning", in_bytes, len(rows),
+        f"are written in single bytes for more than {BYTE_SHARE:.0%} of their tokens",
+        "check their encoding; text in a script that the tokenizer lacks costs several tokens a character",
+    )  # fmt: skip
+
+
+def check_runaway(rows: Sequence[TokenRow]) -> list[Finding]:
+    """Rows trained on nearly whole, where most rows mask their prompt."""
+    shares = np.array([len(trained_positions(row)) / max(1, len(row["input_ids"]) - 1) for row in rows])
+    usual = float(np.median(shares[shares > 0])) if (shares > 0).any() else 1.0
+    if usual > USUAL_SHARE:
+        return []
+    what = f"train on {RUNAWAY_SHARE:.0%} or more of their tokens, where half of the rows train on {usual:.0%} or less"
+    step = "look at their mask: prompt and system text should be masked as in the other rows"
+    return finding(
+        "runaway_mask", "warning", np.flatnonzero(shares >= RUNAWAY_SHARE).tolist(), len(rows), what, step,
+        median_share=round(usual, 4),
+    )  # fmt: skip
+
+
+def check_lengths(rows: Sequence[TokenRow], max_length: int | None) -> list[Finding]:
+    """Tokens a row as quantiles, against ``max_length``; a fact, not a defect."""
+    if not rows:
+        return []
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    labels = np.array([len(trained_positions(row)) for row in rows])
+    names = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    values = {name: int(np.percentile(lengths, q, method="higher")) for name, q in names.items()}
+    over = int((lengths > max_length).sum()) if max_length is not None else 0
+    words = ", ".join(f"{name} {value}" for name, value in values.items())
+    limit = "no max_length" if max_length is None else f"max_length {max_length}: {over} rows are longer"
+    message = f"tokens a row: {words}; {limit}; {labels.sum() / max(1, lengths.sum()):.0%} of all tokens are trained on"
+    evidence = values | {
+        "max_length": max_length,
+        "over_max_length": over,
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int(labels.sum()),
+    }
+    return [Finding("lengths", "info", len(rows), (), message, evidence)]
+
+
+def check_roles(
+    raw: Sequence[Mapping[str, Any]],
+    rows: Sequence[TokenRow],
+    tokenizer: Any,
+    *,
+    chat_template: str | None,
+    assistant_only: bool,
+) -> list[Finding]:
+    """Conversations in which text of the system, the user or a tool is trained on.
+
+    An error under ``assistant_only_loss``, which promises that it is not; else a warning.
+
+    Args:
+        raw: the same rows as the user wrote them; those without messages are skipped.
+        chat_template: with which they were rendered; None for the tokenizer's own.
+
+    Returns:
+        ``foreign_text`` of the rows that could be checked, and ``roles_unchecked`` where some could not.
+    """
+    talking = [i for i, row in enumerate(raw) if conversation(row)]
+    looked = talking[:: -(-len(talking) // ROLES_CHECKED) or 1]
+    foreign, untraceable, tokens, trained, examples = [], [], 0, 0, []
+    for i in looked:
+        ids, places = np.asarray(rows[i]["input_ids"]), trained_positions(rows[i])
+        owned = _owned_by_assistant(raw[i], ids, tokenizer, chat_template) if len(places) else np.ones(len(ids), bool)
+        if owned is None:
+            untraceable.append(i)
+            continue
+        wrong = places[~owned[places]]
+        tokens, trained = tokens + len(wrong), trained + len(places)
+        if len(wrong):
+            foreign.append(i)
+            if len(examples) < ROWS_NAMED:
+                text = tokenizer.decode(ids[wrong[: 4 * WINDOW]].tolist())
+                examples.append({"row": i, "position": int(wrong[0]), "text": text})
+    what = f"train on text that is not the assistant's ({tokens / max(1, trained):.0%} of their labels)"
+    step = (
+        "correct the {% generation %} marks of the chat template"
+        if assistant_only
+        else "set assistant_only_loss: true, or give `prompt` and `completion`, if the model is not to write users' turns"
+    )
+    return finding(
+        "foreign_text", "error" if assistant_only else "warning", foreign, len(looked) - len(untraceable), what, step,
+        tokens=tokens, examples=examples,
+    ) + _roles_unchecked(untraceable, len(talking), len(looked))  # fmt: skip
+
+
+def _roles_unchecked(untraceable: Sequence[int], conversations: int, looked: int) -> list[Finding]:
+    """Conversations about whose roles nothing is known: nobody looked, or their tokens tell nothing."""
+    beyond = conversations - looked
+    if not untraceable and not beyond:
+        return []
+    parts = [f"{beyond} are outside an even sample of {looked}"] if beyond else []
+    if untraceable:
+        parts.append(f"the tokens of {len(untraceable)} cannot be traced to their messages ({named(untraceable)})")
+    count = len(untraceable) + beyond
+    message = f"whose text {count} of {conversations} conversations train on was not checked: {' and '.join(parts)}"
+    evidence = {"conversations": conversations, "untraceable": len(untraceable), "outside_sample": beyond}
+    return [Finding("roles_unchecked", "info", count, tuple(untraceable[:ROWS_NAMED]), message, evidence)]
+
+
+def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All messages of a row, prompt and completion in one; empty for text and tokens."""
+    if row.get("input_ids") is not None:
+        return []
+    if isinstance(row.get("prompt"), list):
+        return [*row["prompt"], *(row.get("completion") or [])]
+    return list(row.get("messages") or []) if not isinstance(row.get("prompt"), str) else []
+
+
+def _owned_by_assistant(row: Mapping[str, Any], ids: np.ndarray, tokenizer: Any, template: str | None) -> Any:
+    """For every token whether an assistant's message owns it, header included; None where the template does not tell."""
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    messages = [{**m, "weight": float(m.get("role") == "assistant")} for m in conversation(row)]
+    try:
+        weights = message_token_weights(
+            tokenizer, messages, ids.tolist(), chat_template=template, tools=tools,
+            **(row.get("chat_template_kwargs") or {}),
+        )  # fmt: skip
+    except DataError:
+        return None
+    return np.array(weights) > 0

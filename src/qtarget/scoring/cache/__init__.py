@@ -1,0 +1,1 @@
+"""The reference cache on disk: planned, written, resumed, read, merged, verified."""

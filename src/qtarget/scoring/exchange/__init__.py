@@ -1,0 +1,1 @@
+"""Caches in the columns of other projects, both ways."""

@@ -1,0 +1,1 @@
+"""Who scores rows: this process, Ray, or a server; all behind one protocol."""

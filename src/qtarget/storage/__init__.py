@@ -1,0 +1,1 @@
+"""Files as this project writes them: whole or absent."""
