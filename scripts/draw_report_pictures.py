@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from qtarget.report.heatmap import MEASURES, heatmap_image
-from qtarget.report.records import SAMPLES_FILE, read_lines
-from qtarget.report.run_figures import comparison_figures, png_bytes
+from qtarget.report.runs.figures import comparison_figures, png_bytes
+from qtarget.report.runs.records import SAMPLES_FILE, read_lines
 
 SMALL = {"width": 1100, "height": 620}
 

@@ -30,10 +30,10 @@ from qtarget.data.noise import inject_noise, noise_token_mask
 from qtarget.integrations.trl_audit import cut, tokenise
 from qtarget.integrations.trl_score import score
 from qtarget.integrations.trl_sft import QTargetConfig
-from qtarget.report.noise_checks import row_means, suspected_rows, suspected_tokens, token_threshold
-from qtarget.report.prior_check import agreed_labels, flawed_prior
+from qtarget.report.audit.noise import row_means, suspected_rows, suspected_tokens, token_threshold
+from qtarget.report.audit.prior import agreed_labels, flawed_prior
+from qtarget.report.audit.scored import ScoredTokens, score_from_cache
 from qtarget.report.roc import roc_auc
-from qtarget.report.scored import ScoredTokens, score_from_cache
 from qtarget.scoring.cache.reader import ReferenceCache
 
 INJECTED = (("random_tokens", 0.05), ("random_tokens", 0.2), ("wrong_answer", 0.2))

@@ -11,9 +11,9 @@ import numpy as np
 from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.text import check_texts
 from qtarget.data.checks.tokens import Vocabulary, check_tokens
-from qtarget.report.noise_checks import check_noise
-from qtarget.report.prior_check import check_prior
-from qtarget.report.scored import ScoredTokens
+from qtarget.report.audit.noise import check_noise
+from qtarget.report.audit.prior import check_prior
+from qtarget.report.audit.scored import ScoredTokens
 
 VOCABULARY = 50_000
 

@@ -1,4 +1,4 @@
-"""Write ``src/qtarget/report/evidence.json``: what of ``benchmarks/results`` a suggested target may be based on.
+"""Write ``src/qtarget/report/audit/evidence.json``: what of ``benchmarks/results`` a suggested target may be based on.
 
     python scripts/update_evidence.py
 
@@ -15,7 +15,7 @@ from qtarget.registry import available_targets
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-EVIDENCE = ROOT / "src" / "qtarget" / "report" / "evidence.json"
+EVIDENCE = ROOT / "src" / "qtarget" / "report" / "audit" / "evidence.json"
 
 
 def real_noise() -> dict[str, Any]:

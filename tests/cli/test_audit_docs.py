@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("typer")
 
 from qtarget.cli.main import run
-from qtarget.report.noise_checks import KNOWS_TOO_LITTLE
+from qtarget.report.audit.noise import KNOWS_TOO_LITTLE
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from transformers.integrations import integration_utils
 
 from qtarget.core.errors import ConfigError, NonFiniteLossError
 from qtarget.integrations.samples import describe_rows
-from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, read_lines
+from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, read_lines
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "max_steps": 4}

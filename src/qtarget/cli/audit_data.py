@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qtarget.cli.config import RunConfig
     from qtarget.cli.settings import Setting
     from qtarget.data.checks.findings import Finding
-    from qtarget.report.advice import Advice
-    from qtarget.report.audit import DataAudit
+    from qtarget.report.audit.advice import Advice
+    from qtarget.report.audit.document import DataAudit
     from qtarget.scoring.cache.reader import ReferenceCache
 
 FAILED = 1
@@ -87,7 +87,7 @@ def run_audit(
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
     from qtarget.data.loading import load_rows
-    from qtarget.report.audit import audit_texts
+    from qtarget.report.audit.document import audit_texts
 
     unused = sorted(set(overrides) - {"dataset_text_field"})
     if unused or split != "train":
@@ -108,7 +108,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.cli.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.trl_audit import cut, tokenise
-    from qtarget.report.audit import audit_data
+    from qtarget.report.audit.document import audit_data
 
     training = config.training
     rows = load_datasets(config)[split == "validation"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qtarget.cli.config import RunConfig
     from qtarget.core.types import Target
-    from qtarget.report.inspection import Inspection
+    from qtarget.report.inspect.inspection import Inspection
     from qtarget.report.tokens import ModelNumbers, TokenRows
 
 GROUP_COLUMNS = ("source", "dataset", "category", "skill", "role")
@@ -67,8 +67,8 @@ def inspect(
     from qtarget.cli.config import build_config
     from qtarget.cli.outputs import check_outputs
     from qtarget.cli.settings import Setting, read_settings
-    from qtarget.report.inspection_json import write_json
-    from qtarget.report.inspection_page import pack, render_inspection
+    from qtarget.report.inspect.document import write_json
+    from qtarget.report.inspect.page import pack, render_inspection
     from qtarget.report.page import write_text
 
     settings = read_settings(config, context.args)
@@ -101,8 +101,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.datasets import load_datasets
     from qtarget.integrations.trl_audit import cut, tokenise
-    from qtarget.report.inspection import Inspection, View
-    from qtarget.report.inspection_page import ids_shown
+    from qtarget.report.inspect.inspection import Inspection, View
+    from qtarget.report.inspect.page import ids_shown
     from qtarget.report.texts import token_texts
     from qtarget.report.tokens import flatten_rows
 
@@ -265,7 +265,7 @@ def split_targets(
     Raises:
         ConfigError: none can.
     """
-    from qtarget.report.weights import unavailable
+    from qtarget.report.inspect.weights import unavailable
 
     reasons = {}
     for name, target in targets.items():
@@ -281,8 +281,8 @@ def split_targets(
 def _weigh(
     targets: dict[str, Target], rows: TokenRows, live: ModelNumbers, frozen: dict[str, ModelNumbers]
 ) -> list[Any]:
-    from qtarget.report.inspection_page import SHOWN
-    from qtarget.report.weights import target_numbers
+    from qtarget.report.inspect.page import SHOWN
+    from qtarget.report.inspect.weights import target_numbers
 
     return [target_numbers(target, rows, live, frozen, name=name, shown=SHOWN) for name, target in targets.items()]
 
@@ -301,7 +301,7 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     """Marks by row and by trained token, where the data has any."""
     import numpy as np
 
-    from qtarget.report.marks import UNPLACED, check_marks, noise_spans, row_marks, token_marks
+    from qtarget.report.inspect.marks import UNPLACED, check_marks, noise_spans, row_marks, token_marks
 
     by_row = row_marks(raw, options.mark)
     check_marks(options.mark, by_row)
@@ -319,7 +319,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
     """The findings of ``qtarget audit-data`` on the same tokens."""
     from qtarget.cli.audit_data import cache_findings, open_cache
     from qtarget.data.checks.tokens import Vocabulary
-    from qtarget.report.audit import audit_data
+    from qtarget.report.audit.document import audit_data
 
     training = config.training
     _, size, ends = loaded

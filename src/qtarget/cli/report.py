@@ -11,7 +11,7 @@ import typer
 from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from qtarget.report.runs import Run
+    from qtarget.report.runs.document import Run
 
 
 def report(
@@ -31,9 +31,9 @@ def report(
     """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
     from qtarget.cli.outputs import check_outputs
     from qtarget.report.page import write_text
-    from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
-    from qtarget.report.run_figures import runs_page, write_pngs
-    from qtarget.report.runs import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
+    from qtarget.report.runs.document import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
+    from qtarget.report.runs.figures import runs_page, write_pngs
+    from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
 
     records = [run / name for run in runs for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE, STATE_FILE)]
     checkpoints = [path for run in runs for path in run.glob("checkpoint-*")]
@@ -67,7 +67,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     """
     from qtarget.data.loading import load_dataset_file
     from qtarget.integrations.trl_rows import score_checkpoints
-    from qtarget.report.run_tokens import token_changes
+    from qtarget.report.runs.tokens import token_changes
 
     steps = dict(run.checkpoints)
     if len(steps) < 2:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 import qtarget
 from qtarget.integrations.samples import RowSamples, with_text
 from qtarget.report.heatmap import MEASURES, heatmap_image
-from qtarget.report.records import (
+from qtarget.report.runs.records import (
     LOG_FILE,
     RUN_FILE,
     SAMPLES_FILE,
@@ -52,7 +52,7 @@ NOT_RECORDED = ("hub_token", "output_dir", "logging_dir", "push_to_hub_token")
 
 
 class LiveRecords(TrainerCallback):
-    """Writes what ``qtarget.report.records`` describes, on the main process; first among the callbacks, see below.
+    """Writes what ``qtarget.report.runs.records`` describes, on the main process; first among the callbacks, see below.
 
     Lines logged before training starts are held back until it does, so that evaluating a finished run changes nothing. A
     resumed run goes on in the same files, without the lines beyond its checkpoint, and in the same TensorBoard folder,

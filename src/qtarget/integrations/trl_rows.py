@@ -13,7 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from qtarget.core.errors import ConfigError
 from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
-from qtarget.report.run_tokens import scored_rows
+from qtarget.report.runs.tokens import scored_rows
 
 DATA_SETTINGS = (
     "max_length",
@@ -31,7 +31,7 @@ DATA_SETTINGS = (
 def score_checkpoints(
     checkpoints: Sequence[Path], rows: Dataset, settings: Mapping[str, Any], tokenizer_path: str | Path | None = None
 ) -> list[list[dict[str, Any]]]:
-    """The rows in ``qtarget.report.run_tokens`` form, once for each checkpoint.
+    """The rows in ``qtarget.report.runs.tokens`` form, once for each checkpoint.
 
     Args:
         checkpoints: folders with model (or adapter) and, unless given otherwise, tokenizer.

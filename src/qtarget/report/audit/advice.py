@@ -65,7 +65,7 @@ class Advice:
 @cache
 def evidence() -> dict[str, Any]:
     """``evidence.json``, which ``scripts/update_evidence.py`` collects from ``benchmarks/results``."""
-    return json.loads(files("qtarget.report").joinpath("evidence.json").read_text(encoding="utf-8"))
+    return json.loads(files("qtarget.report.audit").joinpath("evidence.json").read_text(encoding="utf-8"))
 
 
 def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.data.checks.findings import ROWS_NAMED, Finding
-from qtarget.report.scored import Decode, ScoredTokens
+from qtarget.report.audit.scored import Decode, ScoredTokens
 
 DEVIATIONS = 4.0
 """Robust standard deviations above the median from which an excess is an outlier (Leys et al. 2013 suggest 2 to 3)."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from qtarget.core.errors import DataError
 from qtarget.report.page import finite
-from qtarget.report.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, SCHEMA_VERSION, read_lines
-from qtarget.report.run_tokens import token_changes
+from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, SCHEMA_VERSION, read_lines
+from qtarget.report.runs.tokens import token_changes
 
 METRICS = (
     "nll",

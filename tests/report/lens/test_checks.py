@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtarget.report.lens import look
-from qtarget.report.lens_checks import run_checks
-from qtarget.report.lens_loss import callable_under_lens
+from qtarget.report.lens.checks import run_checks
+from qtarget.report.lens.document import look
+from qtarget.report.lens.losses import callable_under_lens
 
 
 def flat(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.report.distribution import distribution
-from qtarget.report.marks import UNPLACED, scored
-from qtarget.report.quantise import six
+from qtarget.report.inspect.distribution import distribution
+from qtarget.report.inspect.marks import UNPLACED, scored
+from qtarget.report.inspect.quantise import six
+from qtarget.report.inspect.weights import TargetNumbers
 from qtarget.report.tokens import ModelNumbers, TokenRows
-from qtarget.report.weights import TargetNumbers
 
 
 @dataclass(frozen=True)

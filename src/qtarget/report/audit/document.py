@@ -10,10 +10,10 @@ from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.findings import Finding, in_order
 from qtarget.data.checks.text import check_texts
 from qtarget.data.checks.tokens import Vocabulary, check_roles, check_tokens
-from qtarget.report.advice import Advice, facts_of, which_target
-from qtarget.report.noise_checks import check_noise
-from qtarget.report.prior_check import check_prior
-from qtarget.report.scored import check_coverage, score_from_cache
+from qtarget.report.audit.advice import Advice, facts_of, which_target
+from qtarget.report.audit.noise import check_noise
+from qtarget.report.audit.prior import check_prior
+from qtarget.report.audit.scored import check_coverage, score_from_cache
 from qtarget.scoring.cache.reader import ReferenceCache
 
 

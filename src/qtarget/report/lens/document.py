@@ -13,9 +13,9 @@ import torch
 
 from qtarget.core.errors import LossUnderLensError
 from qtarget.core.shapes import Float, Tensor
-from qtarget.report.lens_checks import averages, run_checks
-from qtarget.report.lens_form import Form, Probes, features, fit_form, name_weight, refit, with_label_probs
-from qtarget.report.lens_loss import Loss, gradient
+from qtarget.report.lens.checks import averages, run_checks
+from qtarget.report.lens.form import Form, Probes, features, fit_form, name_weight, refit, with_label_probs
+from qtarget.report.lens.losses import Loss, gradient
 from qtarget.report.page import finite
 
 VERSION = 1

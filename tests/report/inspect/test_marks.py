@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qtarget.data.embedded import base_model_path
-from qtarget.report.marks import token_marks
+from qtarget.report.inspect.marks import token_marks
 
 
 @pytest.fixture(scope="module")

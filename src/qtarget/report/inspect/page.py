@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.report.inspection import Inspection, View, overview, row_means
+from qtarget.report.inspect.inspection import Inspection, View, overview, row_means
+from qtarget.report.inspect.quantise import Codes, quantise
+from qtarget.report.inspect.weights import TargetNumbers
 from qtarget.report.page import pack_column, render_page
-from qtarget.report.quantise import Codes, quantise
 from qtarget.report.tokens import ModelNumbers, TokenRows, spans
-from qtarget.report.weights import TargetNumbers
 
 SHOWN = 5
 """Alternatives of a token that travel in a page."""

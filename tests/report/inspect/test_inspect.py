@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 from qtarget.cli.main import run
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import noise_token_mask
-from qtarget.report.inspection import Inspection, View
-from qtarget.report.inspection_json import json_parts
-from qtarget.report.inspection_page import pack, render_inspection
-from qtarget.report.marks import roc
+from qtarget.report.inspect.document import json_parts
+from qtarget.report.inspect.inspection import Inspection, View
+from qtarget.report.inspect.marks import roc
+from qtarget.report.inspect.page import pack, render_inspection
+from qtarget.report.inspect.quantise import quantise
+from qtarget.report.inspect.weights import TargetNumbers
 from qtarget.report.page import write_text
-from qtarget.report.quantise import quantise
 from qtarget.report.tokens import ModelNumbers, flatten_rows
-from qtarget.report.weights import TargetNumbers
 from qtarget.scoring.cache.reader import ReferenceCache
 from tests import ROOT
 from tests.report.hostile import HOSTILE

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from qtarget.core.errors import HyperparameterError, LossUnderLensError, UnknownTargetError
-from qtarget.report.lens import look
-from qtarget.report.lens_loss import callable_under_lens, load_loss, parse_arguments
+from qtarget.report.lens.document import look
+from qtarget.report.lens.losses import callable_under_lens, load_loss, parse_arguments
 
 CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 

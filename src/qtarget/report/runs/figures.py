@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.report.heatmap import shown
-from qtarget.report.runs import common_evaluation
+from qtarget.report.runs.document import common_evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ import pytest
 
 import qtarget
 from qtarget.data.checks.findings import Finding
-from qtarget.report.advice import evidence, facts_of, which_target
+from qtarget.report.audit.advice import evidence, facts_of, which_target
 from tests import ROOT
 
 

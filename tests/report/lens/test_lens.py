@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import qtarget
-from qtarget.report.lens import SWEEP, gradients, lens, look, random_tokens
-from qtarget.report.lens_checks import averages, describe_scale
-from qtarget.report.lens_form import Probes, fit_form, name_weight
-from qtarget.report.lens_loss import callable_under_lens, load_loss, target_under_lens
+from qtarget.report.lens.checks import averages, describe_scale
+from qtarget.report.lens.document import SWEEP, gradients, lens, look, random_tokens
+from qtarget.report.lens.form import Probes, fit_form, name_weight
+from qtarget.report.lens.losses import callable_under_lens, load_loss, target_under_lens
 from tests.conformance import formulas
 
 CASES = [

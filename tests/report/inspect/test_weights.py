@@ -11,8 +11,8 @@ import torch
 import qtarget
 from qtarget.data.agreement import agreement, confident_choices, context_trust, prior_conflict, prior_reliability
 from qtarget.registry import available_targets
+from qtarget.report.inspect.weights import target_numbers, unavailable
 from qtarget.report.tokens import ModelNumbers, flatten_rows
-from qtarget.report.weights import target_numbers, unavailable
 
 VOCAB, ROWS, LENGTH = 40, 4, 9
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from qtarget.core.errors import LossUnderLensError
-from qtarget.report.lens_batches import ROWS, TIME, VOCAB, Batch, copies, ragged_batch, random_batch
-from qtarget.report.lens_form import with_label_probs
-from qtarget.report.lens_loss import IGNORE, Loss, gradient
+from qtarget.report.lens.batches import ROWS, TIME, VOCAB, Batch, copies, ragged_batch, random_batch
+from qtarget.report.lens.form import with_label_probs
+from qtarget.report.lens.losses import IGNORE, Loss, gradient
 
 TOLERANCE = 1e-3  # relative; losses that compute in float32 reach 1e-5
 BLIND_MAX = 0.01  # share of the model's mass whose logits get no gradient

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.report.inspect.weights import TargetNumbers
 from qtarget.report.tokens import ModelNumbers, TokenRows
-from qtarget.report.weights import TargetNumbers
 
 BINS = 20
 GROUPS_SHOWN = 20

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.report.inspection import Inspection
-from qtarget.report.inspection_page import Packer, TokenView, shorten
-from qtarget.report.quantise import Codes, six
+from qtarget.report.inspect.inspection import Inspection
+from qtarget.report.inspect.page import Packer, TokenView, shorten
+from qtarget.report.inspect.quantise import Codes, six
 
 
 def write_json(path: Path, found: Inspection, document: Mapping[str, Any], packer: Packer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.data.checks.findings import ROWS_NAMED, Finding
-from qtarget.report.scored import Decode, ScoredTokens
+from qtarget.report.audit.scored import Decode, ScoredTokens
 
 CONFIDENCE = 0.9
 """Probability above which the base counts as sure."""

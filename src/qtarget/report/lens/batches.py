@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from qtarget.core.shapes import Tensor
-from qtarget.report.lens_form import with_label_probs
-from qtarget.report.lens_loss import IGNORE, Loss, gradient
+from qtarget.report.lens.form import with_label_probs
+from qtarget.report.lens.losses import IGNORE, Loss, gradient
 
 VOCAB = 128  # over 100: a label of -100 that is not ignored then reads token 28 and raises nothing
 ROWS, TIME = 8, 6
