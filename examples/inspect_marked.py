@@ -21,9 +21,9 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.benchmarks.marked_data import MARKED_DATA, load_story_tokenizer
 from qtarget.cli.main import run
-from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
 
 START = "<|start_story|>"
 

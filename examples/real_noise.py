@@ -23,9 +23,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import qtarget
+from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.benchmarks.marked_data import SOLVERS, load_story_tokenizer
-from qtarget.integrations.trl_score import score
-from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, last_complete_checkpoint
+from qtarget.integrations.sft.score import score
+from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 
 TARGETS = ("sft", "prior_surprise", "dft", "asft", "target_sft")
 

@@ -5,9 +5,9 @@ import tempfile
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import inject_noise
-from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
 
 base = str(base_model_path())
 tokenizer = AutoTokenizer.from_pretrained(base)

@@ -24,12 +24,12 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
 import qtarget
+from qtarget import QTargetConfig
 from qtarget.benchmarks.marked_data import MARKED_DATA, load_story_tokenizer
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import inject_noise, noise_token_mask
-from qtarget.integrations.trl_audit import cut, tokenise
-from qtarget.integrations.trl_score import score
-from qtarget.integrations.trl_sft import QTargetConfig
+from qtarget.integrations.sft.audit import cut, tokenise
+from qtarget.integrations.sft.score import score
 from qtarget.report.audit.noise import row_means, suspected_rows, suspected_tokens, token_threshold
 from qtarget.report.audit.prior import agreed_labels, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, score_from_cache

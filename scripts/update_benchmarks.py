@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.distill_results import distill_figure, distill_table, needed_words, summarize
-from qtarget.benchmarks.distill_runs import METHODS
+from qtarget.benchmarks.distill.results import distill_figure, distill_table, needed_words, summarize
+from qtarget.benchmarks.distill.runs import METHODS
 from qtarget.benchmarks.figure import save_figure
-from qtarget.benchmarks.noise import CELLS
-from qtarget.benchmarks.noise_methods import OTHERS
-from qtarget.benchmarks.noise_results import FILTERED, best_of, noise_figure, noise_table, share_table, words
-from qtarget.benchmarks.prior_results import prior_figure, prior_table
+from qtarget.benchmarks.noise.bench import CELLS
+from qtarget.benchmarks.noise.methods import OTHERS
+from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
+from qtarget.benchmarks.prior.results import prior_figure, prior_table
 from qtarget.benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qtarget.benchmarks.distill_results import needed_words
-from qtarget.benchmarks.noise_results import FILTERED, best_of
+from qtarget.benchmarks.distill.results import needed_words
+from qtarget.benchmarks.noise.results import FILTERED, best_of
 from qtarget.cli.targets import target_rows
 
 ROOT = Path(__file__).parents[1]

@@ -61,7 +61,8 @@ def test_benchmark_commands_run(tmp_path, monkeypatch):
     """As written, but for the size."""
     from typer.testing import CliRunner
 
-    from qtarget.benchmarks import memory, speed
+    from qtarget.benchmarks.speed import losses as speed
+    from qtarget.benchmarks.speed import memory
     from qtarget.cli.app import app
 
     monkeypatch.setattr(memory, "MEMORY", ("sft",))

@@ -27,7 +27,7 @@ def base_model():
 def test_a_step_of_the_loop_is_a_step_of_the_trainer(tokenizer, tmp_path):
     from datasets import Dataset
 
-    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+    from qtarget import QTargetConfig, QTargetTrainer
 
     rows = load_demonstrations("train")[:BATCH]
     args = QTargetConfig(

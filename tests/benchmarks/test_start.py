@@ -12,11 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qtarget.benchmarks import noise as bench
 from qtarget.benchmarks import start as start_module
+from qtarget.benchmarks.noise import bench
 from qtarget.benchmarks.pool import check_settings
 from qtarget.benchmarks.start import Scale, Start, real_texts, skill_texts, start_of, trained_start
-from qtarget.cli.bench import app
+from qtarget.cli.bench.app import app
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations

@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import qtarget
-from qtarget.benchmarks import memory, speed, speed_figure, sweep
+from qtarget.benchmarks.speed import figure as speed_figure
+from qtarget.benchmarks.speed import losses as speed
+from qtarget.benchmarks.speed import memory, sweep
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError
 

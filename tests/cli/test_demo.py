@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qtarget.benchmarks.demo import quick, summarize
-from qtarget.benchmarks.demo_runs import DemoConfig, sample_rows
+from qtarget.benchmarks.demo.bench import quick, summarize
+from qtarget.benchmarks.demo.runs import DemoConfig, sample_rows
 from qtarget.benchmarks.figure import comparison_figure, save_figure
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.seeds import Range, finding, over_seeds, paired_difference

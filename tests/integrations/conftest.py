@@ -84,7 +84,7 @@ SETTINGS = {
 
 @pytest.fixture
 def make_trainer(tmp_path, tokenizer, rows):
-    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+    from qtarget import QTargetConfig, QTargetTrainer
 
     def make(target="sft", *, model=None, data=None, evals=None, models=None, **settings):
         peft = settings.pop("peft_config", None)
@@ -105,8 +105,8 @@ def make_trainer(tmp_path, tokenizer, rows):
 @pytest.fixture
 def cached(tmp_path):
     """A function that scores rows into a cache and returns its folder."""
-    from qtarget.integrations.trl_score import score
-    from qtarget.integrations.trl_sft import QTargetConfig
+    from qtarget import QTargetConfig
+    from qtarget.integrations.sft.score import score
 
     def write(
         model=None,

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import qtarget
-from qtarget.benchmarks import speed
+from qtarget.benchmarks.speed import losses as speed
 from qtarget.core.errors import IncompatibleError
 from qtarget.core.types import Needs, Target, Terms, TokenView
 from qtarget.loss import whole_rows

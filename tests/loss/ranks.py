@@ -51,8 +51,8 @@ def sharded_model(shard: bool) -> dict[str, Tensor]:
     """A small model's loss and gradients through its target head, under FSDP2 or whole."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qtarget.integrations.heads import add_target_head, probe_head
-    from qtarget.integrations.step import TargetStep
+    from qtarget.integrations.shared.heads import add_target_head, probe_head
+    from qtarget.integrations.shared.step import TargetStep
 
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

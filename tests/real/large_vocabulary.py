@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer
+from qtarget import QTargetConfig, QTargetTrainer
 
 TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' }}{%- if m['role'] == 'assistant' -%}"

@@ -13,7 +13,7 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qtarget.benchmarks.serving import ServingConfig, row_lengths, summarise
+from qtarget.benchmarks.scoring.serving import ServingConfig, row_lengths, summarise
 from qtarget.cli.app import app
 from qtarget.data.embedded import base_model_path
 from qtarget.scoring.cache.reader import ReferenceCache

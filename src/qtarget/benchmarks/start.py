@@ -185,7 +185,9 @@ def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[s
         return start
     from datasets import Dataset
 
-    from qtarget.integrations.trl_sft import QTargetConfig, QTargetTrainer, last_complete_checkpoint
+    from qtarget.integrations.sft.config import QTargetConfig
+    from qtarget.integrations.sft.trainer import QTargetTrainer
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 
     say(f"training a base on {len(texts)} real texts and {scale.skill_documents} skill documents")
     rows = texts + skill_texts(scale.skill_documents)

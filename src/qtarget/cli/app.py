@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import audit_data, bench, cache, demo, inspect, lens, noise, report, score, serve, targets, train
+from qtarget.cli import audit_data, cache, demo, inspect, lens, noise, report, score, serve, targets, train
+from qtarget.cli.bench import app as bench
 
 
 def dashed(token: str) -> str:

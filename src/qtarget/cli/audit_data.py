@@ -14,8 +14,8 @@ from qtarget.core.errors import CacheMismatchError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qtarget.cli.config import RunConfig
-    from qtarget.cli.settings import Setting
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.options.settings import Setting
     from qtarget.data.checks.findings import Finding
     from qtarget.report.audit.advice import Advice
     from qtarget.report.audit.document import DataAudit
@@ -41,7 +41,7 @@ def audit_data(
     """Check rows, tokens, masks and the base's surprise; exit code 1 on errors. Any key can be set by `--key value`."""
     from rich.console import Console
 
-    from qtarget.cli.settings import parse_overrides
+    from qtarget.cli.options.settings import parse_overrides
 
     audit = run_audit(source, parse_overrides(context.args), split, json_file)
     if json_file is not None:
@@ -67,9 +67,9 @@ def run_audit(
         DataError: the file is unusable.
         CacheMismatchError: the command line names a cache that is none.
     """
-    from qtarget.cli.config import build_config
-    from qtarget.cli.outputs import check_outputs
-    from qtarget.cli.settings import Setting, read_settings
+    from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.outputs import check_outputs
+    from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.data.loading import READABLE
 
     is_data = source.name.lower().endswith(READABLE)
@@ -105,9 +105,9 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     Args:
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
     """
-    from qtarget.cli.datasets import load_datasets
+    from qtarget.cli.options.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
-    from qtarget.integrations.trl_audit import cut, tokenise
+    from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.report.audit.document import audit_data
 
     training = config.training

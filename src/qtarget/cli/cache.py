@@ -12,7 +12,7 @@ import typer
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
-    from qtarget.integrations.trl_score import TrainingRows
+    from qtarget.integrations.sft.score import TrainingRows
     from qtarget.scoring.cache.schema import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Look at reference caches, check, join, import and export them.")
@@ -89,11 +89,11 @@ def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
     """The rows of a config, tokenised as its training does, and a model that is no part of it."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from qtarget.cli.config import load_config
-    from qtarget.cli.datasets import load_datasets
-    from qtarget.cli.train import set_model_arguments
-    from qtarget.integrations.teacher import load_named
-    from qtarget.integrations.trl_score import training_rows
+    from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.models import set_model_arguments
+    from qtarget.integrations.sft.score import training_rows
+    from qtarget.integrations.shared.frozen import load_named
 
     run = load_config(config, arguments)
     train_rows, validation_rows = load_datasets(run)
@@ -167,7 +167,7 @@ def import_(
     from transformers import AutoTokenizer
 
     from qtarget.cli.score import print_scored
-    from qtarget.integrations.teacher import load_named
+    from qtarget.integrations.shared.frozen import load_named
     from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
     from qtarget.scoring.exchange.foreign import import_rows
 
@@ -194,7 +194,7 @@ def export(
     output: Annotated[Path, typer.Option(help="New folder.")],
 ) -> None:
     """Write a cache in the columns of another project."""
-    from qtarget.cli.config import load_config
+    from qtarget.cli.options.config import load_config
     from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.exchange.export import export_rows
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.benchmarks.demo import noise_words, quick, run_demo
-from qtarget.benchmarks.demo_runs import DemoConfig
-from qtarget.cli.outputs import progress_bar
+from qtarget.benchmarks.demo.bench import noise_words, quick, run_demo
+from qtarget.benchmarks.demo.runs import DemoConfig
+from qtarget.cli.options.outputs import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table

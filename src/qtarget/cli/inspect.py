@@ -15,7 +15,7 @@ from qtarget.core.errors import CacheMismatchError, ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from qtarget.cli.config import RunConfig
+    from qtarget.cli.options.config import RunConfig
     from qtarget.core.types import Target
     from qtarget.report.inspect.inspection import Inspection
     from qtarget.report.tokens import ModelNumbers, TokenRows
@@ -64,9 +64,9 @@ def inspect(
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
-    from qtarget.cli.config import build_config
-    from qtarget.cli.outputs import check_outputs
-    from qtarget.cli.settings import Setting, read_settings
+    from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.outputs import check_outputs
+    from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.report.inspect.document import write_json
     from qtarget.report.inspect.page import pack, render_inspection
     from qtarget.report.page import write_text
@@ -99,8 +99,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         CacheMismatchError: the cache is of other rows.
     """
     from qtarget.cli.audit_data import load_tokenizer
-    from qtarget.cli.datasets import load_datasets
-    from qtarget.integrations.trl_audit import cut, tokenise
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.report.inspect.inspection import Inspection, View
     from qtarget.report.inspect.page import ids_shown
     from qtarget.report.texts import token_texts
@@ -155,7 +155,7 @@ def _data_weights(data: Dataset, tokens: Any) -> list[dict[str, Any]]:
     """``loss_weights`` of each row as training reads them, or nothing."""
     import numpy as np
 
-    from qtarget.integrations.trl_data import ROW, has_weights, token_weights
+    from qtarget.integrations.sft.columns import ROW, has_weights, token_weights
 
     if not has_weights(data):
         return [{} for _ in tokens.rows]
@@ -208,7 +208,7 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qtarget.integrations.heads import probe_head
+    from qtarget.integrations.shared.heads import probe_head
     from qtarget.report.tokens import numbers_from_source
     from qtarget.scoring.sources.local import LocalSource
 
@@ -234,7 +234,7 @@ def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
     """
     import re
 
-    from qtarget.cli.settings import parse_yaml
+    from qtarget.cli.options.settings import parse_yaml
     from qtarget.registry import get_target
 
     own = config.training.target

@@ -29,7 +29,7 @@ def lens(
 
     `package.module:function` is imported, so its code runs; the current directory is searched after the installed packages.
     """
-    from qtarget.cli.outputs import check_outputs
+    from qtarget.cli.options.outputs import check_outputs
     from qtarget.report.lens.document import lens as look_through
     from qtarget.report.lens.losses import load_loss
     from qtarget.report.lens.page import lens_figure, lens_page, save_figure

@@ -23,7 +23,7 @@ def noise(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT.")] = False,
 ) -> None:
     """Inject noise of one kind; every touched character is marked in `noise_spans`."""
-    from qtarget.cli.outputs import check_outputs
+    from qtarget.cli.options.outputs import check_outputs
     from qtarget.data.loading import load_rows
     from qtarget.data.noise import inject_noise
 

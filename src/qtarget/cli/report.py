@@ -29,7 +29,7 @@ def report(
     to_step: Annotated[int | None, typer.Option("--to-step", help="... to this one; default: last.")] = None,
 ) -> None:
     """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
-    from qtarget.cli.outputs import check_outputs
+    from qtarget.cli.options.outputs import check_outputs
     from qtarget.report.page import write_text
     from qtarget.report.runs.document import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
     from qtarget.report.runs.figures import runs_page, write_pngs
@@ -66,7 +66,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
         DataError: the run has no two checkpoints, or none at a step.
     """
     from qtarget.data.loading import load_dataset_file
-    from qtarget.integrations.trl_rows import score_checkpoints
+    from qtarget.integrations.sft.rows import score_checkpoints
     from qtarget.report.runs.tokens import token_changes
 
     steps = dict(run.checkpoints)

@@ -11,7 +11,7 @@ import typer
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qtarget.cli.config import RunConfig
+    from qtarget.cli.options.config import RunConfig
     from qtarget.scoring.cache.schema import Manifest
     from qtarget.scoring.sources.engines import EngineChoice
 
@@ -51,7 +51,7 @@ def score(
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
-    from qtarget.cli.config import load_config
+    from qtarget.cli.options.config import load_config
     from qtarget.scoring.sources.engines import EngineChoice
 
     chosen = EngineChoice(
@@ -84,7 +84,7 @@ def run_scoring(
 
     Args:
         storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows`` and ``known`` of
-            ``qtarget.integrations.trl_score.score``.
+            ``qtarget.integrations.sft.score.score``.
 
     Raises:
         ConfigError: a teacher is to be scored and the config names none, or one that is nowhere.
@@ -92,10 +92,10 @@ def run_scoring(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from qtarget.cli.datasets import load_datasets
-    from qtarget.cli.train import set_model_arguments
-    from qtarget.integrations.teacher import load_named
-    from qtarget.integrations.trl_score import score as score_config
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.models import set_model_arguments
+    from qtarget.integrations.sft.score import score as score_config
+    from qtarget.integrations.shared.frozen import load_named
 
     train_rows, validation_rows = load_datasets(config)
     set_model_arguments(config)

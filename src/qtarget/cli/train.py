@@ -15,7 +15,7 @@ from qtarget.core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from qtarget.cli.config import RunConfig
+    from qtarget.cli.options.config import RunConfig
 
 CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
 TEACHER_CACHE = "teacher_cache"
@@ -33,7 +33,7 @@ def train(
     ],
 ) -> None:
     """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
-    from qtarget.cli.config import load_config
+    from qtarget.cli.options.config import load_config
 
     run_training(load_config(config, context.args))
 
@@ -48,7 +48,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
         ConfigError: the output folder holds an earlier run and ``resume`` is not set.
         ScoringServerError: the teacher is a URL, and its server fails or is not what it should be.
     """
-    from qtarget.cli.datasets import load_datasets
+    from qtarget.cli.options.datasets import load_datasets
 
     checkpoint = starting_point(config)
     if config.training.teacher_url is not None:
@@ -68,7 +68,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 2),
         "resumed_from": checkpoint,
-        "warnings": [f"{name} data: {line}" for name, lines in trainer.audits.items() for line in lines],
+        "warnings": [f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines],
     }
     if trainer.is_world_process_zero():
         write_records(output, config, summary)
@@ -133,7 +133,8 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
     """The trainer that ``trl sft`` would build, with our loss."""
     from trl import get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
 
-    from qtarget.integrations.trl_sft import QTargetTrainer
+    from qtarget.cli.options.models import set_model_arguments
+    from qtarget.integrations.sft.trainer import QTargetTrainer
 
     set_model_arguments(config)
     return QTargetTrainer(
@@ -146,34 +147,13 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
     )
 
 
-def set_model_arguments(config: RunConfig) -> None:
-    """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    from transformers import AutoConfig
-
-    from qtarget.integrations.teacher import load_named
-
-    model, training = config.model, config.training
-    remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    load_named(AutoConfig, "model_name_or_path", str(model.model_name_or_path), **remote)
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "trust_remote_code": training.trust_remote_code,
-    } | (training.model_init_kwargs or {})  # pyright: ignore[reportOperatorIssue]
-
-
 def starting_point(config: RunConfig) -> str | None:
     """The checkpoint to go on from, or None; refuses to write over an earlier run.
 
     Raises:
         ConfigError: see the message.
     """
-    from qtarget.integrations.trl_sft import last_complete_checkpoint
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 
     output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
     if explicit is not None:
@@ -226,7 +206,7 @@ def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -
     """Write ``qtarget_config.yaml`` (``qtarget train`` reads it again) and ``train_summary.json``."""
     import yaml
 
-    from qtarget.cli.config import resolved_settings
+    from qtarget.cli.options.config import resolved_settings
 
     settings = resolved_settings(config)
     (output / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -43,7 +43,7 @@ def load(settings: ServeSettings) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qtarget.integrations.heads import probe_head
+    from qtarget.integrations.shared.heads import probe_head
 
     trust = {"trust_remote_code": settings.trust_remote_code}
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)

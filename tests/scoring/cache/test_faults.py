@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qtarget.benchmarks.cache import CacheConfig, SyntheticTeacher, modes
-from qtarget.benchmarks.cache import provenance as provenance_of
-from qtarget.benchmarks.reading import anonymous_memory
+from qtarget.benchmarks.scoring.cache import CacheConfig, SyntheticTeacher, modes
+from qtarget.benchmarks.scoring.cache import provenance as provenance_of
+from qtarget.benchmarks.scoring.reading import anonymous_memory
 from qtarget.core.errors import CacheMismatchError, ConfigError, StorageError
 from qtarget.scoring.cache import decoded
 from qtarget.scoring.cache.columns import compact

@@ -9,8 +9,8 @@ import torch
 import qtarget
 from qtarget.core.errors import HyperparameterError, IncompatibleError
 from qtarget.core.types import Reference
-from qtarget.integrations.step import REFERENCE_FIELDS
-from qtarget.integrations.trl_data import cached_columns
+from qtarget.integrations.sft.collator import cached_columns
+from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.columns import compact, expand
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.writer import uniforms, write_cache

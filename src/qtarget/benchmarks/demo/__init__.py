@@ -1,0 +1,1 @@
+"""``qtarget demo``: several targets on the same noisy rows."""

@@ -1,0 +1,1 @@
+"""``qtarget bench distill``: how much data does a distribution save."""

@@ -1,0 +1,1 @@
+"""``qtarget bench noise``: which targets survive noise."""

@@ -1,0 +1,203 @@
+"""`qtarget bench noise`: which targets survive noise, by how much the base already knows.
+
+The protocol, the same for every method: at each point of the map it tunes its learning rate, then its own
+hyper-parameter, on noisy validation rows (judged by what those rows state), with a seed of their own. The chosen pair is
+then run on ``seeds`` draws of noise and order, and only then are the clean test prompts asked. All runs have equal steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qtarget.benchmarks.machine import machine_facts, versions
+from qtarget.benchmarks.noise.methods import CHOSEN, OTHERS, PRACTICE, Method, methods
+from qtarget.benchmarks.noise.results import summarize, untrained_key
+from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting
+from qtarget.benchmarks.pool import (
+    WORKERS,
+    Progress,
+    RunLog,
+    Workers,
+    check_settings,
+    one_thread,
+    quiet_libraries,
+    save_results,
+)
+from qtarget.benchmarks.start import Start, claim
+from qtarget.benchmarks.tasks import make_base, task_set
+from qtarget.core.errors import ConfigError
+
+TUNING_SEED = 1000
+RANDOM = "random_tokens"
+NAMES = tuple(method.name for method in (*PRACTICE, *CHOSEN))
+CELLS = (
+    *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.1, 0.2, 0.4)),
+    *(Cell("half", RANDOM, rate) for rate in (0.0, 0.4)),
+    *(Cell(base, "wrong_answer", 0.4) for base in ("none", "most")),
+    *(Cell("most", kind, 0.4) for kind in ("contradictory_duplicate", "boilerplate", "cue")),
+)
+SCREEN = (Cell("none", RANDOM, 0.4), Cell("most", RANDOM, 0.4))
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Defaults are the full setting.
+
+    Attributes:
+        tasks, data: see `task_set`.
+        cells: points of the map; rate 0 is there once, under the kind ``random_tokens``.
+        names: methods that stand at every point.
+        screen: points at which the remaining targets are run as well.
+        seeds: draws of noise and order of the final runs.
+        steps: optimizer steps of 16 rows.
+        learning_rates: the grid, the first for the base that knows nothing; all methods share it.
+        workers: processes of one thread.
+        start: what the bases begin with.
+    """
+
+    tasks: str = "embedded"
+    data: str | None = None
+    cells: tuple[Cell, ...] = CELLS
+    names: tuple[str, ...] = NAMES
+    screen: tuple[Cell, ...] = SCREEN
+    seeds: int = 5
+    steps: int = 40
+    learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
+    workers: int = WORKERS
+    start: Start = field(default_factory=Start)
+
+    def __post_init__(self) -> None:
+        if min(self.seeds, self.steps, self.workers) < 1:
+            raise ConfigError(
+                f"seeds {self.seeds}, steps {self.steps}, workers {self.workers}; expected at least 1 each"
+            )
+        methods(self.names)
+
+    def methods_at(self, cell: Cell) -> list[Method]:
+        """Those that mean something there."""
+        found = list(methods(self.names))
+        if cell in self.screen:
+            found += [method for method in OTHERS if method.name not in self.names]
+        if not cell.rate:  # nothing is marked, and the rows are the clean ones
+            return [method for method in found if method.rows != "marked"]
+        return found
+
+    def runs(self) -> int:
+        """How many there are in all: learning rates, then the other values of the grid, then seeds."""
+        found = [method for cell in dict.fromkeys((*self.cells, *self.screen)) for method in self.methods_at(cell)]
+        return sum(len(self.learning_rates) + len(method.grid) - 1 + self.seeds for method in found)
+
+
+SCAN = NoiseConfig(
+    tasks="scan",
+    cells=(
+        *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.2, 0.4)),
+        *(Cell(base, "wrong_answer", 0.4) for base in ("none", "most")),
+    ),
+    names=("sft", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
+    screen=(),
+)
+"""Data on which no target of ours was designed."""
+MATH = replace(
+    SCAN,
+    tasks="math",
+    cells=tuple(Cell(base, RANDOM, rate) for base in ("most", "none") for rate in (0.4, 0.0)),
+)
+"""The same of real questions, which are three times as long."""
+REAL = {"scan": SCAN, "math": MATH}
+GPU = NoiseConfig(
+    cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
+    names=("sft", "sft, filtered rows", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
+    screen=(), seeds=3,
+)  # fmt: skip
+"""For a base of tens of millions of parameters."""
+QUICK = NoiseConfig(
+    cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
+    learning_rates=(1e-3,),
+)  # fmt: skip
+"""For continuous integration: enough to see an ordering with a wide margin, not for conclusions."""
+
+
+def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+    """Run the map, cell by cell; results are saved after each.
+
+    Args:
+        output: JSON; finished runs stand beside it in ``.runs.jsonl``, bases in ``.bases``.
+        resume: go on with the finished runs there.
+        progress: called with runs done, runs in all, and what was done last.
+    """
+    check_settings(output, resume, {name: asdict(config)[name] for name in ("tasks", "steps", "start")})
+    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
+    bases, total = output.with_suffix(".bases"), config.runs()
+    data = Path(config.data) if config.data else None
+    claim(bases, {"tasks": config.tasks, "start": asdict(config.start)})
+    setting = Setting(config.tasks, data, bases, config.steps, config.start)
+    with quiet_libraries(), one_thread():
+        task = task_set(config.tasks, data)
+        for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
+            progress(len(log.runs), total, f"making the base that knows {base} of the format")
+            make_base(task, base, bases, config.start)
+        here = NoiseWorker(setting)
+        untrained = untrained_accuracies(config, here)
+    cells: list[dict[str, Any]] = []
+    results = {
+        "benchmark": "noise", "config": asdict(config), "untrained": untrained, "cells": cells,
+        "machine": machine_facts(), "versions": versions(),
+    }  # fmt: skip
+    with Workers(config.workers, NoiseWorker, setting) as workers:
+        for cell in dict.fromkeys((*config.cells, *config.screen)):
+
+            def done(job: Any, cell: Cell = cell) -> None:
+                progress(len(log.runs), total, f"{cell.base}, {cell.kind} {cell.rate:g}: {job.method}")
+
+            chosen = tuned(workers, log, cell, config, done)
+            jobs = [replace(job, seed=seed, tuning=False) for job in chosen for seed in range(config.seeds)]
+            found = workers.run(jobs, log, done)
+            cells.append({**cell_results(cell, chosen, found, config.seeds), "base_knows": here.base_knows(cell)})
+            results["summary"] = summarize(results)
+            save_results(output, results)
+    return results
+
+
+def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: Callable[[Any], None]) -> list[Job]:
+    """For each method the best job on noisy validation rows: first over learning rates, then over its own grid.
+
+    Of equals the first of the grid is taken.
+    """
+    found = config.methods_at(cell)
+    rates = [
+        [Job(cell, method.name, rate, method.grid[0], TUNING_SEED, True) for rate in config.learning_rates]
+        for method in found
+    ]
+    best = _best(workers, log, rates, done)
+    values = [[replace(job, value=value) for value in method.grid] for job, method in zip(best, found, strict=True)]
+    return _best(workers, log, values, done)
+
+
+def _best(workers: Workers, log: RunLog, groups: list[list[Job]], done: Callable[[Any], None]) -> list[Job]:
+    scores = iter(workers.run([job for group in groups for job in group], log, done))
+    scored = [[(next(scores)["accuracy_percent"], -i, job) for i, job in enumerate(group)] for group in groups]
+    return [max(group)[2] for group in scored]
+
+
+def cell_results(cell: Cell, chosen: Sequence[Job], found: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    """One cell of the results: per method what was chosen and what each seed reached."""
+    runs = {job.method: found[i * seeds : (i + 1) * seeds] for i, job in enumerate(chosen)}
+    return {
+        **asdict(cell),
+        "chosen": {job.method: {"learning_rate": job.learning_rate, "value": job.value} for job in chosen},
+        "runs": runs,
+    }
+
+
+def untrained_accuracies(config: NoiseConfig, worker: NoiseWorker) -> dict[str, dict[str, float]]:
+    """What each base does before training, on clean prompts and (key ``base, cue``) on misleading ones."""
+    out = {}
+    for cell in dict.fromkeys((*config.cells, *config.screen)):
+        key = untrained_key(cell.base, cell.kind)
+        if key not in out:
+            out[key] = worker.test(worker.base(cell.base), cell)
+    return out

@@ -1,0 +1,248 @@
+"""One run of `bench noise`: rows with noise, a base, a method, a recipe; what the model can do afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.benchmarks.noise.methods import METHODS, Method
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import BATCH_SIZE, Check, Row, task_set
+from qtarget.core.types import DATA_FIELDS, Reference
+from qtarget.data import tasks
+from qtarget.data.agreement import confident_choices, counted_fields
+from qtarget.data.noise import NOISE_KINDS, inject_noise
+
+KINDS = (*NOISE_KINDS, "cue")
+CHECKPOINTS = 5
+"""How often early stopping looks."""
+NEW_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the map: how much the base knows, and what noise the rows have."""
+
+    base: str
+    kind: str
+    rate: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. ``tuning`` runs answer noisy validation rows, the others the clean test rows."""
+
+    cell: Cell
+    method: str
+    learning_rate: float
+    value: float
+    seed: int
+    tuning: bool
+
+    @property
+    def key(self) -> str:
+        """Names the run in the file of finished runs."""
+        parts = (*vars(self.cell).values(), self.method, self.learning_rate, self.value, self.seed)
+        return "|".join(map(str, (*parts, "tuning" if self.tuning else "test")))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share: the rows, the folder of the bases (by name), the number of steps, what the bases began with."""
+
+    tasks: str
+    data: Path | None
+    bases: Path
+    steps: int
+    start: Start = field(default_factory=Start)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Noisy rows with what the base says of them."""
+
+    rows: list[Encoded]
+    known: list[Reference]
+
+
+class NoiseWorker:
+    """Runs jobs; keeps rows and the base's numbers between them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.task = setting, task_set(setting.tasks, setting.data)
+        self.tokenizer = setting.start.tokenizer()
+        self.material = lru_cache(maxsize=8 if setting.start.device == "cpu" else 2)(self._material)
+
+    def __call__(self, job: Job) -> dict[str, float | None]:
+        method, cell = METHODS[job.method], job.cell
+        material = self.material(cell, job.seed)
+        rows, known = chosen_rows(method, job.value, material)
+        model, target = self.base(cell.base), method.build(job.value)
+        recipe = Recipe(job.learning_rate, BATCH_SIZE, self.setting.steps, job.seed)
+        keeper = BestCheckpoint(self, model, cell, job.seed) if method.stops_early else None
+        needs = target.needs
+        trained = fine_tune(
+            model, rows, target, recipe, reference=known if needs.reference else None,
+            teacher=known if needs.teacher else None, after_step=keeper,
+        )  # fmt: skip
+        if keeper:
+            keeper.restore()
+        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell)
+        return {**found, "noise_share": trained.noise_share}
+
+    def base(self, name: str) -> Any:
+        return self.setting.start.load(self.setting.bases / f"{self.task.name}-{name}")
+
+    def base_knows(self, cell: Cell) -> dict[str, float]:
+        """What an audit of the rows would measure of the base: share of labels that are its first choice; reliability."""
+        material = self.material(cell, 0)
+        first = [
+            known.log_probs.argmax(-1).cpu() == torch.tensor(row.completion)  # pyright: ignore[reportOptionalMemberAccess]
+            for known, row in zip(material.known, material.rows, strict=True)
+        ]
+        reliability = torch.cat([known.reliability for known in material.known])  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return {
+            "favourite_share": round(float(torch.cat(first).float().mean()), 4),
+            "reliability": round(float(reliability.mean()), 4),
+        }
+
+    def _material(self, cell: Cell, seed: int) -> Material:
+        rows = noisy_rows(self.task.train, cell, seed, self.tokenizer)
+        encoded = encode(self.tokenizer, rows)
+        return Material(encoded, known_of(self.base(cell.base), encoded))
+
+    def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
+        """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
+        rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
+        return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
+
+    def test(self, model: Any, cell: Cell) -> dict[str, float]:
+        """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows."""
+        rows = self.task.test
+        asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows
+        log_probs = completion_log_probs(model, encoded := encode(self.tokenizer, rows))
+        nll = [-of_labels(values, row) for values, row in zip(log_probs, encoded, strict=True)]
+        return {
+            "accuracy_percent": accuracy(model, self.tokenizer, asked, self.task.check),
+            "kept_percent": accuracy(model, self.tokenizer, self.task.kept, self.task.check_kept),
+            "nll": float(torch.cat(nll).mean()),
+        }
+
+
+class BestCheckpoint:
+    """Early stopping with hindsight: the best of five looks at the noisy validation rows; `fine_tune` calls it."""
+
+    def __init__(self, worker: NoiseWorker, model: Any, cell: Cell, seed: int) -> None:
+        self.worker, self.model, self.cell, self.seed = worker, model, cell, seed
+        self.every = max(1, worker.setting.steps // CHECKPOINTS)
+        self.best, self.weights = -1.0, None
+
+    def __call__(self, steps_done: int) -> bool:
+        if steps_done % self.every == 0:
+            found = self.worker.validation(self.model, self.cell, self.seed)["accuracy_percent"]
+            if found > self.best:
+                self.best = found
+                self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return False
+
+    def restore(self) -> None:
+        assert self.weights is not None, "steps >= 1, so it looked at least once"
+        self.model.load_state_dict(self.weights)
+
+
+def accuracy(model: Any, tokenizer: Any, rows: Sequence[Row], check: Check = tasks.check) -> float:
+    """Percent of the rows that the model answers."""
+    prompts = [row["prompt"] for row in rows]
+    texts = greedy_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=300)
+    return round(accuracy_percent(rows, texts, check), 3)
+
+
+def noisy_rows(rows: list[Row], cell: Cell, seed: int, tokenizer: Any) -> list[Row]:
+    """The rows with the cell's noise, marked."""
+    if not cell.rate:
+        return [{**row, "noise_spans": []} for row in rows]
+    if cell.kind == "cue":
+        return planted_cues(rows, cell.rate, seed)
+    return inject_noise(rows, kind=cell.kind, rate=cell.rate, seed=seed, tokenizer=tokenizer)
+
+
+def planted_cues(rows: Sequence[Row], rate: float, seed: int) -> list[Row]:
+    """A share of the prompts tell the answer beforehand; the tokens that can be copied from there are marked."""
+    random = Random(f"{seed}-cue")
+    told = set(random.sample(range(len(rows)), round(rate * len(rows))))
+    out = []
+    for index, row in enumerate(rows):
+        start = row["completion"].rindex(str(row["answer"]))
+        spans = [[start, start + len(str(row["answer"])), "cue"]] if index in told else []
+        out.append(with_cue(row, row["answer"], spans) if spans else {**row, "noise_spans": []})
+    return out
+
+
+def misleading_cues(rows: Sequence[Row]) -> list[Row]:
+    """Every prompt with the answer of another row of the same skill, which is wrong."""
+    random, out = Random("misleading"), []
+    for row in rows:
+        others = [o["answer"] for o in rows if o["skill"] == row["skill"] and o["answer"] != row["answer"]]
+        out.append(with_cue(row, random.choice(others), []))
+    return out
+
+
+def with_cue(row: Row, answer: str, spans: list[Any]) -> Row:
+    """The row with a note in front of its prompt."""
+    return {**row, "prompt": f"Note {answer}\n{row['prompt']}", "noise_spans": spans}
+
+
+def stated_answers(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose response states one answer, which counts as the right one."""
+    stated = [(row, tasks.extract_answer(row["completion"])) for row in rows]
+    return [{**row, "answer": answer} for row, answer in stated if answer is not None]
+
+
+def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
+    """All the base knows of the rows' completions, and what the rows say of one another (``types.DATA_FIELDS``)."""
+    log_probs = completion_log_probs(base, rows)
+    labels = [of_labels(values, row) for values, row in zip(log_probs, rows, strict=True)]
+    masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
+    ids, numbers = [row.prompt + row.completion for row in rows], [label.cpu().numpy() for label in labels]
+    said = [confident_choices(*_first_choices(values)) for values in log_probs]
+    found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS), said)
+    return [
+        Reference(
+            label_log_probs=label,
+            log_probs=values,
+            **{name: torch.from_numpy(of_rows[i]).to(label.device) for name, of_rows in found.items()},  # pyright: ignore[reportArgumentType]
+        )
+        for i, (label, values) in enumerate(zip(labels, log_probs, strict=True))
+    ]
+
+
+def _first_choices(log_probs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    first = log_probs.max(-1, keepdim=True)
+    return first.indices.cpu().numpy(), first.values.cpu().numpy()
+
+
+def of_labels(log_probs: torch.Tensor, row: Encoded) -> torch.Tensor:
+    """``[completion]`` of ``[completion, vocab]``: the row's own tokens."""
+    return log_probs.gather(-1, torch.tensor(row.completion, device=log_probs.device)[:, None])[:, 0]
+
+
+def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[Encoded], list[Reference]]:
+    """The rows that a method trains on, with the base's numbers."""
+    if method.rows == "marked":
+        kept = [replace(row, left_out=row.noise) for row in material.rows]
+        return kept, material.known
+    if method.rows != "filtered":
+        return material.rows, material.known
+    assert all(known.label_log_probs is not None for known in material.known)
+    surprise = [-float(known.label_log_probs.mean()) for known in material.known]  # pyright: ignore[reportOptionalMemberAccess]
+    calm = sorted(range(len(surprise)), key=surprise.__getitem__)[: max(1, round(value * len(surprise)))]
+    return [material.rows[i] for i in calm], [material.known[i] for i in calm]

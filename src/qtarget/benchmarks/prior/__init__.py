@@ -1,0 +1,1 @@
+"""``qtarget bench prior``: is a flawed prior amplified, and what does the guard mend."""

@@ -1,0 +1,1 @@
+"""What scoring once, serving, caching and reading cost."""

@@ -1,0 +1,1 @@
+"""How fast and how small: the loss, and a whole step of training."""

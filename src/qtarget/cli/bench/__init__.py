@@ -1,0 +1,1 @@
+"""``qtarget bench``: a file for each kind of measurement."""

@@ -1,0 +1,20 @@
+"""``qtarget bench``: its commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from qtarget.cli.bench import proof, scoring, speed
+
+app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+for command in (
+    *(speed.speed, speed.sweep, speed.figure, speed.trainer),
+    *(scoring.score, scoring.serve, scoring.cache, scoring.reading),
+    *(proof.noise, proof.distill, proof.prior),
+):
+    app.command(command.__name__)(command)
+
+
+@app.callback()
+def options() -> None:
+    """Measurements that anyone can repeat."""

@@ -1,0 +1,124 @@
+"""``qtarget bench noise | distill | prior``: the claims, tested."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qtarget.benchmarks.pool import WORKERS, refuse_earlier
+from qtarget.benchmarks.start import Start, start_of
+from qtarget.cli.options.outputs import check_writable, progress_bar, saver
+from qtarget.core.errors import ConfigError
+
+Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of real data: tasks, and texts for --scale gpu.")]
+Scale = Annotated[
+    str, typer.Option(help="cpu: the embedded base; gpu: a base of 36 million parameters, trained first on real texts.")
+]
+Corpus = Annotated[Path | None, typer.Option(help="Text file for --scale gpu; paragraphs are apart by a blank line.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes of one thread each; on a CPU numbers do not depend on it.")
+]
+
+
+def distill(
+    output: Output = Path("runs/distill.json"),
+    is_quick: Annotated[bool, typer.Option("--quick", help="Three methods, one seed: a smoke test.")] = False,
+    is_long: Annotated[
+        bool, typer.Option("--long", help="Eight methods, 300 steps instead of 80: rows are scarce, and not steps.")
+    ] = False,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    data: Data = None,
+    corpus: Corpus = None,
+) -> None:
+    """Does a student match cross entropy on a teacher's text with less data when it sees the teacher's distribution?"""
+    from qtarget.benchmarks.distill.bench import DistillConfig, long, quick, run_distill
+    from qtarget.benchmarks.distill.results import distill_figure, distill_table
+
+    if is_quick and is_long:
+        raise ConfigError("--quick and --long contradict each other; give one of them")
+    check_writable(output)
+    start, full = started(scale, data, corpus, output, resume, is_quick), DistillConfig()
+    config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
+    config = replace(config, learning_rates=start.rates(config.learning_rates))
+    with progress_bar() as advance:
+        results = run_distill(config, output, resume=resume, progress=advance)
+    saver(output)(results)
+    show(results["finding"], output, distill_table(results), distill_figure(results), f"{results['seconds']:.0f} s; ")
+
+
+def noise(
+    output: Output = Path("runs/noise.json"),
+    tasks: Annotated[str, typer.Option(help="embedded, scan or math (the last two with --data).")] = "embedded",
+    data: Data = None,
+    is_quick: Annotated[
+        bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
+    ] = False,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    corpus: Corpus = None,
+) -> None:
+    """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
+    from qtarget.benchmarks.noise.bench import GPU, QUICK, REAL, NoiseConfig, run_noise
+    from qtarget.benchmarks.noise.results import noise_figure, noise_table
+    from qtarget.benchmarks.tasks import task_set
+
+    check_writable(output)
+    task_set(tasks, data)  # says what is missing before a base is trained
+    start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)
+    full = GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
+    config = replace(
+        QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
+    )
+    config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
+    with progress_bar() as advance:
+        results = run_noise(config, output, resume=resume, progress=advance)
+    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
+
+
+def prior(
+    output: Output = Path("runs/prior.json"),
+    is_quick: Annotated[bool, typer.Option("--quick", help="Two targets, one flaw, one seed: a smoke test.")] = False,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
+    scale: Scale = "cpu",
+    data: Data = None,
+    corpus: Corpus = None,
+) -> None:
+    """Is a flawed prior amplified, and what does the guard against it correct and cost?"""
+    from qtarget.benchmarks.prior.bench import QUICK, PriorConfig, run_prior
+    from qtarget.benchmarks.prior.results import prior_figure, prior_table
+
+    check_writable(output)
+    start = started(scale, data, corpus, output, resume, is_quick)
+    config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
+    with progress_bar() as advance:
+        results = run_prior(config, output, resume=resume, progress=advance)
+    show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
+
+
+def started(scale: str, data: Path | None, corpus: Path | None, output: Path, resume: bool, is_quick: bool) -> Start:
+    """The model that all bases begin with; a larger one is trained beside the results, if runs may begin there."""
+    refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
+    return start_of(scale, data, corpus, output.with_suffix(".start"), typer.echo, is_quick)
+
+
+def show(finding: str, output: Path, table: str, figure: Any, took: str = "") -> None:
+    """Table and finding on the terminal, the figure beside the results."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qtarget.benchmarks.figure import save_figure
+
+    save_figure(figure, output.with_suffix(".png"))
+    console = Console()
+    console.print(Markdown(table))
+    console.print(finding, soft_wrap=True, highlight=False)
+    console.print(f"{took}{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)

@@ -1,0 +1,1 @@
+"""What the verbs share: settings, configs, rows, models, and where results go."""

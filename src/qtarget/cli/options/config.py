@@ -1,0 +1,250 @@
+"""From a config file and overrides to TRL's and our own config objects."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtarget.cli.options.settings import Setting, coerce, read_settings
+from qtarget.core.errors import ConfigError, QTargetError
+
+if TYPE_CHECKING:
+    from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    from qtarget.integrations.sft.config import QTargetConfig
+
+PATH_KEYS = (
+    "train_file",
+    "validation_file",
+    "model_name_or_path",
+    "reference_cache",
+    "teacher_cache",
+    "teacher",
+    "reference_model_name_or_path",
+    "teacher_model_name_or_path",
+    "chat_template_path",
+)
+SECRET_KEYS = ("hub_token",)
+COUNTED = {
+    "include_num_input_tokens_seen": "non_padding"
+}  # the one default that is not TRL's: the summary states tokens
+# What other tools call it; too far from our spelling for difflib.
+OTHER_NAMES = {
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "data": "train_file",
+    "eval_file": "validation_file",
+    "test_file": "validation_file",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "objective": "target",
+    "loss": "target",
+    "torch_dtype": "dtype",
+    "resume_from": "resume_from_checkpoint",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows come from, and whether to go on with an earlier run.
+
+    Attributes:
+        train_file, validation_file: ``.jsonl``, ``.json`` (either with ``.gz``), ``.csv`` or ``.parquet``.
+        dataset_name, dataset_config, dataset_train_split, dataset_test_split: a data set on the hub or in a folder,
+            as TRL's ``ScriptArguments``.
+        resume: go on from the last complete checkpoint in ``output_dir``.
+    """
+
+    train_file: str | None = None
+    validation_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.dataset_name is None):
+            both = "both are given" if self.train_file else "neither is given"
+            raise ConfigError(f"set train_file (a file) or dataset_name (the hub), one of them; {both}")
+        if self.validation_file is not None and self.dataset_name is not None:
+            raise ConfigError("validation_file goes with train_file; with dataset_name use dataset_test_split")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run needs, and what of it the user said.
+
+    Attributes:
+        given: the user's settings, typed, with paths resolved.
+    """
+
+    training: QTargetConfig
+    model: ModelConfig
+    data: DataConfig
+    given: Mapping[str, Any]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Files, folders and hub names that a run reads."""
+        return [self.given[key] for key in PATH_KEYS if self.given.get(key) is not None]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Parse, check and build; no model and no data are loaded.
+
+    Paths of files that are read are looked up beside the config file first, then from the current folder;
+    ``output_dir`` is TRL's own and starts at the current folder.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or values that
+            contradict each other.
+    """
+    path = Path(path)
+    return build_config(read_settings(path, overrides), path)
+
+
+def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
+    """``load_config`` of settings that are read already.
+
+    Args:
+        path: the file that they belong to; relative paths start at its folder.
+    """
+    settings = drop_other_targets_kwargs(settings)
+    from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
+
+    from qtarget.integrations.sft.config import QTargetConfig
+
+    classes = (QTargetConfig, ModelConfig, DataConfig)
+    hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
+    refuse_unknown(settings, hints)
+    given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
+    for key in PATH_KEYS:
+        if given.get(key) is not None:
+            given[key] = find_path(key, given[key], path.parent)
+    if not given.get("model_name_or_path"):
+        raise ConfigError(f"{path}: model_name_or_path is missing; set it to a folder or a hub name")
+    training, model, data = (_build(cls, given, path) for cls in classes)
+    if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
+        model.lora_target_modules = (
+            modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
+        )
+    return RunConfig(training, model, data, given)
+
+
+def drop_other_targets_kwargs(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Without the file's ``target_kwargs`` where the command line chose another target: they belong to the file's."""
+    kept = dict(settings)
+    chosen, kwargs = kept.get("target"), kept.get("target_kwargs")
+    if chosen is not None and kwargs is not None and chosen.text is not None and kwargs.text is None:
+        del kept["target_kwargs"]
+        if kwargs.value:
+            logger.warning("target %s: the file's target_kwargs %s are another target's", chosen.value, kwargs.value)
+    return kept
+
+
+def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> None:
+    """Raise for the keys that nobody knows, each with its nearest known one.
+
+    Raises:
+        ConfigError: there are such keys.
+    """
+    known = list(known)
+    unknown = [key for key in settings if key not in known]
+    if not unknown:
+        return
+    chosen = settings.get("target")
+    parts = [f"{key!r} ({settings[key].origin}{_hint(key, known, chosen)})" for key in unknown]
+    raise ConfigError(
+        f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's SFTConfig and "
+        "ModelConfig and qtarget's"
+    )
+
+
+def _hint(key: str, known: list[str], target: Setting | None) -> str:
+    if key in _target_hyperparameters(target):
+        return f"; a hyper-parameter of the target: write target_kwargs: {{{key}: ...}}"
+    near = [OTHER_NAMES[key]] if key in OTHER_NAMES else difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _target_hyperparameters(target: Setting | None) -> set[str]:
+    from qtarget.registry import hyperparameters, target_class
+
+    try:
+        parts = str(target.value).split("+") if target is not None else []
+        return {name for part in parts for name in hyperparameters(target_class(part))}
+    except QTargetError:
+        return set()
+
+
+def find_path(key: str, value: str, folder: Path) -> str:
+    """``value`` beside the config file if it is there, else from the current folder; else a hub name, unchanged.
+
+    Raises:
+        ConfigError: a model that can only be a path is nowhere.
+    """
+    relative = Path(value).expanduser()
+    found = next((c.resolve() for c in (folder / relative, relative) if c.exists()), None)
+    if found is not None:
+        return str(found)
+    is_model = key == "teacher" or key.endswith("model_name_or_path")
+    is_path = value.startswith((".", "/", "~")) or (value.count("/") > 1 and "://" not in value)
+    if is_model and is_path:
+        raise ConfigError(f"{key}: {value} is neither in {folder.resolve()} nor in {Path.cwd()}; check the path")
+    return value
+
+
+def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
+    """Field name -> (type, choices)."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: (hints[f.name], f.metadata.get("choices")) for f in fields(cls) if f.init}
+
+
+def _build(cls: Any, given: Mapping[str, Any], path: Path) -> Any:
+    mine = {key: value for key, value in given.items() if key in _fields(cls)}
+    try:
+        return cls(**mine)
+    except QTargetError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        hint = "; `bf16: false` computes in float32, also without a GPU" if "bf16" in str(error) else ""
+        raise ConfigError(f"{path}: {cls.__name__} refuses this combination: {error}{hint}") from error
+
+
+def resolved_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting of a run that YAML can hold: what was given, and TRL's defaults of this version.
+
+    Loading the result gives the same run; secrets are left out.
+    """
+    out: dict[str, Any] = {}
+    for part in (config.training, config.model, config.data):
+        for f in fields(part):  # pyright: ignore[reportArgumentType]
+            if f.name in SECRET_KEYS or not f.init:
+                continue
+            # __post_init__ rewrites some fields into what it would not accept again, so a default is kept as written
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            value = config.given.get(f.name, default)
+            if _is_plain(value):
+                out[f.name] = value
+    return out
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,29 @@
+"""The model that a config names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+
+
+def set_model_arguments(config: RunConfig) -> None:
+    """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    from qtarget.integrations.shared.frozen import load_named
+
+    model, training = config.model, config.training
+    remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    load_named(AutoConfig, "model_name_or_path", str(model.model_name_or_path), **remote)
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "trust_remote_code": training.trust_remote_code,
+    } | (training.model_init_kwargs or {})  # pyright: ignore[reportOperatorIssue]

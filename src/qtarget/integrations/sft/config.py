@@ -1,0 +1,83 @@
+"""TRL's ``SFTConfig`` with the keys of the target and of frozen models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from trl.trainer.sft_config import SFTConfig
+
+from qtarget.composed.guarded import Guarded
+from qtarget.core.errors import ConfigError
+from qtarget.core.types import Target
+from qtarget.integrations.shared.teacher import place_teacher
+from qtarget.loss.backends import Backend
+from qtarget.registry import get_target
+
+
+@dataclass
+class QTargetConfig(SFTConfig):
+    """TRL's ``SFTConfig`` plus the choice of target.
+
+    Args:
+        target: name (``qtarget targets`` lists them), ``weight+base``, or ``package.module:Class``.
+        target_kwargs: its hyper-parameters.
+        guard: give labels their weight back where the rows agree against the frozen model (``qtarget.Guarded``).
+        reference_cache: folder written by ``qtarget score`` with the frozen base.
+        teacher_cache: folder written by ``qtarget score`` with the teacher.
+        reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
+            cache was made with, when it is not the model that is trained.
+        teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache`` or a URL, whose numbers they are.
+        teacher: a cache folder, a model (folder or hub name), or the URL of a scoring server: one key for the other two.
+            `qtarget train` scores a URL's teacher once, into ``output_dir/teacher_cache``, and trains from that.
+        teacher_top_k: log-probs a token that a URL's teacher is asked for.
+        vocab_padding: what to do where teacher and model differ in padding rows of the vocabulary: ``refuse``, or
+            ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
+        loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
+            teacher needs.
+        heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
+    """
+
+    target: str = field(default="sft", metadata={"help": "What distribution each token is pulled towards."})
+    target_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Hyper-parameters of the target, as a mapping or a JSON string."}
+    )
+    guard: bool = field(default=False, metadata={"help": "Guard the target against a flawed prior."})
+    reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
+    teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
+    reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
+    teacher: str | None = field(default=None, metadata={"help": "A cache folder, a model, or a scoring server's URL."})
+    teacher_top_k: int = field(default=32, metadata={"help": "Log-probs a token, of a teacher behind a URL."})
+    vocab_padding: str = field(
+        default="refuse", metadata={"help": "Padding rows that differ.", "choices": ["refuse", "truncate"]}
+    )
+    loss_backend: str = field(
+        default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
+    )
+    heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.teacher_url = place_teacher(self)
+        if isinstance(self.target_kwargs, str):
+            self.target_kwargs = json.loads(self.target_kwargs)
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise ConfigError(
+                "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
+            )
+        if self.loss_backend not in get_args(Backend):
+            raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
+        if self.heatmap_rows < 0:
+            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
+
+    @property
+    def target_label(self) -> str:
+        """The target as records and tables name it."""
+        return f"guarded {self.target}" if self.guard else self.target
+
+    def build_target(self) -> Target:
+        """The target that ``target``, ``target_kwargs`` and ``guard`` name."""
+        target = get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        return Guarded(target) if self.guard else target

@@ -1,0 +1,1 @@
+"""What every trainer needs: the head, frozen models, one step of the loss, records of the run."""

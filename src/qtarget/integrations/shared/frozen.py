@@ -1,0 +1,157 @@
+"""Frozen models of a run: which caches are open, whether they fit, and which models run live."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
+from qtarget.core.types import DATA_FIELDS, Target, missing_message, sampled_message
+from qtarget.integrations.shared.heads import HeadSpec, probe_head
+from qtarget.integrations.shared.step import ROLES
+from qtarget.loss.zero3 import is_split, whole_shape
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import fingerprint_model
+
+logger = logging.get_logger(__name__)
+
+
+class FrozenSettings(Protocol):
+    """The keys about frozen models that any trainer's config has."""
+
+    teacher: str | None
+    teacher_url: str | None
+    teacher_cache: str | None
+    teacher_model_name_or_path: str | None
+    reference_cache: str | None
+    reference_model_name_or_path: str | None
+    vocab_padding: str
+
+
+def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
+    """``loader.from_pretrained(name, **options)`` for a name that somebody wrote down under ``key``.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key} {name} cannot be loaded: {error}; expected a folder that transformers can load, or a hub name"
+        ) from error
+
+
+def open_caches(
+    args: FrozenSettings, target: Target, models: dict[str, PreTrainedModel | None]
+) -> dict[str, ReferenceCache]:
+    """Open the caches that the target needs, and refuse at once when a need has no source.
+
+    Raises:
+        MissingStatisticError, IncompatibleError: see the message.
+        ConfigError: the teacher is a URL, which nobody has scored yet.
+    """
+    caches: dict[str, ReferenceCache] = {}
+    for role in ROLES:
+        fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
+        if not fields:
+            continue
+        if path is not None:
+            caches[role] = ReferenceCache.open(path)
+            check_columns(caches[role], target, role)
+        elif role == "teacher" and args.teacher_url is not None:
+            raise ConfigError(
+                f"teacher: {args.teacher_url} is asked once, before training; `qtarget train` does that, from Python call "
+                "qtarget.integrations.sft.score.score and set teacher to the folder"
+            )
+        elif fields & set(DATA_FIELDS):
+            raise MissingStatisticError(
+                f"target {target.name!r} weighs what the rows agree on against the frozen {role}'s numbers, all of them before "
+                f"training: set {role}_cache and run `qtarget score CONFIG.yaml --role {role}` once"
+            )
+        elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
+            raise MissingStatisticError(
+                f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
+                f"`qtarget score CONFIG.yaml --role {role}` once, "
+                f"or set {role}_model_name_or_path to run one live"
+            )
+    return caches
+
+
+def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
+    """Make sure that a cache holds what the target reads of it.
+
+    Raises:
+        MissingStatisticError: a column that the target needs is absent.
+        IncompatibleError: draws, for a target that they would bias.
+    """
+    known = {*cache.manifest.columns, *(["distribution"] if cache.has_topk else []), *DATA_FIELDS}
+    for name in sorted(getattr(target.needs, role)):
+        if name not in known:
+            raise MissingStatisticError(
+                f"{missing_message(target.name, role, name)}; {cache.path} holds {', '.join(cache.manifest.columns)} only"
+            )
+        if name == "distribution" and cache.manifest.sampled and not target.linear_in_frozen:
+            raise IncompatibleError(sampled_message(target.name, role))
+
+
+def check_caches(args: FrozenSettings, caches: dict[str, ReferenceCache], base: PreTrainedModel) -> None:
+    """A reference is the model that training starts from, unless the configuration names another.
+
+    Raises:
+        CacheMismatchError: a cache of another model.
+    """
+    head: Any = base.get_output_embeddings()
+    unnamed = [role for role in caches if getattr(args, f"{role}_model_name_or_path") is None]
+    ours = fingerprint_model(base) if unnamed else None
+    for role, cache in caches.items():
+        if role == "reference":
+            cache.require(vocab_size=whole_shape(head.weight)[0])
+        named = getattr(args, f"{role}_model_name_or_path")
+        if named is not None and cache.manifest.model_id != named:
+            raise CacheMismatchError(
+                f"{role}_cache was made with model {cache.manifest.model_id!r}, {role}_model_name_or_path says {named!r}; "
+                "score again with that model, or correct the name"
+            )
+        if named is None and role == "reference":
+            cache.require(model_fingerprint=ours)
+        elif named is None and cache.manifest.model_fingerprint == ours:
+            logger.warning("teacher_cache was made with the very model that is trained: the teacher is the base itself")
+
+
+def load_frozen(
+    args: FrozenSettings,
+    target: Target,
+    caches: dict[str, ReferenceCache],
+    given: dict[str, PreTrainedModel | None],
+    dtype: Any,
+    accelerator: Any,
+) -> dict[str, tuple[PreTrainedModel, HeadSpec]]:
+    """The frozen models that run beside the live one: those that the target needs and no cache replaces.
+
+    Args:
+        given: models handed to the trainer; they come before names.
+        dtype: of models that are loaded by name: the live model's.
+
+    Raises:
+        ConfigError: there is no such model, or DeepSpeed would split it.
+    """
+    loaded: dict[str, tuple[PreTrainedModel, HeadSpec]] = {}
+    for role in ROLES:
+        model, path = given[role], getattr(args, f"{role}_model_name_or_path")
+        if role in caches or not getattr(target.needs, role) or (model is None and path is None):
+            continue
+        if is_deepspeed_zero3_enabled() and (model is None or any(is_split(p) for p in model.parameters())):
+            raise ConfigError(
+                f"DeepSpeed ZeRO-3 splits what is loaded under it, and no engine gathers a frozen {role}; score it once "
+                f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
+            )
+        if model is None:
+            model = load_named(AutoModelForCausalLM, f"{role} model", path, dtype=dtype)
+        model = model.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        with accelerator.autocast():  # as in training: some attention kernels refuse float32
+            loaded[role] = (model, probe_head(model))
+    return loaded
