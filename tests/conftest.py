@@ -13,7 +13,17 @@ CHECKED = (
     *(f"core.{m}" for m in ("statistics", "outcomes", "coefficients", "types", "residuals", "reductions", "induced")),
     *(
         f"loss.{m}"
-        for m in ("backends", "chunked", "columns", "dense", "dispatch", "head", "result", "rows", "whole_rows")
+        for m in (
+            "backends",
+            "chunked",
+            "columns",
+            "dense",
+            "dispatch",
+            "head",
+            "result",
+            "whole_rows",
+            "kernels.pytorch",
+        )
     ),
     "api",
     "targets",

@@ -11,9 +11,9 @@ import torch
 
 import qtarget
 from qtarget.core.errors import HyperparameterError, IncompatibleError, MissingStatisticError
-from qtarget.loss import rows
 from qtarget.loss.chunked import default_chunk_size
 from qtarget.loss.head import long_product
+from qtarget.loss.kernels import pytorch
 
 
 def leaves(tokens: int = 5, vocab: int = 30, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -204,7 +204,7 @@ def test_largest_is_topk(vocab: int, transposed: bool, k: int) -> None:
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
     logits[1] = 0.5  # ties
     logits = logits.T.contiguous().T if transposed else logits
-    torch.testing.assert_close(rows.largest(logits, k), logits.topk(k).values, rtol=0, atol=0)
+    torch.testing.assert_close(pytorch.largest(logits, k), logits.topk(k).values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -213,7 +213,7 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
     logits = 30 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[2] = -torch.inf
     z = logits.T.contiguous().T if transposed else logits
-    sums = rows.rest_sums(z, entropy=True)
+    sums = pytorch.rest_sums(z, entropy=True)
     top = logits.amax(-1).clamp(min=-1e30)
     torch.testing.assert_close(sums.maximum, top)
     x = logits - top[:, None]
@@ -228,17 +228,17 @@ def test_exponentials_take_the_place_of_the_logits(transposed: bool, dtypes, mon
     logits = 8 * torch.randn(5, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtypes[0])
     logits[:, 3] = -torch.inf  # set aside
     z = logits.T.clone().T if transposed else logits.clone()
-    values, sums = rows.exponentiate(z, dtypes[1], entropy=False)
+    values, sums = pytorch.exponentiate(z, dtypes[1], entropy=False)
     exact = (logits - logits.amax(-1, keepdim=True)).exp()
     assert values.dtype == dtypes[1] and values.data_ptr() == z.data_ptr()
     torch.testing.assert_close(values, exact.to(dtypes[1]))
     torch.testing.assert_close(sums.exp, exact.sum(-1))
     factor, slope = torch.tensor([[1, -2, 0, 3, 0.5], [0, 0, 0, 1, -1]], dtype=dtypes[0])
     wide = values.to(dtypes[0], copy=True)
-    rows.scale_exponentials(values, factor, slope)
+    pytorch.scale_exponentials(values, factor, slope)
     line = factor[:, None] + slope[:, None] * wide.log().clamp(min=-1e30)
     torch.testing.assert_close(values, (wide * line).to(dtypes[1]))
-    moved, _ = rows.exponentiate(logits.clone(), dtypes[0], entropy=True, maximum=logits.amax(-1) + 2)
+    moved, _ = pytorch.exponentiate(logits.clone(), dtypes[0], entropy=True, maximum=logits.amax(-1) + 2)
     torch.testing.assert_close(moved, exact * torch.tensor(-2.0).exp().to(dtypes[0]))
 
 
@@ -336,4 +336,4 @@ def test_maxima_of_logits_stored_by_vocabulary(vocab: int, monkeypatch) -> None:
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).T.contiguous().T
     logits[1] = -torch.inf
     logits[2, vocab // 2] = torch.nan
-    torch.testing.assert_close(rows.maxima(logits), logits.amax(-1), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pytorch.maxima(logits), logits.amax(-1), rtol=0, atol=0, equal_nan=True)

@@ -7,10 +7,10 @@ import torch
 
 import qtarget
 from qtarget.core.errors import IncompatibleError
-from qtarget.loss import rows
 from qtarget.loss.columns import RestGradient
+from qtarget.loss.kernels import pytorch
 
-triton_rows = pytest.importorskip("qtarget.loss.triton_rows", reason="Triton is not installed: pip install triton")
+triton_rows = pytest.importorskip("qtarget.loss.kernels.triton", reason="Triton is not installed: pip install triton")
 DEVICE = "cpu" if triton_rows.INTERPRETED else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
@@ -31,7 +31,7 @@ def drawn(count: int, vocab: int, dtype: torch.dtype, scale: float, aside: int =
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_sums_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
     logits = drawn(*shape, dtype, scale)
-    exact = rows.rest_sums(logits.double(), entropy=True)
+    exact = pytorch.rest_sums(logits.double(), entropy=True)
     ours = triton_rows.rest_sums(logits, entropy=True)
     assert ours.maximum.dtype == torch.float32
     torch.testing.assert_close(ours.maximum.double(), exact.maximum)
@@ -68,7 +68,7 @@ def test_the_gradient_is_the_formulas(shape: tuple[int, int], dtype: torch.dtype
     line = line if gradient.slope is None else line + gradient.slope[:, None].double() * x
     expected = x.exp() * line + (0 if gradient.level is None else gradient.level[:, None].double())
     expected = expected if softcap is None else expected * (1 - (logits.double() / softcap) ** 2)
-    for kernels in (rows, triton_rows):
+    for kernels in (pytorch, triton_rows):
         ours = logits.clone()
         kernels.overwrite_with_gradient(ours, gradient, softcap)
         torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)

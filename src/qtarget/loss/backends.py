@@ -112,9 +112,9 @@ def plan_of(
 ) -> Plan:
     """The chunked plan behind ``chunked``, ``compiled`` or ``triton``."""
     if name == "triton":
-        from qtarget.loss import triton_rows as kernels
+        from qtarget.loss.kernels import triton as kernels
     else:
-        from qtarget.loss import rows as kernels
+        from qtarget.loss.kernels import pytorch as kernels
     return Plan.of(hidden, head, request, chunk_size, logits_dtype, kernels, widest, name == "compiled")
 
 

@@ -22,10 +22,10 @@ from qtarget.core.coefficients import differentiate
 from qtarget.core.errors import HyperparameterError
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.types import FrozenHead, Needs, Reference
-from qtarget.loss import rows
 from qtarget.loss.columns import ChunkStatistics, Columns, RestGradient, RestSums
 from qtarget.loss.gradients import Gradients
 from qtarget.loss.head import Head, HeadProducts, LogitGradient, Precision
+from qtarget.loss.kernels import pytorch
 from qtarget.loss.result import LossRequest, TokenReport
 from qtarget.loss.vocabulary import Vocabulary
 from qtarget.loss.whole_rows import in_pieces
@@ -81,7 +81,7 @@ class Plan:
         request: LossRequest,
         chunk_size: int | None = None,
         logits_dtype: torch.dtype | None = None,
-        kernels: ModuleType = rows,
+        kernels: ModuleType = pytorch,
         widest: int | None = None,
         compiled: bool = False,
     ) -> Plan:
@@ -183,7 +183,7 @@ class _Run:
     def __call__(self, hidden: Float[Tensor, "all width"], grads: Gradients | None) -> Float[Tensor, ""]:
         count, size = len(self.request.labels), self.plan.chunk_size
         hidden = hidden.detach()
-        layout = False if self.plan.whole_vocabulary else self.plan.kernels is rows
+        layout = False if self.plan.whole_vocabulary else self.plan.kernels is pytorch
         products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
         frozen = {role: self._frozen(model) for role, model in frozen_heads(self.request).items()}
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -272,7 +272,9 @@ class _Run:
         Not in Triton, where exponentials cost nothing; not under a soft-cap, whose derivative needs the logits; not in
         float16, which is too narrow.
         """
-        return self.plan.kernels is rows and self.head.softcap is None and self.plan.precision.multiply != torch.float16
+        return (
+            self.plan.kernels is pytorch and self.head.softcap is None and self.plan.precision.multiply != torch.float16
+        )
 
     def _sums(
         self, logits: Float[Tensor, "tokens vocab"], entropy: bool, known: RestSums | None, write: bool
@@ -280,7 +282,7 @@ class _Run:
         """What the gradient will be written into, and the sums over this process's columns."""
         if write and self.exponentials:
             maximum = None if known is None else known.maximum
-            return rows.exponentiate(logits, self.plan.precision.multiply, entropy=entropy, maximum=maximum)
+            return pytorch.exponentiate(logits, self.plan.precision.multiply, entropy=entropy, maximum=maximum)
         return logits, known or self.plan.kernels.rest_sums(logits, entropy=entropy)
 
     def _gradient(
@@ -302,7 +304,7 @@ class _Run:
         if rest.slope is None:
             values.mul_(rest.factor[:, None].to(values.dtype))
         else:
-            rows.scale_exponentials(values, rest.factor, rest.slope)
+            pytorch.scale_exponentials(values, rest.factor, rest.slope)
         self.vocabulary.put(values, columns.ids, at_columns)
         return LogitGradient(values, rest.level)
 
@@ -321,7 +323,7 @@ def label_statistics(
     kept: Tensor | None = None,
     *,
     precision: Precision | None = None,
-    kernels: ModuleType = rows,
+    kernels: ModuleType = pytorch,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Reference, RestSums]:
     """Label log-probs and entropies of a model given by hidden states and head, and the sums behind them.
@@ -339,7 +341,7 @@ def label_statistics(
     precision = precision or Precision.of(hidden, head.weight, True)
     head, hidden = head.detach(), hidden.detach()
     size = default_chunk_size(vocabulary.widest, 0, precision.logits.itemsize, hidden.device.type)
-    products = HeadProducts(head, precision, min(size, len(labels)), kernels is rows)
+    products = HeadProducts(head, precision, min(size, len(labels)), kernels is pytorch)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out = [torch.empty(len(labels), dtype=wide, device=hidden.device) for _ in range(5)]
     with torch.autocast(hidden.device.type, enabled=False):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from qtarget.core.errors import HyperparameterError, ShapeError
 from qtarget.core.shapes import Float, Int, Tensor
-from qtarget.loss import rows
 from qtarget.loss.columns import RestSums
+from qtarget.loss.kernels import pytorch
 
 
 def write(logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"], values: Tensor) -> None:
@@ -59,8 +59,8 @@ class Vocabulary:
 
     def largest(self, logits: Float[Tensor, "tokens columns"], k: int) -> Float[Tensor, "tokens k"]:
         """The k largest logits, descending."""
-        rows.check_top_k(k, self.size)
-        return rows.largest(logits, k)
+        pytorch.check_top_k(k, self.size)
+        return pytorch.largest(logits, k)
 
 
 class ShardedVocabulary(Vocabulary):
@@ -117,10 +117,10 @@ class ShardedVocabulary(Vocabulary):
         return values
 
     def largest(self, logits: Float[Tensor, "tokens columns"], k: int) -> Float[Tensor, "tokens k"]:
-        rows.check_top_k(k, self.size)
+        pytorch.check_top_k(k, self.size)
         own = torch.full((len(logits), k), -torch.inf, dtype=logits.dtype, device=logits.device)
         count = min(k, self.columns)
-        own[:, :count] = rows.largest(logits, count)
+        own[:, :count] = pytorch.largest(logits, count)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, own, self.group)
         return torch.cat(gathered, dim=-1).topk(k, dim=-1).values

@@ -1,7 +1,7 @@
 """The operations on a whole chunk of logits: sum over it, exponentiate it, overwrite it with its gradient.
 
 Written in tiles that fit a core's cache, so that the logits cross the memory bus a time or two, whatever the target.
-``triton_rows`` holds what GPUs need of them.
+``triton`` holds what GPUs need of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two operations of ``rows.py`` as Triton kernels: one program a row reads the logits once, one sweep overwrites them.
+"""The two operations of ``pytorch.py`` as Triton kernels: one program a row reads the logits once, one sweep overwrites them.
 
 Registered as custom operators with fake versions, so that ``torch.compile`` takes them as they are, and CUDA graphs after a
 first call outside the capture (which tunes). Both are deterministic: a row's sums are made by one program in a fixed
@@ -137,7 +137,7 @@ def check(logits: Float[Tensor, "tokens vocab"]) -> None:
 
 
 def rest_sums(logits: Float[Tensor, "tokens vocab"], *, entropy: bool) -> RestSums:
-    """See ``rows.rest_sums``."""
+    """See ``pytorch.rest_sums``."""
     check(logits)
     maximum, exp, exp_x = torch.ops.qtarget.rest_sums(logits, entropy)
     return RestSums(maximum, exp, exp_x if entropy else None)
@@ -146,7 +146,7 @@ def rest_sums(logits: Float[Tensor, "tokens vocab"], *, entropy: bool) -> RestSu
 def overwrite_with_gradient(
     logits: Float[Tensor, "tokens vocab"], gradient: RestGradient, softcap: float | None = None
 ) -> None:
-    """See ``rows.overwrite_with_gradient``."""
+    """See ``pytorch.overwrite_with_gradient``."""
     check(logits)
     parts = (gradient.shift, gradient.factor, gradient.slope, gradient.level)
     torch.ops.qtarget.overwrite_with_gradient(
