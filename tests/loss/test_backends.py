@@ -209,7 +209,7 @@ def test_largest_is_topk(vocab: int, transposed: bool, k: int) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
-    monkeypatch.setitem(rows.TILE_BYTES, "cpu", 256)
+    monkeypatch.setitem(pytorch.TILE_BYTES, "cpu", 256)
     logits = 30 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[2] = -torch.inf
     z = logits.T.contiguous().T if transposed else logits
@@ -224,7 +224,7 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
 def test_exponentials_take_the_place_of_the_logits(transposed: bool, dtypes, monkeypatch) -> None:
-    monkeypatch.setitem(rows.TILE_BYTES, "cpu", 4 * 5 * 7)  # seven columns, or one token, a tile
+    monkeypatch.setitem(pytorch.TILE_BYTES, "cpu", 4 * 5 * 7)  # seven columns, or one token, a tile
     logits = 8 * torch.randn(5, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtypes[0])
     logits[:, 3] = -torch.inf  # set aside
     z = logits.T.clone().T if transposed else logits.clone()
@@ -332,7 +332,7 @@ def test_a_long_product_is_the_product(threads: int, vocab: int, tokens: int, tr
 
 @pytest.mark.parametrize("vocab", [7, 3000])
 def test_maxima_of_logits_stored_by_vocabulary(vocab: int, monkeypatch) -> None:
-    monkeypatch.setattr(rows, "RUN_BYTES", 4 * 5 * 100)
+    monkeypatch.setattr(pytorch, "RUN_BYTES", 4 * 5 * 100)
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).T.contiguous().T
     logits[1] = -torch.inf
     logits[2, vocab // 2] = torch.nan
