@@ -337,5 +337,5 @@ def test_keys_that_contradict_each_other(make_trainer, write, tmp_path, keys, wo
 
 
 def test_a_url_is_nothing_to_train_from_directly(make_trainer):
-    with pytest.raises(ConfigError, match=r"http://host:1 is asked once, before training; .*trl_score.score"):
+    with pytest.raises(ConfigError, match=r"http://host:1 is asked once, before training; .*sft.score.score"):
         make_trainer("distillation", teacher="http://host:1")
