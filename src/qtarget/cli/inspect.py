@@ -206,19 +206,15 @@ def _check_origin(found: str, expected: str | None, role: str) -> None:
 def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: str = "main") -> ModelNumbers:
     """Run a model over the rows."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from qtarget.integrations.shared.heads import probe_head
     from qtarget.report.tokens import numbers_from_source
     from qtarget.scoring.sources.local import LocalSource
+    from qtarget.storage.models import load_whole
 
     keywords: dict[str, Any] = {"dtype": config.model.dtype, "trust_remote_code": config.training.trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, **keywords).eval()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
-        ) from error
+    allowed = config.training.allow_new_weights
+    model = load_whole("model", path, allow_new_weights=allowed, revision=revision, **keywords).eval()
     with torch.no_grad():
         head = probe_head(model)
     source = LocalSource(model, logit_scale=head.scale, logit_softcap=head.softcap)

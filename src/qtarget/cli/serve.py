@@ -40,6 +40,9 @@ def serve(
     max_top_k: Annotated[int, typer.Option(help="Log-probs a position.")] = 1024,
     max_candidates: Annotated[int, typer.Option(help="Ids a request.")] = 1024,
     max_answer_bytes: Annotated[int, typer.Option(help="Of an answer.")] = 2**26,
+    allow_new_weights: Annotated[
+        bool, typer.Option("--allow-new-weights", help="Serve a model with missing or unknown weights.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -54,7 +57,8 @@ def serve(
         candidates=max_candidates, answer_bytes=max_answer_bytes,
     )
     settings = ServeSettings(
-        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, workers=workers, max_batch=max_batch,
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        allow_new_weights=allow_new_weights, workers=workers, max_batch=max_batch,
         wait_ms=wait_ms, tokens_per_batch=tokens_per_batch, queue=queue, timeout=timeout, start_timeout=start_timeout,
         max_restarts=max_restarts, limits=limits,
     )

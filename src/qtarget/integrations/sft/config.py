@@ -36,6 +36,7 @@ class QTargetConfig(SFTConfig):
             ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
         loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
             teacher needs.
+        allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
     """
 
@@ -55,6 +56,9 @@ class QTargetConfig(SFTConfig):
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
+    )
+    allow_new_weights: bool = field(
+        default=False, metadata={"help": "Take a model with missing or unknown weights; missing ones start at random."}
     )
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 

@@ -27,6 +27,7 @@ from qtarget.integrations.shared.progress import TokenSums
 from qtarget.integrations.shared.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
 from qtarget.integrations.shared.teacher import head_rows, truncate_reference, vocab_with_teacher
+from qtarget.storage.models import check_finite, check_vocabulary, check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +79,8 @@ class QTargetTrainer(SFTTrainer):
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(args, self.target, given)
         self.preparation = Preparation(self.target, self.caches)
+        if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
+            check_whole("model", model, allow_new_weights=args.allow_new_weights, **(args.model_init_kwargs or {}))  # pyright: ignore[reportCallIssue]
         super().__init__(
             model=model,
             args=args,
@@ -94,6 +97,8 @@ class QTargetTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.data_collator = self._collator()
         base = self._base_model()
+        check_finite(base, "the model")
+        check_vocabulary(base, self.processing_class, "the model")
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -15,6 +15,7 @@ from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import fingerprint_model
+from qtarget.storage.models import load_whole
 
 logger = logging.get_logger(__name__)
 
@@ -29,20 +30,7 @@ class FrozenSettings(Protocol):
     reference_cache: str | None
     reference_model_name_or_path: str | None
     vocab_padding: str
-
-
-def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
-    """``loader.from_pretrained(name, **options)`` for a name that somebody wrote down under ``key``.
-
-    Raises:
-        ConfigError: there is nothing of that name.
-    """
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key} {name} cannot be loaded: {error}; expected a folder that transformers can load, or a hub name"
-        ) from error
+    allow_new_weights: bool
 
 
 def open_caches(
@@ -150,7 +138,7 @@ def load_frozen(
                 f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
             )
         if model is None:
-            model = load_named(AutoModelForCausalLM, f"{role} model", path, dtype=dtype)
+            model = load_whole(f"{role} model", path, allow_new_weights=args.allow_new_weights, dtype=dtype)
         model = model.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         with accelerator.autocast():  # as in training: some attention kernels refuse float32
             loaded[role] = (model, probe_head(model))

@@ -19,17 +19,17 @@ from qtarget.scoring.cache.rows import IntArray, Row, ScoredRow, check_request
 from qtarget.scoring.cache.schema import Provenance, fingerprint_model
 from qtarget.scoring.cache.writer import shard_content
 from qtarget.scoring.sources.local import LocalSource
+from qtarget.storage.models import load_whole
 
 Load = Callable[[], Any]
 """Gives the model; travels to the workers, so it is a module's function or a ``functools.partial`` of one."""
 
 
 def load_model(name: str, **kwargs: Any) -> Any:
-    """``AutoModelForCausalLM.from_pretrained``, frozen, on the GPU that Ray gave this process, if any."""
+    """A causal model, whole and frozen, on the GPU that Ray gave this process, if any."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    model: Any = load_whole("model", name, **kwargs)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
