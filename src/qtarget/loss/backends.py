@@ -112,6 +112,7 @@ def plan_of(
 ) -> Plan:
     """The chunked plan behind ``chunked``, ``compiled`` or ``triton``."""
     if name == "triton":
+        # only here: Triton need not be installed
         from qtarget.loss.kernels import triton as kernels
     else:
         from qtarget.loss.kernels import pytorch as kernels
