@@ -47,6 +47,7 @@ def load(settings: ServeSettings) -> Loaded:
 
     trust = {"trust_remote_code": settings.trust_remote_code}
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    # on the CPU: a CUDA context would not survive the fork into workers
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **trust).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model, **trust)
     head = probe_head(model)
