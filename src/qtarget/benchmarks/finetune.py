@@ -158,6 +158,7 @@ def fine_tune(
             teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip
         loss.backward()
+        # 1.0 is the default of transformers' Trainer, with which this loop is compared
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -160,6 +160,7 @@ class Turns:
         """Wait until it is this one's turn."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting[0] == name)
+        # CPU time of the process: while it is this one's turn nobody else computes
         self._started = time.process_time()
 
     def give(self, name: str) -> None:

@@ -128,6 +128,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     from qtarget.integrations.sft.config import QTargetConfig
 
     classes = (QTargetConfig, ModelConfig, DataConfig)
+    # reversed: a key that two of them have is typed as the first has it
     hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
     refuse_unknown(settings, hints)
     given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}

@@ -204,6 +204,7 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
 
 def _scalar(setting: Setting, wanted: set[Any]) -> Any:
     value = setting.value
+    # first, because true is an integer in Python
     if isinstance(value, bool):
         if bool in wanted:
             return value
@@ -216,6 +217,7 @@ def _scalar(setting: Setting, wanted: set[Any]) -> Any:
             return value
         if bool in wanted and value.lower() in ("yes", "on", "no", "off"):
             return value.lower() in ("yes", "on")
+    # `--run-name 1e3` names a run: as it was typed, not as YAML reads it
     if str in wanted and setting.text is not None:
         return setting.text
     if str in wanted and isinstance(value, int | float):
