@@ -101,6 +101,7 @@ def score_teacher(config: RunConfig) -> None:
             and not has_said_all(folder, url, training.teacher_top_k)
         ):
             engine = EngineChoice(detect_engine(url), url, trust_server=training.teacher_model_name_or_path is None)
+            # a warning, so that it is seen: nobody has set a level for this logger
             logger.warning(
                 "teacher: %s is a %s server, asked once for all rows: its numbers go to %s", url, engine.name, folder
             )

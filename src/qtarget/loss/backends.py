@@ -152,6 +152,7 @@ def explain(
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     check_sampled(target, reference, "reference")
     check_sampled(target, teacher, "teacher")
+    # nothing is computed: the choice depends on shapes, dtypes and the target alone
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
     request = LossRequest(target, no_labels, reference, teacher)
     name, reasons = choose(backend, hidden, request, sharded)

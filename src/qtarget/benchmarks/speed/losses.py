@@ -173,6 +173,7 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
 
         found["torch linear_cross_entropy, compact"] = in_torch
     with suppress(ImportError):
+        # private in TRL 1.16, but what its trainers call
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction  # pyright: ignore
 
         def in_trl() -> None:

@@ -20,6 +20,7 @@ def set_model_arguments(config: RunConfig) -> None:
 
     model, training = config.model, config.training
     remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    # the config alone, so that a name which leads nowhere is told in our words before TRL loads the model
     load_named(AutoConfig, "model_name_or_path", str(model.model_name_or_path), **remote)
     training.model_init_kwargs = {
         "revision": model.model_revision,

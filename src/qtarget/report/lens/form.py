@@ -157,7 +157,7 @@ def _search(x: Probes, kind: Residual) -> float:
         a, b, _ = fit_pulls(x.gradient, x.probs, x.one_hot, q, 1e-12)
         return float(_errors(x, a, b, q).sum())
 
-    # the grid first: the error has several valleys, and golden section finds the bottom of one
+    # the grid first: golden section finds the bottom of one valley, and there may be several
     best = (math.inf, 0.0)
     for low, high in kind.spans:
         grid = torch.linspace(low, high, 17).tolist()

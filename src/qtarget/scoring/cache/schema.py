@@ -123,7 +123,6 @@ def _canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in _walk(model, ()):
-        # tied weights go by the first name, whether or not the head was saved beside the embeddings
         if id(tensor) not in seen:
             seen.add(id(tensor))
             named[name] = tensor

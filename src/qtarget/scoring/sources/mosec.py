@@ -147,6 +147,7 @@ class MosecSource:
         body = self._wire.pack_request(rows, places, top_k, candidate_ids)
         headers = {"content-type": self._wire.CONTENT_TYPE}
         model, scored = self._endpoint.exchange("POST", "/score", parse, content=body, headers=headers)
+        # every answer says which weights made it: the server may have been replaced behind its URL
         if model != self.identity.model_fingerprint:
             raise ScoringServerError(
                 f"{self._endpoint.url} serves other weights than when it was connected: fingerprint {model}, expected "
