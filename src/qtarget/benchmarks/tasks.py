@@ -140,6 +140,7 @@ def math_tasks(data: Path, train_rows: int = 640) -> TaskSet:
             question, answer = question.replace(name, letter), answer.replace(name, letter)
         if len(question.split()) <= LONGEST_QUESTION and "number" not in question + answer:
             pairs.append((question, answer))
+    # not Python's own hash, which changes from process to process
     in_test = [zlib.crc32(_words(question).encode()) % TEST_SHARE == 0 for question, _ in pairs]
     test = [pair for pair, held_out in zip(pairs, in_test, strict=True) if held_out]
     train = [pair for pair, held_out in zip(pairs, in_test, strict=True) if not held_out]

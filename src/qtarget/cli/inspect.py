@@ -235,6 +235,7 @@ def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
 
     own = config.training.target
     out: dict[str, Target] = {}
+    # not at the commas inside brackets, which stand between hyper-parameters
     for part in re.split(r",(?![^(]*\))", text or ("sft" if own == "sft" else f"sft,{own}")):
         match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
         if match is None:

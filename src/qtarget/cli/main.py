@@ -31,6 +31,7 @@ def _app():
     try:
         from qtarget.cli.app import app
     except ModuleNotFoundError as error:
+        # a module of ours that is missing is a fault of ours, and no package to install
         if (error.name or "").split(".")[0] == "qtarget":
             raise
         raise MissingDependencyError(

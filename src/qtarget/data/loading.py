@@ -170,6 +170,7 @@ def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") and raw else raw
+        # a byte-order mark, which spreadsheets write, would become part of the first column's name
         return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(

@@ -48,6 +48,7 @@ def load(settings: ServeSettings) -> Loaded:
 
     trust = {"trust_remote_code": settings.trust_remote_code}
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    # on the CPU: a CUDA context would not survive the fork into workers
     allowed = settings.allow_new_weights
     model: Any = load_whole("model", settings.model, allow_new_weights=allowed, dtype=dtype, **trust).eval()
     tokenizer = load_named(AutoTokenizer, "tokenizer of", settings.model, **trust)

@@ -195,6 +195,7 @@ def dosed(rows: Sequence[Row], condition: Condition, seed: int) -> list[Row]:
 def asked_problems(skill: str) -> list[Row]:
     """Test problems of one skill whose flawed answer is another one than the right one."""
     random, wrong = Random(f"asked-{skill}"), next(answer for name, answer in FLAWS.values() if name == skill)
+    # more than are asked: where the flawed answer is the right one (a date in May) the problem tells nothing
     drawn = (tasks.demonstration(tasks.sample_problem_in(skill, "test", random), random) for _ in range(3 * ASKED))
     return [row for row in drawn if wrong(row) != row["answer"]][:ASKED]
 

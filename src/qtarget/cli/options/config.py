@@ -128,6 +128,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     from qtarget.integrations.sft.config import QTargetConfig
 
     classes = (QTargetConfig, ModelConfig, DataConfig)
+    # reversed: a key that two of them have is typed as the first has it
     hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
     refuse_unknown(settings, hints)
     given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
@@ -219,6 +220,7 @@ def _build(cls: Any, given: Mapping[str, Any], path: Path) -> Any:
         return cls(**mine)
     except QTargetError:
         raise
+    # TRL and transformers raise any of these for what other keys, packages or the machine do not allow
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         hint = "; `bf16: false` computes in float32, also without a GPU" if "bf16" in str(error) else ""
         raise ConfigError(f"{path}: {cls.__name__} refuses this combination: {error}{hint}") from error

@@ -18,6 +18,7 @@ def set_model_arguments(config: RunConfig) -> None:
 
     model, training = config.model, config.training
     remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    # names and shapes alone, so that a name which leads nowhere is told in our words before TRL loads the model
     check_whole(
         "model_name_or_path", str(model.model_name_or_path), allow_new_weights=training.allow_new_weights, **remote
     )

@@ -94,6 +94,7 @@ def check_caches(args: FrozenSettings, caches: dict[str, ReferenceCache], base: 
     """
     head: Any = base.get_output_embeddings()
     unnamed = [role for role in caches if getattr(args, f"{role}_model_name_or_path") is None]
+    # it reads all weights: only where something is compared with it
     ours = fingerprint_model(base) if unnamed else None
     for role, cache in caches.items():
         if role == "reference":

@@ -82,15 +82,18 @@ def _probe(model: PreTrainedModel, head: Any) -> HeadSpec:
     was_training = model.training
     model.eval()
     try:
+        # so small that a soft-cap is linear and the scale alone shows
         raw, small = _run(model, head, ids, 1e-4)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+        # half precision rounds hidden states and logits on the way
         tolerance = 1e-3 if exact else 3e-2
         if not _close(project(hidden[0], head.weight, getattr(head, "bias", None))[None], raw, tolerance):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its head is not a plain linear layer on base_model(...).last_hidden_state, so the loss "
                 "cannot start from hidden states; use TRL's SFTTrainer with qtarget.target_loss on full logits"
             )
+        # Granite divides by its field where others multiply
         scales = [1.0, *_numbers(config, SCALE_FIELDS), *(1 / v for v in _numbers(config, SCALE_FIELDS))]
         scale = _snap(float((raw * small).sum() / (raw * raw).sum()) / 1e-4, scales)
         return HeadSpec(scale, _probe_softcap(model, head, ids, raw, scale, tolerance))
@@ -101,11 +104,13 @@ def _probe(model: PreTrainedModel, head: Any) -> HeadSpec:
 def _probe_softcap(
     model: PreTrainedModel, head: Any, ids: Tensor, raw: Tensor, scale: float, tolerance: float
 ) -> float | None:
+    # far beyond every cap in use (30 in Gemma 2), so that tanh is flat and its height is the cap
     reach = 1e4 / float((scale * raw).abs().max())
     _, large = _run(model, head, ids, reach)
     if _close(large, scale * reach * raw, tolerance):
         return None
     softcap = _snap(float(large.abs().max()), _numbers(model.config.get_text_config(), SOFTCAP_FIELDS))
+    # where tanh is neither linear nor flat: another function of the same height would show
     middle = 2 * softcap / float((scale * raw).abs().max())
     _, capped = _run(model, head, ids, middle)
     if not _close(capped, softcap * torch.tanh(scale * middle * raw / softcap), tolerance):
@@ -132,6 +137,7 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 @contextmanager
 def _in_place_of_forward(module: torch.nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
     """Let ``module(x)`` run its hooks around ``function`` instead of around its forward."""
+    # accelerate's hooks put a forward on the module itself, which must come back
     own = module.__dict__.get("forward")
     module.forward = function
     try:
@@ -154,6 +160,7 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
     """
     inner = model.forward
 
+    # transformers' Trainer reads the signature
     @functools.wraps(inner)
     def forward(self: PreTrainedModel, *args: Any, target_loss: LossOfHidden | None = None, **kwargs: Any) -> Any:
         if target_loss is None:

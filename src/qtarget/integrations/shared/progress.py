@@ -35,6 +35,7 @@ class TokenSums:
             output.entropy,
             output.correct,
         )
+        # stays on the device: reading it at every step would wait for the device
         sums = torch.stack([part.detach().double().sum() for part in parts])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -69,6 +69,7 @@ class TargetStep:
                 f"labels {tuple(self.labels.shape)} and hidden states {tuple(hidden.shape)} do not line up; prompt-learning "
                 "PEFT methods insert tokens and are not supported: use LoRA"
             )
+        # with the report in every step: what is logged is summed up from it
         loss, report = linear_target_loss(
             hidden[:, :-1],
             weight[: self.vocab_rows],
@@ -132,6 +133,7 @@ def live_head(
     model: PreTrainedModel, spec: HeadSpec, inputs: dict[str, Any], vocab_rows: int | None = None
 ) -> FrozenHead:
     """Run a frozen model's backbone on the same tokens; its logits are made chunk by chunk in the loss."""
+    # the backbone alone: the model's own forward would make all logits at once
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
