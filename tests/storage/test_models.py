@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtarget.core.errors import ConfigError
-from qtarget.storage.models import check_finite, check_vocabulary, check_whole, load_whole
+from qtarget.storage.models import check_finite, check_vocabulary, check_whole, load_whole, save_whole
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -128,3 +128,17 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(folder) -> None:
         check_vocabulary(model, tokenizer, "model")
     model.resize_token_embeddings(512)
     check_vocabulary(model, tokenizer, "model")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(folder, tmp_path, monkeypatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (tmp_path / "new.tmp").mkdir()  # of a run that was killed here
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", None)  # transformers has written config.json by then
+        patched.setattr("transformers.modeling_utils.safe_save_file", None)
+        with pytest.raises(TypeError):
+            save_whole(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    save_whole(model, tmp_path / "new")
+    check_whole("model", str(tmp_path / "new"))
+    assert not (tmp_path / "new.tmp").exists()

@@ -18,6 +18,7 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
 from qtarget.registry import get_target
+from qtarget.storage.models import save_whole
 
 Row = dict[str, Any]
 Check = Callable[[Any, str], bool]
@@ -235,10 +236,10 @@ def make_base(task: TaskSet, name: str, folder: Path, start: Start) -> Path:
     if not (skilled / "config.json").is_file():
         model = start.load()
         teach(model, start, task.pretraining, task.pretraining_steps)
-        model.save_pretrained(skilled)
+        save_whole(model, skilled)
     model = start.load(skilled)
     teach(model, start, task.warmup, BASES[name])
-    model.save_pretrained(path)
+    save_whole(model, path)
     return path
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
+from qtarget.storage.files import TEMPORARY
 
 NAMED = 4
 """Weights that an error names; the others are counted."""
@@ -69,15 +72,16 @@ def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **optio
     if getattr(config, "quantization_config", None) is not None:
         return  # its weights have other names and shapes until the quantiser has read them
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # the table says what the error below says, in sixty lines
+    logging.set_verbosity(50)  # above errors: the table says what the error below says, in sixty lines
     try:
         with loading(key, name), _without_bars():
             # on the meta device names and shapes are compared, and nothing is allocated
-            _, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, device_map={"": "meta"}, ignore_mismatched_sizes=True, **kept
             )
     finally:
         logging.set_verbosity(verbosity)
+    found = loaded[1]
     mismatched = {entry[0] for entry in found["mismatched_keys"]}
     if mismatched:
         raise ConfigError(
@@ -98,6 +102,18 @@ def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **optio
             f"{getattr(config.get_text_config(), 'num_hidden_layers', 'unknown')}). Missing weights would start at random, "
             "unknown ones be dropped; copy the folder again and compare config.json, or set allow_new_weights: true"
         )
+
+
+def save_whole(model: Any, path: Path) -> None:
+    """``model.save_pretrained`` into a folder that is there whole or not at all.
+
+    transformers writes config.json before the weights (``save_pretrained``, 5.23), so a folder with a config may have been
+    cut off; whoever takes its presence for "done" must get it by a rename.
+    """
+    beside = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    os.replace(beside, path)
 
 
 def adapter_base(name: str) -> str | None:

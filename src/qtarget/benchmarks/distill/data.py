@@ -24,6 +24,7 @@ from qtarget.registry import get_target
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer, size_on_disk
 from qtarget.scoring.sources.local import score_rows
 from qtarget.storage.files import write_json
+from qtarget.storage.models import save_whole
 
 LONGEST = 40
 """Tokens that teacher and student may write; a demonstration has 12 on average."""
@@ -81,7 +82,7 @@ def make_teacher(start: Start, folder: Path, steps: int) -> None:
     model = start.load()
     recipe = Recipe(start.learning_rate, TEACHER_BATCH, steps)
     fine_tune(model, encode(start.tokenizer(), rows), get_target("sft"), recipe)
-    model.save_pretrained(folder)
+    save_whole(model, folder)
 
 
 @torch.no_grad()

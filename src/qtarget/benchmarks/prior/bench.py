@@ -37,6 +37,7 @@ from qtarget.data import tasks
 from qtarget.data.noise import inject_noise
 from qtarget.data.tasks.skills import MONTHS
 from qtarget.registry import get_target
+from qtarget.storage.models import save_whole
 
 BASE = "most"
 FLAW_STEPS = 40
@@ -212,7 +213,7 @@ def flawed_base(task: TaskSet, flaw: str, folder: Path, start: Start) -> Path:
     rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in task.warmup]
     model = start.load(sound)
     teach(model, start, rows, FLAW_STEPS, seed=1)
-    model.save_pretrained(path)
+    save_whole(model, path)
     return path
 
 

@@ -34,7 +34,7 @@ KEY_VARIABLE = "QTARGET_API_KEY"
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how long to wait; the n-th wait is about ``first * 2**n`` seconds, at most ``longest``.
+    """How often and how long to wait; the n-th wait is about ``first * 2**(n - 1)`` seconds, at most ``longest``.
 
     Attributes:
         attempts: requests at most, the first included.
