@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtarget.cli.options.numbers import finite
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Score some rows again with this model.")] = None,
     config: Annotated[Path | None, typer.Option(help="The config that was scored: a cache knows no tokens.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are scored again.")] = 16,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a log-prob, nats.")] = 0.02,
-    seed: Annotated[int, typer.Option("--sample-seed", help="Which rows.")] = 0,
+    tolerance: Annotated[
+        float, typer.Option(callback=finite, min=0, help="Largest difference of a log-prob, nats.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option("--sample-seed", min=0, help="Which rows.")] = 0,
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
     from qtarget.scoring.cache.reader import ReferenceCache

@@ -49,7 +49,7 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows at most; more are sampled uniformly.")] = 5000,
-    sample_seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample_seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
     checkpoints: Annotated[str | None, typer.Option(help="Folders of trained models, apart by commas.")] = None,
     mark: Annotated[

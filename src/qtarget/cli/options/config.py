@@ -126,6 +126,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.sft.config import QTargetConfig
+    from qtarget.integrations.shared.numbers import check_numbers
 
     classes = (QTargetConfig, ModelConfig, DataConfig)
     # reversed: a key that two of them have is typed as the first has it
@@ -138,6 +139,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     if not given.get("model_name_or_path"):
         raise ConfigError(f"{path}: model_name_or_path is missing; set it to a folder or a hub name")
     training, model, data = (_build(cls, given, path) for cls in classes)
+    check_numbers(model)
     if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
         model.lora_target_modules = (
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression

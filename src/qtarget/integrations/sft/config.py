@@ -11,6 +11,7 @@ from trl.trainer.sft_config import SFTConfig
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target
+from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -63,6 +64,7 @@ class QTargetConfig(SFTConfig):
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         super().__post_init__()
         self.teacher_url = place_teacher(self)
         if isinstance(self.target_kwargs, str):
@@ -73,8 +75,6 @@ class QTargetConfig(SFTConfig):
             )
         if self.loss_backend not in get_args(Backend):
             raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
-        if self.heatmap_rows < 0:
-            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     @property
     def target_label(self) -> str:
