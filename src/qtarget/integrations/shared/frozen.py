@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -14,8 +15,8 @@ from qtarget.integrations.shared.heads import HeadSpec, probe_head
 from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
 from qtarget.scoring.cache.reader import ReferenceCache
-from qtarget.scoring.cache.schema import fingerprint_model
-from qtarget.storage.models import load_whole
+from qtarget.scoring.cache.schema import MANIFEST, fingerprint_model
+from qtarget.storage.models import load_named, load_whole
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +47,7 @@ def open_caches(
     for role in ROLES:
         fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
         if not fields:
+            check_unused(args, target, role)
             continue
         if path is not None:
             caches[role] = ReferenceCache.open(path)
@@ -67,6 +69,23 @@ def open_caches(
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
+
+
+def check_unused(args: FrozenSettings, target: Target, role: str) -> None:
+    """A key that this target does not read is read all the same: a wrong one would wait for the next target.
+
+    Raises:
+        ConfigError: there is no such model.
+        CacheMismatchError: there is no such cache, or it is damaged.
+    """
+    path, name = getattr(args, f"{role}_cache"), getattr(args, f"{role}_model_name_or_path")
+    if path is not None and (Path(path) / MANIFEST).is_file():  # one that is not finished waits for another target
+        ReferenceCache.open(path)
+    if path is not None and Path(path).is_file():
+        raise ConfigError(f"{role}_cache: {path} is a file; expected a folder that `qtarget score` writes")
+    if name is not None:
+        load_named(AutoConfig, f"{role}_model_name_or_path", name)
+        logger.warning(f"target {target.name!r} does not use {role}_model_name_or_path: {name} is not loaded")
 
 
 def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
