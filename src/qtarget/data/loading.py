@@ -30,6 +30,9 @@ __all__ = [
     "rows_to_dataset",
 ]
 
+ROLES_MARK = "qtarget roles: "
+"""Begins the description of a data set whose user named its roles."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +111,7 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
     """
     rows = load_rows(files, text_field=text_field, options=options)
     try:
-        return rows_to_dataset(rows)
+        return _with_roles(rows_to_dataset(rows), options)
     except DataError as error:
         raise DataError(f"{_name(files)}, {error}") from error
 
@@ -226,25 +229,40 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
     if not reading.rows:
         raise DataError(f"{name}: no row is left; see the lines above")
     if not reading.changed and not removed and not _needs_object(dataset):
-        return dataset
+        return _with_roles(dataset, options)
     made = list(dict.fromkeys(column for row in reading.rows for column in row))
     converted = [c for c in made if c in OBJECTS or c not in dataset.column_names]
     notes = [c for c in dataset.column_names if c in made and c not in converted]
     objects = rows_to_dataset([{c: row[c] for c in converted if c in row} for row in reading.rows])
     if not notes or reading.shape == "openviking":
-        return objects
+        return _with_roles(objects, options)
     kept = dataset.select_columns(notes)
     if len(reading.rows) < len(dataset):
         kept = kept.select([int(place.where.removeprefix("row ")) for place in reading.places])
-    return concatenate_datasets([kept, objects], axis=1).select_columns([c for c in made if c in [*notes, *converted]])
+    whole = concatenate_datasets([kept, objects], axis=1)
+    return _with_roles(whole.select_columns([c for c in made if c in [*notes, *converted]]), options)
 
 
 def read_datasets(datasets: Any, text_field: str = "text") -> Any:
     """``read_dataset`` of one data set, or of several by name (TRL's ``eval_dataset``)."""
-    options = ReadOptions(text_field=text_field)
-    if isinstance(datasets, dict):
-        return {name: read_dataset(dataset, options, f"{name} data") for name, dataset in datasets.items()}
-    return read_dataset(datasets, options, "data")
+    named = datasets if isinstance(datasets, dict) else {"": datasets}
+    read = {
+        name: read_dataset(dataset, ReadOptions(text_field=text_field, roles=_roles(dataset)), f"{name} data".strip())
+        for name, dataset in named.items()
+    }
+    return read if isinstance(datasets, dict) else read[""]
+
+
+def _with_roles(dataset: Dataset, options: ReadOptions | None) -> Dataset:
+    """The data set with the roles that its user named, so that whoever reads it again takes them too."""
+    if options is not None and options.roles:
+        dataset.info.description = ROLES_MARK + json.dumps(sorted(set(options.roles.values())))
+    return dataset
+
+
+def _roles(dataset: Any) -> dict[str, str]:
+    text = getattr(getattr(dataset, "info", None), "description", None) or ""
+    return {name: name for name in json.loads(text.removeprefix(ROLES_MARK))} if text.startswith(ROLES_MARK) else {}
 
 
 def _needs_object(dataset: Any) -> bool:

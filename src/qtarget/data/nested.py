@@ -19,7 +19,7 @@ OBJECTS = ("messages", "prompt", "completion", "conversations", "tools", "docume
 """Columns whose objects reach the chat template, key by key."""
 ENVELOPE = ("id", "type", "function", "name", "arguments", "index")
 """Keys of a call around its arguments: null is absent there."""
-SILENT = "keys where null is absent"
+SILENT, KEPT = "keys where null is absent", "="
 
 
 def rows_to_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -195,20 +195,26 @@ def as_written(dataset: Any) -> tuple[list[Row], list[str], int]:
         taken: dict[str, int] = defaultdict(int)
         for row in rows:
             row[name] = _without(row[name], feature, name, keys, taken)
-        removed += sum(count for path, count in taken.items() if path[0] != "=")
-        warnings += [_warning(name, path, count) for path, count in taken.items() if path != SILENT]
+        removed += sum(count for path, count in taken.items() if path[0] != KEPT)
+        warnings += _warnings(name, taken)
     return rows, warnings, removed
 
 
-def _warning(column: str, path: str, count: int) -> str:
-    kept = path.startswith("=")
-    what = "kept" if kept else "taken out"
-    why = "no row has a value there" if kept else "other rows have a value there"
-    return (
-        f"column {column!r}: {path.lstrip('=')} is null in {count:,} objects and was {what}, since {why}; Arrow gives all "
-        "objects the same keys, so a null that was written cannot be told from a key that was not. Build the data set "
-        "with qtarget.data.loading.rows_to_dataset(rows), or with on_mixed_types='use_json'"
-    )
+def _warnings(column: str, taken: Mapping[str, int]) -> list[str]:
+    """One sentence for the keys whose nulls were taken out, one for those whose nulls stay."""
+    out = [path for path in taken if path[0] != KEPT and path != SILENT]
+    kept = [path for path in taken if path[0] == KEPT]
+    lines = []
+    for paths, what, why in ((out, "taken out", "other rows have values there"), (kept, "kept", "no row has a value there")):
+        if paths:
+            named = ", ".join(path.lstrip(KEPT) for path in paths[:3]) + f" and {len(paths) - 3} more" * (len(paths) > 3)
+            lines.append(
+                f"column {column!r}: nulls of {named} were {what} ({sum(taken[p] for p in paths):,} objects), since {why}; "
+                "Arrow gives all objects of a column the same keys, so a null that was written cannot be told from a key "
+                "that was not there. qtarget.data.loading.rows_to_dataset(rows) or Dataset.from_list(rows, "
+                "on_mixed_types='use_json') leave no doubt"
+            )
+    return lines
 
 
 def _inner(feature: Any) -> Any:
@@ -249,7 +255,7 @@ def _without(value: Any, feature: Any, path: str, keys: dict[str, _Keys], taken:
             taken[f"{path}.{key}"] += 1
         else:
             out[key] = None
-            taken[f"={path}.{key}"] += 1
+            taken[f"{KEPT}{path}.{key}"] += 1
     return out
 
 
