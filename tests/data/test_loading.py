@@ -266,7 +266,9 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
     with pytest.raises(DataError, match="named twice"):
         load_rows([tmp_path / "?.jsonl", tmp_path / "a.jsonl"])
     write(tmp_path / "d.jsonl", '{"text": "d"}\n{"prompt": "a", "completion": "b"}')
-    with pytest.raises(DataError, match=r"d\.jsonl, line 2: this row has `prompt` and `completion`, but .*a\.jsonl, line 1 has"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl, line 2: this row has `prompt` and `completion`, but .*a\.jsonl, line 1 has"
+    ):
         load_rows(tmp_path / "*.jsonl")
 
 

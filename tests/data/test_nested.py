@@ -95,7 +95,10 @@ def test_nulls_that_arrow_forced_are_taken_out_of_a_data_set_and_said(caplog):
 
 
 def test_a_null_that_only_its_row_can_have_brought_stays(caplog):
-    rows = [{"messages": calling("rain", {"city": "Oslo", "unit": None})}, {"messages": [{"role": "user", "content": "b"}]}]
+    rows = [
+        {"messages": calling("rain", {"city": "Oslo", "unit": None})},
+        {"messages": [{"role": "user", "content": "b"}]},
+    ]
     assert [row["messages"] for row in read_dataset(Dataset.from_list(rows))] == [row["messages"] for row in rows]
     assert "null" not in caplog.text.replace("rows", "")
 
@@ -124,7 +127,9 @@ def test_a_data_set_that_needs_nothing_comes_back_itself(rows, caplog):
 def test_other_shapes_in_a_data_set_are_read_and_notes_keep_their_types():
     from datasets import ClassLabel, Features, Value
 
-    features = Features({"instruction": Value("string"), "output": Value("string"), "topic": ClassLabel(names=["a", "b"])})
+    features = Features(
+        {"instruction": Value("string"), "output": Value("string"), "topic": ClassLabel(names=["a", "b"])}
+    )
     data = Dataset.from_list([{"instruction": "Say hi", "output": "hi", "topic": 1}], features=features)
     read = read_dataset(data)
     assert read.column_names == ["topic", "prompt", "completion"]

@@ -16,7 +16,7 @@ def convert(
         list[str], typer.Argument(metavar="FILE... OUT.jsonl", help="Files of rows, or patterns; the last is written.")
     ],
     format_name: Annotated[
-        str, typer.Option("--format", help="auto, openai, sharegpt, alpaca, anthropic or openviking.")
+        str, typer.Option("--format", help="auto, messages (openai), sharegpt, alpaca, anthropic or openviking.")
     ] = "auto",
     tools: Annotated[
         Path | None, typer.Option(help="A JSON list of tool schemas, for rows that come without theirs.")

@@ -205,9 +205,14 @@ def _warnings(column: str, taken: Mapping[str, int]) -> list[str]:
     out = [path for path in taken if path[0] != KEPT and path != SILENT]
     kept = [path for path in taken if path[0] == KEPT]
     lines = []
-    for paths, what, why in ((out, "taken out", "other rows have values there"), (kept, "kept", "no row has a value there")):
+    for paths, what, why in (
+        (out, "taken out", "other rows have values there"),
+        (kept, "kept", "no row has a value there"),
+    ):
         if paths:
-            named = ", ".join(path.lstrip(KEPT) for path in paths[:3]) + f" and {len(paths) - 3} more" * (len(paths) > 3)
+            named = ", ".join(path.lstrip(KEPT) for path in paths[:3]) + f" and {len(paths) - 3} more" * (
+                len(paths) > 3
+            )
             lines.append(
                 f"column {column!r}: nulls of {named} were {what} ({sum(taken[p] for p in paths):,} objects), since {why}; "
                 "Arrow gives all objects of a column the same keys, so a null that was written cannot be told from a key "

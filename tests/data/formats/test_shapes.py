@@ -29,7 +29,11 @@ def called(name, **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-RAIN = {"name": "rain", "description": "rain", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+RAIN = {
+    "name": "rain",
+    "description": "rain",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 RAIN_TOOL = {"type": "function", "function": RAIN}
 TALK = [user("Hello"), assistant("Hi")]
 
@@ -394,7 +398,14 @@ def test_a_format_by_name(tmp_path):
 
 
 def part(name, status="completed", **more):
-    return {"type": "tool", "tool_id": f"id-{name}", "tool_name": name, "tool_input": {"q": name}, "tool_status": status, **more}
+    return {
+        "type": "tool",
+        "tool_id": f"id-{name}",
+        "tool_name": name,
+        "tool_input": {"q": name},
+        "tool_status": status,
+        **more,
+    }
 
 
 SESSION = [

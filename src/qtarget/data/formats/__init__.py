@@ -22,7 +22,9 @@ from qtarget.data.formats.tools import read_tools
 
 SHAPES = (LABELLED, TOKENS, PAIR, MESSAGES, SHAREGPT, ALPACA, OPENVIKING)
 """The order in which a row's shape is looked for; the text column comes last, and Anthropic's logs are messages too."""
-NAMED = {shape.name: shape for shape in (PAIR, MESSAGES, SHAREGPT, ALPACA, ANTHROPIC, OPENVIKING)}
+NAMED = {shape.name: shape for shape in (PAIR, MESSAGES, SHAREGPT, ALPACA, ANTHROPIC, OPENVIKING)} | {
+    "openai": MESSAGES
+}
 FORMATS = ("auto", *(name for name in NAMED if " " not in name))
 """What ``format`` may be."""
 CONVERSATIONS = ("messages", "prompt", "completion", "conversations", "chosen", "rejected")

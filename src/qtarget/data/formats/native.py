@@ -84,4 +84,6 @@ PAIR = Shape(
     "prompt and completion", ("prompt", "completion"), "", frozenset({"prompt", "completion"}),
     lambda row: present(row, "prompt", "completion"), _pair,
 )  # fmt: skip
-MESSAGES = Shape("openai", ("messages",), "", frozenset({"messages"}), lambda row: present(row, "messages"), _messages)
+MESSAGES = Shape(
+    "messages", ("messages",), "", frozenset({"messages"}), lambda row: present(row, "messages"), _messages
+)
