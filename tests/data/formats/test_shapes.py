@@ -285,7 +285,15 @@ SHAPES = {
         [{"messages": TALK, "prompt_id": "p"}],
         ["`prompt` is not what rows of `messages` train"],
     ),
-    "a text note": ([{"prompt": "Norway? ", "completion": "Oslo", "text": "geo"}], [{"prompt": "Norway? ", "completion": "Oslo"}], []),
+    "a text note": (
+        [{"prompt": "Norway? ", "completion": "Oslo", "text": "geo"}], [{"prompt": "Norway? ", "completion": "Oslo"}], [],
+    ),
+    "messages as JSON text": ([{"messages": json.dumps(TALK)}], [{"messages": TALK}], ["as JSON text -> a list of messages"]),
+    "template arguments as JSON text": (
+        [{"messages": TALK, "chat_template_kwargs": '{"think": false}'}, {"messages": TALK, "chat_template_kwargs": None}],
+        [{"messages": TALK, "chat_template_kwargs": {"think": False}}, {"messages": TALK}],
+        [],
+    ),
     "images that are none": ([{"messages": TALK, "images": []}], [{"messages": TALK}], []),
 }  # fmt: skip
 
@@ -307,7 +315,7 @@ def test_what_is_converted_is_read_again_as_it_is(tmp_path):
 
 
 REFUSED = {
-    "null content": ([{"messages": [user("a"), assistant(None)]}], ["line 1", "messages[1] (assistant)", "null", "null_content: drop"]),
+    "null content": ([{"messages": [user("a"), assistant(None)]}], ["line 1", "[1] (assistant)", "null", "null_content: drop"]),
     "missing content": ([{"messages": [user("a"), {"role": "assistant"}]}], ["messages[1]", "the key is missing"]),
     "null and no calls": ([{"messages": [user("a"), assistant(None, tool_calls=[])]}], ["messages[1]", "calls no tool"]),
     "unknown role": ([{"messages": [{"role": "narrator", "content": "a"}]}], ["line 1", "'narrator'", "roles: {narrator: user}"]),
@@ -359,7 +367,15 @@ REFUSED = {
     ),
     "alpaca with a number": ([{"instruction": "a", "input": 3, "output": "b"}], ["'input' is a int"]),
     "single messages": ([user("a"), assistant("b")], ["single messages", '{"messages": [...]}']),
-    "messages that are text": ([{"messages": json.dumps(TALK)}], ["'messages' is a string", "use .jsonl"]),
+    "messages that are prose": ([{"messages": "Hello"}], ["'messages' is a string"]),
+    "messages that are cut JSON": ([{"messages": '[{"role"'}], ["'messages'", "not JSON"]),
+    "two names for a role": (
+        [{"conversations": [{"from": "human", "role": "assistant", "value": "a"}]}],
+        ["conversations[0] has both 'role' and 'from'"],
+    ),
+    "template arguments that are a list": ([{"messages": TALK, "chat_template_kwargs": [1]}], ["'chat_template_kwargs' is a list"]),
+    "an id beyond 64 bits": ([{"input_ids": [1, 2**70]}], ["line 1", "'input_ids'", "64 bits"]),
+    "a preference": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["rename 'chosen' to 'completion'"]),
 }  # fmt: skip
 
 
@@ -424,8 +440,10 @@ SESSION = [
             part("late", "running"),
         ],
     },
-    {"id": "3", "role": "user", "message_kind": "tool_transport", "parts": [{"type": "text", "text": "TRANSPORT"}], "created_at": "t"},
-    {"id": "4", "role": "assistant", "message_kind": "checkpoint", "parts": [{"type": "text", "text": "SUMMARY"}], "created_at": "t"},
+    {"id": "3", "role": "user", "message_kind": "tool_transport", "created_at": "t",
+     "parts": [{"type": "text", "text": "TRANSPORT"}]},
+    {"id": "4", "role": "assistant", "message_kind": "checkpoint", "created_at": "t",
+     "parts": [{"type": "text", "text": "SUMMARY"}]},
     {"id": "5", "role": "assistant", "content": "Yes", "created_at": "t"},
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from qtarget.data.formats.native import LABELLED, MESSAGES, PAIR, TOKENS, text_s
 from qtarget.data.formats.openviking import OPENVIKING, read_session
 from qtarget.data.formats.shape import ReadOptions, Row, Shape, words
 from qtarget.data.formats.sharegpt import SHAREGPT
-from qtarget.data.formats.tools import read_tools
+from qtarget.data.formats.tools import read_kwargs, read_tools
 
 SHAPES = (LABELLED, TOKENS, PAIR, MESSAGES, SHAREGPT, ALPACA, OPENVIKING)
 """The order in which a row's shape is looked for; the text column comes last, and Anthropic's logs are messages too."""
@@ -142,7 +142,7 @@ class _Reader:
         said: Said = set()
         try:
             made = shape.read(row, self.options, said)
-            made |= self._tools(row, said) if "input_ids" not in made else {}
+            made |= self._tools(row, said) | read_kwargs(row) if "input_ids" not in made else {}
         except NullContentError as error:
             if self.options.null_content == "refuse":
                 raise DataError(f"{place}: {error}") from error
@@ -210,11 +210,11 @@ class _Reader:
             conflicting |= {"images", "image", "videos"}
         rest = {}
         for name, value in row.items():
-            if name in made or name in shape.uses or name in ("tools", "functions"):
+            if name in made or name in shape.uses or name in ("tools", "functions", "chat_template_kwargs"):
                 continue
             if name in conflicting:
                 self.removed[name] += value is not None
-            elif not (name == "system" and "messages" in made):
+            elif not (name == "system" and ("messages" in made or isinstance(made.get("prompt"), list))):
                 rest[name] = value
         if rest.get("system") and isinstance(made.get("prompt"), str):
             self.said[

@@ -46,6 +46,9 @@ def read_messages(value: Any, column: str, said: Said, roles: Mapping[str, str] 
         >>> read_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "messages", set())
         [{'role': 'user', 'content': 'Hi'}]
     """
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        said.add(f"`{column}` as JSON text -> a list of messages")
+        value = json_value(value, f"column {column!r}")
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} is {_shown(value)}; expected {EXPECTED}")
     messages = [_message(message, f"{column}[{i}]", said, roles or {}) for i, message in enumerate(value)]
@@ -70,6 +73,8 @@ def _message(value: Any, where: str, said: Said, roles: Mapping[str, str]) -> Me
     for theirs, ours in (("from", "role"), ("value", "content")):
         if theirs in message and message.get(ours) is None:
             message = {ours if key == theirs else key: item for key, item in message.items() if key != ours}
+        elif theirs in message:  # TRL would overwrite one with the other
+            raise DataError(f"{where} has both {ours!r} and {theirs!r}; keep one of them")
     name = message.get("role")
     if not isinstance(name, str):
         raise DataError(f"{where} has no role; expected {EXPECTED}")

@@ -20,20 +20,20 @@ def check_kind(row: Row, name: str, good: bool, expected: str) -> None:
     if good:
         return
     value = row[name]
-    hint = "; CSV holds text only, use .jsonl" if isinstance(value, str) and value.lstrip()[:1] == "[" else ""
+    hint = "; tables hold text only, use .jsonl" if isinstance(value, str) and value.lstrip()[:1] == "[" else ""
     raise DataError(
         f"column {name!r} is {kind_of(value)} {excerpt(json.dumps(value, default=str))}; expected {expected}{hint}"
     )
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    return isinstance(value, list) and all(type(i) is int and -(2**63) <= i < 2**63 for i in value)
 
 
 def _tokens(row: Row, options: ReadOptions, said: Said) -> Row:
     names = ("input_ids", "labels") if row.get("labels") is not None else ("input_ids",)
     for name in names:
-        check_kind(row, name, _is_ids(row[name]), "a list of token ids (integers)")
+        check_kind(row, name, _is_ids(row[name]), "a list of token ids (integers of at most 64 bits)")
     if len(names) == 2 and len(row["input_ids"]) != len(row["labels"]):
         raise DataError(
             f"{len(row['labels'])} labels for {len(row['input_ids'])} input_ids; give one label a token, -100 where it "
@@ -58,9 +58,8 @@ def _pair(row: Row, options: ReadOptions, said: Said) -> Row:
 
 
 def _messages(row: Row, options: ReadOptions, said: Said) -> Row:
-    value = row["messages"]
-    check_kind(row, "messages", isinstance(value, list) and len(value) > 0, 'a list of {"role": ..., "content": ...}')
-    return {"messages": with_system(read_messages(value, "messages", said, options.roles), row.get("system"), said)}
+    messages = read_messages(row["messages"], "messages", said, options.roles)
+    return {"messages": with_system(messages, row.get("system"), said)}
 
 
 def text_shape(name: str) -> Shape:

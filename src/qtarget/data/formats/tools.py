@@ -36,6 +36,27 @@ def read_tools(value: Any, said: Said) -> list[dict[str, Any]]:
     return [_tool(item, i, said) for i, item in enumerate(value)]
 
 
+def read_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's ``chat_template_kwargs`` as an object, under its name; nothing where it has none.
+
+    Raises:
+        DataError: it is no object, nor the JSON text of one.
+
+    Example:
+        >>> read_kwargs({"chat_template_kwargs": '{"enable_thinking": false}'}), read_kwargs({"chat_template_kwargs": None})
+        ({'chat_template_kwargs': {'enable_thinking': False}}, {})
+    """
+    name = "chat_template_kwargs"
+    value = row.get(name)
+    if isinstance(value, str):
+        value = json_value(value, f"column {name!r}") if value.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise DataError(f"column {name!r} is {kind_of(value)}; expected an object, name to value")
+    return {name: value}
+
+
 def _tool(value: Any, index: int, said: Said) -> dict[str, Any]:
     if isinstance(value, str):
         value = json_value(value, f"tools[{index}]")
