@@ -31,6 +31,8 @@ NUMBERS = ("weight",)
 LISTS = ("input_ids", "labels", "loss_weights")
 """Columns of a CSV or TSV whose cells are JSON lists."""
 NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON spells half of a pair; UTF-8 text holds none in another way."""
 EXCERPT_CHARACTERS = 80
 
 
@@ -188,7 +190,7 @@ def _json_lines(path: Path) -> Iterator[Located]:
             if not line.strip():
                 continue
             try:
-                yield Place(path, f"line {number}"), json.loads(line)
+                place, value = Place(path, f"line {number}"), json.loads(line)
             except json.JSONDecodeError as error:
                 is_array = line.strip() == "[" or (line.strip()[:2] == "[{" and number == 1)
                 hint = "the file is a JSON array, name it .json" if is_array else "expected one JSON object a line"
@@ -197,6 +199,9 @@ def _json_lines(path: Path) -> Iterator[Located]:
                 ) from error
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{path}, line {number}: JSON that cannot be read ({error}); remove the row") from error
+            if SURROGATE.search(line):
+                _check_unicode(place, value)
+            yield place, value
 
 
 def _json_array(path: Path, text: str) -> Iterator[Located]:
@@ -221,7 +226,25 @@ def _json_array(path: Path, text: str) -> Iterator[Located]:
             f"{path}: the top level is {kind_of(values)}{keys}, expected an array of objects; put the rows into one "
             "array, or one object a line in a .jsonl file"
         )
-    yield from ((Place(path, f"row {number}"), value) for number, value in enumerate(values, start=1))
+    suspect = SURROGATE.search(text) is not None
+    for number, value in enumerate(values, start=1):
+        place = Place(path, f"row {number}")
+        if suspect:
+            _check_unicode(place, value)
+        yield place, value
+
+
+def _check_unicode(place: Place, row: Any) -> None:
+    """Refuse lone surrogates: JSON can spell them, UTF-8, Arrow and tokenizers cannot hold them."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        try:
+            json.dumps([name, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 20) : error.end + 20]
+            raise DataError(
+                f"{place}: column {name!a} holds half of a surrogate pair, near {excerpt(ascii(near))}, which is "
+                "no character: text was cut within an emoji or the like; remove it, or export the text again"
+            ) from error
 
 
 def _table(path: Path, text: str, delimiter: str) -> Iterator[Located]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError
-from qtarget.data.files import TABLE_KINDS, Files, Located, Place, Row, check_file, excerpt, expand, located_values
+from qtarget.data.files import TABLE_KINDS, Files, Located, Place, Row, check_file, expand, located_values
 from qtarget.data.formats import CONVERSATIONS, Reading, read_rows
 from qtarget.data.formats.messages import ROLES
 from qtarget.data.formats.shape import ReadOptions
@@ -149,10 +149,7 @@ def _values(paths: Sequence[Path], warnings: list[str]) -> Iterator[Located]:
         if path.name.lower().endswith(TABLE_KINDS):
             yield from _columns(path, warnings)
             continue
-        for place, value in located_values(path):
-            if isinstance(value, dict):
-                _check_unicode(place, value)
-            yield place, value
+        yield from located_values(path)
 
 
 def _columns(path: Path, warnings: list[str]) -> Iterator[Located]:
@@ -318,16 +315,3 @@ def _is_plain_conversation(dataset: Any, name: str, options: ReadOptions) -> boo
     roles, texts = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
     known = {*ROLES} - {"developer"} - set(options.roles)
     return not texts.null_count and set(pc.unique(roles).to_pylist()) <= known
-
-
-def _check_unicode(place: Place, row: Row) -> None:
-    """Refuse lone surrogates: JSON can spell them, UTF-8, Arrow and tokenizers cannot hold them."""
-    for name, value in row.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            near = error.object[max(0, error.start - 20) : error.end + 20]
-            raise DataError(
-                f"{place}: column {name!a} holds half of a surrogate pair, near {excerpt(ascii(near))}, which is "
-                "no character: text was cut within an emoji or the like; remove it, or export the text again"
-            ) from error
