@@ -170,3 +170,32 @@ def test_json_that_json_does_not_know_in_a_file(tmp_path):
     path.write_text(json.dumps({"messages": calling("f", {"x": float("nan")})}))
     with pytest.raises(DataError, match=r"rows\.jsonl, row 1: column 'messages' holds nan"):
         load_dataset_file(path)
+
+
+def test_whole_numbers_that_arrow_made_floats_are_said(caplog):
+    rows = [{"messages": calling("f", {"x": x})} for x in (3, 1.5)]
+    read_dataset(Dataset.from_list(rows))
+    assert "whole numbers of messages[].tool_calls[].function.arguments.x stand there as 3.0" in caplog.text
+    caplog.clear()
+    assert [row["messages"] for row in read_dataset(rows_to_dataset(rows))] == [row["messages"] for row in rows]
+    assert not caplog.text
+
+
+def test_a_stream_is_read_as_it_comes(caplog):
+    from datasets import IterableDataset
+
+    rows = [{"instruction": f"Say {i}", "output": str(i), "id": i} for i in range(3)]
+    read = read_dataset(IterableDataset.from_generator(lambda: iter(rows)))
+    assert list(read) == [
+        {
+            "prompt": [{"role": "user", "content": f"Say {i}"}],
+            "completion": [{"role": "assistant", "content": str(i)}],
+            "id": i,
+        }
+        for i in range(3)
+    ]
+    bad = read_dataset(IterableDataset.from_generator(lambda: iter([*rows, {"instruction": 3, "output": "a"}])))
+    with pytest.raises(DataError, match="row 3: column 'instruction' is a int"):
+        list(bad)
+    list(read_dataset(Dataset.from_list([{"messages": calling("f", {})}]).to_iterable_dataset()))
+    assert "column messages holds Arrow structs" in caplog.text

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError
 from qtarget.data.files import TABLE_KINDS, Files, Located, Place, Row, check_file, expand, located_values
-from qtarget.data.formats import CONVERSATIONS, Reading, read_rows
+from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
 from qtarget.data.formats.messages import ROLES
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.formats.tools import read_tools
-from qtarget.data.nested import OBJECTS, as_written, rows_to_dataset
+from qtarget.data.nested import OBJECTS, as_written, is_struct, rows_to_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -193,6 +193,8 @@ def _arrow_table(path: Path) -> Any:
 def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "train data") -> Any:
     """A Python user's ``Dataset`` as training takes it: other people's shapes read, nulls that Arrow added taken out.
 
+    A stream (``IterableDataset``) is read as it comes.
+
     Where a null of Arrow's cannot be told from one that was written, a warning names the column; ``rows_to_dataset`` makes
     a data set without this doubt. What needs nothing comes back as it is, and so does what is no ``Dataset``, is tokenised,
     or has a transform of its own.
@@ -211,9 +213,11 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
         >>> read_dataset(rows)[0]["completion"]
         [{'role': 'assistant', 'content': 'chat'}]
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset, IterableDataset, concatenate_datasets
 
     options = options or ReadOptions()
+    if isinstance(dataset, IterableDataset):
+        return _streamed(dataset, options, name)
     if not isinstance(dataset, Dataset) or not len(dataset) or dataset.format["type"] == "custom":
         return dataset
     if "input_ids" in dataset.column_names or _is_plain(dataset, options):
@@ -238,6 +242,34 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
         kept = kept.select([int(place.where.removeprefix("row ")) for place in reading.places])
     whole = concatenate_datasets([kept, objects], axis=1)
     return _with_roles(whole.select_columns([c for c in made if c in [*notes, *converted]]), options)
+
+
+def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
+    """The same for rows that come one by one: they are read as they come, and what is changed is not counted."""
+    where = Path(name)
+    first = next(iter(dataset), None)
+    if first is None or "input_ids" in first:
+        return dataset
+    reader = RowReader(options, (Place(where, "row 0"), first))
+    structs = [
+        column for column in OBJECTS if column in (dataset.features or {}) and is_struct(dataset.features[column])
+    ]
+    logger.info("%s: a stream of rows, read as %s", name, reader.shape.name)
+    if structs:
+        logger.warning(
+            "%s: column %s holds Arrow structs, so objects have all keys that any row has, null where the row lacks them; in "
+            "a stream they cannot be told, so load the rows with qtarget.data.loading.load_dataset_file",
+            name,
+            ", ".join(structs),
+        )
+
+    def read(row: Row, index: int) -> Row:
+        made = reader.row(Place(where, f"row {index}"), row)
+        if made is None:
+            raise DataError(f"{name}, row {index}: null_content: drop leaves no rows out of a stream; filter it before")
+        return made
+
+    return dataset.map(read, with_indices=True, remove_columns=list(first))
 
 
 def read_datasets(datasets: Any, text_field: str = "text") -> Any:

@@ -168,9 +168,9 @@ class _Keys:
     values: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-def _nested(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)
-    return isinstance(inner, dict)
+def is_struct(feature: Any) -> bool:
+    """Whether a column is one of objects, or of lists of objects, with the keys of all rows."""
+    return isinstance(getattr(feature, "feature", feature), dict)
 
 
 def as_written(dataset: Any) -> tuple[list[Row], list[str], int]:
@@ -184,7 +184,7 @@ def as_written(dataset: Any) -> tuple[list[Row], list[str], int]:
         Rows; a warning for each place where a null of the user's would be lost or one of Arrow's is kept; the number of
         nulls that were taken out.
     """
-    columns = [name for name in OBJECTS if name in dataset.features and _nested(dataset.features[name])]
+    columns = [name for name in OBJECTS if name in dataset.features and is_struct(dataset.features[name])]
     rows: list[Row] = [dict(row) for row in dataset]
     warnings: list[str] = []
     removed = 0
@@ -196,7 +196,7 @@ def as_written(dataset: Any) -> tuple[list[Row], list[str], int]:
         for row in rows:
             row[name] = _without(row[name], feature, name, keys, taken)
         removed += sum(count for path, count in taken.items() if path[0] != KEPT)
-        warnings += _warnings(name, taken)
+        warnings += _warnings(name, taken) + _numbers(name, keys)
     return rows, warnings, removed
 
 
@@ -222,6 +222,23 @@ def _warnings(column: str, taken: Mapping[str, int]) -> list[str]:
     return lines
 
 
+def _numbers(column: str, keys: Mapping[str, _Keys]) -> list[str]:
+    """Arrow makes floats of integers where another row has a fraction; a template writes 3.0 for 3."""
+    mixed = [
+        path
+        for path, found in keys.items()
+        if not found.objects and found.values.get("whole") and found.values.get("fraction")
+    ]
+    mixed = [path for path in mixed if not _is_message(path.rpartition(".")[0])]
+    if not mixed:
+        return []
+    return [
+        f"column {column!r}: whole numbers of {', '.join(mixed[:3])} stand there as 3.0, since other rows have fractions; if "
+        "they were integers, build the data set with qtarget.data.loading.rows_to_dataset(rows), or "
+        "Dataset.from_list(rows, on_mixed_types='use_json')"
+    ]
+
+
 def _inner(feature: Any) -> Any:
     return getattr(feature, "feature", None)
 
@@ -236,6 +253,8 @@ def _count(value: Any, feature: Any, path: str, keys: dict[str, _Keys]) -> None:
     elif isinstance(value, list) and _inner(feature) is not None:
         for item in value:
             _count(item, _inner(feature), f"{path}[]", keys)
+    elif isinstance(value, float):
+        keys[path].values["whole" if value.is_integer() else "fraction"] += 1
 
 
 def _without(value: Any, feature: Any, path: str, keys: dict[str, _Keys], taken: dict[str, int]) -> Any:

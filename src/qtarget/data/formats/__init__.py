@@ -93,7 +93,7 @@ def read_rows(located: Iterable[Located], options: ReadOptions) -> Reading:
     values = itertools.chain([first], values)
     if _chosen(*first, options) is OPENVIKING:
         return _sessions(values, options)
-    return _Reader(options, first).read(values)
+    return RowReader(options, first).read(values)
 
 
 def _check_options(options: ReadOptions) -> None:
@@ -106,8 +106,13 @@ def _check_options(options: ReadOptions) -> None:
         raise ConfigError(f"null_content is {options.null_content!r}; expected refuse or drop")
 
 
-class _Reader:
-    """Reads rows that stand one by one."""
+class RowReader:
+    """Reads rows that stand one by one, in the shape of the first.
+
+    Args:
+        options: how rows are read.
+        first: place and row that tell the shape.
+    """
 
     def __init__(self, options: ReadOptions, first: tuple[Place, Row]) -> None:
         self.options = options
@@ -122,7 +127,7 @@ class _Reader:
     def read(self, values: Iterable[tuple[Place, Row]]) -> Reading:
         rows, places = [], []
         for place, row in values:
-            made = self._row(place, row)
+            made = self.row(place, row)
             if made is not None:
                 rows.append(made)
                 places.append(place)
@@ -130,7 +135,12 @@ class _Reader:
         changed = bool(self.said or self.removed or self.dropped) or bool(self.shape.reading)
         return Reading(rows, places, name, self._announced(name, len(rows)), changed, len(self.dropped))
 
-    def _row(self, place: Place, row: Row) -> Row | None:
+    def row(self, place: Place, row: Row) -> Row | None:
+        """One row as training takes it; None where it is left out.
+
+        Raises:
+            DataError: it has another shape than the first, or cannot be read.
+        """
         found = _chosen(place, row, self.options)
         if found.columns != self.shape.columns:
             raise DataError(
