@@ -30,6 +30,7 @@ __all__ = [
     "rows_to_dataset",
 ]
 
+PLAIN_KEYS = ("role", "content", "from", "value")
 ROLES_MARK = "qtarget roles: "
 """Begins the description of a data set whose user named its roles."""
 
@@ -251,9 +252,8 @@ def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
     if first is None or "input_ids" in first:
         return dataset
     reader = RowReader(options, (Place(where, "row 0"), first))
-    structs = [
-        column for column in OBJECTS if column in (dataset.features or {}) and is_struct(dataset.features[column])
-    ]
+    features = dataset.features or {}
+    structs = [column for column in OBJECTS if column in features and is_struct(features[column], beyond=PLAIN_KEYS)]
     logger.info("%s: a stream of rows, read as %s", name, reader.shape.name)
     if structs:
         logger.warning(

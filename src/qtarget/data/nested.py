@@ -168,9 +168,10 @@ class _Keys:
     values: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-def is_struct(feature: Any) -> bool:
-    """Whether a column is one of objects, or of lists of objects, with the keys of all rows."""
-    return isinstance(getattr(feature, "feature", feature), dict)
+def is_struct(feature: Any, beyond: Sequence[str] = ()) -> bool:
+    """Whether a column is one of objects, or of lists of objects, with the keys of all rows, others than these."""
+    inner = getattr(feature, "feature", feature)
+    return isinstance(inner, dict) and not (beyond and set(inner) <= set(beyond))
 
 
 def as_written(dataset: Any) -> tuple[list[Row], list[str], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -41,7 +42,7 @@ def talking():
     return make_tokenizer(TALK)
 
 
-def trained(tmp_path, tokenizer, data, evaluation=None, **settings):
+def trained(tmp_path, tokenizer, data, evaluation=None, **settings) -> Any:
     args = QTargetConfig(
         output_dir=str(tmp_path / "out"), report_to=[], bf16=False, use_cpu=True, max_length=None,
         eos_token=tokenizer.eos_token, **settings,
