@@ -127,8 +127,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     row_marks, token_marks = _marks(options, raw, rows, tokens.tokenizer)
     sampled = len(whole) > len(data)
     return Inspection(
-        options.title
-        or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
+        options.title or f"{config.data.name or 'data'} as {live.name} sees it",
         about(config, options, rows, len(whole), [live, *later], frozen),
         rows,
         views,
@@ -354,7 +353,7 @@ def about(
         else f"all {available:,}"
     )
     facts = [
-        ("data", f"{Path(config.data.train_file or config.data.dataset_name or '').name}, {options.split} rows"),
+        ("data", f"{config.data.name}, {options.split} rows"),
         ("rows", how),
         ("tokens", f"{len(rows.ids):,}, of them {len(rows.labels):,} trained; max_length {config.training.max_length}"),
         ("models", "; ".join(f"{m.name} (top {m.top_k} listed)" for m in models)),
