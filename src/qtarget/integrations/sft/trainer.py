@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
+from qtarget.integrations.shared.probes import refuse_leaks
 from qtarget.integrations.shared.progress import TokenSums
 from qtarget.integrations.shared.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
@@ -98,7 +100,8 @@ class QTargetTrainer(SFTTrainer):
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
         check_caches(args, self.caches, base)
-        self.frozen_models = load_frozen(args, self.target, self.caches, given, base.dtype, self.accelerator)
+        self.frozen_models = load_frozen(args, self.target, self.caches, given, base, self.accelerator)
+        self._refuse_leaks(base)
         self.vocab_rows = None
         if "teacher" in self.caches or "teacher" in self.frozen_models:
             live = self.frozen_models.get("teacher")
@@ -114,6 +117,28 @@ class QTargetTrainer(SFTTrainer):
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _refuse_leaks(self, base: PreTrainedModel) -> None:
+        """Rows that share a batch row must not see one another, in the trained model and in the frozen ones."""
+        args: Any = self.args
+        key = "packing" if args.packing else "padding_free" if self.padding_free else "eval_packing"
+        if not (self.padding_free or args.packing or args.eval_packing):
+            return
+        if args.packing and not self.padding_free:
+            logger.warning("packing_strategy 'wrapped' marks no ends: rows see the ones before them; 'bfd' keeps them apart")
+            return
+        model: Any = self.model
+        with self.accelerator.autocast():
+            refuse_leaks(
+                base,
+                self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
+                lambda inputs: model(**inputs, target_loss=lambda hidden, *_: hidden),
+                key,
+                trained=True,
+            )
+            for frozen, spec in self.frozen_models.values():
+                run = partial(live_head, frozen, spec)
+                refuse_leaks(frozen, self.data_collator.of_documents, lambda inputs, run=run: run(inputs).hidden, key, trained=False)
 
     def _collator(self) -> TargetCollator:
         theirs: Any = self.data_collator
