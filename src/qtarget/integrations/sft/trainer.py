@@ -20,9 +20,10 @@ from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import Preparation
+from qtarget.integrations.shared.adapters import adapter_config, refuse_shared_weights, virtual_tokens
 from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
-from qtarget.integrations.shared.heads import add_target_head, probe_head
+from qtarget.integrations.shared.heads import add_target_head, backbone_states, probe_head, refuse_encoder_decoder
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.probes import refuse_leaks
 from qtarget.integrations.shared.progress import TokenSums
@@ -31,6 +32,12 @@ from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head
 from qtarget.integrations.shared.teacher import head_rows, truncate_reference, vocab_with_teacher
 
 logger = logging.get_logger(__name__)
+
+
+def shared_rows_key(args: Any, eval_dataset: Any) -> str | None:
+    """The setting that brings several documents into one row, if any does."""
+    keys = ("packing", "padding_free", *(["eval_packing"] if eval_dataset is not None else []))
+    return next((key for key in keys if getattr(args, key)), None)
 
 
 class QTargetTrainer(SFTTrainer):
@@ -79,6 +86,8 @@ class QTargetTrainer(SFTTrainer):
         self.target = args.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(args, self.target, given)
+        self._shared_rows = shared_rows_key(args, eval_dataset)
+        self._refuse_models(model, args, kwargs.get("peft_config"), given)
         self.preparation = Preparation(self.target, self.caches)
         super().__init__(
             model=model,
@@ -114,6 +123,18 @@ class QTargetTrainer(SFTTrainer):
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
+    def _refuse_models(self, model: Any, args: Any, peft_config: Any, given: dict[str, PreTrainedModel | None]) -> None:
+        """What objects tell by themselves, before anything is tokenised."""
+        refuse_encoder_decoder(model)
+        for role, frozen in given.items():
+            if frozen is not None and getattr(self.target.needs, role) and role not in self.caches:
+                refuse_shared_weights(role, frozen, model)
+        self._virtual_tokens = virtual_tokens(
+            adapter_config(model, peft_config),
+            shared_rows=self._shared_rows,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -121,11 +142,13 @@ class QTargetTrainer(SFTTrainer):
     def _refuse_leaks(self, base: PreTrainedModel) -> None:
         """Rows that share a batch row must not see one another, in the trained model and in the frozen ones."""
         args: Any = self.args
-        key = "packing" if args.packing else "padding_free" if self.padding_free else "eval_packing"
-        if not (self.padding_free or args.packing or args.eval_packing):
+        key = self._shared_rows
+        if key is None:
             return
         if args.packing and not self.padding_free:
-            logger.warning("packing_strategy 'wrapped' marks no ends: rows see the ones before them; 'bfd' keeps them apart")
+            logger.warning(
+                "packing_strategy 'wrapped' marks no ends: rows see the ones before them; 'bfd' keeps them apart"
+            )
             return
         model: Any = self.model
         with self.accelerator.autocast():
@@ -136,9 +159,14 @@ class QTargetTrainer(SFTTrainer):
                 key,
                 trained=True,
             )
-            for frozen, spec in self.frozen_models.values():
-                run = partial(live_head, frozen, spec)
-                refuse_leaks(frozen, self.data_collator.of_documents, lambda inputs, run=run: run(inputs).hidden, key, trained=False)
+            for frozen, _ in self.frozen_models.values():
+                refuse_leaks(
+                    frozen,
+                    self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
+                    partial(backbone_states, frozen),
+                    key,
+                    trained=False,
+                )
 
     def _collator(self) -> TargetCollator:
         theirs: Any = self.data_collator
@@ -208,6 +236,7 @@ class QTargetTrainer(SFTTrainer):
             num_items=num_items,
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
+            virtual_tokens=self._virtual_tokens,
         )
         return step, inputs
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError, UnsupportedModelError
+from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
 from qtarget.core.types import DATA_FIELDS, Target, missing_message, sampled_message
+from qtarget.integrations.shared.adapters import refuse_shared_weights, without_wrapper
 from qtarget.integrations.shared.heads import HeadSpec, probe_head
 from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
@@ -121,35 +121,6 @@ def check_caches(args: FrozenSettings, caches: dict[str, ReferenceCache], base: 
             cache.require(model_fingerprint=ours)
         elif named is None and cache.manifest.model_fingerprint == ours:
             logger.warning("teacher_cache was made with the very model that is trained: the teacher is the base itself")
-
-
-def refuse_shared_weights(role: str, frozen: torch.nn.Module, trained: Any) -> None:
-    """Raises: ConfigError: a frozen model is the trained one, or the base under the trained adapter."""
-    mine = {id(p) for p in trained.parameters()} if isinstance(trained, torch.nn.Module) else set()
-    if any(id(p) in mine for p in frozen.parameters()):
-        raise ConfigError(
-            f"{role}_model shares weights with the model that is trained (the same object, or the base under its adapter): "
-            "freezing it would stop the training, and it would move with it; pass a copy (copy.deepcopy(model), made before "
-            f"the trainer), name it in {role}_model_name_or_path, or score it once (`qtarget score CONFIG.yaml --role "
-            f"{role}`) and set {role}_cache, which is also the cheapest reference for LoRA"
-        )
-
-
-def without_wrapper(role: str, model: Any) -> Any:
-    """The model inside a ``PeftModel``: its layers hold the adapter, active as it is.
-
-    Raises:
-        UnsupportedModelError: an adapter that works outside of the model's layers.
-    """
-    if not hasattr(model, "get_base_model"):
-        return model
-    config = model.active_peft_config
-    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
-        raise UnsupportedModelError(
-            f"{role}_model is a PeftModel with {getattr(config.peft_type, 'value', config.peft_type)}, which acts outside of the "
-            f"model's layers; expected an adapter inside them, such as LoRA: merge it or distil from its own outputs"
-        )
-    return model.get_base_model()
 
 
 def load_frozen(

@@ -181,6 +181,17 @@ class Forwards:
     fused: Callable[..., Any] | None = None
 
 
+# the loss counts tokens and works chunk by chunk, each of which would end a compiled graph: one end instead, after the backbone
+@torch.compiler.disable
+def _loss_in_head(head: Any, hidden: Tensor, target_loss: LossOfHidden, spec: HeadSpec) -> Any:
+    def loss_of(hidden: Tensor) -> Any:
+        bias = getattr(head, "bias", None)
+        return target_loss(hidden.to(head.weight.device), head.weight, bias, spec)
+
+    with _in_place_of_forward(head, loss_of):
+        return head(hidden)
+
+
 def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
     """Let ``model(..., target_loss=f)`` return ``f(hidden, weight, bias, spec)`` instead of logits.
 
@@ -189,8 +200,6 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
     The function that it leaves knows the model by ``self`` alone, so that a deep copy computes with its own weights.
     """
 
-    # the class's signature: ``generate`` looks there for the keys that a model knows
-    @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, target_loss: LossOfHidden | None = None, **kwargs: Any) -> Any:
         if target_loss is None:
             forwards: Forwards = self._target_forwards
@@ -199,18 +208,14 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
             return forwards.plain(*args, **kwargs)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        head: Any = self.get_output_embeddings()
-
-        def loss_of(hidden: Tensor) -> Any:
-            bias = getattr(head, "bias", None)
-            return target_loss(hidden.to(head.weight.device), head.weight, bias, spec)
-
-        with _in_place_of_forward(head, loss_of):
-            return head(hidden)
+        return _loss_in_head(self.get_output_embeddings(), hidden, target_loss, spec)
 
     model._target_forwards = _forwards(model)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    forward._is_target_forward = True  # pyright: ignore[reportFunctionMemberAccess]
-    model.forward = types.MethodType(forward, model)
+    wrapped: Any = functools.wraps(type(model).forward)(
+        forward
+    )  # `generate` looks for the class's keys in the signature
+    wrapped._is_target_forward = True
+    model.forward = types.MethodType(wrapped, model)
 
 
 def _forwards(model: PreTrainedModel) -> Forwards:

@@ -34,9 +34,9 @@ Collate = Callable[[list[list[int]]], dict[str, Any]]
 
 @contextmanager
 def probing(model: torch.nn.Module) -> Iterator[None]:
-    """No gradient, no dropout; modes of all modules and all random states are as before afterwards."""
+    """No gradient, no dropout, nothing compiled; modes of all modules and all random states are as before afterwards."""
     devices = range(torch.cuda.device_count())
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -49,8 +49,11 @@ def is_exact(model: PreTrainedModel) -> bool:
 
 def random_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int) -> list[list[int]]:
     """Token ids of so many documents, the same for the same seed; none that the configuration gives a meaning to."""
-    special = {value for name, value in vars(model.config).items() if name.endswith("token_id") and isinstance(value, int)}
-    rows = whole_shape(model.get_output_embeddings().weight)[0]
+    special = {
+        value for name, value in vars(model.config).items() if name.endswith("token_id") and isinstance(value, int)
+    }
+    head: Any = model.get_output_embeddings()
+    rows = whole_shape(head.weight)[0]
     ordinary = torch.tensor([i for i in range(min(rows, 4096)) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     return [ordinary[torch.randint(len(ordinary), (n,), generator=generator)].tolist() for n in lengths]
@@ -79,8 +82,9 @@ def refuse_leaks(model: PreTrainedModel, collate: Collate, run: Run, key: str, *
     attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
     who = f"{type(model).__name__} with attn_implementation {attention!r}"
     way_out = f"set {key}: false, or give the model an attn_implementation that keeps packed documents apart"
+    head: Any = model.get_output_embeddings()
     try:
-        with probing(model), gathered_while_running(model, model.get_output_embeddings()):
+        with probing(model), gathered_while_running(model, head):
             moved, alone = _leaks(model, collate, run, trained)
     except QTargetError:
         raise
@@ -100,9 +104,7 @@ def refuse_leaks(model: PreTrainedModel, collate: Collate, run: Run, key: str, *
         )
 
 
-def _leaks(
-    model: PreTrainedModel, collate: Collate, run: Run, trained: bool
-) -> tuple[float | None, float | None]:
+def _leaks(model: PreTrainedModel, collate: Collate, run: Run, trained: bool) -> tuple[float | None, float | None]:
     """How far a document moves with the one before it, and against itself alone; None where that is rounding."""
     before, document, after = random_tokens(model, LENGTHS, 0)
     other, _, behind = random_tokens(model, LENGTHS, 1)
