@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "exaone4": {},
     "falcon": {"alibi": False, "new_decoder_architecture": False, "multi_query": True},
     "falcon with alibi": {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
-    "falcon_h1": {"mamba_d_ssm": 32, **{**MAMBA2, "mamba_n_heads": 4}},
+    "falcon_h1": {"mamba_d_ssm": 32, **MAMBA2, "mamba_n_heads": 4},
     "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},

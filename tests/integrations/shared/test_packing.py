@@ -29,9 +29,11 @@ def verdict(model, trained=True) -> str:
             model, COLLATOR.of_documents, lambda inputs: backbone_states(model, inputs), "packing", trained=trained
         )
     except UnsupportedModelError as error:
-        assert "set packing: false" in str(error) and type(model).__name__ in str(error)
-        return "refused: leaks" if "leaks" in str(error) else "refused: cannot run packed rows"
-    return "right"
+        words = str(error)
+    else:
+        return "right"
+    assert "set packing: false" in words and type(model).__name__ in words
+    return "refused: leaks" if "leaks" in words else "refused: cannot run packed rows"
 
 
 def logits(model, documents) -> torch.Tensor | None:
@@ -168,7 +170,7 @@ def test_wrapped_rows_are_said_to_read_on(make_trainer, caplog):
 
 
 def test_a_live_teacher_that_leaks_is_refused(make_trainer):
-    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM .* leaks"):
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM .* leaks"):
         make_trainer("forward_kl", packing=True, models={"teacher_model": tiny("mamba", vocab_size=80)})
 
 

@@ -211,9 +211,8 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
         return _loss_in_head(self.get_output_embeddings(), hidden, target_loss, spec)
 
     model._target_forwards = _forwards(model)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    wrapped: Any = functools.wraps(type(model).forward)(
-        forward
-    )  # `generate` looks for the class's keys in the signature
+    # `generate` looks for the keys that a model knows in the signature of its class
+    wrapped: Any = functools.wraps(type(model).forward)(forward)  # pyright: ignore[reportCallIssue]
     wrapped._is_target_forward = True
     model.forward = types.MethodType(wrapped, model)
 
@@ -236,6 +235,7 @@ def _forwards(model: PreTrainedModel) -> Forwards:
             plain = inspect.getclosurevars(function).nonlocals["original_forward"]
         elif prepared is not None and _wraps(function, prepared.__func__):
             plain = model.__dict__.pop("_original_forward")
+            model.__dict__.pop("_is_accelerate_prepared", None)  # or the next accelerator would not autocast again
         else:
             return Forwards(plain, fused)
 
