@@ -208,11 +208,11 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
             return forwards.plain(*args, **kwargs)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return _loss_in_head(self.get_output_embeddings(), hidden, target_loss, spec)
+        return _loss_in_head(self.get_output_embeddings(), hidden, target_loss, spec)  # pyright: ignore[reportCallIssue]
 
     model._target_forwards = _forwards(model)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     # `generate` looks for the keys that a model knows in the signature of its class
-    wrapped: Any = functools.wraps(type(model).forward)(forward)  # pyright: ignore[reportCallIssue]
+    wrapped: Any = functools.wraps(type(model).forward)(forward)
     wrapped._is_target_forward = True
     model.forward = types.MethodType(wrapped, model)
 
