@@ -107,7 +107,7 @@ def test_positions_alone_are_looked_at_too():
     model = tiny("gpt2")
     inner = model.transformer.wpe.forward
     model.transformer.wpe.forward = lambda ids: inner(torch.arange(ids.shape[1])[None])
-    with pytest.raises(UnsupportedModelError, match=r"differently behind another one than alone.* by 0\.\d+"):
+    with pytest.raises(UnsupportedModelError, match=r"differently behind another one than alone"):
         refuse_leaks(model, COLLATOR.of_documents, lambda i: backbone_states(model, i), "padding_free", trained=False)
 
 
@@ -185,7 +185,7 @@ def test_encoder_decoders_are_refused_before_tokenising(make_trainer, name):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     more = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 80}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 0}
-    config = CONFIG_MAPPING[name](**(more if name == "t5" else {**sizes, **heads, "vocab_size": 80}))
+    config = CONFIG_MAPPING[name](**(more if name == "t5" else {**sizes, **heads, "vocab_size": 80, "pad_token_id": 0}))
     model = AutoModelForSeq2SeqLM.from_config(config)
     words = rf"{type(model).__name__} is an encoder-decoder.*expected a decoder-only model"
     with pytest.raises(UnsupportedModelError, match=words):
