@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
-from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions, rows_at_once
 from qtarget.benchmarks.scoring.cache import read_references
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import Row, generated_demonstrations
@@ -90,8 +90,9 @@ def write_text(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Enc
     """One answer a prompt, drawn from the teacher at temperature 1; None where it did not end."""
     torch.manual_seed(0)
     out: list[Encoded | None] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = list(prompts[start : start + AT_ONCE])
+    at_once = rows_at_once(teacher, tokenizer, AT_ONCE)
+    for start in range(0, len(prompts), at_once):
+        part = list(prompts[start : start + at_once])
         batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
         written = teacher.generate(
             input_ids=batch["input_ids"].to(teacher.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +21,12 @@ from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import Preparation
+from qtarget.integrations.shared.adapters import adapter_config, refuse_shared_weights, virtual_tokens
 from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
-from qtarget.integrations.shared.heads import add_target_head, probe_head
+from qtarget.integrations.shared.heads import add_target_head, backbone_states, probe_head, refuse_encoder_decoder
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
+from qtarget.integrations.shared.probes import refuse_leaks
 from qtarget.integrations.shared.progress import TokenSums
 from qtarget.integrations.shared.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
@@ -31,6 +34,12 @@ from qtarget.integrations.shared.teacher import head_rows, truncate_reference, v
 from qtarget.storage.models import check_finite, check_vocabulary, check_whole
 
 logger = logging.get_logger(__name__)
+
+
+def shared_rows_key(args: Any, eval_dataset: Any) -> str | None:
+    """The setting that brings several documents into one row, if any does."""
+    keys = ("packing", "padding_free", *(["eval_packing"] if eval_dataset is not None else []))
+    return next((key for key in keys if getattr(args, key)), None)
 
 
 class QTargetTrainer(SFTTrainer):
@@ -83,6 +92,8 @@ class QTargetTrainer(SFTTrainer):
         self.target = args.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(args, self.target, given)
+        self._shared_rows = shared_rows_key(args, eval_dataset)
+        self._refuse_models(model, args, kwargs.get("peft_config"), given)
         self.preparation = Preparation(self.target, self.caches)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
             check_whole("model", model, allow_new_weights=args.allow_new_weights, **(args.model_init_kwargs or {}))  # pyright: ignore[reportCallIssue]
@@ -108,7 +119,8 @@ class QTargetTrainer(SFTTrainer):
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
         check_caches(args, self.caches, base)
-        self.frozen_models = load_frozen(args, self.target, self.caches, given, base.dtype, self.accelerator)
+        self.frozen_models = load_frozen(args, self.target, self.caches, given, base, self.accelerator)
+        self._refuse_leaks(base)
         self.vocab_rows = None
         if "teacher" in self.caches or "teacher" in self.frozen_models:
             live = self.frozen_models.get("teacher")
@@ -121,9 +133,50 @@ class QTargetTrainer(SFTTrainer):
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
+    def _refuse_models(self, model: Any, args: Any, peft_config: Any, given: dict[str, PreTrainedModel | None]) -> None:
+        """What objects tell by themselves, before anything is tokenised."""
+        refuse_encoder_decoder(model)
+        for role, frozen in given.items():
+            if frozen is not None and getattr(self.target.needs, role) and role not in self.caches:
+                refuse_shared_weights(role, frozen, model)
+        self._virtual_tokens = virtual_tokens(
+            adapter_config(model, peft_config),
+            shared_rows=self._shared_rows,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _refuse_leaks(self, base: PreTrainedModel) -> None:
+        """Rows that share a batch row must not see one another, in the trained model and in the frozen ones."""
+        args: Any = self.args
+        key = self._shared_rows
+        if key is None:
+            return
+        if args.packing and not self.padding_free:
+            logger.warning(
+                "packing_strategy 'wrapped' marks no ends: rows see the ones before them; 'bfd' keeps them apart"
+            )
+            return
+        model: Any = self.model
+        with self.accelerator.autocast():
+            refuse_leaks(
+                base,
+                self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
+                lambda inputs: model(**inputs, target_loss=lambda hidden, *_: hidden),
+                key,
+                trained=True,
+            )
+            for frozen, _ in self.frozen_models.values():
+                refuse_leaks(
+                    frozen,
+                    self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
+                    partial(backbone_states, frozen),
+                    key,
+                    trained=False,
+                )
 
     def _collator(self) -> TargetCollator:
         theirs: Any = self.data_collator
@@ -193,6 +246,7 @@ class QTargetTrainer(SFTTrainer):
             num_items=num_items,
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
+            virtual_tokens=self._virtual_tokens,
         )
         return step, inputs
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
 from qtarget.core.types import DATA_FIELDS, Target, missing_message, sampled_message
+from qtarget.integrations.shared.adapters import refuse_shared_weights, without_wrapper
 from qtarget.integrations.shared.heads import HeadSpec, probe_head
 from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
@@ -135,17 +136,18 @@ def load_frozen(
     target: Target,
     caches: dict[str, ReferenceCache],
     given: dict[str, PreTrainedModel | None],
-    dtype: Any,
+    trained: PreTrainedModel,
     accelerator: Any,
 ) -> dict[str, tuple[PreTrainedModel, HeadSpec]]:
     """The frozen models that run beside the live one: those that the target needs and no cache replaces.
 
     Args:
         given: models handed to the trainer; they come before names.
-        dtype: of models that are loaded by name: the live model's.
+        trained: gives its dtype to models that are loaded by name.
 
     Raises:
-        ConfigError: there is no such model, or DeepSpeed would split it.
+        ConfigError: there is no such model, it is the trained one, or DeepSpeed would split it.
+        UnsupportedModelError: its head, or its kind of adapter.
     """
     loaded: dict[str, tuple[PreTrainedModel, HeadSpec]] = {}
     for role in ROLES:
@@ -158,8 +160,10 @@ def load_frozen(
                 f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
             )
         if model is None:
-            model = load_whole(f"{role} model", path, allow_new_weights=args.allow_new_weights, dtype=dtype)
-        model = model.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+            allowed = args.allow_new_weights
+            model = load_whole(f"{role} model", path, allow_new_weights=allowed, dtype=trained.dtype)
+        refuse_shared_weights(role, model, trained)
+        model = without_wrapper(role, model).to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         with accelerator.autocast():  # as in training: some attention kernels refuse float32
             loaded[role] = (model, probe_head(model))
     return loaded
