@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -118,6 +118,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     weights = _data_weights(data, tokens)
     cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
     rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
+    rows = replace(rows, weights_scale=training.weights_scale)  # pyright: ignore[reportArgumentType]
     live, frozen = models_of(config, rows)
     later = [_scored(config, path, rows, Path(path).name) for path in options.checkpoints]
     chosen = parse_targets(options.targets, config)
