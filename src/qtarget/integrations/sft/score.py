@@ -53,8 +53,9 @@ def training_rows(
     if is_deepspeed_zero3_enabled():
         raise ConfigError("scoring runs no DeepSpeed engine: leave `deepspeed` out; the cache serves every training")
     plain = changed(
-        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
-    )
+        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[],
+        weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
+    )  # fmt: skip
     trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset
     sets: list[Any] = [
