@@ -24,6 +24,18 @@ def list_batches(dataset: Dataset, *names: str) -> Iterator[tuple[np.ndarray, ..
         yield offsets, *(column.flatten().to_numpy(zero_copy_only=False) for column in columns)
 
 
+def array_rows(dataset: Dataset, *names: str) -> Iterator[dict[str, np.ndarray]]:
+    """Each row's lists in these columns."""
+    rows: Any = dataset.select_columns(list(names)).with_format("arrow")
+    for table in rows.iter(BATCH):
+        parts = []
+        for name in names:
+            lists = table[name].combine_chunks()
+            ends = np.cumsum(lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+            parts.append(np.split(lists.flatten().to_numpy(zero_copy_only=False), ends[:-1]))
+        yield from (dict(zip(names, row, strict=True)) for row in zip(*parts, strict=True))
+
+
 def flat_lists(dataset: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Offsets ``[rows + 1]`` and flat values of a column of lists; a row without one counts as an empty list."""
     offsets, values = [np.zeros(1, np.int64)], []
@@ -52,4 +64,16 @@ def with_columns(dataset: Dataset, made: Any, name: str) -> Dataset:
         new_fingerprint=Hasher.hash((dataset._fingerprint, name)),
     ).with_format(None)  # fmt: skip
     kept = [column for column in dataset.column_names if column not in columns.column_names]
-    return concatenate_datasets([dataset.select_columns(kept), columns], axis=1)
+    return concatenate_datasets([_plain(dataset.select_columns(kept)), columns], axis=1)
+
+
+def _plain(dataset: Dataset) -> Dataset:
+    """The rows as one table; a filter leaves a list of those that it kept, often all of them in their order.
+
+    Joining columns (datasets 5.2) would write each column again for such a list, and again for the other data set.
+    """
+    if dataset._indices is None:
+        return dataset
+    if np.array_equal(dataset._indices.column(0).to_numpy(), np.arange(len(dataset.data))):
+        return Dataset(dataset.data, dataset.info.copy(), dataset.split, fingerprint=dataset._fingerprint)
+    return dataset.flatten_indices()

@@ -77,8 +77,8 @@ def trained_rows(dataset: Dataset, weights: TokenWeights, *, zero_masks: bool, n
     Raises:
         DataError: no row is left.
     """
-    unplaced = set(weights.numbers[weights.unplaced].tolist())
-    placed = np.array([number not in unplaced for number in dataset[ROW]], dtype=bool)
+    numbers = np.asarray(dataset[ROW][:])
+    placed = ~np.isin(numbers, weights.numbers[weights.unplaced])
     kept = placed & (_weighs(dataset) if zero_masks else True)
     if not kept.any():
         raise DataError(
@@ -86,9 +86,9 @@ def trained_rows(dataset: Dataset, weights: TokenWeights, *, zero_masks: bool, n
             "`loss_weights` and `weight_spans`"
         )
     if not kept.all():
-        left_out = [n for n, row, fine in zip(dataset[ROW], kept, placed, strict=True) if fine and not row]
-        if left_out:
-            logger.warning(f"{name} data: {len(left_out):,} rows of weight 0 are left out ({named(left_out)})")
+        left_out = numbers[placed & ~kept]
+        if len(left_out):
+            logger.warning(f"{name} data: {len(left_out):,} rows of weight 0 are left out ({named(left_out.tolist())})")
         return dataset.select(np.flatnonzero(kept))
     return dataset
 
@@ -120,7 +120,7 @@ def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name
         mask = supervised(offsets, labels)
         checksums += [row_checksum(ids[a:b], mask[a:b]) for a, b in pairwise(offsets.tolist())]  # pyright: ignore[reportArgumentType]
     try:
-        found = dict(zip(dataset[ROW], cache.locate(checksums), strict=True))
+        found = dict(zip(dataset[ROW][:], cache.locate(checksums), strict=True))
     except CacheMismatchError as error:
         raise CacheMismatchError(f"{role} cache, {dataset_name} data: {error}") from error
 

@@ -13,6 +13,7 @@ from trl.data_utils import pack_dataset
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.audit import audit_rows
+from qtarget.integrations.sft.arrow import array_rows
 from qtarget.integrations.sft.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
@@ -102,7 +103,7 @@ class Preparation:
         return packed(tokens, args) if packing else tokens
 
     def _audit(self, tokens: Dataset, args: Any, name: str) -> None:
-        rows: Any = tokens
+        rows = array_rows(tokens, "input_ids", "labels")
         report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
         self.audits[name] = report.messages()
         for message in self.audits[name]:
