@@ -42,7 +42,7 @@ def test_the_rows_train(make_trainer, tmp_path):
     assert weighted == ["It is 48.", "Bad^"]
 
 
-def test_the_command_line_takes_the_keys(tmp_path, capsys):
+def test_the_command_line_takes_the_keys(tmp_path, caplog):
     from qtarget.data.embedded import base_model_path
 
     rows = [
@@ -58,7 +58,7 @@ def test_the_command_line_takes_the_keys(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with contextlib.suppress(SystemExit):
         run(["train", str(tmp_path / "run.yaml")])
-    said = "".join(capsys.readouterr())
+    said = caplog.text
     assert "weight: 8 rows, mean 0.5, smallest 0, largest 1" in said
     assert "4 rows of weight 0 are left out" in said
     assert (tmp_path / "run" / "train_summary.json").exists()

@@ -86,7 +86,7 @@ class Preparation:
         tokens = tokenised(trl, numbered, tokenizer, whole, formatting_func, name)
         self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
         weights = weights_of_rows(tokens, tokenizer, chat_template, args)
-        for line in [] if weights is None else announcement(tokens, weights):
+        for line in [] if weights is None else announcement(tokens, weights, args.prompt_weight):
             logger.warning(f"{name} data: {line}")
         tokens: Any = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
         tokens = with_token_columns(

@@ -272,18 +272,20 @@ def _by_text(row: dict[str, Any], tokenizer: Any, chat_template: str | None) -> 
             return {"by_text": None, "unplaced": str(error)}
 
 
-def announcement(dataset: Dataset, weights: TokenWeights) -> list[str]:
+def announcement(dataset: Dataset, weights: TokenWeights, prompt_weight: float | None) -> list[str]:
     """What the weights of a data set are, in words: those of rows, and those of trained tokens."""
     weighting = Weighting.of(dataset)
+    _, labels = flat_lists(dataset, "labels")
     lines = []
     if weighting.rows:
         factors = row_factors(dataset)
         lines.append(f"weight: {len(factors):,} rows, {_spread(factors)}")
     if weighting.tokens or weighting.text:
-        _, labels = flat_lists(dataset, "labels")
         trained = weights.values[labels != -100]
         if len(trained):
             lines.append(f"weights of tokens: {len(trained):,} trained tokens, {_spread(trained)}")
+    if prompt_weight is not None:
+        lines.append(f"prompt_weight {prompt_weight:g}: {int((labels == -100).sum()):,} prompt tokens are trained too")
     return lines
 
 
