@@ -301,9 +301,10 @@ class Terms:
             if self.label is None:
                 raise IncompatibleError(NO_LABEL_TO_WEIGH)
             return Terms(loss_weights * self.label, self.residual).total()
-        parts = [part for part in (self.label, self.residual) if part is not None]
-        assert parts, "a target returns a label term, a residual term, or both"
-        whole = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        whole = self.residual if self.label is None else self.label
+        assert whole is not None, "a target returns a label term, a residual term, or both"
+        if self.label is not None and self.residual is not None:
+            whole = self.label + self.residual
         return whole if loss_weights is None else loss_weights * whole
 
 
