@@ -59,6 +59,7 @@ CONSTRAINTS: dict[str, Bounds] = {
     "pad_to_multiple_of": SOME,
     "neftune_noise_alpha": COUNT,
     "router_aux_loss_coef": COUNT,
+    "prompt_weight": COUNT,
     "teacher_top_k": SOME,
     "heatmap_rows": COUNT,
     "lora_r": SOME,
