@@ -18,6 +18,7 @@ from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
+from qtarget.data.fields import PRIVATE
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
@@ -26,12 +27,12 @@ logger = logging.get_logger(__name__)
 
 DATA_COLUMNS = tuple(f"{role}_{field}" for role in ROLES for field in DATA_FIELDS)
 """What the other rows say of a token, counted against one frozen model."""
-TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows", *DATA_COLUMNS)
+ROW = f"{PRIVATE}row"
+"""The row's number in the user's data, whatever ids the data has of its own."""
+ROW_IDS = f"{PRIVATE}row_ids"
+"""That number once a token; rows that have it are prepared."""
+TOKEN_COLUMNS = (ROW_IDS, "loss_weights", "reference_rows", "teacher_rows", *DATA_COLUMNS)
 """Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
-
-
-ROW = "qtarget_row"
-"""Reserved column: the row's number in the user's data, whatever ids the data has of its own."""
 
 
 def with_row_ids(dataset: Dataset) -> Dataset:
@@ -83,11 +84,11 @@ def token_weights(row: dict[str, Any], tokenizer: Any, chat_template: str | None
 
 
 def add_token_columns(dataset: Dataset, tokenizer: Any, chat_template: str | None) -> Dataset:
-    """Add ``row_ids`` and, where the data has weights, ``loss_weights``, as long as the untruncated tokens."""
+    """Add ``ROW_IDS`` and, where the data has weights, ``loss_weights``, as long as the untruncated tokens."""
     weighted = has_weights(dataset)
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {"row_ids": [row[ROW]] * len(row["input_ids"])}
+        out: dict[str, Any] = {ROW_IDS: [row[ROW]] * len(row["input_ids"])}
         if weighted:
             out["loss_weights"] = token_weights(row, tokenizer, chat_template)
         return out
@@ -104,7 +105,7 @@ def cut_to_tokens(dataset: Dataset, keep_end: bool) -> Dataset:
         return {c: row[c][-n:] if keep_end else row[c][:n] for c in columns}
 
     rows: Any = dataset
-    if all(len(row["row_ids"]) == len(row["input_ids"]) for row in rows):
+    if all(len(row[ROW_IDS]) == len(row["input_ids"]) for row in rows):
         return dataset
     return dataset.map(cut, desc="Truncating token columns")
 

@@ -13,14 +13,17 @@ from trl.data_utils import pack_dataset
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.audit import audit_rows
+from qtarget.data.checks.findings import Finding, in_order
 from qtarget.integrations.sft.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
     add_token_columns,
     cut_to_tokens,
     locate_rows,
-    with_row_ids,
 )
+from qtarget.integrations.sft.rendered import render
+from qtarget.integrations.sft.renderer import Renderer
+from qtarget.integrations.sft.shape import adopt, is_prepared
 from qtarget.integrations.shared.samples import describe_rows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
@@ -43,6 +46,14 @@ class Preparation:
         self._target, self._caches = target, caches
         self.audits: dict[str, list[str]] = {}
         self.descriptions: dict[str, dict[str, Any]] = {}
+        self._adopted: dict[str, list[Finding]] = {}
+
+    def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
+        """Rows with the columns of their own shape; TRL's trainer looks at the first row before it prepares any."""
+        if isinstance(dataset, dict):
+            return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
+        rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
+        return rows
 
     def prepare(
         self,
@@ -55,15 +66,17 @@ class Preparation:
         chat_template: str | None,
         packing: bool,
         formatting_func: Any,
+        completion_only: bool,
     ) -> Dataset:
         """Rows with ``input_ids``, ``labels`` and ``TOKEN_COLUMNS``, packed where that is asked for.
 
         Args:
             trl: ``SFTTrainer._prepare_dataset`` of the trainer.
             chat_template: TRL's training template where it replaces the tokenizer's own.
+            completion_only: ``completion_only_loss`` as the trainer decided it.
 
         Raises:
-            DataError: rows that cannot be counted, or nothing to train on.
+            DataError: rows that cannot be counted, would not be trained as written, or nothing to train on.
             ConfigError: packing that cuts cached rows apart.
             CacheMismatchError: rows that a cache does not hold.
         """
@@ -71,7 +84,7 @@ class Preparation:
             raise DataError(
                 f"the {name} data is a {type(dataset).__name__}; expected a datasets.Dataset with rows that can be counted"
             )
-        if "row_ids" in dataset.column_names:
+        if is_prepared(dataset):
             return dataset
         cuts_rows = packing and args.packing_strategy != "bfd"
         if cuts_rows and self._caches:
@@ -79,10 +92,18 @@ class Preparation:
                 f"packing_strategy {args.packing_strategy!r} cuts rows apart, and cached rows are whole; use 'bfd'"
             )
         whole = changed(args, max_length=None, shuffle_dataset=False)
-        tokens = tokenised(trl, with_row_ids(dataset), tokenizer, whole, formatting_func, name)
+        if name not in self._adopted and formatting_func is None:
+            dataset = self.adopt(dataset, name, args.dataset_text_field)
+        renderer = Renderer(
+            tokenizer, chat_template, args.dataset_text_field, args.assistant_only_loss, completion_only
+        )
+        rendered = render(dataset, name, trl=trl, args=whole, renderer=renderer, formatting_func=formatting_func)
+        self._say(name, [*self._adopted.pop(name, []), *rendered.findings])
+        rendered.raise_errors(name)
+        tokens: Any = rendered.tokens
         self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
         tokens = add_token_columns(tokens, tokenizer, chat_template)
-        tokens: Any = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
+        tokens = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
         tokens = cut_to_tokens(tokens, keep_end=args.truncation_mode == "keep_end")
         self.descriptions[name] = describe_rows(tokens)
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template)
@@ -91,10 +112,15 @@ class Preparation:
     def _audit(self, tokens: Dataset, args: Any, name: str) -> None:
         rows: Any = tokens
         report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
-        self.audits[name] = report.messages()
-        for message in self.audits[name]:
-            logger.warning(f"{name} data: {message}")
+        self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
+
+    def _say(self, name: str, findings: list[Finding]) -> None:
+        """Print errors and warnings, and keep them for records; facts go to the log at level info."""
+        said = self.audits.setdefault(name, [])
+        for found in in_order(findings):
+            (logger.info if found.severity == "info" else logger.warning)(f"{name} data: {found.message}")
+            said += [found.message] if found.severity != "info" else []
 
     def _with_frozen(self, tokens: Dataset, name: str, tokenizer: Any, chat_template: str | None) -> Dataset:
         for role, cache in self._caches.items():
@@ -105,25 +131,6 @@ class Preparation:
             tokens = locate_rows(tokens, cache, role, name)
             tokens = add_data_columns(tokens, cache, role, getattr(self._target.needs, role))
         return tokens
-
-
-def tokenised(
-    trl: Callable[..., Any], dataset: Dataset, tokenizer: Any, args: Any, formatting_func: Any, name: str
-) -> Any:
-    """TRL's tokens of whole rows; its error about assistant tokens says what to do.
-
-    Raises:
-        DataError: ``assistant_only_loss``, and rows without a single assistant token.
-    """
-    try:
-        return trl(dataset, tokenizer, args, False, formatting_func, name)
-    except RuntimeError as error:
-        if "assistant" not in str(error):
-            raise
-        raise DataError(
-            f"the {name} data has rows without a single assistant token under assistant_only_loss; mark assistant "
-            "text with {% generation %} ... {% endgeneration %} in the chat template, or drop those rows"
-        ) from error
 
 
 def packed(tokens: Dataset, args: Any) -> Dataset:

@@ -78,6 +78,9 @@ class QTargetTrainer(SFTTrainer):
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(args, self.target, given)
         self.preparation = Preparation(self.target, self.caches)
+        if kwargs.get("formatting_func") is None:  # which reads the user's own columns
+            train_dataset = self.preparation.adopt(train_dataset, "train", args.dataset_text_field)
+            eval_dataset = self.preparation.adopt(eval_dataset, "eval", args.dataset_text_field)
         super().__init__(
             model=model,
             args=args,
@@ -137,6 +140,7 @@ class QTargetTrainer(SFTTrainer):
             chat_template=self.chat_template,
             packing=packing,
             formatting_func=formatting_func,
+            completion_only=self.completion_only_loss,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
