@@ -237,7 +237,7 @@ def forms_of(value: Any) -> tuple[str, ...]:
 def tool_pieces(tools: Any) -> list[Piece]:
     """The name of each tool's schema."""
     named = [tool.get("function") or tool for tool in tools or [] if isinstance(tool, Mapping)]
-    return [Piece("a tool's schema", (str(tool["name"]),), False) for tool in named if tool.get("name")]
+    return [Piece("a tool's schema", (str(tool["name"]),), None) for tool in named if tool.get("name")]
 
 
 def losses(written: str, read: str) -> tuple[dict[str, int], str]:
@@ -323,10 +323,14 @@ def findings_of(issues: Sequence[Issue], rows: int) -> list[Finding]:
 
 def _grouped(check: str, group: Sequence[Issue], rows: int) -> list[Finding]:
     severity, what, step = CHECKS[check]
-    concerned = list(dict.fromkeys(issue.row for issue in group))
+    first = {issue.row: issue for issue in reversed(group)}  # the first of each row, which has an excerpt
+    concerned = sorted(first)
     where = f" ({group[0].where})" if group[0].where else ""
     said = f": {group[0].text!r}" if group[0].text else ""
-    examples = [{"row": issue.row, "text": issue.text or issue.where} for issue in group[:ROWS_NAMED]]
+    examples = [
+        {"row": issue.row, "text": issue.text or issue.where}
+        for issue in map(first.__getitem__, concerned[:ROWS_NAMED])
+    ]
     return finding(check, severity, concerned, rows, what + where + said, step, part=group[0].where, examples=examples)
 
 

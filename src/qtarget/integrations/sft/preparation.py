@@ -98,7 +98,8 @@ class Preparation:
             tokenizer, chat_template, args.dataset_text_field, args.assistant_only_loss, completion_only
         )
         rendered = render(dataset, name, trl=trl, args=whole, renderer=renderer, formatting_func=formatting_func)
-        self._say(name, [*self._adopted.pop(name, []), *rendered.findings])
+        found = [*self._adopted.pop(name, []), *rendered.findings]
+        self._say(name, [finding for finding in found if finding.severity != "error"])
         rendered.raise_errors(name)
         tokens: Any = rendered.tokens
         self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)

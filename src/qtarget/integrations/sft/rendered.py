@@ -6,7 +6,8 @@ rendered again only to tell the template from the tokenizer where something is m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,12 @@ from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is
 
 from qtarget.core.errors import DataError, QTargetError
 from qtarget.data.checks.audit import IGNORE_INDEX
-from qtarget.data.checks.findings import Finding
+from qtarget.data.checks.findings import Finding, finding, named
 from qtarget.data.checks.rendered import Issue, findings_of
 from qtarget.integrations.sft.columns import ROW, with_row_ids
 from qtarget.integrations.sft.probes import probe_template, todays_date
 from qtarget.integrations.sft.renderer import Renderer
-from qtarget.integrations.sft.scan import scan
+from qtarget.integrations.sft.scan import nulls, scan
 from qtarget.integrations.sft.token_rows import Ragged, given_tokens
 
 Trl = Callable[..., Any]
@@ -37,11 +38,13 @@ class Rendered:
         findings: what ``qtarget audit-data`` says of them; errors are what training stops at.
         silent: conversations without a single assistant token under ``assistant_only_loss``, by number, all their labels
             ignored; TRL stops at them, so ``tokens`` has the others.
+        roles: of their messages.
     """
 
     tokens: Dataset | None
     findings: list[Finding] = field(default_factory=list)
     silent: dict[int, TokenRow] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
     def raise_errors(self, name: str) -> None:
         """Refuse rows that would not be trained as they were written.
@@ -53,9 +56,9 @@ class Rendered:
         if self.silent:
             rows = sorted(self.silent)
             errors.append(
-                f"{len(rows)} rows have no assistant token under assistant_only_loss: rows {', '.join(map(str, rows[:5]))}"
-                f"{', ...' if len(rows) > 5 else ''}; mark assistant text with {{% generation %}} ... {{% endgeneration %}} in "
-                "the chat template, or drop those rows"
+                f"{len(rows)} rows have no assistant token under assistant_only_loss: {named(rows)} (their roles: "
+                f"{', '.join(self.roles)}); mark assistant text with {{% generation %}} ... {{% endgeneration %}} in the chat "
+                "template, name the answers' role assistant, or drop those rows"
             )
         if errors:
             raise DataError(f"{name} data: " + "\n".join(errors))
@@ -97,8 +100,9 @@ def render(
             return Rendered(None, findings_of(why(dataset, name, trl, args, renderer, error), len(dataset)))
         rest = dataset.select([i for i, number in enumerate(dataset[ROW]) if number not in silent])
         tokens = trl(rest, renderer.tokenizer, args, False, None, name) if len(rest) else None
+    roles = roles_of(dataset, renderer, silent)
     if tokens is None:
-        return Rendered(None, [], silent)
+        return Rendered(None, [], silent, roles)
     issues, features = scan(tokens, renderer, args.dataset_num_proc)
     issues += probe_template(tokens, renderer, features)
     found = findings_of(issues, len(dataset))
@@ -151,6 +155,12 @@ def without_assistant(dataset: Dataset, renderer: Renderer) -> dict[int, TokenRo
     return found
 
 
+def roles_of(dataset: Dataset, renderer: Renderer, numbers: Collection[int]) -> tuple[str, ...]:
+    """The roles in the rows of these numbers."""
+    rows: Any = dataset.select([i for i, n in enumerate(dataset[ROW]) if n in numbers]) if numbers else []
+    return tuple(sorted({str(message.get("role")) for row in rows for message in renderer.messages(row)}))
+
+
 def why(dataset: Dataset, name: str, trl: Trl, args: Any, renderer: Renderer, error: Exception) -> list[Issue]:
     """The rows at which TRL stops, with the template's own words."""
     issues = []
@@ -160,7 +170,8 @@ def why(dataset: Dataset, name: str, trl: Trl, args: Any, renderer: Renderer, er
             try:
                 renderer.text(row)
             except Exception as own:
-                issues.append(Issue(row[ROW], "template_raises", _role_of(row, own), said(own)))
+                empty = list(nulls(row, renderer.messages(row), strict=False))
+                issues += empty or [Issue(row[ROW], "template_raises", "", said(own))]
     if issues:
         return issues
     number = int(rows[first_failing(dataset, name, trl, args, renderer)][ROW])
@@ -169,12 +180,9 @@ def why(dataset: Dataset, name: str, trl: Trl, args: Any, renderer: Renderer, er
 
 def said(error: Exception) -> str:
     """An exception in its own words; the type helps where they are a bare key."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"`tools` is text that is no JSON ({error}); leave it out, or give a list of schemas"
     return f"{type(error).__name__}: {error}"
-
-
-def _role_of(row: dict[str, Any], error: Exception) -> str:
-    del row, error
-    return "the chat template's own words follow"
 
 
 def first_failing(dataset: Dataset, name: str, trl: Trl, args: Any, renderer: Renderer) -> int:
@@ -198,8 +206,6 @@ def first_failing(dataset: Dataset, name: str, trl: Trl, args: Any, renderer: Re
 
 def doubled_marks(tokens: Dataset, tokenizer: Any) -> list[Finding]:
     """Rows that begin with two start tokens, or end with two end tokens."""
-    from qtarget.data.checks.findings import finding
-
     ids = Ragged.of(tokens, "input_ids")
     numbers = np.asarray(tokens[ROW])
     long = np.flatnonzero(ids.lengths >= 2)

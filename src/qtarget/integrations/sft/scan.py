@@ -83,7 +83,7 @@ def _look(batch: dict[str, list], places: Any, *, renderer: Renderer, strict_nul
     features: Features = {}
     for at, row, (trained, other, whole), ids in zip(places, rows, halves, batch["input_ids"], strict=False):
         messages = renderer.messages(row)
-        issues += _nulls(row, messages, strict_nulls)
+        issues += nulls(row, messages, strict_nulls)
         for feature in _features(row, messages):
             features.setdefault(feature, []).append(at)
         missing = [p for p in pieces_of(row, messages, renderer) if not _arrives(p, trained, other, whole)]
@@ -194,7 +194,8 @@ def _features(row: Row, messages: list[Row]) -> Iterator[Feature]:
         yield "tools", "", "", False
 
 
-def _nulls(row: Row, messages: list[Row], strict: bool) -> Iterator[Issue]:
+def nulls(row: Row, messages: list[Row], strict: bool) -> Iterator[Issue]:
+    """Messages without content, and nulls that Arrow may have put into nested objects (``strict``)."""
     number = row[ROW]
     for message in messages:
         calls = calls_of(message)
