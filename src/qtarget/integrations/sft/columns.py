@@ -19,6 +19,7 @@ from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.columns import message_token_weights, row_loss_weights
 from qtarget.data.fields import PRIVATE
+from qtarget.integrations.sft.ragged import Ragged
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
@@ -85,29 +86,28 @@ def token_weights(row: dict[str, Any], tokenizer: Any, chat_template: str | None
 
 def add_token_columns(dataset: Dataset, tokenizer: Any, chat_template: str | None) -> Dataset:
     """Add ``ROW_IDS`` and, where the data has weights, ``loss_weights``, as long as the untruncated tokens."""
-    weighted = has_weights(dataset)
-
-    def columns(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {ROW_IDS: [row[ROW]] * len(row["input_ids"])}
-        if weighted:
-            out["loss_weights"] = token_weights(row, tokenizer, chat_template)
-        return out
-
-    return dataset.map(columns, desc="Numbering tokens")
+    ids = Ragged.of(dataset, "input_ids")
+    dataset = dataset.add_column(ROW_IDS, ids.arrow(np.repeat(np.asarray(dataset[ROW]), ids.lengths)))  # pyright: ignore
+    if not has_weights(dataset):
+        return dataset
+    return dataset.map(
+        lambda row: {"loss_weights": token_weights(row, tokenizer, chat_template)}, desc="Weighing tokens"
+    )
 
 
 def cut_to_tokens(dataset: Dataset, keep_end: bool) -> Dataset:
     """Cut the added columns to the length that truncation left of ``input_ids``."""
-    columns = [c for c in TOKEN_COLUMNS if c in dataset.column_names]
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        n = len(row["input_ids"])
-        return {c: row[c][-n:] if keep_end else row[c][:n] for c in columns}
-
-    rows: Any = dataset
-    if all(len(row[ROW_IDS]) == len(row["input_ids"]) for row in rows):
-        return dataset
-    return dataset.map(cut, desc="Truncating token columns")
+    kept = Ragged.of(dataset, "input_ids").lengths
+    for column in [c for c in TOKEN_COLUMNS if c in dataset.column_names]:
+        whole = Ragged.of(dataset, column)
+        if np.array_equal(whole.lengths, kept):
+            continue
+        place = np.arange(len(whole.values)) - np.repeat(whole.starts, whole.lengths)
+        first = np.repeat(whole.lengths - kept if keep_end else np.zeros_like(kept), whole.lengths)
+        inside = (place >= first) & (place < first + np.repeat(kept, whole.lengths))
+        values: Any = whole.arrow(whole.values, inside)
+        dataset = dataset.remove_columns(column).add_column(column, values)  # pyright: ignore[reportCallIssue]
+    return dataset
 
 
 def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name: str) -> Dataset:

@@ -6,14 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
 
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
-from qtarget.data.checks.audit import audit_rows
-from qtarget.data.checks.findings import Finding, in_order
+from qtarget.data.checks.audit import audit_columns
+from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.integrations.sft.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
@@ -21,6 +22,7 @@ from qtarget.integrations.sft.columns import (
     cut_to_tokens,
     locate_rows,
 )
+from qtarget.integrations.sft.ragged import Ragged
 from qtarget.integrations.sft.rendered import render
 from qtarget.integrations.sft.renderer import Renderer
 from qtarget.integrations.sft.shape import adopt, is_prepared
@@ -102,19 +104,27 @@ class Preparation:
         self._say(name, [finding for finding in found if finding.severity != "error"])
         rendered.raise_errors(name)
         tokens: Any = rendered.tokens
-        self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
+        nothing_to_cut = self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
         tokens = add_token_columns(tokens, tokenizer, chat_template)
-        tokens = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
+        rest = changed(args, max_length=None) if nothing_to_cut else args
+        tokens = trl(tokens, tokenizer, whole if cuts_rows else rest, False, None, name)
         tokens = cut_to_tokens(tokens, keep_end=args.truncation_mode == "keep_end")
         self.descriptions[name] = describe_rows(tokens)
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template)
         return packed(tokens, args) if packing else tokens
 
-    def _audit(self, tokens: Dataset, args: Any, name: str) -> None:
-        rows: Any = tokens
-        report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
+    def _audit(self, tokens: Dataset, args: Any, name: str) -> bool:
+        """Say what trains on nothing; whether TRL would neither cut nor drop a row."""
+        lengths, labels = Ragged.of(tokens, "input_ids").lengths, Ragged.of(tokens, "labels")
+        other = np.flatnonzero(lengths != labels.lengths)
+        if len(other):
+            raise DataError(f"the {name} data has other numbers of labels than of input_ids: {named(other.tolist())}")
+        report = audit_columns(
+            lengths, labels.values, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end"
+        )
         self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
+        return not report.unusable_rows and bool((lengths <= (args.max_length or len(labels.values))).all())
 
     def _say(self, name: str, findings: list[Finding]) -> None:
         """Print errors and warnings, and keep them for records; facts go to the log at level info."""

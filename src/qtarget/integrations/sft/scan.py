@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.rendered import (
@@ -117,6 +118,10 @@ def decode(tokenizer: Any, ids: list[list[int]]) -> list[str]:
     """Texts with their special tokens, nothing tidied up."""
     if not ids:
         return []
+    if isinstance(
+        tokenizer, PreTrainedTokenizerFast
+    ):  # batch_decode looks at each id's type in Python (transformers 5.23)
+        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
