@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
 
@@ -15,6 +16,8 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
+from qtarget.data.checks.flat import FlatRows
+from qtarget.data.checks.tokens import Vocabulary
 from qtarget.integrations.sft.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
@@ -22,8 +25,9 @@ from qtarget.integrations.sft.columns import (
     cut_to_tokens,
     locate_rows,
 )
+from qtarget.integrations.sft.model_checks import check_with_model, name_end, vocabulary_of
 from qtarget.integrations.sft.ragged import Ragged
-from qtarget.integrations.sft.rendered import render
+from qtarget.integrations.sft.rendered import Rendered, render
 from qtarget.integrations.sft.renderer import Renderer
 from qtarget.integrations.sft.shape import adopt, is_prepared
 from qtarget.integrations.shared.samples import describe_rows
@@ -49,6 +53,8 @@ class Preparation:
         self.audits: dict[str, list[str]] = {}
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
+        self._unmet: dict[str, FlatRows] = {}
+        self._vocabulary: Vocabulary | None = None
 
     def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
         """Rows with the columns of their own shape; TRL's trainer looks at the first row before it prepares any."""
@@ -56,6 +62,29 @@ class Preparation:
             return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
         rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
         return rows
+
+    def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool) -> None:
+        """Check the rows prepared so far, and all later ones, against the model.
+
+        Args:
+            model: without its adapter.
+            saves_model: whether its generation config is saved with it.
+
+        Raises:
+            DataError: token ids that the model has no embedding for.
+        """
+        self._vocabulary = vocabulary_of(model, tokenizer)
+        for name, rows in list(self._unmet.items()):
+            if name == "train":
+                self._say(name, name_end(model, tokenizer, rows, saves_model=saves_model))
+            self._check_with_model(name)
+
+    def _check_with_model(self, name: str) -> None:
+        if self._vocabulary is None:
+            return
+        found = check_with_model(self._unmet.pop(name), self._vocabulary)
+        self._say(name, [finding for finding in found if finding.severity != "error"])
+        Rendered(None, found).raise_errors(name)
 
     def prepare(
         self,
@@ -115,8 +144,8 @@ class Preparation:
 
     def _audit(self, tokens: Dataset, args: Any, name: str) -> bool:
         """Say what trains on nothing; whether TRL would neither cut nor drop a row."""
-        lengths, labels = Ragged.of(tokens, "input_ids").lengths, Ragged.of(tokens, "labels")
-        other = np.flatnonzero(lengths != labels.lengths)
+        ids, labels = Ragged.of(tokens, "input_ids"), Ragged.of(tokens, "labels")
+        lengths, other = ids.lengths, np.flatnonzero(ids.lengths != labels.lengths)
         if len(other):
             raise DataError(f"the {name} data has other numbers of labels than of input_ids: {named(other.tolist())}")
         report = audit_columns(
@@ -124,6 +153,8 @@ class Preparation:
         )
         self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
+        self._unmet[name] = FlatRows(ids.values, labels.values, lengths)
+        self._check_with_model(name)
         return not report.unusable_rows and bool((lengths <= (args.max_length or len(labels.values))).all())
 
     def _say(self, name: str, findings: list[Finding]) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Json, Value
+from pyarrow import compute
 
 from qtarget.core.errors import DataError
 from qtarget.data import fields
@@ -20,6 +20,7 @@ from qtarget.data.checks.findings import Finding, named
 from qtarget.integrations.sft.columns import ROW, ROW_IDS, with_row_ids
 
 Shape = tuple[str, ...]
+_COMPUTE: Any = compute  # its functions are made at import
 
 
 def is_prepared(dataset: Any) -> bool:
@@ -111,7 +112,7 @@ def _rows_where(dataset: Dataset, columns: Sequence[str], test: Callable[[pa.Chu
 
 
 def _null_rows(dataset: Dataset, shape: Shape) -> np.ndarray:
-    return _rows_where(dataset, shape, lambda column: pc.is_null(column).combine_chunks())
+    return _rows_where(dataset, shape, lambda column: _COMPUTE.is_null(column).combine_chunks())
 
 
 def _check_images(dataset: Dataset, name: str) -> None:
@@ -159,7 +160,7 @@ def _check_types(dataset: Dataset, name: str, shape: Shape) -> bool:
 
 
 def _has_no_entries(column: pa.ChunkedArray) -> pa.Array:
-    return pc.equal(pc.list_value_length(column), 0).combine_chunks()
+    return _COMPUTE.equal(_COMPUTE.list_value_length(column), 0).combine_chunks()
 
 
 def _wrong_type(name: str, column: str, kind: Any, expected: str) -> DataError:

@@ -97,6 +97,7 @@ class QTargetTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.data_collator = self._collator()
         base = self._base_model()
+        self.preparation.meet(base, self.processing_class, saves_model=base is self.model)
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
