@@ -32,11 +32,6 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {
         "have a message without content and without a call",
         "fill it in, or remove the row: training on nothing teaches an empty answer",
     ),
-    "null_written": (
-        "error",
-        "have a message with content null, which the chat template writes as text",
-        'give "" instead of null, or use a template that tells them apart',
-    ),
     "content_dropped": (
         "error",
         "have content that does not arrive in the rendered text",

@@ -116,7 +116,8 @@ def check_ends(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> l
 
 def _last_text(flat: FlatRows, i: int, vocabulary: Vocabulary) -> str:
     place = flat.row(i)
-    return vocabulary.decode(flat.ids[place][flat.trained[place]][-WINDOW:].tolist())
+    ids = flat.ids[place][flat.trained[place]][-WINDOW:]
+    return vocabulary.decode(ids[(ids >= 0) & (ids < vocabulary.size)].tolist())
 
 
 def check_known(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> list[Finding]:

@@ -20,7 +20,7 @@ from qtarget.data.checks.findings import Finding
 from qtarget.data.checks.rendered import ROLES, Issue, calls_of, content_texts
 from qtarget.integrations.sft.columns import ROW
 from qtarget.integrations.sft.renderer import Renderer, Row
-from qtarget.integrations.sft.scan import Feature, Features
+from qtarget.integrations.sft.scan import Feature, Features, enumerate_features
 
 MARK, NAME = "qzProbeqz", "qzNameqz"
 DAYS_AHEAD = 397
@@ -31,19 +31,18 @@ def probe_template(tokens: Dataset, renderer: Renderer, features: Features) -> l
     numbers = tokens[ROW] if features else []
     issues: list[Issue] = []
     for feature, places in features.items():
-        kind, role, place, _ = feature
+        role = feature[1]
         if role and role not in ROLES:
             issues += [Issue(numbers[i], "unknown_roles", f"role {role!r}") for i in places]
         row: Any = tokens[places[0]]
         for check, where in _probe(row, renderer, feature):
             issues += [Issue(numbers[i], check, where) for i in places]
-        del kind, place
     return issues
 
 
 def _probe(row: Row, renderer: Renderer, feature: Feature) -> Iterator[tuple[str, str]]:
     """Checks that one row's feature fails, and the part concerned."""
-    kind, role, place, has_calls = feature
+    kind, role, _, _ = feature
     if kind == "tools":
         tools = copy.deepcopy(renderer.options(row)["tools"])
         for tool in tools:
@@ -52,8 +51,7 @@ def _probe(row: Row, renderer: Renderer, feature: Feature) -> Iterator[tuple[str
             yield "content_dropped", "a tool's schema"
         return
     messages = copy.deepcopy(renderer.messages(row))
-    at = _where(messages, role, place, kind, has_calls)
-    message = messages[at]
+    message = messages[_where(row, messages, feature)]
     if kind == "calls":
         for call in calls_of(message):
             call["name"] = NAME  # pyright: ignore[reportIndexIssue]
@@ -70,37 +68,14 @@ def _probe(row: Row, renderer: Renderer, feature: Feature) -> Iterator[tuple[str
             yield "content_dropped", f"content of {role}"
     else:
         given = _text(row, renderer, messages, "")
-        message["content"] = "" if kind == "null" else "".join(content_texts(message["content"]))
-        plain = _text(row, renderer, messages, given)
-        if given != plain and kind == "parts":
+        message["content"] = "".join(content_texts(message["content"]))
+        if given != _text(row, renderer, messages, given):
             yield "parts_changed", f"content of {role}"
-        elif (
-            given != plain
-            and has_calls
-            and "None" in given.replace(plain, "")
-            and given.count("None") > plain.count("None")
-        ):
-            yield "null_written", f"role {role}"
 
 
-def _where(messages: list[Row], role: str, place: str, kind: str, has_calls: bool) -> int:
+def _where(row: Row, messages: list[Row], feature: Feature) -> int:
     """The first message that has the feature."""
-    last = len(messages) - 1
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        same = "null" if content is None else "parts" if isinstance(content, list) else "content"
-        here = "first" if i == 0 else "last" if i == last else "inner"
-        if (
-            (str(message.get("role")), here, bool(calls_of(message))) == (role, place, has_calls)
-            and kind
-            in (
-                same,
-                "calls",
-            )
-            and (kind != "content" or content)
-        ):
-            return i
-    raise AssertionError(f"no {kind} of {role} at {place}")
+    return next(i for i, found in enumerate_features(row, messages) if found == feature)
 
 
 def _text(row: Row, renderer: Renderer, messages: list[Row], otherwise: str) -> str:

@@ -31,7 +31,7 @@ from qtarget.integrations.sft.renderer import Renderer, Row
 BATCH = 500
 GAP = "\0"
 Feature = tuple[str, str, str, bool]
-"""Kind (``content``, ``parts``, ``null``, ``calls``, ``tools``), role, place (first, inner, last), whether it has calls."""
+"""Kind (``content``, ``parts``, ``calls``, ``tools``), role, place (first, inner, last), whether it has calls."""
 Features = dict[Feature, list[int]]
 """The rows that have a feature, as places in the data set."""
 
@@ -85,7 +85,7 @@ def _look(batch: dict[str, list], places: Any, *, renderer: Renderer, strict_nul
     for at, row, (trained, other, whole), ids in zip(places, rows, halves, batch["input_ids"], strict=False):
         messages = renderer.messages(row)
         issues += nulls(row, messages, strict_nulls)
-        for feature in _features(row, messages):
+        for _, feature in enumerate_features(row, messages):
             features.setdefault(feature, []).append(at)
         missing = [p for p in pieces_of(row, messages, renderer) if not _arrives(p, trained, other, whole)]
         if missing:
@@ -99,6 +99,10 @@ def _halves(ids: list[list[int]], labels: list[list[int]], tokenizer: Any) -> It
     parts: list[list[int]] = []
     kinds: list[list[bool]] = []
     for row_ids, row_labels in zip(ids, labels, strict=True):
+        if IGNORE_INDEX not in row_labels:
+            kinds.append([True])
+            parts.append(row_ids)
+            continue
         mask = np.asarray(row_labels) != IGNORE_INDEX
         borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)] if len(mask) else [0]
         kinds.append([bool(mask[a]) for a in borders[:-1]])
@@ -136,7 +140,9 @@ def pieces_of(row: Row, messages: list[Row], renderer: Renderer) -> list[Piece]:
             )
         else:
             parts = (("the text", row[renderer.text_field], None),)
-        return [Piece(where, (text.strip(),), trained) for where, text, trained in parts if text.strip()]
+        end = renderer.tokenizer.eos_token or ""  # which TRL appends
+        stripped = ((where, text.removesuffix(end).strip(), trained) for where, text, trained in parts)
+        return [Piece(where, (text,), trained) for where, text, trained in stripped if text]
     prompt = len(row["prompt"]) if isinstance(row.get("prompt"), list) else 0
     out = []
     for i, message in enumerate(messages):
@@ -182,21 +188,18 @@ def _lost(number: int, piece: Piece, text: str, tokenizer: Any) -> Iterator[Issu
         yield Issue(number, "text_lost", changed or "the order of characters", excerpt(text))
 
 
-def _features(row: Row, messages: list[Row]) -> Iterator[Feature]:
+def enumerate_features(row: Row, messages: list[Row]) -> Iterator[tuple[int, Feature]]:
+    """What a template could treat in its own way, with the message that has it (-1: the row)."""
     for i, message in enumerate(messages):
         role, content = str(message.get("role")), message.get("content")
         place = "first" if i == 0 else "last" if i == len(messages) - 1 else "inner"
         calls = bool(calls_of(message))
         if calls:
-            yield "calls", role, place, True
-        if content is None:
-            yield "null", role, place, calls
-        elif isinstance(content, list):
-            yield "parts", role, place, calls
-        elif content:
-            yield "content", role, place, calls
+            yield i, ("calls", role, place, True)
+        if content:
+            yield i, ("parts" if isinstance(content, list) else "content", role, place, calls)
     if row.get("tools"):
-        yield "tools", "", "", False
+        yield -1, ("tools", "", "", False)
 
 
 def nulls(row: Row, messages: list[Row], strict: bool) -> Iterator[Issue]:

@@ -55,7 +55,7 @@ def adopt(dataset: Any, name: str, *, text_field: str) -> tuple[Any, list[Findin
             "makes the labels from the tokens, so it would not be read: rename it (a classifier's label is a note), or "
             "remove it"
         )
-    found = _announced(dataset, name, shape, conversational)
+    found = _announced(dataset, shape, conversational, text_field)
     known = (*shape, *fields.beside(shape, conversational))
     if shape == ("input_ids",):
         known = (*known, *fields.PACKED_ELSEWHERE)
@@ -170,7 +170,7 @@ def _wrong_type(name: str, column: str, kind: Any, expected: str) -> DataError:
     )
 
 
-def _announced(dataset: Dataset, name: str, shape: Shape, conversational: bool) -> list[Finding]:
+def _announced(dataset: Dataset, shape: Shape, conversational: bool, text_field: str) -> list[Finding]:
     """What the rows are read as where that could surprise, and the columns that are left out."""
     columns = dataset.column_names
     read = (*shape, *fields.beside(shape, conversational), *fields.NOTES_READ, ROW)
@@ -179,12 +179,13 @@ def _announced(dataset: Dataset, name: str, shape: Shape, conversational: bool) 
         for column in columns
         if column not in read and column not in fields.PACKED_ELSEWHERE * (shape == ("input_ids",))
     ]
-    rivals = sorted({c for other in fields.shapes() for c in other} & set(unused) | {"text_field"} & set(unused))
+    complete = [other for other in fields.shapes(text_field) if set(other) <= set(columns) and other != shape]
+    rival = next((other for other in complete if shape != ("input_ids",)), None)  # tokens keep their text as a note
     found = []
     if unused:
         message = f"rows are read as {_words(shape)}; not read: {', '.join(unused)}"
-        message += f"; remove {_words(shape)} to train on {_words(tuple(rivals))} instead" if rivals else ""
-        severity: Any = "warning" if rivals else "info"
+        message += f"; remove {_words(shape)} to train on {_words(rival)} instead" if rival else ""
+        severity: Any = "warning" if rival else "info"
         found.append(
             Finding("columns_unused", severity, len(dataset), (), message, {"read": list(shape), "unused": unused})
         )
