@@ -441,7 +441,9 @@ def test_trls_templates_write_calls_or_are_refused(name, qwen, train):
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
     model = LlamaForCausalLM(
-        LlamaConfig(len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     )
     if name in DROPS_CALLS:
         with pytest.raises(DataError, match="the call's name in assistant"):

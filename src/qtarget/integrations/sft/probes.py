@@ -90,10 +90,12 @@ def todays_date(tokens: Dataset, renderer: Renderer) -> list[Finding]:
     """A template that writes the date of today: tokens, and so a cache, change with it."""
     if not renderer.conversational(tokens):
         return []
-    row: Any = tokens[0]
-    today = renderer.text(row)
+    # a template may write the date only where a row has no system message
+    rows: Any = [tokens[i] for i in sorted({0, len(tokens) // 2, len(tokens) - 1})]
+    now = [renderer.text(row) for row in rows]
     with mock.patch.object(chat_template_utils, "datetime", _Later):
-        later = renderer.text(row)
+        then = [renderer.text(row) for row in rows]
+    today, later = next(((a, b) for a, b in zip(now, then, strict=True) if a != b), ("", ""))
     if today == later:
         return []
     start = next(i for i, (a, b) in enumerate(zip(today, later, strict=False)) if a != b)
