@@ -148,7 +148,9 @@ def test_misspelt_columns_get_the_nearest_name(train):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"messages": [USER, ANSWER]}, {"messages": []}], "no message in `messages`: rows 1"),
+        ([{"messages": [USER, ANSWER]}, {"messages": []}], "no message, or a null for one, in `messages`: rows 1"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [USER, None]}], "a null for one, in `messages`: rows 1"),
+        ([{"messages": [{"from": "human", "value": "Hi"}]}], "keys from, value; expected role and content"),
         ([{"messages": [USER, ANSWER]}, {"messages": None}], "no value in `messages`: rows 1"),
         ([PAIR, {"prompt": "a", "completion": None}], "no value in `prompt` and `completion`: rows 1"),
         ([{"prompt": "a", "completion": [ANSWER]}], "column 'completion' .* text in both"),
@@ -301,6 +303,11 @@ def test_tool_output_in_a_completion_is_not_trained_on(train):
     trained = texts(train(rows, tokenizer_with(CHATML), assistant_only_loss=True, max_length=None))[0][1]
     assert "wet" not in trained
     assert "Hi there" in trained
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": " "}, {"messages": [USER, {**ANSWER, "content": ""}]}])
+def test_empty_answers_are_named(row, train):
+    assert "1 of 1 rows have an empty answer, or only white space: rows 0" in said(train([row]))
 
 
 def test_unknown_roles_are_named_where_the_template_writes_them(train):

@@ -32,6 +32,11 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {
         "have a message without content and without a call",
         "fill it in, or remove the row: training on nothing teaches an empty answer",
     ),
+    "empty_answer": (
+        "warning",
+        "have an empty answer, or only white space",
+        "remove them: they teach to end at once",
+    ),
     "content_dropped": (
         "error",
         "have content that does not arrive in the rendered text",

@@ -85,6 +85,8 @@ def _look(batch: dict[str, list], places: Any, *, renderer: Renderer, strict_nul
     for at, row, (trained, other, whole), ids in zip(places, rows, halves, batch["input_ids"], strict=False):
         messages = renderer.messages(row)
         issues += nulls(row, messages, strict_nulls)
+        if is_empty_answer(row, messages, renderer.tokenizer.eos_token or ""):
+            issues.append(Issue(row[ROW], "empty_answer", ""))
         for _, feature in enumerate_features(row, messages):
             features.setdefault(feature, []).append(at)
         missing = [p for p in pieces_of(row, messages, renderer) if not _arrives(p, trained, other, whole)]
@@ -200,6 +202,15 @@ def enumerate_features(row: Row, messages: list[Row]) -> Iterator[tuple[int, Fea
             yield i, ("parts" if isinstance(content, list) else "content", role, place, calls)
     if row.get("tools"):
         yield -1, ("tools", "", "", False)
+
+
+def is_empty_answer(row: Row, messages: list[Row], end: str) -> bool:
+    """Whether the completion, or the last answer, has neither text nor a call; TRL appended the end token."""
+    if not messages:
+        return isinstance(row.get("prompt"), str) and not row["completion"].removesuffix(end).strip()
+    answers = [message for message in messages if message.get("role") == "assistant"]
+    content = answers[-1].get("content") if answers else None
+    return isinstance(content, str) and not content.strip() and not calls_of(answers[-1])
 
 
 def nulls(row: Row, messages: list[Row], strict: bool) -> Iterator[Issue]:

@@ -106,7 +106,7 @@ def _rows_where(dataset: Dataset, columns: Sequence[str], test: Callable[[pa.Chu
     for start, table in batches(dataset, columns):
         hit = np.zeros(len(table), dtype=bool)
         for column in columns:
-            hit |= np.asarray(test(table[column]).to_numpy(zero_copy_only=False), dtype=bool)
+            hit |= np.asarray(test(table[column]), dtype=bool)
         found.append(np.flatnonzero(hit) + start)
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
@@ -144,10 +144,11 @@ def _check_types(dataset: Dataset, name: str, shape: Shape) -> bool:
     if len(texts) == len(shape) and shape not in (("messages",), ("conversations",)):
         return False
     if len(talks) == len(shape) and shape in (("messages",), ("conversations",), ("prompt", "completion")):
+        _check_keys(name, {column: _keys(kind) for column, kind in kinds.items()})
         empty = _rows_where(dataset, shape, _has_no_entries)
         if len(empty):
             raise DataError(
-                f"{len(empty)} of {len(dataset)} rows of the {name} data have no message in {_words(shape)}: "
+                f"{len(empty)} of {len(dataset)} rows of the {name} data have no message, or a null for one, in {_words(shape)}: "
                 f"{named(empty.tolist())}; remove them, or give all messages in a column `messages`"
             )
         return True
@@ -159,8 +160,26 @@ def _check_types(dataset: Dataset, name: str, shape: Shape) -> bool:
     raise _wrong_type(name, wrong, kinds[wrong], "text in both prompt and completion, or messages in both")
 
 
-def _has_no_entries(column: pa.ChunkedArray) -> pa.Array:
-    return _COMPUTE.equal(_COMPUTE.list_value_length(column), 0).combine_chunks()
+def _check_keys(name: str, keys: dict[str, list[str]]) -> None:
+    """Refuse messages without a role or a content; keys are unknown where each message has its own."""
+    for column, found in keys.items():
+        pair = ("from", "value") if column == "conversations" and "role" not in found else ("role", "content")
+        if found and not set(pair) <= set(found):
+            raise DataError(
+                f"the messages in {column!r} of the {name} data have the keys {', '.join(found)}; expected {' and '.join(pair)}; "
+                "rename them (from and value are read in a column `conversations`)"
+            )
+
+
+def _has_no_entries(column: pa.ChunkedArray) -> np.ndarray:
+    """Lists that are empty, or hold a null."""
+    column = column.combine_chunks()
+    found = column.value_lengths().to_numpy(zero_copy_only=False) == 0
+    entries = column.flatten()
+    if entries.null_count:
+        parents = _COMPUTE.list_parent_indices(column).to_numpy()
+        found[parents[_COMPUTE.is_null(entries).to_numpy(zero_copy_only=False)]] = True
+    return found
 
 
 def _wrong_type(name: str, column: str, kind: Any, expected: str) -> DataError:

@@ -102,7 +102,7 @@ def audit_data(
             for found in check_roles(raw, whole, tokenizer, chat_template=chat_template, assistant_only=assistant_only)
             if found.check not in known
         ),
-        *check_texts(raw, text_field=text_field),
+        *(found for found in check_texts(raw, text_field=text_field) if found.check not in known),
     ]
     if cache is None:
         message = "what the base finds surprising was not checked: no reference_cache; run `qtarget score CONFIG.yaml --top_k 8`"
