@@ -11,7 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.shapes import Tensor
-from qtarget.integrations.sft.columns import DATA_COLUMNS
+from qtarget.integrations.sft.columns import DATA_COLUMNS, ROW_IDS
 from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.reader import ReferenceCache
 
@@ -32,7 +32,7 @@ class TargetCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         shape = batch["labels"].shape
-        batch["row_ids"] = self._column(examples, "row_ids", shape, -1)
+        batch["row_ids"] = self._column(examples, ROW_IDS, shape, -1)
         if "loss_weights" in examples[0]:
             batch["loss_weights"] = self._column(examples, "loss_weights", shape, 1.0)
         for name in DATA_COLUMNS:
@@ -54,7 +54,7 @@ class TargetCollator(DataCollatorForLanguageModeling):
         return batch
 
     def _column(self, examples: list[dict[str, Any]], name: str, shape: Sequence[int], fill: float) -> Tensor:
-        out = torch.full(tuple(shape), fill, dtype=torch.long if name == "row_ids" else torch.float32)
+        out = torch.full(tuple(shape), fill, dtype=torch.long if name == ROW_IDS else torch.float32)
         for b, start, example in self._placed(examples):
             values = torch.as_tensor(example[name])
             out[b, start : start + len(values)] = values

@@ -97,6 +97,9 @@ class QTargetTrainer(SFTTrainer):
         self.preparation = Preparation(self.target, self.caches)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
             check_whole("model", model, allow_new_weights=args.allow_new_weights, **(args.model_init_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        if kwargs.get("formatting_func") is None:  # which reads the user's own columns
+            train_dataset = self.preparation.adopt(train_dataset, "train", args.dataset_text_field)
+            eval_dataset = self.preparation.adopt(eval_dataset, "eval", args.dataset_text_field)
         super().__init__(
             model=model,
             args=args,
@@ -114,6 +117,7 @@ class QTargetTrainer(SFTTrainer):
         self.data_collator = self._collator()
         base = self._base_model()
         check_finite(base, "the model")
+        self.preparation.meet(base, self.processing_class, saves_model=base is self.model)
         check_vocabulary(base, self.processing_class, "the model")
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
@@ -201,6 +205,7 @@ class QTargetTrainer(SFTTrainer):
             chat_template=self.chat_template,
             packing=packing,
             formatting_func=formatting_func,
+            completion_only=self.completion_only_loss,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
