@@ -148,12 +148,12 @@ def test_misspelt_columns_get_the_nearest_name(train):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"messages": [USER, ANSWER]}, {"messages": []}], "no message, or a null for one, in `messages`: rows 1"),
-        ([{"messages": [USER, ANSWER]}, {"messages": [USER, None]}], "a null for one, in `messages`: rows 1"),
-        ([{"messages": [{"from": "human", "value": "Hi"}]}], "keys from, value; expected role and content"),
-        ([{"messages": [USER, ANSWER]}, {"messages": None}], "no value in `messages`: rows 1"),
-        ([PAIR, {"prompt": "a", "completion": None}], "no value in `prompt` and `completion`: rows 1"),
-        ([{"prompt": "a", "completion": [ANSWER]}], "column 'completion' .* text in both"),
+        ([{"messages": [USER, ANSWER]}, {"messages": []}], r"train data, row 1: column 'messages' is a list \[\]"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [USER, None]}], r"row 1: messages\[1\] is null"),
+        ([{"messages": [{"form": "human", "text": "Hi"}]}], "row 0: messages"),
+        ([{"messages": [USER, ANSWER]}, {"messages": None}], "row 1: no usable columns; .*'messages' is there but holds no value"),
+        ([PAIR, {"prompt": "a", "completion": None}], "row 1: no usable columns; .*'completion' is there but holds no value"),
+        ([{"prompt": "a", "completion": [ANSWER]}], "row 0: prompt is a string and completion a list; make both text"),
         ([{"text": 5}], "column 'text' .* expected text"),
         ([{"body": "abc"}], "no usable columns; found body"),
         ([{"messages": "Hello"}], "column 'messages' .* expected a list of"),
@@ -232,7 +232,7 @@ def test_a_template_that_raises_is_one_block(train):
     ("messages", "words"),
     [
         ([{"role": "system", "content": "Hi"}, USER, ANSWER], "content of system"),  # "Hi" stands in the answer, too
-        ([{"role": "human", "content": "Hello"}, {"role": "gpt", "content": "Hi"}], "content of gpt"),
+        ([USER, CALL, {"role": "tool", "content": "wet nine"}, ANSWER], "content of tool"),
         ([USER, {**CALL, "content": "rain in Oslo for city 3 days"}], "the call's name"),
         ([USER, {**CALL, "content": "rain in Oslo for city 3 days"}], "an argument of the call"),
         ([USER, {"role": "assistant", "content": "", "function_call": {"name": "rain", "arguments": "{}"}}], "call"),
@@ -257,26 +257,28 @@ def test_calls_that_the_template_writes_pass(train):
     assert trained.replace("?", "") == "!rain city: Oslo, days: 3>"
 
 
-def test_nulls_that_arrow_adds_to_arguments_are_refused(train):
+def test_nulls_that_arrow_adds_to_arguments_are_taken_out(train):
     other = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "mix", "arguments": {"a": 1}}}]}
     rows = [{"messages": [USER, CALL]}, {"messages": [USER, other]}]
-    with pytest.raises(DataError, match=r"2 of 2 rows hold null in tool arguments.*on_mixed_types"):
-        train(rows, tokenizer_with(CHATML))
+    assert [whole for whole, _ in texts(train(rows, tokenizer_with(CHATML)))] == [
+        whole for whole, _ in texts(train(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer_with(CHATML)))
+    ]
 
 
-@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "Plum"}]])
-def test_null_content_and_parts_are_refused_by_row(content, train):
-    rows = [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": content}]}]
-    with pytest.raises(DataError, match="rows 0"):
+def test_null_content_is_refused_by_row(train):
+    rows = [{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": None}]}]
+    with pytest.raises(DataError, match=r"row 0: messages\[0\] \(user\) has no content"):
         train(rows, tokenizer_with(PLAIN))
 
 
-def test_parts_that_become_their_python_text_are_refused(train):
-    template = "{%- for m in messages -%}{{ '<' }}{{ m['content'] }}{{ '>' }}{%- endfor -%}"
+@pytest.mark.parametrize(
+    "template", [PLAIN, "{%- for m in messages -%}{{ '<' }}{{ m['content'] }}{{ '>' }}{%- endfor -%}"]
+)
+def test_parts_are_their_text(template, train):
     parts = [{"type": "text", "text": "Plum"}]
     rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}]
-    with pytest.raises(DataError, match="list of parts"):
-        train(rows, tokenizer_with(template))
+    text = [{"messages": [{"role": "user", "content": "Plum"}, {"role": "assistant", "content": "Plum"}]}]
+    assert texts(train(rows, tokenizer_with(template))) == texts(train(text, tokenizer_with(template)))
 
 
 def test_a_call_with_null_content_trains_the_call_alone(train):
@@ -310,15 +312,16 @@ def test_empty_answers_are_named(row, train):
     assert "1 of 1 rows have an empty answer, or only white space: rows 0" in said(train([row]))
 
 
-def test_unknown_roles_are_named_where_the_template_writes_them(train):
-    trainer = train([{"messages": [{"role": "human", "content": "Hello"}, ANSWER]}], tokenizer_with(PLAIN))
-    assert "roles that chat templates do not know (role 'human'): rows 0; rename them: human is user" in said(trainer)
+def test_certain_roles_are_mapped_and_others_refused_by_row(train):
+    mapped = [{"messages": [{"role": "human", "content": "Hello"}, {"role": "gpt", "content": "Hi there"}]}]
+    assert texts(train(mapped)) == texts(train([{"messages": [USER, ANSWER]}]))
+    with pytest.raises(DataError, match=r"row 1: .*role 'critic'"):
+        train([*mapped, {"messages": [USER, {"role": "critic", "content": "Hi"}]}])
 
 
-def test_roles_without_an_assistant_are_named_under_its_loss(train):
-    rows = [{"messages": [{"role": "human", "content": "Hello"}, {"role": "gpt", "content": "Hi"}]}]
-    with pytest.raises(DataError, match=r"1 rows have no assistant token .*rows 0 \(their roles: gpt, human\)"):
-        train(rows, assistant_only_loss=True)
+def test_rows_without_an_assistant_are_named_under_its_loss(train):
+    with pytest.raises(DataError, match=r"1 rows have no assistant token .*rows 0 \(their roles: user\)"):
+        train([{"messages": [USER]}], assistant_only_loss=True)
 
 
 def test_thoughts_that_a_template_leaves_out_are_a_warning(train):
@@ -394,7 +397,6 @@ def test_an_end_that_the_model_knows_is_left_alone(train):
 STOPPED = {
     "raises": ([{"messages": [{"role": "system", "content": "x"}, USER, ANSWER]}], NO_SYSTEM, "template_raises"),
     "drops": ([{"messages": [{"role": "tool", "content": "x"}, USER, ANSWER]}], DROPS, "content_dropped"),
-    "null": ([{"messages": [USER, {"role": "assistant", "content": None}]}], PLAIN, "null_content"),
     "lost": ([{"prompt": "a", "completion": "Привет"}], PLAIN, "text_lost"),
 }
 

@@ -17,6 +17,7 @@ from pyarrow import compute
 from qtarget.core.errors import DataError
 from qtarget.data import fields
 from qtarget.data.checks.findings import Finding, named
+from qtarget.data.loading import read_given
 from qtarget.integrations.sft.columns import ROW, ROW_IDS, with_row_ids
 
 Shape = tuple[str, ...]
@@ -46,6 +47,8 @@ def adopt(dataset: Any, name: str, *, text_field: str) -> tuple[Any, list[Findin
     dataset = dataset.with_format(None)
     if not len(dataset):
         raise DataError(f"the {name} data has no rows; check the path and the split")
+    columns = dataset.column_names
+    dataset = read_given(dataset, text_field, name)  # other people's shapes; rows from a file were read before
     shape = chosen_shape(dataset, name, text_field)
     _check_images(dataset, name)
     conversational = _check_types(dataset, name, shape)
@@ -55,7 +58,7 @@ def adopt(dataset: Any, name: str, *, text_field: str) -> tuple[Any, list[Findin
             "makes the labels from the tokens, so it would not be read: rename it (a classifier's label is a note), or "
             "remove it"
         )
-    found = _announced(dataset, shape, conversational, text_field)
+    found = _announced(dataset, columns, shape, conversational, text_field)
     known = (*shape, *fields.beside(shape, conversational))
     if shape == ("input_ids",):
         known = (*known, *fields.PACKED_ELSEWHERE)
@@ -189,9 +192,14 @@ def _wrong_type(name: str, column: str, kind: Any, expected: str) -> DataError:
     )
 
 
-def _announced(dataset: Dataset, shape: Shape, conversational: bool, text_field: str) -> list[Finding]:
-    """What the rows are read as where that could surprise, and the columns that are left out."""
-    columns = dataset.column_names
+def _announced(
+    dataset: Dataset, columns: Sequence[str], shape: Shape, conversational: bool, text_field: str
+) -> list[Finding]:
+    """What the rows are read as where that could surprise, and the columns that are left out.
+
+    Args:
+        columns: of the rows as the user gave them.
+    """
     read = (*shape, *fields.beside(shape, conversational), *fields.NOTES_READ, ROW)
     unused = [
         column
@@ -210,7 +218,7 @@ def _announced(dataset: Dataset, shape: Shape, conversational: bool, text_field:
         )
     near = fields.misspelt(columns, shape, conversational)
     for column in shape if conversational and shape != ("conversations",) else ():
-        keys = fields.misspelt_keys(_keys(dataset.features[column]))
+        keys = fields.misspelt_keys(_message_keys(dataset, column))
         near |= {f"{column}[...].{key}": meant for key, meant in keys.items()}
     for column, meant in near.items():
         message = f"{column!r} is not read; did you mean {meant!r}? Rename it, or give a note another name"
@@ -236,6 +244,15 @@ def _is_messages(kind: Any) -> bool:
 def _keys(kind: Any) -> list[str]:
     inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) and kind else None)
     return list(inner) if isinstance(inner, dict) else []
+
+
+def _message_keys(dataset: Dataset, column: str) -> list[str]:
+    """Keys of any message; of messages that keep their own keys, by looking at each."""
+    keys = _keys(dataset.features[column])
+    if keys:
+        return keys
+    rows: Any = dataset.select_columns([column])
+    return sorted({key for row in rows for message in row[column] for key in message})
 
 
 def _kind(kind: Any) -> str:

@@ -15,7 +15,6 @@ from trl.trainer.sft_trainer import SFTTrainer
 from qtarget.core.errors import ConfigError, DataError, NonFiniteLossError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import FrozenHead, Reference
-from qtarget.data.loading import read_datasets
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
@@ -84,10 +83,6 @@ class QTargetTrainer(SFTTrainer):
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # pyright: ignore[reportAttributeAccessIssue]
             raise ConfigError(
                 "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
-            )
-        if kwargs.get("formatting_func") is None:
-            train_dataset, eval_dataset = (
-                read_datasets(d, args.dataset_text_field) for d in (train_dataset, eval_dataset)
             )
         self.target = args.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
