@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from qtarget.benchmarks.start import Start
 from qtarget.core.errors import ConfigError
-from qtarget.storage.files import write_atomic
+from qtarget.storage.files import append_text, write_atomic
 
 WORKERS = 2
 """Processes, unless somebody says otherwise."""
@@ -55,7 +55,6 @@ class RunLog:
     def __init__(self, path: Path, resume: bool) -> None:
         refuse_earlier(path, resume)
         self.path, self.runs = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
@@ -66,12 +65,12 @@ class RunLog:
                 raise ConfigError(
                     f"{path}:{number} is no finished run ({error}); delete the line or the file"
                 ) from error
-        path.write_text(whole, encoding="utf-8")
+        if whole != text or not path.exists():
+            write_atomic(path, whole.encode())
 
     def add(self, key: str, result: dict[str, Any]) -> None:
+        append_text(self.path, json.dumps({"key": key, **result}) + "\n")
         self.runs[key] = result
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **result}) + "\n")
 
 
 def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:

@@ -53,6 +53,7 @@ def score(
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
     from qtarget.scoring.sources.engines import EngineChoice
+    from qtarget.storage.folders import CACHE, check_folder
 
     chosen = EngineChoice(
         engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
@@ -61,6 +62,8 @@ def score(
     directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
+    own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
+    check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
     # fmt: off
     manifest = run_scoring(
