@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -119,7 +120,10 @@ class Workers:
 
     def __exit__(self, *error: Any) -> None:
         if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+            cut_off = error[0] is not None and not issubclass(error[0], Exception)
+            for process in list((self.pool._processes or {}).values()) if cut_off else ():
+                process.kill()  # a signal asks for the end now, and shutdown would wait for the jobs under way
+            self.pool.shutdown(wait=not cut_off, cancel_futures=True)
         self.context.close()
 
     def run(self, jobs: Sequence[KeyedJob], log: RunLog, on_done: Callable[[KeyedJob], None]) -> list[dict[str, Any]]:
@@ -158,6 +162,7 @@ def _start(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a pool's worker"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent decides
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _silence.enter_context(quiet_libraries())

@@ -96,6 +96,7 @@ def run_scoring(
     from transformers import AutoConfig, AutoTokenizer
 
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.interrupts import on_interrupt
     from qtarget.cli.options.models import set_model_arguments
     from qtarget.integrations.sft.score import score as score_config
     from qtarget.integrations.shared.frozen import load_named
@@ -112,19 +113,31 @@ def run_scoring(
     if named is not None:
         load_named(AutoConfig, f"{role}_model_name_or_path", named, trust_remote_code=trust)
     name = str(named or student)
-    return score_config(
-        name,
-        config.training,
-        train_rows,
-        validation_rows,
-        AutoTokenizer.from_pretrained(student, revision=config.model.model_revision, trust_remote_code=trust),
-        directory=directory,
-        top_k=top_k,
-        tail_policy=tail_policy,
-        model_id=name,
-        engine=engine,
-        **storage,
-    )
+    with on_interrupt(lambda: how_to_go_on(directory)):
+        return score_config(
+            name,
+            config.training,
+            train_rows,
+            validation_rows,
+            AutoTokenizer.from_pretrained(student, revision=config.model.model_revision, trust_remote_code=trust),
+            directory=directory,
+            top_k=top_k,
+            tail_policy=tail_policy,
+            model_id=name,
+            engine=engine,
+            **storage,
+        )
+
+
+def how_to_go_on(directory: Path) -> str:
+    """What of a scoring that is ended early is safe, in words."""
+    import json
+
+    from qtarget.scoring.cache.plan import PLAN
+
+    finished, plan = len(list(directory.glob("shard-*.parquet"))), directory / PLAN
+    planned = f" of {len(json.loads(plan.read_text(encoding='utf-8'))['shards'])}" if plan.is_file() else ""
+    return f"{finished}{planned} shards are finished in {directory}; run the same command again, and it goes on there"
 
 
 def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:

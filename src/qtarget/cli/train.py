@@ -54,6 +54,7 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
         ResumeError: the checkpoint is damaged or of another run.
         ScoringServerError: the teacher is a URL, and its server fails or is not what it should be.
     """
+    from qtarget.cli.options.interrupts import on_interrupt
     from qtarget.storage.folders import RUN, owned
 
     training, read = config.training, [*config.inputs, config.data.dataset_name]
@@ -61,6 +62,7 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
         if training.process_index == 0:
             output = str(training.output_dir)
             stack.enter_context(owned(output, RUN, option="output_dir", inputs=read, beside=beside))
+        stack.enter_context(on_interrupt(lambda: how_to_go_on(Path(str(training.output_dir)))))
         return train_and_save(config)
 
 
@@ -93,6 +95,18 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         print_summary(summary, output)
     trainer.end()
     return summary
+
+
+def how_to_go_on(output: Path) -> str:
+    """What of a run that is ended early is safe, in words."""
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
+
+    if (newest := last_complete_checkpoint(output)) is None:
+        return (
+            f"no checkpoint was saved to {output} yet (save_strategy, save_steps); the same command with --resume true starts "
+            "anew"
+        )
+    return f"{newest} is whole; go on from it with the same command and --resume true"
 
 
 def score_teacher(config: RunConfig) -> None:

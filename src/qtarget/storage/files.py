@@ -20,11 +20,8 @@ from qtarget.core.errors import QTargetError, StorageError
 TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""
 NEXT_STEP = "free space or fix the folder, then run the same command again: what is finished is kept"
-OF_STORAGE = frozenset(
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENAMETOOLONG", "EMFILE")
-    if hasattr(errno, name)
-)
+OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+OF_STORAGE = OF_WRITING | {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE}
 """Numbers of an ``OSError`` that are about the disk, and about no mistake of the program's."""
 FOREIGN_WORDS = (
     "inline_container",
@@ -145,10 +142,11 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
     """
     if isinstance(error, QTargetError):
         return None
-    said = str(error)
+    said, verb = str(error), "write"
     if isinstance(error, OSError):
         if path is None and error.errno not in OF_STORAGE:
             return None
+        verb = "write" if path or error.errno in OF_WRITING else "open"
         path = path or error.filename
         reason = error.strerror or said
         if error.filename and str(error.filename).removesuffix(TEMPORARY) != str(path):
@@ -157,7 +155,7 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
         reason = f"{space_left(Path(path))}; {type(error).__name__}: {said.splitlines()[0]}"
     else:
         return None
-    return StorageError(f"cannot write {path or 'a file'}: {reason}; {NEXT_STEP}")
+    return StorageError(f"cannot {verb} {path or 'a file'}: {reason}; {NEXT_STEP}")
 
 
 def space_left(path: Path) -> str:
