@@ -30,7 +30,7 @@ def noise(
 
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
-    check_outputs({"OUTPUT": destination}, [source])
+    check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
     rows = load_rows(source)
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
     with writing(destination, text=True) as file:

@@ -17,16 +17,20 @@ from qtarget.storage.folders import CACHE, MODEL, NAMES, RUN, kind_of, refuse_ov
 
 RUN_FILES = ("config.json", "*.safetensors", "tokenizer*.json", "qtarget_*", "train_summary.json", "training_args.bin")
 """What a training run leaves in its folder; a page may lie beside it."""
-BEGINNINGS = {".html": b"<!doctype html", ".json": b"{", ".png": b"\x89PNG"}
+BEGINNINGS = {".html": (b"<!doctype html",), ".json": (b"{",), ".png": (b"\x89png",)}
+OTHERWISE = (b"<!doctype html", b"{\n", b"\x89png")
 """How files begin that verbs write; one that begins otherwise was written by somebody else."""
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = ()) -> None:
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = (), *, replaces: bool = False
+) -> None:
     """Raise before minutes are spent on results that could not be written, or that would replace what is not theirs.
 
     Args:
         outputs: files by the option that names them, ``--output``, ``--json``; None where none is wanted.
         inputs: files, or folders as a cache: no output may lie in one.
+        replaces: a file of any sort may be written over: somebody said so.
 
     Raises:
         ConfigError: two outputs are one file, one is an input or in an input's folder, belongs to a model, a cache or a
@@ -42,10 +46,10 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Pat
         if name in taken:
             raise ConfigError(f"{taken[name]} and {option} are both {output}; choose two paths")
         taken[name] = option
-        check_writable(output, option)
+        check_writable(output, option, replaces=replaces)
 
 
-def check_writable(output: Path, option: str = "--output") -> None:
+def check_writable(output: Path, option: str = "--output", *, replaces: bool = False) -> None:
     """Raise where a file could not or must not be written; what lies there stays as it is.
 
     Raises:
@@ -53,7 +57,7 @@ def check_writable(output: Path, option: str = "--output") -> None:
     """
     if output.is_dir():
         raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
-    refuse_others(output, option)
+    refuse_others(output, option, replaces)
     path = Path(os.path.realpath(output))  # what a link points to
     existed = path.exists()
     try:
@@ -65,7 +69,7 @@ def check_writable(output: Path, option: str = "--output") -> None:
         path.unlink()
 
 
-def refuse_others(output: Path, option: str) -> None:
+def refuse_others(output: Path, option: str, replaces: bool) -> None:
     """Raise where a file would replace what no verb of this sort wrote.
 
     Raises:
@@ -77,14 +81,14 @@ def refuse_others(output: Path, option: str) -> None:
         raise ConfigError(f"{option} {output} would lie in a folder that holds {NAMES[kind]}; choose another folder")
     if kind == RUN and path.exists() and any(path.match(name) for name in RUN_FILES):
         raise ConfigError(f"{option} {output} is the training run's own file; choose another name")
-    expected = BEGINNINGS.get(path.suffix.lower())
-    if expected and path.is_file() and path.stat().st_size:
+    if not replaces and path.is_file() and path.stat().st_size:
+        expected = BEGINNINGS.get(path.suffix.lower(), OTHERWISE)
         with path.open("rb") as handle:
-            found = handle.read(len(expected) + 64).lstrip()
-        if not found.lower().startswith(expected.lower()):
+            found = handle.read(64).lstrip().lower()
+        if not found.startswith(expected):
             raise ConfigError(
-                f"{option} {output} is there already, and no {path.suffix.lower()} file of qtarget's; choose another "
-                "path, or delete it"
+                f"{option} {output} is there already, and is no page, JSON or picture of qtarget's; choose another path, or "
+                "delete it"
             )
 
 
