@@ -139,7 +139,7 @@ def check_whole(folder: Path, mark: Mapping[str, Any]) -> None:
         elif path.stat().st_size != size and name != STATE:
             raise damaged(folder, f"{name} has {path.stat().st_size:,} bytes, and was saved with {size:,}")
     try:
-        json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+        step_of(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{STATE} cannot be read ({type(error).__name__}: {error})") from error
     for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
@@ -147,6 +147,11 @@ def check_whole(folder: Path, mark: Mapping[str, Any]) -> None:
     for path in (path for part in RESTORED for path in folder.glob(f"{part}*") if path.is_file()):
         if not zipfile.is_zipfile(path):
             raise damaged(folder, f"{path.name} is cut off")
+
+
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was saved."""
+    return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def check_weights(folder: Path, path: Path) -> None:

@@ -9,15 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from qtarget.core.errors import ConfigError, ResumeError, UnsupportedModelError
 from qtarget.integrations.shared.checkpoints import (
+    STATE,
     check_checkpoint,
     last_complete_checkpoint,
     make_room,
     seal,
+    step_of,
 )
 from qtarget.integrations.shared.live import plain
 from qtarget.scoring.cache.schema import fingerprint_model
@@ -83,7 +86,23 @@ class HeldTrainer(Trainer):
                     plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
                     rank=self.args.process_index if self.args.world_size > 1 else None,
                 )
+                if self._is_finished(Path(resume_from_checkpoint)):
+                    return self._take_finished(Path(resume_from_checkpoint))
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _is_finished(self, checkpoint: Path) -> bool:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load weights only where training begins
+            return False
+        return 0 < self.args.max_steps <= step_of(checkpoint)
+
+    def _take_finished(self, checkpoint: Path) -> TrainOutput:
+        """The model and state at the end of training; transformers 5.23 would take one step beyond ``max_steps``."""
+        logger.warning(
+            f"{checkpoint} is at step {step_of(checkpoint)} of {self.args.max_steps}: nothing is left to train"
+        )
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     def _check_output(self, output: Path) -> None:
         caches: dict[str, Any] = getattr(self, "caches", {})
