@@ -41,6 +41,7 @@ def check_outputs(
     for option, output in outputs.items():
         if output is None:
             continue
+        refuse_folder(output, option)
         refuse_overlap(output, sources, option)
         name = os.path.realpath(output).casefold()  # one file where names are not told apart by case
         if name in taken:
@@ -55,8 +56,7 @@ def check_writable(output: Path, option: str = "--output", *, replaces: bool = F
     Raises:
         ConfigError: the path is a folder or another's file, or its folder cannot be made or written to.
     """
-    if output.is_dir():
-        raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
+    refuse_folder(output, option)
     refuse_others(output, option, replaces)
     path = Path(os.path.realpath(output))  # what a link points to
     existed = path.exists()
@@ -67,6 +67,12 @@ def check_writable(output: Path, option: str = "--output", *, replaces: bool = F
         raise ConfigError(f"{option} {output} cannot be written: {error}; choose another path") from error
     if not existed:
         path.unlink()
+
+
+def refuse_folder(output: Path, option: str) -> None:
+    """Raise for a folder where a file is wanted."""
+    if output.is_dir():
+        raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
 
 
 def refuse_others(output: Path, option: str, replaces: bool) -> None:
