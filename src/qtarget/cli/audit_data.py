@@ -42,10 +42,11 @@ def audit_data(
     from rich.console import Console
 
     from qtarget.cli.options.settings import parse_overrides
+    from qtarget.storage.files import write_text
 
     audit = run_audit(source, parse_overrides(context.args), split, json_file)
     if json_file is not None:
-        json_file.write_text(json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")
     print_audit(audit, Console())
     if audit.errors:
         raise typer.Exit(FAILED)

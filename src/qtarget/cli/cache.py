@@ -172,8 +172,10 @@ def import_(
     from qtarget.cli.score import print_scored
     from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
     from qtarget.scoring.exchange.foreign import import_rows
+    from qtarget.storage.folders import CACHE, check_folder
     from qtarget.storage.models import load_named
 
+    check_folder(output, CACHE, inputs=[path, tokenizer])
     loaded = load_named(AutoTokenizer, "--tokenizer", tokenizer)
     manifest = import_rows(
         name,
@@ -200,7 +202,10 @@ def export(
     from qtarget.cli.options.config import load_config
     from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.exchange.export import export_rows
+    from qtarget.storage.folders import EXPORT, check_folder
 
-    student = str(load_config(config, context.args).model.model_name_or_path)
+    run = load_config(config, context.args)
+    check_folder(output, EXPORT, inputs=[directory, config, *run.inputs])
+    student = str(run.model.model_name_or_path)
     count = export_rows(ReferenceCache.open(directory), rows_of(config, context.args, student).rows, name, output)
     typer.echo(f"{output}: {count:,} rows for {name}")

@@ -69,7 +69,7 @@ def inspect(
     from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.report.inspect.document import write_json
     from qtarget.report.inspect.page import pack, render_inspection
-    from qtarget.report.page import write_text
+    from qtarget.storage.files import write_text
 
     settings = read_settings(config, context.args)
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}

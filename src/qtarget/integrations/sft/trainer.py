@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +20,9 @@ from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.shared.adapters import adapter_config, refuse_shared_weights, virtual_tokens
-from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, backbone_states, probe_head, refuse_encoder_decoder
+from qtarget.integrations.shared.hold import HeldTrainer
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.probes import refuse_leaks
 from qtarget.integrations.shared.progress import TokenSums
@@ -41,7 +40,7 @@ def shared_rows_key(args: Any, eval_dataset: Any) -> str | None:
     return next((key for key in keys if getattr(args, key)), None)
 
 
-class QTargetTrainer(SFTTrainer):
+class QTargetTrainer(HeldTrainer, SFTTrainer):
     """TRL's ``SFTTrainer`` with the loss of a target; arguments are TRL's.
 
     Args:
@@ -292,15 +291,3 @@ class QTargetTrainer(SFTTrainer):
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
         logs |= {f"{prefix}{key}": value for key, value in self._sums[mode].flush(self.accelerator).items()}
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if folder.is_dir():
-                (folder / COMPLETE_MARK).write_text("saved to the end\n")
-            else:
-                logger.warning(
-                    f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds newer "
-                    "checkpoints, or some of higher steps; move them away or choose another output_dir"
-                )

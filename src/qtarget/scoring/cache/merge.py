@@ -16,8 +16,10 @@ from qtarget.scoring.cache.columns import parquet_bytes
 from qtarget.scoring.cache.plan import PlannedShard
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, Provenance, ShardRecord
-from qtarget.scoring.cache.writer import LOCK, locked, place_shard, shared_fields
+from qtarget.scoring.cache.writer import place_shard, shared_fields
 from qtarget.storage.files import TEMPORARY
+from qtarget.storage.folders import CACHE, mark_folder, refuse_overlap
+from qtarget.storage.locks import LOCK, locked
 
 MAY_DIFFER = ("model_id", "versions", "engine_version")
 """A name and tool versions are for people; everything else decides the numbers."""
@@ -35,6 +37,7 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
     directory = Path(directory)
     if len(paths) < 2:
         raise ConfigError(f"{len(paths)} cache to merge; expected at least two folders")
+    refuse_overlap(directory, paths)
     if directory.exists():
         raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
     caches = [ReferenceCache.open(path) for path in paths]
@@ -46,7 +49,9 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
         if directory.exists():  # another merge was faster: what we hold the lock of is its folder
             raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
         manifest = copy_all(caches, building)
+        mark_folder(building, CACHE)
         building.rename(directory)
+        (directory / LOCK).unlink()  # it moved along
     return manifest
 
 
