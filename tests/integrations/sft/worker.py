@@ -47,6 +47,7 @@ def main() -> None:
     trainer = QTargetTrainer(
         options.model or make_model(tie_word_embeddings=options.tied),
         arguments,
+        None,
         make_rows(),
         None,
         make_tokenizer(),

@@ -21,7 +21,7 @@ class TargetCollator(DataCollatorForLanguageModeling):
     """TRL's collator, plus the per-token columns and the cached numbers of each label.
 
     Added keys, unshifted like the labels: ``row_ids`` (-1 at padding), ``loss_weights``, and for each role with a cache
-    ``{role}_label_log_probs`` and the other fields of ``Reference``.
+    ``{role}_label_log_probs`` and the other fields of ``Reference``. Padding-free batches get ``example_ids``.
     """
 
     caches: dict[str, ReferenceCache] = field(default_factory=dict)
@@ -31,6 +31,11 @@ class TargetCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         shape = batch["labels"].shape
         batch["row_ids"] = self._column(examples, "row_ids", shape, -1)
+        if self.padding_free:
+            numbered = [
+                {**example, "example_ids": [i] * len(example["input_ids"])} for i, example in enumerate(examples)
+            ]
+            batch["example_ids"] = self._column(numbered, "example_ids", shape, -1)
         if "loss_weights" in examples[0]:
             batch["loss_weights"] = self._column(examples, "loss_weights", shape, 1.0)
         for name in DATA_COLUMNS:
@@ -42,7 +47,7 @@ class TargetCollator(DataCollatorForLanguageModeling):
         return batch
 
     def _column(self, examples: list[dict[str, Any]], name: str, shape: Sequence[int], fill: float) -> Tensor:
-        out = torch.full(tuple(shape), fill, dtype=torch.long if name == "row_ids" else torch.float32)
+        out = torch.full(tuple(shape), fill, dtype=torch.long if name.endswith("_ids") else torch.float32)
         for b, start, example in self._placed(examples):
             values = torch.as_tensor(example[name])
             out[b, start : start + len(values)] = values

@@ -55,7 +55,7 @@ def score_checkpoints(
                 raise ConfigError(
                     f"{checkpoint} cannot be loaded: {error}; name a run with whole checkpoints"
                 ) from error
-            trainer = QTargetTrainer(model, args, rows if tokenised is None else tokenised, None, tokenizer)
+            trainer = QTargetTrainer(model, args, None, rows if tokenised is None else tokenised, None, tokenizer)
             tokenised = trainer.train_dataset
             ready: Any = tokenised
             plain = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ready]

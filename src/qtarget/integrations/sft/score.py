@@ -55,7 +55,7 @@ def training_rows(
     plain = changed(
         args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
     )
-    trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
+    trainer = QTargetTrainer(model, plain, None, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset
     sets: list[Any] = [
         trainer.train_dataset,

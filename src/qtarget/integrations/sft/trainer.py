@@ -6,45 +6,54 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel
+from datasets import IterableDataset
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qtarget.core.errors import ConfigError, DataError, NonFiniteLossError
+from qtarget.core.errors import ConfigError, NonFiniteLossError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import FrozenHead, Reference
+from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_vision_model, text_datasets
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import Preparation
+from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
-from qtarget.integrations.shared.progress import TokenSums
+from qtarget.integrations.shared.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
 from qtarget.integrations.shared.teacher import head_rows, truncate_reference, vocab_with_teacher
 
 logger = logging.get_logger(__name__)
 
+ROW_INPUTS = ("labels", "row_ids", "loss_weights", "label_weights", "example_ids")
+"""What a batch holds for the loss beside the cached numbers; the rest is the model's."""
+
 
 class QTargetTrainer(SFTTrainer):
-    """TRL's ``SFTTrainer`` with the loss of a target; arguments are TRL's.
+    """TRL's ``SFTTrainer`` with the loss of a target; the arguments and their order are TRL's.
+
+    Everything that can be refused is refused before the first row is tokenised.
 
     Args:
         model: a name, path or model, as in TRL.
-        args: a ``QTargetConfig``.
-        train_dataset, eval_dataset: as in TRL (``messages``, ``prompt`` + ``completion``, ``text`` or tokens), with an
-            optional ``weight`` a row or a message, or ``loss_weights`` a token.
+        args: a ``QTargetConfig``; TRL's ``SFTConfig`` or ``TrainingArguments`` train with ``target="sft"``.
+        data_collator, compute_loss_func: refused, they would bypass the target.
+        train_dataset, eval_dataset: as in TRL (``messages``, ``prompt`` + ``completion``, ``text`` or tokens; whole or
+            streamed), with an optional ``weight`` a row or a message, or ``loss_weights`` a token.
         reference_model, teacher_model: frozen models run live, where the target needs one and no cache is given.
 
     Raises:
         MissingStatisticError: the target needs a frozen model and none is given.
         CacheMismatchError: the cache was made from other rows, another model, tokenizer or chat template.
-        DataError: nothing to train on.
+        DataError: nothing to train on, or images.
+        ConfigError: an argument or setting that a target cannot honour.
         UnsupportedModelError: a head that the loss cannot rebuild.
     """
 
@@ -53,47 +62,60 @@ class QTargetTrainer(SFTTrainer):
     def __init__(
         self,
         model: Any,
-        args: QTargetConfig,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Any = None,
         *,
         reference_model: PreTrainedModel | None = None,
         teacher_model: PreTrainedModel | None = None,
-        **kwargs: Any,
     ) -> None:
-        if not isinstance(args, QTargetConfig):
-            raise ConfigError(f"args is a {type(args).__name__}; expected qtarget.QTargetConfig")
-        for name in ("compute_loss_func", "data_collator"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(f"{name} would bypass the target; leave it out, or use TRL's SFTTrainer")
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if isinstance(dataset, Dataset) and not len(dataset):
-                raise DataError(f"the {name} data has no rows; check the path and the split")
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ConfigError(
-                "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
-            )
-        self.target = args.build_target()
+        settings = own_config(args, model)
+        refuse_arguments(settings, data_collator, compute_loss_func, processing_class)
+        self.target = settings.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
-        self.caches = open_caches(args, self.target, given)
-        self.preparation = Preparation(self.target, self.caches)
+        self.caches = open_caches(settings, self.target, given)
+        self.preparation, self._may_prepare = Preparation(self.target, self.caches), False
+        train_dataset, eval_dataset = text_datasets(settings, train_dataset, eval_dataset, bool(self.caches))
         super().__init__(
             model=model,
-            args=args,
+            args=settings,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
         )
-        if self.aux_loss_enabled:
-            raise ConfigError(
-                "mixture-of-experts load balancing is not part of the target loss; set router_aux_loss_coef: 0"
-            )
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True
+        self._set_up_models(settings, given)
         self.data_collator = self._collator()
+        self._set_up_records(settings)
+        self._may_prepare = True
+        self._prepare_datasets()
+
+    # -- set-up ---------------------------------------------------------------------------------------------
+
+    def _set_up_models(self, args: QTargetConfig, given: dict[str, PreTrainedModel | None]) -> None:
+        """Give the model its head, and find the frozen ones."""
         base = self._base_model()
+        refuse_vision_model(base, self._is_vlm)
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
@@ -104,12 +126,13 @@ class QTargetTrainer(SFTTrainer):
             live = self.frozen_models.get("teacher")
             rows = head_rows(live[0]) if live else self.caches["teacher"].manifest.vocab_size
             self.vocab_rows = vocab_with_teacher(args, head_rows(base), rows, self.processing_class)
+
+    def _set_up_records(self, args: QTargetConfig) -> None:
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._samples = RowSamples(args.heatmap_rows)
         self._records = LiveRecords(self._samples, self.preparation.descriptions, self.callback_handler.callbacks)
         self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
-
-    # -- set-up ---------------------------------------------------------------------------------------------
+        self.add_callback(SeenTokens())
 
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
@@ -126,9 +149,28 @@ class QTargetTrainer(SFTTrainer):
             with_topk={role: "distribution" in getattr(self.target.needs, role) for role in self.caches},
         )
 
+    def _prepare_datasets(self) -> None:
+        """What TRL does in its constructor, once nothing is left to refuse."""
+        args: Any = self.args
+        tokenizer: Any = self.processing_class
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+
+        def prepared(dataset: Any, packing: bool, name: str) -> Any:
+            return self._prepare_dataset(dataset, tokenizer, args, packing, self._formatting_func, name)
+
+        self.train_dataset = prepared(self.train_dataset, args.packing, "train")
+        evals: Any = self.eval_dataset
+        if isinstance(evals, dict):
+            self.eval_dataset = {name: prepared(dataset, eval_packing, name) for name, dataset in evals.items()}
+        elif evals is not None:
+            self.eval_dataset = prepared(evals, eval_packing, "eval")
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's, around our columns and checks."""
-        return self.preparation.prepare(
+        """TRL's, around our columns and checks; nothing yet while TRL's constructor runs."""
+        if not self._may_prepare:
+            return dataset
+        prepare: Any = stream_rows if isinstance(dataset, IterableDataset) else self.preparation.prepare
+        return prepare(
             dataset,
             dataset_name,
             trl=super()._prepare_dataset,
@@ -165,7 +207,7 @@ class QTargetTrainer(SFTTrainer):
             frozen[role] = pop_reference(inputs, role, cache.manifest.tail_policy)
             if role == "teacher" and self.vocab_rows:
                 frozen[role] = truncate_reference(frozen[role], self.vocab_rows)  # pyright: ignore[reportArgumentType]
-        extra = {name: inputs.pop(name, None) for name in ("labels", "row_ids", "loss_weights", "label_weights")}
+        extra = {name: inputs.pop(name, None) for name in ROW_INPUTS}
         for role, (model, spec) in self.frozen_models.items():
             with self.accelerator.autocast():
                 frozen[role] = live_head(model, spec, inputs, self.vocab_rows)
@@ -187,20 +229,36 @@ class QTargetTrainer(SFTTrainer):
         return step, inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The target's loss over the whole optimizer batch's token count; one forward, no full logits."""
+        """The target's loss over the whole optimizer batch's token count; logits only where ``return_outputs`` asks."""
         step, model_inputs = self._step(dict(inputs), num_items_in_batch)
         output: TargetOutput = model(**model_inputs, target_loss=step)
-        loss = output.loss
-        assert loss is not None
+        loss = self._objective(output, num_items_in_batch)
         self._refuse_non_finite(loss, output, step)
-        mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
-        self._sums[mode].add(output, step.labels[:, 1:] != -100)
-        if mode == "eval":
+        mask = step.labels[:, 1:] != -100
+        if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+            self._sums["train"].add(output, mask)
+            self._seen.add(inputs)
+        else:
+            counted = counted_tokens(self.accelerator, len(mask), inputs.get("example_ids"))
+            self._sums["eval"].add(output, mask, counted)
             self._samples.add(inputs["input_ids"], output, step)
-        loss = loss.to(self.args.device)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # as in TRL: the model's own forward, whose logits the loss never builds
+            return loss, model(**model_inputs, use_cache=False)
+
+    def _objective(self, output: TargetOutput, num_items_in_batch: Any) -> Tensor:
+        """The loss scaled as the gradients need it, with the router loss of a mixture of experts as TRL adds it."""
+        assert output.loss is not None
+        loss = output.loss.to(self.args.device)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, num_items counts every rank's tokens
-        return (loss, output) if return_outputs else loss
+            # DDP averages gradients, num_items counts every rank's tokens
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if output.aux_loss is None:
+            return loss
+        # a mean over each micro-batch, so it is averaged over them; the target's loss is a sum over all
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.router_aux_loss_coef * output.aux_loss.to(loss.device) / steps
 
     def _refuse_non_finite(self, loss: Tensor, output: TargetOutput, step: TargetStep) -> None:
         if torch.isfinite(loss):
@@ -214,24 +272,30 @@ class QTargetTrainer(SFTTrainer):
             f"{reason}; look at these rows, lower learning_rate, or set max_grad_norm; the last checkpoint is untouched"
         )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; logits are never built."""
-        if not prediction_loss_only:
-            raise ConfigError(
-                "compute_metrics needs full logits, which the target loss never builds; evaluate generations instead"
-            )
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
-            return loss.detach(), None, None
+    # -- what is logged -------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, without what an earlier prediction left in the statistics."""
+        self._sums["eval"].clear()
+        self._samples.flush()
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the plain NLL and the weights' statistics, exact over the tokens since the last line."""
         mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
-        logs |= {f"{prefix}{key}": value for key, value in self._sums[mode].flush(self.accelerator).items()}
+        found = self._sums[mode].flush(self.accelerator)
+        if found:
+            found["num_tokens"] = self._seen.settle(self.accelerator, self._tp_size or 1)
+        logs |= {f"{prefix}{key}": value for key, value in found.items()}
         super().log(logs, start_time)
 
+    @property
+    def _seen(self) -> SeenTokens:
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, SeenTokens))
+
     def _save_checkpoint(self, model, trial) -> None:
+        self._seen.settle(self.accelerator, self._tp_size or 1)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qtarget.core.errors import UnsupportedModelError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import project
+from qtarget.integrations.shared.router import router_loss, wants_router_logits
 from qtarget.loss.zero3 import gathered_while_running
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -151,15 +152,19 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
 
     The loss takes the place of the head's own forward, inside its hooks: there FSDP2 and DeepSpeed ZeRO-3 have gathered
     the weights, in the dtype they compute in, and wait for the weights' gradient.
+
+    A mixture of experts whose configuration asks for router logits gets ``aux_loss``, unweighted, in what is returned.
     """
-    inner = model.forward
+    inner, balance = model.forward, router_loss(model)
 
     @functools.wraps(inner)
     def forward(self: PreTrainedModel, *args: Any, target_loss: LossOfHidden | None = None, **kwargs: Any) -> Any:
         if target_loss is None:
             return inner(*args, **kwargs)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        if wants_router_logits(self):
+            kwargs["output_router_logits"] = True
+        backbone = self.base_model(*args, **kwargs)
         head: Any = self.get_output_embeddings()
 
         def loss_of(hidden: Tensor) -> Any:
@@ -167,6 +172,9 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
             return target_loss(hidden.to(head.weight.device), head.weight, bias, spec)
 
         with _in_place_of_forward(head, loss_of):
-            return head(hidden)
+            found = head(backbone.last_hidden_state)
+        if wants_router_logits(self):
+            found["aux_loss"] = balance(backbone, kwargs.get("attention_mask"))
+        return found
 
     model.forward = types.MethodType(forward, model)

@@ -23,7 +23,10 @@ REFERENCE_FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", 
 
 @dataclass
 class TargetOutput(ModelOutput):
-    """What the model's forward returns when it is asked for a target loss; fields as in ``TokenReport``."""
+    """What the model's forward returns when it is asked for a target loss.
+
+    Fields as in ``TokenReport``; ``aux_loss`` is the unweighted load-balancing loss of a mixture of experts.
+    """
 
     loss: Tensor | None = None
     losses: Tensor | None = None
@@ -32,6 +35,7 @@ class TargetOutput(ModelOutput):
     correct: Tensor | None = None
     label_weights: Tensor | None = None
     residual_weights: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
