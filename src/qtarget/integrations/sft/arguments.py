@@ -49,6 +49,8 @@ def refuse_arguments(args: QTargetConfig, data_collator: Any, compute_loss_func:
         raise ConfigError(
             "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
         )
+    if (args.packing or args.eval_packing) and args.max_length is None:
+        raise ConfigError("packing fills rows of max_length tokens; set max_length")
     if isinstance(processing_class, ProcessorMixin):
         raise UnsupportedModelError(
             f"processing_class is a {type(processing_class).__name__}, which reads images or sound; a target is about text "

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.shapes import Tensor
+from qtarget.core.types import Target
 from qtarget.integrations.sft.columns import DATA_COLUMNS
 from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -26,6 +27,18 @@ class TargetCollator(DataCollatorForLanguageModeling):
 
     caches: dict[str, ReferenceCache] = field(default_factory=dict)
     with_topk: dict[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def instead_of(cls, theirs: Any, caches: dict[str, ReferenceCache], target: Target) -> TargetCollator:
+        """One that pads as TRL's does, with the columns that the target reads."""
+        return cls(
+            pad_token_id=theirs.pad_token_id,
+            padding_free=theirs.padding_free,
+            return_position_ids=theirs.return_position_ids,
+            pad_to_multiple_of=theirs.pad_to_multiple_of,
+            caches=caches,
+            with_topk={role: "distribution" in getattr(target.needs, role) for role in caches},
+        )
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)

@@ -8,9 +8,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
+from trl.data_utils import pack_dataset
 
 from qtarget.integrations.sft.columns import ROW, has_weights, token_weights
-from qtarget.integrations.sft.preparation import changed, packed
+from qtarget.integrations.sft.preparation import changed
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +58,10 @@ def stream_rows(
     rows = trl(dataset.map(numbered, with_indices=True), tokenizer, whole, False, formatting_func, name)
     rows = trl(rows.map(columns), tokenizer, whole if cuts_rows else args, False, None, name).map(cut)
     rows = rows.select_columns(["input_ids", "labels", "row_ids", *(["loss_weights"] if weighted else [])])
-    return packed(rows, args) if packing else rows  # pyright: ignore[reportArgumentType, reportReturnType]
+    if not packing:
+        return rows
+    rows = pack_dataset(rows, args.max_length, args.packing_strategy)
+    return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
 
 def numbered(row: dict[str, Any], index: int) -> dict[str, Any]:

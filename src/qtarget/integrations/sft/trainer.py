@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qtarget.core.errors import ConfigError, NonFiniteLossError
 from qtarget.core.shapes import Tensor
-from qtarget.core.types import FrozenHead, Reference
 from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_vision_model, text_datasets
+from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
@@ -27,13 +26,10 @@ from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.samples import RowSamples
-from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
-from qtarget.integrations.shared.teacher import head_rows, truncate_reference, vocab_with_teacher
+from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
+from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
 
 logger = logging.get_logger(__name__)
-
-ROW_INPUTS = ("labels", "row_ids", "loss_weights", "label_weights", "example_ids")
-"""What a batch holds for the loss beside the cached numbers; the rest is the model's."""
 
 
 class QTargetTrainer(SFTTrainer):
@@ -105,7 +101,7 @@ class QTargetTrainer(SFTTrainer):
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True
         self._set_up_models(settings, given)
-        self.data_collator = self._collator()
+        self.data_collator = TargetCollator.instead_of(self.data_collator, self.caches, self.target)
         self._set_up_records(settings)
         self._may_prepare = True
         self._prepare_datasets()
@@ -137,17 +133,6 @@ class QTargetTrainer(SFTTrainer):
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    def _collator(self) -> TargetCollator:
-        theirs: Any = self.data_collator
-        return TargetCollator(
-            pad_token_id=theirs.pad_token_id,
-            padding_free=theirs.padding_free,
-            return_position_ids=theirs.return_position_ids,
-            pad_to_multiple_of=theirs.pad_to_multiple_of,
-            caches=self.caches,
-            with_topk={role: "distribution" in getattr(self.target.needs, role) for role in self.caches},
-        )
 
     def _prepare_datasets(self) -> None:
         """What TRL does in its constructor, once nothing is left to refuse."""
@@ -199,41 +184,26 @@ class QTargetTrainer(SFTTrainer):
         return statistics_of_step(self.model_wrapped, model_inputs, step)
 
     def _step(self, inputs: dict[str, Any], num_items: Any) -> tuple[TargetStep, dict[str, Any]]:
-        """Split a batch into the loss's part and the model's."""
-        if "shift_labels" in inputs:
-            raise ConfigError("context and sequence parallelism split rows across ranks; not supported by qtarget yet")
-        frozen: dict[str, Reference | FrozenHead | None] = {}
-        for role, cache in self.caches.items():
-            frozen[role] = pop_reference(inputs, role, cache.manifest.tail_policy)
-            if role == "teacher" and self.vocab_rows:
-                frozen[role] = truncate_reference(frozen[role], self.vocab_rows)  # pyright: ignore[reportArgumentType]
-        extra = {name: inputs.pop(name, None) for name in ROW_INPUTS}
-        for role, (model, spec) in self.frozen_models.items():
-            with self.accelerator.autocast():
-                frozen[role] = live_head(model, spec, inputs, self.vocab_rows)
-        if extra["loss_weights"] is not None and not self.target.has_label_term:
-            raise ConfigError(
-                f"the data has loss weights, but target {self.target.name!r} has no label term to weight; drop the weights"
-            )
-        step = TargetStep(
+        return split_batch(
+            inputs,
             self.target,
-            extra["labels"],  # pyright: ignore[reportArgumentType]
-            frozen,
-            sequence_ids=extra["row_ids"],
-            loss_weights=extra["loss_weights"],
-            label_weights=extra["label_weights"],
+            self.caches,
+            self.frozen_models,
             num_items=num_items,
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
+            autocast=self.accelerator.autocast,
         )
-        return step, inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The target's loss over the whole optimizer batch's token count; logits only where ``return_outputs`` asks."""
         step, model_inputs = self._step(dict(inputs), num_items_in_batch)
         output: TargetOutput = model(**model_inputs, target_loss=step)
         loss = self._objective(output, num_items_in_batch)
-        self._refuse_non_finite(loss, output, step)
+        if not torch.isfinite(loss):
+            error = non_finite(float(loss), output, step, self.state.global_step)
+            self._records.stopped(self.args, self.state, str(error).partition(";")[0])
+            raise error
         mask = step.labels[:, 1:] != -100
         if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
             self._sums["train"].add(output, mask)
@@ -259,18 +229,6 @@ class QTargetTrainer(SFTTrainer):
         # a mean over each micro-batch, so it is averaged over them; the target's loss is a sum over all
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + self.router_aux_loss_coef * output.aux_loss.to(loss.device) / steps
-
-    def _refuse_non_finite(self, loss: Tensor, output: TargetOutput, step: TargetStep) -> None:
-        if torch.isfinite(loss):
-            return
-        assert output.losses is not None and step.sequence_ids is not None
-        bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)  # pyright: ignore[reportArgumentType]
-        rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
-        reason = f"the loss is {loss.item()} at step {self.state.global_step}; rows {rows or 'unknown'} of the data"
-        self._records.stopped(self.args, self.state, reason)
-        raise NonFiniteLossError(
-            f"{reason}; look at these rows, lower learning_rate, or set max_grad_norm; the last checkpoint is untouched"
-        )
 
     # -- what is logged -------------------------------------------------------------------------------------
 
