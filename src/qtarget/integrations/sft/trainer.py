@@ -192,7 +192,7 @@ class QTargetTrainer(SFTTrainer):
             num_items=num_items,
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
-            autocast=self.accelerator.autocast,
+            autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
