@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once"
     )
-    parser.add_argument("--evaluate", type=int, help="evaluate this many rows before and after training")
+    parser.add_argument("--evaluate", type=int, help="evaluate this many rows at the end, after a prediction")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = make_model(seed=3)
@@ -56,11 +56,9 @@ def main() -> None:
         reference_model=base,
         callbacks=[] if options.die_at is None else [DieAt(options.die_at)],
     )
-    if options.evaluate:
-        trainer.predict(trainer.train_dataset)
-        trainer.evaluate()
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(options.output) if options.resume else None)
     if options.evaluate:
+        trainer.predict(trainer.train_dataset)
         trainer.evaluate()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, which takes every rank
     if trainer.accelerator.is_main_process:
