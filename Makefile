@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check figures clean
+.PHONY: demo test check lock sbom audit clean
 
 demo: $(VENV)/installed ## train several targets on noisy rows, compare, draw a picture
 	$(BIN)/qtarget demo --output runs/demo
@@ -18,6 +18,20 @@ check: $(VENV)/installed ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+lock: $(VENV)/release ## requirements/*.lock, with hashes
+	scripts/lock.sh
+
+sbom: $(VENV)/release ## what a release is made of, as CycloneDX JSON
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements requirements/cuda.lock --pyproject pyproject.toml --output-reproducible -o dist/sbom.json
+
+audit: $(VENV)/release ## known vulnerabilities of the locked packages; asks the advisory database, so it needs the network
+	$(BIN)/pip-audit -r requirements/cuda.lock --disable-pip --no-deps
+
+$(VENV)/release: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[release]'
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

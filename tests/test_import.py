@@ -186,6 +186,36 @@ def test_public_names_are_locked() -> None:
     assert all(hasattr(qtarget, name) for name in qtarget.__all__)
 
 
+def test_the_trainer_is_imported_when_it_is_asked_for() -> None:
+    code = """
+import sys, qtarget
+assert {"QTargetConfig", "QTargetTrainer"} <= set(dir(qtarget)) and "trl" not in sys.modules
+from qtarget import QTargetConfig, QTargetTrainer
+print(QTargetTrainer.__mro__[1].__name__, QTargetConfig.__mro__[1].__name__)
+"""
+    assert fresh(code).split() == ["SFTTrainer", "SFTConfig"]
+
+
+def test_without_the_extra_the_trainer_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["trl"] = None
+import qtarget
+try:
+    from qtarget import QTargetTrainer
+except ImportError as error:
+    print(error)
+try:
+    qtarget.QTrainer
+except AttributeError as error:
+    print(error)
+"""
+    assert fresh(code).splitlines() == [
+        "qtarget.QTargetTrainer needs trl: pip install 'qtarget[train]'",
+        "module 'qtarget' has no attribute 'QTrainer'",
+    ]
+
+
 def test_every_error_has_the_root_and_a_built_in() -> None:
     from qtarget.core import errors
 

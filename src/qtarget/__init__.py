@@ -62,11 +62,10 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == __name__:
+        missing = (error.name or "").partition(".")[0]
+        if missing == __name__:  # a fault of ours, and nothing to install
             raise
-        raise ImportError(
-            f"qtarget.{name} needs {error.name}: pip install 'qtarget[train]'", name=error.name
-        ) from error
+        raise ImportError(f"qtarget.{name} needs {missing}: pip install 'qtarget[train]'", name=missing) from error
 
 
 def __dir__() -> list[str]:

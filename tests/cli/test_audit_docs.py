@@ -78,7 +78,7 @@ def test_every_check_of_the_table_exists_in_the_source():
     }
     source = "".join(
         path.read_text(encoding="utf-8") for folder in ("data", "report", "cli")
-        for path in (ROOT / "src/qtarget" / folder).glob("*.py")
+        for path in (ROOT / "src/qtarget" / folder).rglob("*.py")
     )  # fmt: skip
     checks = listed - set(RESULTS["real"])
     assert len(checks) >= 20

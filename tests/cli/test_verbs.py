@@ -190,3 +190,45 @@ def test_the_python_example_learns_from_noisy_rows():
     assert ended.returncode == 0, ended.stderr[-2000:]
     before, after = ended.stdout.rsplit(": ", 1)[1].split(" -> ")
     assert float(after) < float(before)
+
+
+def test_no_option_takes_a_number_that_is_none() -> None:
+    """Every float of every verb: `nan` and `inf` pass click's ranges."""
+    import typing
+
+    from qtarget.cli import cache, demo, noise, serve
+    from qtarget.cli.bench import proof, scoring, speed
+    from qtarget.cli.options.numbers import finite
+
+    seen = 0
+    for module in (cache, demo, noise, serve, proof, scoring, speed):
+        for function in vars(module).values():
+            if not callable(function) or getattr(function, "__module__", "") != module.__name__:
+                continue
+            named = {name for name, text in function.__annotations__.items() if "typer.Option" in str(text)}
+            given = vars(module) | {"Manifest": object}
+            for name in named:
+                hint = eval(function.__annotations__[name], given)
+                if typing.get_origin(hint) is typing.Annotated and typing.get_args(hint)[0] is float:
+                    assert typing.get_args(hint)[1].callback is finite, (module.__name__, name)
+                    seen += 1
+    assert seen >= 6
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_rates_that_are_no_rates(value, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    run = CliRunner().invoke(
+        app,
+        [
+            "noise",
+            str(tmp_path / "rows.jsonl"),
+            str(tmp_path / "out.jsonl"),
+            "--kind",
+            "wrong_answers",
+            "--rate",
+            value,
+        ],
+    )
+    assert run.exit_code == 2 and "--rate" in run.output
+    assert not (tmp_path / "out.jsonl").exists()

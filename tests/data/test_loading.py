@@ -80,15 +80,14 @@ BROKEN = {
         ["line 2", "'note'", "half of a surrogate pair", r"x \ud83d y", "remove it"],
     ),
     "alpaca.jsonl": (
-        '{"instruction": "a", "output": "b"}',
-        ["line 1", "'instruction' to 'prompt'", "'output' to 'completion'"],
+        '{"question": "a", "response": "b"}',
+        ["line 1", "'question' to 'prompt'", "'response' to 'completion'"],
     ),
     "typo.jsonl": ('{"promt": "a", "completions": "b"}', ["'promt' to 'prompt'", "'completions' to 'completion'"]),
-    "share.jsonl": ('{"conversations": []}', ["'conversations' to 'messages'"]),
+    "share.jsonl": ('{"conversations": []}', ["line 1", "'conversations' is a list []"]),
     "half.jsonl": ('{"prompt": "a"}', ["line 1", "'prompt' needs its other half"]),
     "nothing.jsonl": ('{"prompt": "a", "completion": null}', ["'completion' is there but holds no value"]),
     "mixed.jsonl": ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', ["line 2", "line 1", "`text`", "one shape"]),
-    "both.jsonl": ('{"prompt": "a", "messages": [{"role": "user"}]}', ["line 1", "remove the column `prompt`"]),
     "number.jsonl": ('{"text": 5}', ["line 1", "'text' is a int 5", "expected text"]),
     "uneven.jsonl": ('{"prompt": "a", "completion": [{"role": "assistant"}]}', ["make both text"]),
     "rolefree.jsonl": ('{"messages": [{"content": "a"}]}', ["role"]),
@@ -103,7 +102,8 @@ BROKEN = {
     "short.csv": ("prompt,completion\na\n", ["line 2", "'completion' is there but holds no value"]),
     "long.csv": ("prompt,completion\na,b,c\n", ["line 2", "1 more values", "quote"]),
     "quote.csv": ('prompt,completion\n"a,b\n', ["not valid CSV"]),
-    "chat.csv": ('messages\n"[{}]"\n', ["use .jsonl"]),
+    "chat.csv": ('messages\n"[{}]"\n', ["line 2", "messages[0] has no role"]),
+    "ids.csv": ('input_ids\n"(1, 2)"\n', ["line 2", "'input_ids' is a string", "token ids"]),
     "latin.jsonl": ('{"text": "Grüße"}'.encode("latin1"), ["byte 12", "iconv"]),
     "fake.jsonl.gz": ('{"text": "a"}', ["gzip"]),
     "fake.parquet": ("text", ["Parquet"]),
@@ -152,3 +152,141 @@ def test_excerpts_of_long_lines_stay_short(tmp_path):
     with pytest.raises(DataError) as raised:
         load_rows(path)
     assert len(str(raised.value)) < 500 + len(str(path))
+
+
+WIDE = {
+    "utf16": ("utf-16", "UTF-16"),
+    "utf16-be-marked": ("utf-16-be-marked", "UTF-16"),
+    "utf16le": ("utf-16-le", "UTF-16LE"),
+    "utf16be": ("utf-16-be", "UTF-16BE"),
+    "utf32": ("utf-32", "UTF-32"),
+    "utf32le": ("utf-32-le", "UTF-32LE"),
+    "utf32be": ("utf-32-be", "UTF-32BE"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "json", "jsonl.gz", "csv.zst"])
+@pytest.mark.parametrize("name", WIDE)
+def test_other_encodings_are_named_with_the_command_that_converts(tmp_path, name, suffix):
+    encoding, said = WIDE[name]
+    text = '{"text": "Grüße"}\r\n' * 3
+    mark = name == "utf16-be-marked"
+    raw = b"\xfe\xff" + text.encode("utf-16-be") if mark else text.encode(encoding)
+    path = write(tmp_path / f"rows.{suffix}", compressed(raw, suffix))
+    with pytest.raises(DataError) as raised:
+        load_rows(path)
+    assert f"is {said}, expected UTF-8" in str(raised.value)
+    assert f"iconv -f {said} -t UTF-8" in str(raised.value)
+
+
+def test_the_command_converts(tmp_path):
+    import re
+    import shutil
+    import subprocess
+
+    if shutil.which("iconv") is None:
+        pytest.skip("there is no iconv here")
+    path = write(tmp_path / "rows.jsonl.gz", gzip.compress('{"text": "Grüße"}\n'.encode("utf-16-le")))
+    with pytest.raises(DataError) as raised:
+        load_rows(path)
+    (command,) = re.findall("`(.*)`", str(raised.value))
+    subprocess.run(command, shell=True, check=True)
+    assert load_rows(tmp_path / "rows_utf8.jsonl") == [{"text": "Grüße"}]
+
+
+def compressed(raw: bytes, suffix: str) -> bytes:
+    if suffix.endswith(".gz"):
+        return gzip.compress(raw)
+    if suffix.endswith(".zst"):
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(raw)
+        return sink.getvalue().to_pybytes()
+    return raw
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "json.zst", "csv.gz", "tsv.zst", "tsv", "ndjson"])
+def test_more_kinds_of_files(tmp_path, suffix):
+    separator = "\t" if suffix.startswith("tsv") else ","
+    if suffix.startswith(("csv", "tsv")):
+        text = f"prompt{separator}completion{separator}id\n2+2={separator}4{separator}007\n"
+        expected = [{"prompt": "2+2=", "completion": "4", "id": "007"}]
+    else:
+        text, expected = (json_lines(ROWS) if "json." not in suffix[:5] else json.dumps(ROWS)), ROWS
+    assert load_rows(write(tmp_path / f"rows.{suffix}", compressed(text.encode(), suffix))) == expected
+
+
+def test_a_truncated_zstd_file_is_named(tmp_path):
+    whole = compressed(json_lines(ROWS * 500).encode(), ".zst")
+    with pytest.raises(DataError, match="complete gzip or zstd"):
+        load_rows(write(tmp_path / "a.jsonl.zst", whole[: len(whole) // 2]))
+    with pytest.raises(DataError, match="complete gzip or zstd"):
+        load_rows(write(tmp_path / "b.jsonl.zst", '{"text": "a"}'))
+
+
+def test_numbers_of_a_table_are_numbers(tmp_path):
+    path = write(tmp_path / "a.csv", "prompt,completion,weight\na,4,0.5\nb,5,\nc,6, 1e-1\n")
+    rows = load_dataset_file(path).to_list()
+    assert [row["weight"] for row in rows] == [0.5, None, 0.1]
+    assert [row["completion"] for row in rows] == ["4", "5", "6"]
+    tokens = load_rows(write(tmp_path / "t.csv", 'input_ids,labels\n"[1, 2]","[-100, 2]"\n'))
+    assert tokens == [{"input_ids": [1, 2], "labels": [-100, 2]}]
+
+
+@pytest.mark.parametrize("cell", ["high", '"0,5"', "1_0", "nan", "inf", "0x1"])
+def test_a_bad_number_names_its_line(tmp_path, cell):
+    with pytest.raises(DataError, match=r"line 3: column 'weight' holds .* expected a number"):
+        load_rows(write(tmp_path / "a.csv", f"prompt,completion,weight\na,b,1\na,b,{cell}\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("semicolons.csv", "prompt;completion\na;b\n", "export it with commas"),
+        ("tabs.csv", "prompt\tcompletion\na\tb\n", r"name it \.tsv"),
+        ("twice.csv", "prompt,completion,prompt\na,b,c\n", "two columns are called 'prompt'"),
+    ],
+)
+def test_headers_that_mislead_are_named(tmp_path, name, text, words):
+    with pytest.raises(DataError, match=words):
+        load_rows(write(tmp_path / name, text))
+
+
+def test_several_files_and_patterns_are_read_in_order(tmp_path):
+    from qtarget.data.loading import read_files
+
+    for name in "cab":
+        write(tmp_path / f"{name}.jsonl", json_lines([{"text": name}]))
+    assert [row["text"] for row in load_rows(tmp_path / "*.jsonl")] == ["a", "b", "c"]
+    assert [row["text"] for row in load_rows([tmp_path / "c.jsonl", tmp_path / "a.jsonl"])] == ["c", "a"]
+    assert "read 3 files: a.jsonl, b.jsonl, c.jsonl" in read_files(tmp_path / "*.jsonl").announced
+    with pytest.raises(DataError, match="no file matches"):
+        load_rows(tmp_path / "*.csv")
+    with pytest.raises(DataError, match="named twice"):
+        load_rows([tmp_path / "?.jsonl", tmp_path / "a.jsonl"])
+    write(tmp_path / "d.jsonl", '{"text": "d"}\n{"prompt": "a", "completion": "b"}')
+    with pytest.raises(
+        DataError, match=r"d\.jsonl, line 2: this row has `prompt` and `completion`, but .*a\.jsonl, line 1 has"
+    ):
+        load_rows(tmp_path / "*.jsonl")
+
+
+def test_byte_order_marks_where_files_were_put_together(tmp_path):
+    assert len(load_rows(write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\r{"text": "c"}'))) == 3
+
+
+def test_rows_that_are_in_both_are_counted_by_content():
+    from qtarget.data.overlap import shared_rows
+
+    train = [{"prompt": "a", "completion": "b", "id": 1}, {"messages": [{"role": "user", "content": "x"}]}]
+    validation = [{"messages": [{"content": "x", "role": "user"}], "id": 9}, {"prompt": "a", "completion": "c"}]
+    (line,) = shared_rows(train, validation)
+    assert line.startswith("1 of 2 validation rows is a training row too: validation row 0 is training row 1;")
+    assert shared_rows(train, validation[1:]) == []
+
+
+def test_deep_json_is_no_traceback(tmp_path):
+    with pytest.raises(DataError):
+        load_rows(write(tmp_path / "a.jsonl", '{"text": "a", "note": ' + "[" * 100_000 + "]" * 100_000 + "}"))

@@ -118,6 +118,7 @@ def order(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
         pools = [rows[i : i + POOL * size] for i in range(0, len(rows), POOL * size)]
         sorted_rows = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
         epoch = [sorted_rows[i : i + size] for i in range(0, len(rows), size)]
+        # in random order again, or steps would go from short rows to long ones
         steps += random.sample(epoch, len(epoch))
     return steps[: recipe.steps]
 
@@ -158,6 +159,7 @@ def fine_tune(
             teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip
         loss.backward()
+        # 1.0 is the default of transformers' Trainer, with which this loop is compared
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

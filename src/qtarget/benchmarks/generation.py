@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import logging
+
+from qtarget.integrations.shared.probes import left_padding_leak
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -14,10 +19,12 @@ def greedy_completions(
 ) -> list[str]:
     """The most likely continuation of each prompt, up to the end-of-text token, in the order of ``prompts``.
 
-    Prompts are sorted by length and padded on the left; special tokens are left out of the text.
+    Prompts are sorted by length and padded on the left; special tokens are left out of the text. A model that padding
+    disturbs gets them one by one, with a warning.
     """
     was_training = model.training
     model.eval()
+    batch_size = rows_at_once(model, tokenizer, batch_size)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -36,6 +43,18 @@ def greedy_completions(
             out[i] = text
     model.train(was_training)
     return out
+
+
+def rows_at_once(model: Any, tokenizer: Any, wanted: int) -> int:
+    """``wanted``, or 1 and a warning where padding on the left would change what the model writes."""
+    leak = left_padding_leak(model, tokenizer) if wanted > 1 else None
+    if leak is None:
+        return wanted
+    logger.warning(
+        f"{type(model).__name__}: padding on the left moves its logits by {leak:.2g} of their size; prompts are answered one "
+        f"at a time instead of {wanted}"
+    )
+    return 1
 
 
 def accuracy_percent(

@@ -66,6 +66,7 @@ class RunLog:
                 raise ConfigError(
                     f"{path}:{number} is no finished run ({error}); delete the line or the file"
                 ) from error
+        # without the line that was cut off, or the next run would be written behind it
         path.write_text(whole, encoding="utf-8")
 
     def add(self, key: str, result: dict[str, Any]) -> None:

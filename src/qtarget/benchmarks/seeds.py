@@ -87,6 +87,7 @@ def bootstrap_means(values: ArrayLike, seed: int = 0, draws: int = DRAWS) -> NDA
     if numbers.ndim < 2 or not numbers.size:
         raise ShapeError(f"values have the shape {numbers.shape}; expected [..., seeds, prompts], each at least 1")
     random = np.random.default_rng(seed)
+    # a resample as how often each seed or prompt is drawn: its mean is one weighted sum
     shares = [random.multinomial(n, np.full(n, 1 / n), draws) / n for n in numbers.shape[-2:]]
     return np.einsum("ds,...sp,dp->...d", shares[0], numbers, shares[1], optimize=True)
 
@@ -118,6 +119,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0) -> Interval:
 def percentiles(draws: NDArray[Any]) -> tuple[float, float]:
     """The ends of the middle 95 % of draws; infinite draws are allowed."""
     below = (100 - COVERAGE) / 2
+    # nearest: between a number and an infinite draw there is nothing to interpolate
     low, high = np.percentile(draws, [below, 100 - below], method="nearest")
     return float(low), float(high)
 

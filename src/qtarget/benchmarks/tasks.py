@@ -18,6 +18,7 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
 from qtarget.registry import get_target
+from qtarget.storage.models import save_whole
 
 Row = dict[str, Any]
 Check = Callable[[Any, str], bool]
@@ -140,6 +141,7 @@ def math_tasks(data: Path, train_rows: int = 640) -> TaskSet:
             question, answer = question.replace(name, letter), answer.replace(name, letter)
         if len(question.split()) <= LONGEST_QUESTION and "number" not in question + answer:
             pairs.append((question, answer))
+    # not Python's own hash, which changes from process to process
     in_test = [zlib.crc32(_words(question).encode()) % TEST_SHARE == 0 for question, _ in pairs]
     test = [pair for pair, held_out in zip(pairs, in_test, strict=True) if held_out]
     train = [pair for pair, held_out in zip(pairs, in_test, strict=True) if not held_out]
@@ -234,10 +236,10 @@ def make_base(task: TaskSet, name: str, folder: Path, start: Start) -> Path:
     if not (skilled / "config.json").is_file():
         model = start.load()
         teach(model, start, task.pretraining, task.pretraining_steps)
-        model.save_pretrained(skilled)
+        save_whole(model, skilled)
     model = start.load(skilled)
     teach(model, start, task.warmup, BASES[name])
-    model.save_pretrained(path)
+    save_whole(model, path)
     return path
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import audit_data, cache, demo, inspect, lens, noise, report, score, serve, targets, train
+from qtarget.cli import audit_data, cache, convert, demo, inspect, lens, noise, report, score, serve, targets, train
 from qtarget.cli.bench import app as bench
 
 
@@ -29,6 +29,7 @@ app.command("targets")(targets.targets)
 app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)
 app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
+app.command("convert")(convert.convert)
 app.command("serve")(serve.serve)
 app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
 app.command("noise")(noise.noise)

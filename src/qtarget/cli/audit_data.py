@@ -70,7 +70,7 @@ def run_audit(
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.cli.options.settings import Setting, read_settings
-    from qtarget.data.loading import READABLE
+    from qtarget.data.files import READABLE
 
     is_data = source.name.lower().endswith(READABLE)
     if is_data and "model_name_or_path" not in overrides:
@@ -86,17 +86,20 @@ def run_audit(
 
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
+    from qtarget.cli.options.datasets import ROW_KEYS, row_options
     from qtarget.data.loading import load_rows
     from qtarget.report.audit.document import audit_texts
 
-    unused = sorted(set(overrides) - {"dataset_text_field"})
+    unused = sorted(set(overrides) - {"dataset_text_field", *ROW_KEYS})
     if unused or split != "train":
         raise ConfigError(
             f"{', '.join(f'--{key}' for key in unused) or '--split'} says nothing about {source} without a tokenizer; pass "
             "CONFIG.yaml, or --model_name_or_path MODEL too"
         )
-    text_field = str(overrides["dataset_text_field"].value) if overrides else "text"
-    return audit_texts(load_rows(source, text_field=text_field), text_field=text_field)
+    given = {key: setting.value for key, setting in overrides.items()}
+    text_field = str(given.pop("dataset_text_field", "text"))
+    rows = load_rows(source, text_field=text_field, options=row_options(**given))
+    return audit_texts(rows, text_field=text_field)
 
 
 def audit_config(config: RunConfig, split: Literal["train", "validation"], *, cache_required: bool) -> DataAudit:

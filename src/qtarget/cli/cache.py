@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtarget.cli.options.numbers import finite
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Score some rows again with this model.")] = None,
     config: Annotated[Path | None, typer.Option(help="The config that was scored: a cache knows no tokens.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are scored again.")] = 16,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a log-prob, nats.")] = 0.02,
-    seed: Annotated[int, typer.Option("--sample-seed", help="Which rows.")] = 0,
+    tolerance: Annotated[
+        float, typer.Option(callback=finite, min=0, help="Largest difference of a log-prob, nats.")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option("--sample-seed", min=0, help="Which rows.")] = 0,
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
     from qtarget.scoring.cache.reader import ReferenceCache
@@ -87,19 +90,19 @@ def verify(
 
 def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
     """The rows of a config, tokenised as its training does, and a model that is no part of it."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.cli.options.models import set_model_arguments
     from qtarget.integrations.sft.score import training_rows
-    from qtarget.integrations.shared.frozen import load_named
+    from qtarget.storage.models import check_whole
 
     run = load_config(config, arguments)
     train_rows, validation_rows = load_datasets(run)
     set_model_arguments(run)
     trust = run.training.trust_remote_code
-    load_named(AutoConfig, "--model", model, trust_remote_code=trust)
+    check_whole("--model", model, allow_new_weights=run.training.allow_new_weights, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(
         str(run.model.model_name_or_path), revision=run.model.model_revision, trust_remote_code=trust
     )
@@ -167,9 +170,9 @@ def import_(
     from transformers import AutoTokenizer
 
     from qtarget.cli.score import print_scored
-    from qtarget.integrations.shared.frozen import load_named
     from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
     from qtarget.scoring.exchange.foreign import import_rows
+    from qtarget.storage.models import load_named
 
     loaded = load_named(AutoTokenizer, "--tokenizer", tokenizer)
     manifest = import_rows(

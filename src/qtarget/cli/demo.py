@@ -10,6 +10,7 @@ import typer
 
 from qtarget.benchmarks.demo.bench import noise_words, quick, run_demo
 from qtarget.benchmarks.demo.runs import DemoConfig
+from qtarget.cli.options.numbers import finite
 from qtarget.cli.options.outputs import progress_bar
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def demo(
         str, typer.Option(help="Noise: random_tokens, wrong_answer, boilerplate, contradictory_duplicate.")
     ] = DEFAULTS.kind,
     rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of response tokens (random_tokens) or rows.")
+        float, typer.Option(callback=finite, min=0, max=1, help="Share of response tokens (random_tokens) or rows.")
     ] = DEFAULTS.rate,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")

@@ -49,7 +49,7 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows at most; more are sampled uniformly.")] = 5000,
-    sample_seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample_seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
     checkpoints: Annotated[str | None, typer.Option(help="Folders of trained models, apart by commas.")] = None,
     mark: Annotated[
@@ -127,8 +127,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     row_marks, token_marks = _marks(options, raw, rows, tokens.tokenizer)
     sampled = len(whole) > len(data)
     return Inspection(
-        options.title
-        or f"{Path(config.data.train_file or config.data.dataset_name or 'data').name} as {live.name} sees it",
+        options.title or f"{config.data.name or 'data'} as {live.name} sees it",
         about(config, options, rows, len(whole), [live, *later], frozen),
         rows,
         views,
@@ -206,19 +205,15 @@ def _check_origin(found: str, expected: str | None, role: str) -> None:
 def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: str = "main") -> ModelNumbers:
     """Run a model over the rows."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from qtarget.integrations.shared.heads import probe_head
     from qtarget.report.tokens import numbers_from_source
     from qtarget.scoring.sources.local import LocalSource
+    from qtarget.storage.models import load_whole
 
     keywords: dict[str, Any] = {"dtype": config.model.dtype, "trust_remote_code": config.training.trust_remote_code}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, **keywords).eval()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be loaded ({error}); expected a folder with a model, or a hub name"
-        ) from error
+    allowed = config.training.allow_new_weights
+    model = load_whole("model", path, allow_new_weights=allowed, revision=revision, **keywords).eval()
     with torch.no_grad():
         head = probe_head(model)
     source = LocalSource(model, logit_scale=head.scale, logit_softcap=head.softcap)
@@ -239,6 +234,7 @@ def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
 
     own = config.training.target
     out: dict[str, Target] = {}
+    # not at the commas inside brackets, which stand between hyper-parameters
     for part in re.split(r",(?![^(]*\))", text or ("sft" if own == "sft" else f"sft,{own}")):
         match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
         if match is None:
@@ -357,7 +353,7 @@ def about(
         else f"all {available:,}"
     )
     facts = [
-        ("data", f"{Path(config.data.train_file or config.data.dataset_name or '').name}, {options.split} rows"),
+        ("data", f"{config.data.name}, {options.split} rows"),
         ("rows", how),
         ("tokens", f"{len(rows.ids):,}, of them {len(rows.labels):,} trained; max_length {config.training.max_length}"),
         ("models", "; ".join(f"{m.name} (top {m.top_k} listed)" for m in models)),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from qtarget.core.errors import MissingDependencyError, QTargetError
+from qtarget.cli.boundary import told
+from qtarget.core.errors import MissingDependencyError
 
-FAILED = 2
+CLOSED_PIPE = 141
+"""Exit code where whoever read our output has gone (``qtarget ... | head``): what a shell gives for SIGPIPE."""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and exit: 0, or 2 with one readable block where qtarget knows what is wrong.
+    """Run one verb and exit: 0, or 2 with one readable block where it is known what is wrong, else 1.
 
     Args:
         arguments: without the program's name; ``sys.argv`` by default. ``--debug`` before the verb keeps tracebacks.
@@ -20,17 +23,23 @@ def run(arguments: Sequence[str] | None = None) -> None:
     debug = bool(arguments) and arguments[0] == "--debug"
     try:
         _app()(arguments, prog_name="qtarget")
-    except QTargetError as error:
+    except BrokenPipeError:
+        # nobody reads: the interpreter's own flush at exit would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)
+    except Exception as error:
         if debug:
             raise
-        print(f"{type(error).__name__}: {error}\n(`qtarget --debug ...` shows where it was raised)", file=sys.stderr)
-        sys.exit(FAILED)
+        text, code = told(error, arguments)
+        print(text, file=sys.stderr)
+        sys.exit(code)
 
 
 def _app():
     try:
         from qtarget.cli.app import app
     except ModuleNotFoundError as error:
+        # a module of ours that is missing is a fault of ours, and no package to install
         if (error.name or "").split(".")[0] == "qtarget":
             raise
         raise MissingDependencyError(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qtarget.cli.options.numbers import finite
 from qtarget.core.errors import ConfigError
 
 
@@ -15,8 +16,10 @@ def noise(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Clean rows: .jsonl, .json, .csv or .parquet.")],
     destination: Annotated[Path, typer.Argument(metavar="OUTPUT.jsonl", help="Noisy rows with `noise_spans`.")],
     kind: Annotated[str, typer.Option(help="random_tokens, wrong_answer, boilerplate or contradictory_duplicate.")],
-    rate: Annotated[float, typer.Option(help="Share of response tokens (random_tokens) or of rows.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same noise.")] = 0,
+    rate: Annotated[
+        float, typer.Option(callback=finite, min=0, max=1, help="Share of response tokens (random_tokens) or of rows.")
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same noise.")] = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; random_tokens then replaces its tokens, else words.")
     ] = None,

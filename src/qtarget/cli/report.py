@@ -105,6 +105,7 @@ def print_report(result: dict[str, Any], written: list[Path]) -> None:
             table.add_row(
                 *map(Text, (run["name"], run["target"] or "-", status["state"], str(status["step"]), name, *ends))
             )
+    # ``Text``, because names and notes may hold brackets, which rich would read as markup
     console = Console()
     console.print(table)
     for run in result["runs"]:

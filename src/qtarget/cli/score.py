@@ -90,12 +90,12 @@ def run_scoring(
         ConfigError: a teacher is to be scored and the config names none, or one that is nowhere.
         ScoringServerError: a server fails, or is not what it should be.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.cli.options.models import set_model_arguments
     from qtarget.integrations.sft.score import score as score_config
-    from qtarget.integrations.shared.frozen import load_named
+    from qtarget.storage.models import check_whole
 
     train_rows, validation_rows = load_datasets(config)
     set_model_arguments(config)
@@ -107,7 +107,8 @@ def run_scoring(
         raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
     trust = config.training.trust_remote_code
     if named is not None:
-        load_named(AutoConfig, f"{role}_model_name_or_path", named, trust_remote_code=trust)
+        allowed = config.training.allow_new_weights
+        check_whole(f"{role}_model_name_or_path", named, allow_new_weights=allowed, trust_remote_code=trust)
     name = str(named or student)
     return score_config(
         name,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtarget.cli.options.numbers import finite
+
 if TYPE_CHECKING:
     from qtarget.scoring.sources.identity import Identity
     from qtarget.serving.settings import ServeSettings
@@ -30,8 +32,10 @@ def serve(
     wait_ms: Annotated[int, typer.Option(help="How long the first of them waits.")] = 5,
     tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens a forward pass; 0: by device.")] = 0,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond: 429.")] = 1024,
-    timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included; beyond: 408.")] = 60.0,
-    start_timeout: Annotated[float, typer.Option(help="Seconds until it must be ready.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(callback=finite, help="Seconds for a request, waiting included; beyond: 408.")
+    ] = 60.0,
+    start_timeout: Annotated[float, typer.Option(callback=finite, help="Seconds until it must be ready.")] = 600.0,
     max_restarts: Annotated[int, typer.Option(help="After crashes, within ten minutes.")] = 20,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 2**20,
     max_rows: Annotated[int, typer.Option(help="A request.")] = 64,
@@ -40,6 +44,9 @@ def serve(
     max_top_k: Annotated[int, typer.Option(help="Log-probs a position.")] = 1024,
     max_candidates: Annotated[int, typer.Option(help="Ids a request.")] = 1024,
     max_answer_bytes: Annotated[int, typer.Option(help="Of an answer.")] = 2**26,
+    allow_new_weights: Annotated[
+        bool, typer.Option("--allow-new-weights", help="Serve a model with missing or unknown weights.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -54,7 +61,8 @@ def serve(
         candidates=max_candidates, answer_bytes=max_answer_bytes,
     )
     settings = ServeSettings(
-        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, workers=workers, max_batch=max_batch,
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        allow_new_weights=allow_new_weights, workers=workers, max_batch=max_batch,
         wait_ms=wait_ms, tokens_per_batch=tokens_per_batch, queue=queue, timeout=timeout, start_timeout=start_timeout,
         max_restarts=max_restarts, limits=limits,
     )

@@ -64,8 +64,8 @@ def targets_table(rows: list[dict[str, Any]], narrow: bool) -> Table:
     from rich.text import Text
 
     table = Table(
-        caption="needs: numbers of a frozen model, from `qtarget score` or a model run live; agreement and reliability are "
-        "counted from the rows, beside a cache",
+        caption="needs: numbers of a frozen model, from `qtarget score` or a model run live; agreement, conflict and "
+        "reliability are counted from the rows, beside a cache",
         show_lines=narrow,
     )
     facts = ("formula", "needs", "scope", "hyper-parameters", "paper")

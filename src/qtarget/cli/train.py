@@ -50,6 +50,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     """
     from qtarget.cli.options.datasets import load_datasets
 
+    # first: it refuses a folder in use before a server is asked or rows are read
     checkpoint = starting_point(config)
     if config.training.teacher_url is not None:
         score_teacher(config)
@@ -92,6 +93,7 @@ def score_teacher(config: RunConfig) -> None:
 
     training, url = config.training, str(config.training.teacher_url)
     folder = Path(str(training.output_dir)) / TEACHER_CACHE
+    # one process in all asks and writes, whatever the number of machines; the others wait and read
     with training.main_process_first(local=False, desc="scoring the teacher"):
         if (
             training.process_index == 0
@@ -99,6 +101,7 @@ def score_teacher(config: RunConfig) -> None:
             and not has_said_all(folder, url, training.teacher_top_k)
         ):
             engine = EngineChoice(detect_engine(url), url, trust_server=training.teacher_model_name_or_path is None)
+            # a warning, so that it is seen: nobody has set a level for this logger
             logger.warning(
                 "teacher: %s is a %s server, asked once for all rows: its numbers go to %s", url, engine.name, folder
             )

@@ -88,6 +88,7 @@ class Combined(Target):
 
     def losses(self, x: TokenView) -> Terms:
         weights = self.label_weights(x) if x.label_weights is None else x.label_weights
+        # they are the weight's, and a base that re-weights labels too would take them for its own
         terms = self.base.losses(replace(x, label_weights=None))
         assert terms.label is not None, "checked at construction: the base has a label term"
         return Terms(label=weights.detach() * terms.label, residual=terms.residual)

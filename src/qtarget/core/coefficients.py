@@ -60,6 +60,7 @@ def coefficients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Derivative of a summed target loss by each statistic; statistics without influence are left out."""
     if not loss.requires_grad:
         return {}
+    # label and residual term are differentiated one after the other and may share a graph
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=True)
     return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
@@ -85,6 +86,7 @@ def logit_gradient(
         gradient += c
         on_p -= c.sum(-1)
     if (c := weights.get("entropy")) is not None:
+        # a banned token has p = 0, and 0 times minus infinity is NaN
         finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
         gradient -= c[:, None] * probs * (finite + entropy_of(log_probs)[:, None])
     for name, frozen in (("on_reference", reference), ("on_teacher", teacher)):
@@ -112,6 +114,7 @@ def scatter_outcomes(
     rest = outside(log_probs, ids, listed)
     empty = (rest == -torch.inf).all(-1)
     tail = c[:, -1].masked_fill(empty, 0.0)
+    # softmax over what is outside gives p_j / s; of nothing it would be NaN
     gradient += tail[:, None] * torch.where(empty[:, None], 0.0, rest).softmax(-1)
     return c[:, :-1].sum(-1) + tail
 

@@ -114,8 +114,10 @@ def fit_pulls(
     """Least-squares ``a`` and ``b`` in ``g = a (p - d_y) + b (p - q)``; ``b = 0`` when ``a`` alone explains it."""
     to_label, to_residual = probs - one_hot, probs - q
     scale = gradient.norm(dim=-1)
+    # clamped for a model that is certain of the label: p = d_y leaves 0 / 0
     alone = (gradient * to_label).sum(-1) / (to_label * to_label).sum(-1).clamp(min=1e-300)
     explained = (gradient - alone[:, None] * to_label).norm(dim=-1) <= tolerance * scale
+    # columns are dependent where q = p or p = d_y: gelsd (SVD) solves that too, and CUDA has gels alone
     basis = torch.stack([to_label, to_residual], dim=-1)
     both = torch.linalg.lstsq(
         basis, gradient[..., None], driver="gelsd" if basis.device.type == "cpu" else None
@@ -123,4 +125,5 @@ def fit_pulls(
     a = torch.where(explained, alone, both[:, 0])
     b = torch.where(explained, 0.0, both[:, 1])
     rest = gradient - a[:, None] * to_label - b[:, None] * to_residual
+    # clamped: a gradient that is zero but for rounding fits
     return a, b, rest.norm(dim=-1) <= tolerance * scale.clamp(min=1e-12)

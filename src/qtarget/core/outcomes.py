@@ -44,6 +44,7 @@ def tail_log_mass(
     """Log of the probability outside ``ids``, summed over the rest and never as ``1 - sum``: nothing cancels."""
     rest = outside(log_probs, ids, listed)
     empty = (rest == -torch.inf).all(-1)
+    # logsumexp of nothing has a NaN gradient, which masking its value afterwards would not remove
     mass = torch.where(empty[:, None], 0.0, rest).logsumexp(-1)
     return mass.masked_fill(empty, ABSENT)
 
@@ -58,6 +59,7 @@ def frozen_outcomes(frozen: Reference, listed: Bool[Tensor, "tokens k"], like: T
     assert frozen.tail_log_mass is not None
     tail = frozen.tail_log_mass.to(like.dtype)[:, None]
     joined = torch.cat([kept, tail], dim=-1)
+    # storage rounded the numbers: they sum to one only nearly
     return joined - joined.logsumexp(-1, keepdim=True)
 
 

@@ -33,6 +33,7 @@ def denominator(token_count: int, num_items: int | Tensor | None, reduction: Red
             raise HyperparameterError(f"num_items divides a mean; with reduction={reduction!r} leave it out")
         return 1.0
     if num_items is None:
+        # a call without a supervised token has loss 0, not 0 / 0
         return float(max(token_count, 1))
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
@@ -56,6 +57,7 @@ def sequence_means(
     """
     if values.shape != sequence_ids.shape:
         raise ShapeError(f"{tuple(values.shape)} values but {tuple(sequence_ids.shape)} sequence ids")
+    # ids are names: they need not be 0, 1, 2, ...
     _, index = torch.unique(sequence_ids, return_inverse=True)
     size = int(index.max()) + 1 if index.numel() else 0
     total = torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)

@@ -151,6 +151,7 @@ class FrozenHead:
         """Full log-probs of these tokens, and their entropy (call it on a chunk)."""
         logits = project(self.hidden, self.lm_head_weight, self.bias, self.logit_scale, self.logit_softcap, exact=True)
         log_probs = logits.log_softmax(-1)
+        # ``statistics.entropy_of``, which this module cannot import: it is imported there
         entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
         at_label = log_probs.gather(-1, labels[:, None])[:, 0]
         return Reference(label_log_probs=at_label, entropy=entropy, log_probs=log_probs)

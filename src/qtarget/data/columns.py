@@ -139,6 +139,7 @@ def _end_of_text(render: Any, messages: list[dict], i: int, ids: list[int]) -> i
     if not isinstance(content, str):
         return None
     marked = render([*messages[:i], {**messages[i], "content": content + END_MARK}, *messages[i + 1 :]])
+    # from the end: the mark changes the tokens of the text before it, never those that follow
     common_suffix = common_prefix_length(ids[::-1], marked[::-1])
     return None if marked == ids else len(ids) - common_suffix
 

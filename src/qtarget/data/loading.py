@@ -1,68 +1,93 @@
-"""Rows from a user's file, or an error that names the file, the line and the next step."""
+"""Rows from a user's files or Dataset, or an error that names the file, the line and the next step."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError
+from qtarget.data.files import TABLE_KINDS, Files, Located, Place, Row, check_file, expand, located_values
+from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
+from qtarget.data.formats.messages import ROLES
+from qtarget.data.formats.shape import ReadOptions
+from qtarget.data.formats.tools import read_tools
+from qtarget.data.nested import OBJECTS, as_written, is_struct, rows_to_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, Any]
-Located = tuple[str, Any]  # ("line 3", value)
+__all__ = [
+    "load_dataset_file",
+    "load_rows",
+    "load_tools",
+    "read_dataset",
+    "read_datasets",
+    "read_files",
+    "rows_to_dataset",
+]
 
-READABLE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
-# In TRL's order: a row that has several of them is read as the first.
-FORMATS = (("input_ids", "labels"), ("input_ids",), ("prompt", "completion"), ("messages",))
-# Names other projects use, too far from ours in spelling for difflib.
-OTHER_NAMES = {
-    "instruction": "prompt",
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "answer": "completion",
-    "output": "completion",
-    "response": "completion",
-    "chosen": "completion",
-    "conversations": "messages",
-    "conversation": "messages",
-    "chat": "messages",
-    "content": "text",
-    "tokens": "input_ids",
-}
-# Columns that TRL or qtarget reads; all others are the user's notes.
-TRAINING_COLUMNS = {
-    *("input_ids", "labels", "prompt", "completion", "messages", "text", "weight", "loss_weights"),
-    *("completion_mask", "assistant_masks", "tools", "chat_template_kwargs"),
-}
-EXCERPT_CHARACTERS = 80
+PLAIN_KEYS = ("role", "content", "from", "value")
+ROLES_MARK = "qtarget roles: "
+"""Begins the description of a data set whose user named its roles."""
+
+logger = logging.getLogger(__name__)
 
 
-def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
-    """The rows of a file in one of four shapes, checked one by one.
-
-    The shapes are TRL's: ``messages``; ``prompt`` and ``completion``; a text column; or ``input_ids`` (with ``labels``
-    if they differ). All rows of a file have the same one.
+def read_files(files: Files, options: ReadOptions | None = None) -> Reading:
+    """The rows of one or several files, in any of the shapes of ``qtarget.data.formats``, made into TRL's.
 
     Args:
-        path: ``.jsonl``, ``.json`` (an array of objects), either with ``.gz``, ``.csv`` or ``.parquet``.
-        text_field: name of the text column (TRL's ``dataset_text_field``).
+        files: a path, a list of paths, or patterns such as ``data/*.jsonl``; names end in ``.jsonl``, ``.json`` (an array of
+            objects), ``.csv``, ``.tsv`` (each also with ``.gz`` or ``.zst``), ``.parquet`` or ``.arrow``.
+        options: how rows are read.
 
     Returns:
-        One dict a row, in the file's order; other columns are kept.
+        Rows in the files' order, and what was read, changed and left out.
 
     Raises:
-        DataError: no such file, an unknown suffix, an empty file, a line that does not parse, a row that is no object
-            or lacks its columns, values of the wrong type, or rows of different shapes.
+        DataError: no such file, an unknown suffix, an empty file, another encoding than UTF-8, a line that does not parse, a
+            row that is no object or lacks its columns, values of the wrong type, or rows of different shapes.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"conversations": [{"from": "gpt", "value": "Hi"}]}')
+        >>> read_files(path).announced
+        ['read 1 row as sharegpt: conversations -> messages', '1 row: role gpt -> assistant']
+    """
+    paths = expand(files)
+    warnings: list[str] = []
+    reading = read_rows(_values(paths, warnings), options or ReadOptions())
+    if not reading.rows:
+        raise DataError(
+            f"{', '.join(map(str, paths))} holds no rows{' that can be trained' if reading.announced else ''}; expected one "
+            "training example a line (or array element). Check the export."
+        )
+    if len(paths) > 1:
+        reading.announced.insert(
+            0, f"read {len(paths)} files: {', '.join(path.name for path in paths[:5])}{', ...' * (len(paths) > 5)}"
+        )
+    reading.announced += warnings
+    return reading
+
+
+def load_rows(files: Files, *, text_field: str = "text", options: ReadOptions | None = None) -> list[Row]:
+    """The rows of ``read_files``; what was changed on the way is logged.
+
+    Args:
+        files: as ``read_files``.
+        text_field: name of the text column (TRL's ``dataset_text_field``).
+        options: how rows are read.
+
+    Returns:
+        One dict a row, in the files' order; other columns are kept.
+
+    Raises:
+        DataError: as ``read_files``.
 
     Example:
         >>> import tempfile, pathlib
@@ -71,297 +96,254 @@ def load_rows(path: str | Path, *, text_field: str = "text") -> list[Row]:
         >>> load_rows(path)
         [{'prompt': '2+2=', 'completion': '4'}]
     """
-    path = Path(path)
-    rows: list[Row] = []
-    shape: tuple[str, ...] = ()
-    first = ""
-    for where, value in _located_values(path):
-        row = _object(path, where, value)
-        found = _shape(path, where, row, text_field)
-        _check_values(path, where, row, found)
-        _check_unicode(path, where, row)
-        if rows and found != shape:
-            raise DataError(
-                f"{path}, {where}: this row has {_names(found)}, but {first} has {_names(shape)}; one file holds rows "
-                "of one shape, so split it into two files or rename the columns"
-            )
-        if not rows:
-            shape, first = found, where
-        rows.append(row)
-    if not rows:
-        raise DataError(
-            f"{path} holds no rows; expected one training example a line (or array element). Check the export."
-        )
-    return rows
+    reading = read_files(files, replace(options or ReadOptions(), text_field=text_field))
+    announce(reading, _name(files))
+    return reading.rows
 
 
-def load_dataset_file(path: str | Path, *, text_field: str = "text") -> Dataset:
+def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOptions | None = None) -> Dataset:
     """The same rows as a ``datasets.Dataset``; columns absent in a row are ``None`` there.
 
-    Columns that training does not read and that mix types (``noise_spans``) become JSON text, since Arrow
-    has one type a column.
+    Objects keep their own keys (``rows_to_dataset``). Columns that training does not read and that mix types
+    (``noise_spans``) become JSON text, since Arrow has one type a column.
 
     Raises:
         DataError: as ``load_rows``, and a column that training reads whose type changes between rows.
     """
+    rows = load_rows(files, text_field=text_field, options=options)
+    try:
+        return _with_roles(rows_to_dataset(rows), options)
+    except DataError as error:
+        raise DataError(f"{_name(files)}, {error}") from error
+
+
+def load_tools(path: str | Path) -> list[dict[str, Any]]:
+    """Tool schemas of a JSON file, for rows that come without theirs.
+
+    Raises:
+        DataError: the file holds no list of schemas.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        tools = read_tools(text, set())
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        raise DataError(f"{path}: {error}; expected a JSON list of tool schemas") from error
+    if not tools:
+        raise DataError(f"{path} holds no tools; expected a JSON list of tool schemas")
+    return tools
+
+
+def announce(reading: Reading, source: str) -> None:
+    """Log what was read: aloud where anything is not as it was."""
+    level = logging.WARNING if reading.changed or len(reading.announced) > 1 else logging.INFO
+    for line in reading.announced:
+        logger.log(level, "%s: %s", source, line)
+
+
+def _name(files: Files) -> str:
+    return ", ".join(map(str, [files] if isinstance(files, str | Path) else files))
+
+
+def _values(paths: Sequence[Path], warnings: list[str]) -> Iterator[Located]:
+    for path in paths:
+        check_file(path)
+        if path.name.lower().endswith(TABLE_KINDS):
+            yield from _columns(path, warnings)
+            continue
+        yield from located_values(path)
+
+
+def _columns(path: Path, warnings: list[str]) -> Iterator[Located]:
+    """Rows of a Parquet or Arrow file, without the nulls that its structs forced."""
     import pyarrow as pa
     from datasets import Dataset
 
-    rows = load_rows(path, text_field=text_field)
-    columns = list(dict.fromkeys(name for row in rows for name in row))  # from_list would keep those of row 1 alone
-    table = {name: [row.get(name) for row in rows] for name in columns}
-    for name, values in table.items():
-        try:
-            pa.array(values)
-        except pa.ArrowException as error:
-            if name in TRAINING_COLUMNS | {text_field}:
-                raise _mixed_column(path, name, values, error) from error
-            table[name] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    return Dataset.from_dict(table)
-
-
-def _mixed_column(path: str | Path, name: str, values: list[Any], error: Exception) -> DataError:
-    index = _first_of_other_type(values)
-    return DataError(
-        f"{path}, row {index + 1}: column {name!r} holds {_excerpt(json.dumps(values[index], default=str))}, of "
-        f"another type than the rows above ({error}); give the column one type, or remove it"
-    )
-
-
-def _first_of_other_type(values: list[Any]) -> int:
-    import pyarrow as pa
-
-    low, high = 0, len(values)  # invariant: values[:low] converts, values[:high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            pa.array(values[:middle])
-            low = middle
-        except pa.ArrowException:
-            high = middle
-    return high - 1
-
-
-def _located_values(path: Path) -> Iterator[Located]:
-    name = path.name.lower()
-    if not name.endswith(READABLE):
-        raise DataError(f"{path}: expected a name that ends in {', '.join(READABLE)}; convert the file or rename it")
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-        hint = f"did you mean {path.with_name(near[0])}? " if near else ""
-        raise DataError(f"{path} is not a file; {hint}Check train_file and validation_file.")
-    if name.endswith(".parquet"):
-        yield from _parquet(path)
-        return
-    text = _text(path)
-    if name.endswith(".csv"):
-        yield from _csv(path, text)
-    elif name.removesuffix(".gz").endswith(".jsonl"):
-        yield from _json_lines(path, text)
-    else:
-        yield from _json_array(path, text)
-
-
-def _siblings(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-
-
-def _text(path: Path) -> str:
+    kind = path.suffix.lower().lstrip(".").capitalize()
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") and raw else raw
-        return raw.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); if its name ends in .gz, it must be a complete gzip file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8, for instance with "
-            "`iconv -f latin1 -t utf-8`"
-        ) from error
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Located]:
-    # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            hint = (
-                "the file is a JSON array, name it .json" if line.strip() == "[" else "expected one JSON object a line"
-            )
-            raise DataError(
-                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}): {_excerpt(line)}; {hint}"
-            ) from error
-
-
-def _json_array(path: Path, text: str) -> Iterator[Located]:
-    if not text.strip():
-        return
+        table = _arrow_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable {kind} file ({error}); write it again") from error
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = text.splitlines()
-        line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
-        hint = (
-            "it looks like JSON Lines: name it .jsonl" if error.msg == "Extra data" else "expected an array of objects"
-        )
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}): {_excerpt(line)}; {hint}"
-        ) from error
-    if not isinstance(values, list):
-        keys = f" with keys {', '.join(list(values)[:5])}" if isinstance(values, dict) else ""
-        raise DataError(
-            f"{path}: the top level is {_kind(values)}{keys}, expected an array of objects; put the rows into one "
-            "array, or "
-            "one object a line in a .jsonl file"
-        )
-    yield from ((f"row {number}", value) for number, value in enumerate(values, start=1))
+        rows, found, _ = as_written(Dataset(table))  # pyright: ignore[reportArgumentType]
+    except (
+        pa.ArrowException,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+    ) as error:  # types that datasets does not know
+        logger.info("%s: read without datasets (%s)", path, error)
+        rows, found = table.to_pylist(maps_as_pydicts="strict"), []
+    warnings += [f"{path}: {line}" for line in found]
+    yield from ((Place(path, f"row {number}"), row) for number, row in enumerate(rows, start=1))
 
 
-def _csv(path: Path, text: str) -> Iterator[Located]:
-    limit = csv.field_size_limit(max(len(text) + 1, csv.field_size_limit()))  # the default refuses long documents
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row:
-                raise DataError(
-                    f"{path}, {where}: {len(row[None])} more values than the {len(reader.fieldnames or [])} columns "
-                    "of the "
-                    "header; quote fields that contain commas"
-                )
-            yield where, row
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {reader.line_num}: not valid CSV ({error}); quote fields that contain commas"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(path: Path) -> Iterator[Located]:
+def _arrow_table(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({error}); write it again") from error
-    yield from ((f"row {number}", value) for number, value in enumerate(table.to_pylist(), start=1))
-
-
-def _object(path: Path, where: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(
-            f'{path}, {where}: expected an object such as {{"prompt": ..., "completion": ...}}, found {_kind(value)}: '
-            f"{_excerpt(json.dumps(value, ensure_ascii=False))}"
-        )
-    return value
-
-
-def _shape(path: Path, where: str, row: Row, text_field: str) -> tuple[str, ...]:
-    shapes = (*FORMATS, (text_field,))
-    for shape in shapes:
-        if all(row.get(name) is not None for name in shape):
-            if "prompt" in row and shape in (("messages",), (text_field,)):
-                raise DataError(
-                    f"{path}, {where}: {_names(shape)} stands beside `prompt` without `completion`, and TRL would "
-                    "read the "
-                    "row as prompt and completion; remove the column `prompt`"
-                )
-            return shape
-    wanted = "; ".join(_names(shape) for shape in shapes)
-    raise DataError(
-        f"{path}, {where}: no usable columns; found {', '.join(row) or 'none'}, expected one of: {wanted}."
-        f"{_column_hint(row, [name for shape in shapes for name in shape])}"
-    )
-
-
-def _column_hint(row: Row, known: list[str]) -> str:
-    empty = [name for name in known if name in row and row[name] is None]
-    hints = [f"{name!r} is there but holds no value" for name in empty]
-    for name in row:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
-        meant = OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
-        if meant in known and row.get(meant) is None:
-            hints.append(f"rename {name!r} to {meant!r}")
-    if not hints:
-        present = [name for name in ("prompt", "completion") if name in row]
-        hints = [f"{name!r} needs its other half" for name in present]
-    return f" Next: {'; '.join(hints)}." if hints else ""
-
-
-def _check_values(path: Path, where: str, row: Row, shape: tuple[str, ...]) -> None:
-    for name in shape:
-        value = row[name]
-        if name == "messages":
-            good, expected = _is_messages(value), 'a list of {"role": ..., "content": ...}'
-        elif name in ("input_ids", "labels"):
-            good, expected = _is_ids(value), "a list of token ids (integers)"
-        elif name in ("prompt", "completion"):
-            good, expected = (
-                isinstance(value, str) or _is_messages(value),
-                "text, or a list of messages with role and content",
-            )
-        else:
-            good, expected = isinstance(value, str), "text"
-        if not good:
-            csv_hint = "; CSV holds text only, use .jsonl" if path.suffix == ".csv" else ""
-            raise DataError(
-                f"{path}, {where}: column {name!r} is {_kind(value)} {_excerpt(json.dumps(value, default=str))}; "
-                "expected "
-                f"{expected}{csv_hint}"
-            )
-    if shape == ("input_ids", "labels") and len(row["input_ids"]) != len(row["labels"]):
-        raise DataError(
-            f"{path}, {where}: {len(row['labels'])} labels for {len(row['input_ids'])} input_ids; give one label a token, "
-            "-100 where it is not trained on"
-        )
-    if shape == ("prompt", "completion") and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
-        raise DataError(
-            f"{path}, {where}: prompt is {_kind(row['prompt'])} and completion {_kind(row['completion'])}; make both "
-            "text, or "
-            "both lists of messages"
-        )
-
-
-def _check_unicode(path: Path, where: str, row: Row) -> None:
-    """Refuse lone surrogates: JSON can spell them, UTF-8, Arrow and tokenizers cannot hold them."""
-    for name, value in row.items():
+    if path.suffix.lower() == ".parquet":
+        return pq.read_table(path)
+    with pa.memory_map(str(path)) as source:
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            near = error.object[max(0, error.start - 20) : error.end + 20]
-            raise DataError(
-                f"{path}, {where}: column {name!r} holds half of a surrogate pair, near {_excerpt(ascii(near))}, which is "
-                "no character: text was cut within an emoji or the like; remove it, or export the text again"
-            ) from error
+            return pa.ipc.open_file(source).read_all()
+        except pa.ArrowInvalid:  # datasets writes streams
+            source.seek(0)
+            return pa.ipc.open_stream(source).read_all()
 
 
-def _is_messages(value: Any) -> bool:
-    messages = isinstance(value, list) and len(value) > 0
-    return messages and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "train data") -> Any:
+    """A Python user's ``Dataset`` as training takes it: other people's shapes read, nulls that Arrow added taken out.
+
+    A stream (``IterableDataset``) is read as it comes.
+
+    Where a null of Arrow's cannot be told from one that was written, a warning names the column; ``rows_to_dataset`` makes
+    a data set without this doubt. What needs nothing comes back as it is, and so does what is no ``Dataset``, is tokenised,
+    or has a transform of its own.
+
+    Args:
+        dataset: rows in any shape of ``qtarget.data.formats``.
+        options: how rows are read.
+        name: for messages.
+
+    Raises:
+        DataError: as ``read_files``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> rows = Dataset.from_list([{"instruction": "Translate", "input": "cat", "output": "chat"}])
+        >>> read_dataset(rows)[0]["completion"]
+        [{'role': 'assistant', 'content': 'chat'}]
+    """
+    from datasets import Dataset, IterableDataset, concatenate_datasets
+
+    options = options or ReadOptions()
+    if isinstance(dataset, IterableDataset):
+        return _streamed(dataset, options, name)
+    if not isinstance(dataset, Dataset) or not len(dataset) or dataset.format["type"] == "custom":
+        return dataset
+    if "input_ids" in dataset.column_names or _is_plain(dataset, options):
+        return dataset
+    rows, warnings, removed = as_written(dataset.with_format(None))
+    where = Path(name)
+    reading = read_rows(((Place(where, f"row {i}"), row) for i, row in enumerate(rows)), options)
+    reading.announced += warnings
+    announce(reading, name)
+    if not reading.rows:
+        raise DataError(f"{name}: no row is left; see the lines above")
+    if not reading.changed and not removed and not _needs_object(dataset):
+        return _with_roles(dataset, options)
+    made = list(dict.fromkeys(column for row in reading.rows for column in row))
+    converted = [c for c in made if c in OBJECTS or c not in dataset.column_names]
+    notes = [c for c in dataset.column_names if c in made and c not in converted]
+    objects = rows_to_dataset([{c: row[c] for c in converted if c in row} for row in reading.rows])
+    if not notes or reading.shape == "openviking":
+        return _with_roles(objects, options)
+    kept = dataset.select_columns(notes)
+    if len(reading.rows) < len(dataset):
+        kept = kept.select([int(place.where.removeprefix("row ")) for place in reading.places])
+    whole = concatenate_datasets([kept, objects], axis=1)
+    return _with_roles(whole.select_columns([c for c in made if c in [*notes, *converted]]), options)
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
+    """The same for rows that come one by one: they are read as they come, and what is changed is not counted."""
+    where = Path(name)
+    first = next(iter(dataset), None)
+    if first is None or "input_ids" in first:
+        return dataset
+    reader = RowReader(options, (Place(where, "row 0"), first))
+    features = dataset.features or {}
+    structs = [column for column in OBJECTS if column in features and is_struct(features[column], beyond=PLAIN_KEYS)]
+    logger.info("%s: a stream of rows, read as %s", name, reader.shape.name)
+    if structs:
+        logger.warning(
+            "%s: column %s holds Arrow structs, so objects have all keys that any row has, null where the row lacks them; in "
+            "a stream they cannot be told, so load the rows with qtarget.data.loading.load_dataset_file",
+            name,
+            ", ".join(structs),
+        )
+
+    def read(row: Row, index: int) -> Row:
+        made = reader.row(Place(where, f"row {index}"), row)
+        if made is None:
+            raise DataError(f"{name}, row {index}: null_content: drop leaves no rows out of a stream; filter it before")
+        return made
+
+    return dataset.map(read, with_indices=True, remove_columns=list(first))
 
 
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+def read_datasets(datasets: Any, text_field: str = "text") -> Any:
+    """``read_dataset`` of one data set, or of several by name (TRL's ``eval_dataset``)."""
+    named = datasets if isinstance(datasets, dict) else {"": datasets}
+    read = {
+        name: read_dataset(dataset, ReadOptions(text_field=text_field, roles=_roles(dataset)), f"{name} data".strip())
+        for name, dataset in named.items()
+    }
+    return read if isinstance(datasets, dict) else read[""]
 
 
-def _names(shape: tuple[str, ...]) -> str:
-    return " and ".join(f"`{name}`" for name in shape)
+def _with_roles(dataset: Dataset, options: ReadOptions | None) -> Dataset:
+    """The data set with the roles that its user named, so that whoever reads it again takes them too."""
+    if options is not None and options.roles:
+        dataset.info.description = ROLES_MARK + json.dumps(sorted(set(options.roles.values())))
+    return dataset
 
 
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= EXCERPT_CHARACTERS else text[:EXCERPT_CHARACTERS] + "..."
+def _roles(dataset: Any) -> dict[str, str]:
+    text = getattr(getattr(dataset, "info", None), "description", None) or ""
+    return {name: name for name in json.loads(text.removeprefix(ROLES_MARK))} if text.startswith(ROLES_MARK) else {}
+
+
+def _needs_object(dataset: Any) -> bool:
+    """Whether ``chat_template_kwargs`` is null in a row, which TRL cannot unpack."""
+    name = "chat_template_kwargs"
+    return name in dataset.column_names and any(value is None for value in dataset[name])
+
+
+def _is_plain(dataset: Any, options: ReadOptions) -> bool:
+    """Whether nothing can be wrong with the rows, told from the columns without reading them one by one."""
+    names, text = set(dataset.column_names), options.text_field
+    if options.format != "auto" or options.tools:
+        return False
+    if names & {
+        "labels",
+        "tools",
+        "functions",
+        "system",
+        "chat_template_kwargs",
+        "documents",
+        "images",
+        "image",
+        "videos",
+    }:
+        return False
+    trained = names & {*CONVERSATIONS, text}
+    if trained in ({"prompt", "completion"}, {text}) and all(_is_text(dataset, name) for name in trained):
+        return True
+    return trained == {"messages"} and _is_plain_conversation(dataset, "messages", options)
+
+
+def _is_text(dataset: Any, name: str) -> bool:
+    column = dataset.data.column(name)
+    return str(column.type) in ("string", "large_string") and column.null_count == 0
+
+
+def _is_plain_conversation(dataset: Any, name: str, options: ReadOptions) -> bool:
+    """Messages of role and content alone, all text, of roles that need no mapping."""
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made at run time
+
+    column = dataset.data.column(name)
+    if not pa.types.is_list(column.type) or not pa.types.is_struct(column.type.value_type) or column.null_count:
+        return False
+    struct = column.type.value_type
+    if {f.name for f in struct} != {"role", "content"} or any(not pa.types.is_string(f.type) for f in struct):
+        return False
+    if (pc.min(pc.list_value_length(column)).as_py() or 0) == 0:
+        return False
+    messages = pc.list_flatten(column)
+    roles, texts = pc.struct_field(messages, "role"), pc.struct_field(messages, "content")
+    known = {*ROLES} - {"developer"} - set(options.roles)
+    return not texts.null_count and set(pc.unique(roles).to_pylist()) <= known

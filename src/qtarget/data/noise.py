@@ -120,6 +120,7 @@ def _random_token_edits(rows: Sequence[Row], rate: float, rng: Random, tokenizer
     responses = [response_text(row) for row in rows]
     spans = [_token_spans(text, tokenizer) for text in responses]
     if tokenizer is None:
+        # sorted: the order of a set changes from process to process, and the seed's draws may not
         pool = sorted({text[start:end] for text, found in zip(responses, spans) for start, end in found})
     else:
         pool = _vocabulary_texts(tokenizer)
@@ -168,6 +169,7 @@ def _wrong_answer_edits(rows: Sequence[Row], rate: float, rng: Random, kind: str
     edits = {}
     for index in rng.sample(applicable, min(wanted, len(applicable))):
         wrong = stated[index]
+        # this ends: the group holds another answer
         while wrong == stated[index]:
             wrong = rng.choice(answers[groups[index]])
         edits[index] = [Edit(*places[index], wrong)]

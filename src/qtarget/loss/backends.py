@@ -112,6 +112,7 @@ def plan_of(
 ) -> Plan:
     """The chunked plan behind ``chunked``, ``compiled`` or ``triton``."""
     if name == "triton":
+        # only here: Triton need not be installed
         from qtarget.loss.kernels import triton as kernels
     else:
         from qtarget.loss.kernels import pytorch as kernels
@@ -151,6 +152,7 @@ def explain(
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     check_sampled(target, reference, "reference")
     check_sampled(target, teacher, "teacher")
+    # nothing is computed: the choice depends on shapes, dtypes and the target alone
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
     request = LossRequest(target, no_labels, reference, teacher)
     name, reasons = choose(backend, hidden, request, sharded)

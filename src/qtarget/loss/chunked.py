@@ -50,6 +50,7 @@ def default_chunk_size(vocab: int, frozen: int, itemsize: int, device_type: str)
         device_type: ``cpu``, ``cuda``, ...
     """
     fit = LOGIT_BYTES.get(device_type, 512 * 2**20) // (vocab * itemsize)
+    # live and half as many frozen tokens a frozen head: size (1 + frozen / 2) is what must fit
     live = max(FEWEST_TOKENS.get(device_type, 1024), fit) * 2 // (2 + frozen)
     step = TOKEN_STEP.get(device_type, 128)
     return live // step * step
@@ -140,6 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream):
+        # backward runs with gradients enabled only under create_graph=True
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the chunked loss has no second derivative (create_graph=True); use backend='dense', which has one"
@@ -149,6 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 "the chunked loss hands its gradients out once; call backward(retain_graph=True) before a second "
                 "backward pass, or compute the loss again"
             )
+        # no public function tells whether retain_graph=True was given
         keep = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
         grads = ctx.grads.hand_out(upstream[0], ctx.dtypes, keep)
         if not keep:
@@ -186,7 +189,9 @@ class _Run:
         layout = False if self.plan.whole_vocabulary else self.plan.kernels is pytorch
         products = HeadProducts(self.head, self.plan.precision, min(count, size), layout)
         frozen = {role: self._frozen(model) for role, model in frozen_heads(self.request).items()}
+        # a sum of thousands of losses in bfloat16 would keep two digits
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        # the dtypes are ``Precision``'s, which has looked at autocast already; autocast would undo float32 logits
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, max(count, 1), size):  # an empty batch runs once: its report is empty too
                 part = slice(start, min(start + size, count))
@@ -198,6 +203,7 @@ class _Run:
                     gradient = LogitGradient(logits)
                 else:
                     known = None if self.known is None else self.known.rows(part)
+                    # over all columns, so before the special ones are set to minus infinity
                     plain = products.logit_sum(rows_of, logits) if request.target.needs.mean_log_prob else None
                     plain = None if plain is None else self.vocabulary.total(plain)
                     value, gradient = self._columns(logits, request, known, plain, grads is not None)
@@ -241,6 +247,7 @@ class _Run:
         target, needs, vocab = request.target, request.target.needs, self.vocabulary.size
         models: dict[str, Any] = {"on_reference": request.reference, "on_teacher": request.teacher}
         compared = {r: m if wanted(needs, r.removeprefix("on_")) else None for r, m in models.items()}
+        # before ``take`` sets columns aside: special ones may be among the largest
         top = self.vocabulary.largest(logits, needs.top_k) if needs.top_k else None
         wide = torch.promote_types(logits.dtype, torch.float32)
         columns = Columns.of(request.labels, compared, wide)
@@ -261,6 +268,7 @@ class _Run:
         gradient = None
         if write:
             at_columns, rest = seen.gradient(found.combined(request.loss_weights), vocab)
+            # from logits to ``h W^T + b``; of the rest the soft-cap is undone where its logits are read
             at_columns, rest = at_columns * self.head.chain(seen.logits), rest.scaled(self.head.scale)
             gradient = self._gradient(values, mine.maximum, rest, at_columns, columns)
         return losses.sum(), gradient
@@ -281,6 +289,7 @@ class _Run:
     ) -> tuple[Float[Tensor, "tokens vocab"], RestSums]:
         """What the gradient will be written into, and the sums over this process's columns."""
         if write and self.exponentials:
+            # the first pass found it: one pass less over the logits
             maximum = None if known is None else known.maximum
             return pytorch.exponentiate(logits, self.plan.precision.multiply, entropy=entropy, maximum=maximum)
         return logits, known or self.plan.kernels.rest_sums(logits, entropy=entropy)
@@ -298,6 +307,7 @@ class _Run:
             self.plan.kernels.overwrite_with_gradient(values, rest, self.head.softcap)
             self.vocabulary.put(values, columns.ids, at_columns)
             return LogitGradient(values)
+        # the level is added to whole rows as a product of rank one, special columns included
         if rest.level is not None:
             at_columns = at_columns - rest.level[:, None]
         rest = rest.moved(maximum)

@@ -60,6 +60,7 @@ class RestGradient:
         """The same with another shift: ``exp(z - shift)`` at hand may be one process's, the formula all processes'."""
         if shift is self.shift:
             return self
+        # exp(z - old) = exp(z - new) exp(by), and z - old = (z - new) + by
         by = shift - self.shift
         if self.slope is None:
             return RestGradient(shift, self.factor * by.exp(), None, self.level)
@@ -167,6 +168,7 @@ class ChunkStatistics:
             joined = torch.cat([x.masked_fill(~among, -torch.inf), rest_log_sum[:, None]], dim=-1)
             return joined.logsumexp(-1)
 
+        # at least 1, as the maximum is one of its terms; tails are summed as logarithms, as they may underflow
         total = columns.rest_only(x.exp(), 0.0).sum(-1) + (rest.maximum - maximum).exp() * rest.exp
         tails = {role: log_mass(columns.first & ~at.member) - total.log() for role, at in columns.listed.items()}
         return cls(columns, logits, rest, maximum, total, tails)
@@ -195,6 +197,7 @@ class ChunkStatistics:
         assert self.rest.exp_x is not None
         x = self.rest.maximum - self.maximum
         of_rest = (x - self.log_sum).exp() * (self.rest.exp_x + x * self.rest.exp)  # sum p (z - maximum)
+        # a banned token has p = 0, and 0 times minus infinity is NaN
         log_probs = self.log_probs.masked_fill(self.logits == -torch.inf, 0.0)
         at_columns = self.columns.rest_only(self.log_probs.exp() * (log_probs + self.log_sum[:, None]), 0.0)
         return self.log_sum - of_rest - at_columns.sum(-1)
@@ -238,11 +241,13 @@ class ChunkStatistics:
         for role, at in self.columns.listed.items():
             if (c := weights.get(role)) is None:
                 continue
+            # the frozen model lists every live token: there is no tail to differentiate
             empty = self.tails[role] == -torch.inf
             listed, tail = c[:, :-1].masked_fill(~at.valid, 0.0), c[:, -1].masked_fill(empty, 0.0)
             own.scatter_add_(-1, self.columns.owner[:, at.columns], listed)
             on_p -= listed.sum(-1) + tail
             log_tail = self.tails[role].masked_fill(empty, 0.0) + self.log_sum
+            # p / s in one exponential: both may underflow where their ratio does not
             factor += tail * ((self.rest.maximum - self.maximum) - log_tail).exp()
             outside = (log_probs - (log_tail - self.log_sum)[:, None]).exp().masked_fill(at.member, 0.0)
             own += tail[:, None] * outside

@@ -65,6 +65,7 @@ def build_request(
             f"labels range from {int(trained.min())} to {int(trained.max())}, the vocabulary has {vocab} entries; "
             f"masked positions carry {ignore_index}"
         )
+    # a row of [batch, time] labels is a sequence; flat tokens cannot be told apart, so their ids must be given
     if sequence_ids is None and len(leading) == 2:
         sequence_ids = torch.arange(leading[0], device=labels.device)[:, None].expand(leading)
 
@@ -73,12 +74,14 @@ def build_request(
             return None
         if tuple(value.shape) != leading:
             raise ShapeError(f"{name} has shape {tuple(value.shape)}, labels {leading}; expected one value a label")
+        # constants: the gradient that is made in the forward pass is by hidden states and head alone
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
     models = [None if m is None else m.flatten(leading) for m in (reference, teacher)]
     if len(kept) < len(flat_labels):  # else a copy of k numbers a token
         models = [None if m is None else m.rows(kept) for m in models]
+    # after the cut: masked positions may list no token, trained ones must
     for model in models:
         check_outcomes(model, vocab)
     request = LossRequest(
@@ -207,6 +210,7 @@ def loss_from_hidden(
     plan = plan_of(name, rows, head, request, chunk_size, logits_dtype, vocabulary.widest)
     for role in ("reference", "teacher"):
         model = getattr(request, role)
+        # a target that reads two numbers of the frozen model gets them now, and no frozen logits beside the live ones
         if isinstance(model, FrozenHead) and not wanted(target.needs, role):
             request = replace(request, **{role: frozen_label_statistics(model, request.labels)})
     known = None

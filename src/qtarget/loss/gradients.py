@@ -58,6 +58,7 @@ class Gradients:
 
     def finish(self) -> None:
         """Add what all rows of the head share."""
+        # once, and not a pass over the head's gradient for every chunk
         if self.weight is not None and self.every_row is not None:
             self.weight += self.every_row
 

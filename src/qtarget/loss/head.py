@@ -61,6 +61,7 @@ class Head:
 
     def chain(self, logits: Tensor) -> Tensor | float:
         """Derivative of a logit by ``h W^T + b``, from the logit itself."""
+        # tanh' = 1 - tanh**2, and tanh is the logit over the cap: what the cap was applied to is not kept
         return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap) ** 2)
 
     def detach(self) -> Head:
@@ -77,6 +78,7 @@ def blocks(weight: Tensor) -> Iterator[slice]:
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left right``, not rounded below ``dtype`` where the device can do that (a CPU rounds to the inputs' dtype)."""
     if left.dtype != dtype and left.device.type == "cuda":
+        # only CUDA has products whose result is wider than their inputs
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right)
 
@@ -91,6 +93,7 @@ def long_product(
     """
     if left.device.type != "cpu" or left.dtype.itemsize < 4 or torch.get_num_threads() != 2:
         return torch.mm(left, right)
+    # bmm wants halves of one length; an odd last row is added by itself
     half = len(right) // 2
     lefts = left[:, : 2 * half].unflatten(1, (2, half)).movedim(1, 0)
     out = torch.bmm(lefts, right[: 2 * half].unflatten(0, (2, half))).sum(0)
@@ -165,6 +168,7 @@ class Precision:
             HyperparameterError: logits in a dtype that is neither float32 nor that of the products.
         """
         kind = hidden.device.type
+        # autocast leaves float64 as it is, and so do we
         casts = kind != "meta" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind)
         narrow = torch.get_autocast_dtype(kind) if casts else hidden.dtype
         if logits_dtype not in (None, narrow, torch.float32):
@@ -250,6 +254,7 @@ class HeadProducts:
         """Sum of the head's rows, ``W^T 1``, float32 at least."""
         weight = self.head.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
+        # rounded as the head is in the products: this stands for the sum of logits that were made
         return torch.stack([weight[rows].to(self.precision.inputs).to(wide).sum(0) for rows in blocks(weight)]).sum(0)
 
     def logit_sum(
@@ -267,6 +272,7 @@ class HeadProducts:
         if self._buffer is None:
             size = self.chunk_size * head.vocab
             self._buffer = torch.empty(size, dtype=self.precision.logits, device=head.weight.device)
+        # cut from a flat buffer, so that a shorter last chunk is contiguous in either layout
         out = self._buffer[: tokens * head.vocab]
         return out.view(head.vocab, -1).T if self.by_vocabulary else out.view(-1, head.vocab)
 
@@ -291,6 +297,7 @@ class HeadProducts:
             elif dtype == wide:
                 out.addmm_(part, weight)
             else:
+                # blocks are summed in float32, or each one would round the sum to bfloat16 again
                 out = out.to(wide).add_(torch.mm(part, weight))
         assert out is not None
         if gradient.level is not None:

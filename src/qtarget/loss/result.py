@@ -102,6 +102,7 @@ def report(
         losses=found.terms.total(request.loss_weights),
         label_log_probs=view.label_log_probs.detach(),
         entropy=entropy.detach(),
+        # only the label itself is as large: a tie is not correct
         correct=((logits >= logits.gather(-1, request.labels[:, None])).sum(-1) == 1).to(entropy.dtype),
         label_weights=label,
         residual_weights=residual,

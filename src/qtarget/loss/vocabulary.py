@@ -91,6 +91,7 @@ class ShardedVocabulary(Vocabulary):
 
     def take(self, logits: Float[Tensor, "tokens columns"], ids: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
         here, place = self._mine(ids)
+        # each id has one owner; minus infinity elsewhere makes the maximum the owner's logit
         taken = torch.full(ids.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
         taken[here] = logits[place]
         logits[place] = -torch.inf
@@ -106,6 +107,7 @@ class ShardedVocabulary(Vocabulary):
     def join(self, rest: RestSums) -> RestSums:
         maximum = rest.maximum.clone()
         dist.all_reduce(maximum, dist.ReduceOp.MAX, self.group)
+        # sums relative to this rank's maximum, moved to the joint one: x grows by ``moved``, exp(x) by its exponential
         moved = rest.maximum - maximum
         sums = [rest.exp] if rest.exp_x is None else [rest.exp, rest.exp_x + moved * rest.exp]
         joined = self.total(torch.stack(sums) * moved.exp())
@@ -118,6 +120,7 @@ class ShardedVocabulary(Vocabulary):
 
     def largest(self, logits: Float[Tensor, "tokens columns"], k: int) -> Float[Tensor, "tokens k"]:
         pytorch.check_top_k(k, self.size)
+        # all ranks gather tensors of one shape; a rank with fewer columns fills up with what never wins
         own = torch.full((len(logits), k), -torch.inf, dtype=logits.dtype, device=logits.device)
         count = min(k, self.columns)
         own[:, :count] = pytorch.largest(logits, count)

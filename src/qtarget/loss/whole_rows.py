@@ -68,6 +68,7 @@ def in_pieces(
 ) -> Result:
     """``whole_rows``, compiled or not, a few tokens at a time."""
     fit = PIECE_BYTES.get(logits.device.type, 2**25) // (logits.dtype.itemsize * logits.shape[1])
+    # torch.compile makes a size of 1 a constant and would compile it separately
     step = max(2 if compiled else 1, fit)
     loss = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     reports: list[TokenReport] = []
@@ -112,11 +113,14 @@ def fused() -> Callable[[Tensor, dict[str, Tensor], LossRequest, Head, bool], Re
     import torch.fx.experimental._config
 
     symbols: Any = torch.fx.experimental._config
+    # fullgraph: a graph break is an error and not a slow path that nobody notices
     options: Any = {"fullgraph": True, "dynamic": True, "isolate_recompiles": True, "recompile_limit": 256}
     compiled = torch.compile(whole_rows, **options)
 
     def run(logits: Tensor, frozen: dict[str, Tensor], *rest: Any) -> Result:
         try:
+            # ``differentiate`` calls torch.autograd.grad inside; with duck shapes a batch where two sizes happen to be
+            # equal would be compiled for itself
             with torch._dynamo.config.patch(trace_autograd_ops=True), symbols.patch(use_duck_shape=False):
                 return compiled(logits, frozen, *rest)
         except Exception as error:

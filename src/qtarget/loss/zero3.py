@@ -50,6 +50,7 @@ def gathered_while_running(model: torch.nn.Module, throughout: torch.nn.Module) 
     handles = []
 
     def enter(module: torch.nn.Module, args: Any) -> None:
+        # by identity: ``in`` would compare tensors element by element
         entered[module] = gathered(p for p in module.parameters(recurse=False) if not any(p is k for k in kept))
         entered[module].__enter__()
 

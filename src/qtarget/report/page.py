@@ -60,6 +60,7 @@ def pack_column(values: np.ndarray) -> dict[str, Any]:
     if str(values.dtype) not in ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32"):
         raise DataError(f"a column is {values.dtype}; expected (u)int8, 16, 32 or float32")
     raw = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False)).tobytes()
+    # without zlib's header: what browsers call "deflate-raw"
     deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed = deflate.compress(raw) + deflate.flush()
     return {
@@ -114,6 +115,7 @@ def render_page(
         title=title,
         style=Markup("\n".join(asset(name) for name in ("base.css", *styles))),
         script=Markup(script),
+        # styles of single elements are set by the scripts, and no hash could name those
         policy=f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'",
         data=safe_json(data),

@@ -49,6 +49,7 @@ class Gateway:
                 web.post("/score", self._score),
             ]
         )
+        # ``server.serve`` has the signal handlers
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
         self._session: aiohttp.ClientSession | None = None
 
@@ -66,6 +67,7 @@ class Gateway:
             raise ServingError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
             ) from error
+        # no limit here (aiohttp's is 100): mosec's queue is the limit
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self._runner.addresses[0][1]
 
@@ -105,6 +107,7 @@ class Gateway:
     def _authorized(self, request: web.Request) -> bool:
         if self._token is None:
             return True
+        # bytes: ``compare_digest`` refuses text that is not ASCII
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         return hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
@@ -116,6 +119,7 @@ class Gateway:
         return self._away() if identity is None else web.json_response(asdict(identity))
 
     async def _score(self, request: web.Request) -> web.Response:
+        # before a byte is read; a body that states no length meets ``client_max_size``
         if (request.content_length or 0) > self._body_bytes:
             raise web.HTTPRequestEntityTooLarge(self._body_bytes, request.content_length or 0)
         try:
@@ -135,6 +139,7 @@ class Gateway:
 
     async def _forward(self, body: bytes) -> web.Response:
         assert self._session is not None
+        # mosec's own time-out answers first
         limit = aiohttp.ClientTimeout(total=self._timeout + 5.0)
         try:
             async with self._session.post(

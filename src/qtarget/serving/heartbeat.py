@@ -25,6 +25,7 @@ class Heartbeat:
         self._write(0.0)
 
     def __enter__(self) -> Heartbeat:
+        # the monotonic clock is one for all processes of a machine
         self._write(time.monotonic())
         return self
 
@@ -34,6 +35,7 @@ class Heartbeat:
         self._write(0.0)
 
     def _write(self, since: float) -> None:
+        # eight bytes in one call: a reader sees the old second or the new one
         os.pwrite(self._file, struct.pack(PACKING, since), 0)
 
 
@@ -63,6 +65,7 @@ def read_heartbeats(folder: Path, group: int) -> list[WorkerState]:
         content = b""
         with suppress(FileNotFoundError):
             content = path.read_bytes()
+        # a file may be empty between its creation and the first write
         since = struct.unpack(PACKING, content)[0] if len(content) == struct.calcsize(PACKING) else 0.0
         busy = time.monotonic() - since if since else 0.0
         states.append(WorkerState(stage, int(pid), _is_member(int(pid), group), busy, path))
@@ -75,6 +78,7 @@ def _is_member(pid: int, group: int) -> bool:
         if os.getpgid(pid) != group:
             return False
         state = Path(f"/proc/{pid}/stat")
+        # the command's name stands in parentheses and may hold spaces and parentheses itself
         return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False

@@ -18,6 +18,7 @@ from qtarget.scoring.sources.canary import CANARY, CANARY_TOKENS
 from qtarget.scoring.sources.identity import Identity, Limits
 from qtarget.scoring.sources.local import LocalSource
 from qtarget.serving.settings import ServeSettings
+from qtarget.storage.models import check_vocabulary, load_named, load_whole
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,20 @@ def load(settings: ServeSettings) -> Loaded:
 
     Raises:
         UnsupportedModelError: its head is not a linear layer with a scale and soft-cap, see ``probe_head``.
-        OSError, ValueError: transformers finds no such model.
+        ConfigError: there is no such model, or it is not whole.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from qtarget.integrations.shared.heads import probe_head
 
     trust = {"trust_remote_code": settings.trust_remote_code}
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **trust).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model, **trust)
+    # on the CPU: a CUDA context would not survive the fork into workers
+    allowed = settings.allow_new_weights
+    model: Any = load_whole("model", settings.model, allow_new_weights=allowed, dtype=dtype, **trust).eval()
+    tokenizer = load_named(AutoTokenizer, "tokenizer of", settings.model, **trust)
+    check_vocabulary(model, tokenizer, settings.model)
     head = probe_head(model)
 
     def source(device: str = settings.device) -> Source:

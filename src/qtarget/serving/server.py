@@ -51,6 +51,7 @@ async def serve(
     with tempfile.TemporaryDirectory(prefix="qtarget-", ignore_cleanup_errors=True) as folder:
         supervisor = Supervisor(settings, Path(folder))
         gateway = Gateway(supervisor, token=token, body_bytes=settings.limits.body_bytes, timeout=settings.timeout)
+        # before the model is loaded: a taken port shows at once, and early clients get 503 with Retry-After
         at = await gateway.open(host, port)
         try:
             stopped = asyncio.create_task(stop.wait())

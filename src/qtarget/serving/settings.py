@@ -26,6 +26,7 @@ class ServeSettings:
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         device: of the forward pass; each worker moves its own copy there (on a CPU all share one).
         trust_remote_code: run code that comes with the model.
+        allow_new_weights: serve a model whose checkpoint lacks weights, or has unknown ones.
         workers: processes that score, one torch thread each.
         max_batch: requests that are scored together; with twice as many clients, one batch is scored while the answers of
             the last are on their way.
@@ -44,6 +45,7 @@ class ServeSettings:
     dtype: str = "auto"
     device: str = "cpu"
     trust_remote_code: bool = False
+    allow_new_weights: bool = False
     workers: int = 1
     max_batch: int = 16
     wait_ms: int = 5

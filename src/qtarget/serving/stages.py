@@ -124,6 +124,7 @@ class Score(Stage):
                 positions=[at for request in requests for at in request.positions],
             )
         except Exception as error:
+            # one by one, so that the request which is to blame fails alone
             if len(requests) > 1:
                 return [alone for request in requests for alone in self._together([request])]
             if isinstance(error, DataError | HyperparameterError):

@@ -138,6 +138,7 @@ class Supervisor:
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
+        # of an earlier start: its workers would count as dead ones of this
         for path in self._folder.glob("*.beat"):
             path.unlink()
         (self._folder / IDENTITY).unlink(missing_ok=True)
@@ -155,11 +156,13 @@ class Supervisor:
             "--path": self._folder / f"ipc{self.restarts}",
             "--timeout": milliseconds,
             "--capacity": self._settings.queue,
+            # the gateway puts the secret before each body
             "--max-request-size": self._settings.limits.body_bytes + len(self.secret),
             "--namespace": "qtarget_pipeline",
             "--log-level": "error",
         }
         # mosec lets the environment fill in what the command line leaves out
+        # the token is the gateway's alone
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MOSEC_") and k != KEY_VARIABLE}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -167,9 +170,11 @@ class Supervisor:
             "qtarget.serving.pipeline",
             str(self._folder),
             *(str(part) for pair in arguments.items() for part in pair),
+            # never written to: its end tells the pipeline that we are gone
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            # a process group of its own, so that ``kill`` reaches every worker and not us
             start_new_session=True,
             env=environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
         )
@@ -177,6 +182,7 @@ class Supervisor:
 
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
+        # not by line: ``readline`` fails where a progress bar writes more than its buffer without a line's end
         while chunk := await process.stdout.read(2**16):
             for line in chunk.decode(errors="replace").replace("\r", "\n").splitlines():
                 if line.strip():
@@ -219,6 +225,7 @@ class Supervisor:
             return f"mosec ended with code {self._process.returncode}"
         living: dict[str, int] = {}
         for worker in read_heartbeats(self._folder, self._process.pid):
+            # a stage whose last worker died must show, with none
             living.setdefault(worker.stage, 0)
             if not worker.alive:
                 self.worker_deaths += 1
@@ -241,6 +248,7 @@ class Supervisor:
         await self.kill()
         for failed in range(FAILED_STARTS):
             self._count_restart(reason)
+            # the first two restarts within the window cost no wait, a loop of them does
             await asyncio.sleep(min(LONGEST_PAUSE, 2.0 ** (len(self._recent) - 3)) if len(self._recent) > 2 else 0.0)
             try:
                 await self.start()

@@ -200,7 +200,7 @@ def test_without_evaluation_rows_or_with_no_pictures_wanted(make_trainer, tmp_pa
     assert len(read_lines(tmp_path / "out" / LOG_FILE)) == 4  # three steps and the line at the end
     make_trainer("sft", evals=make_rows(4), heatmap_rows=0, **EVALUATING).train()
     assert read_lines(tmp_path / "out" / SAMPLES_FILE) == []
-    with pytest.raises(ConfigError, match="heatmap_rows=-1"):
+    with pytest.raises(ConfigError, match="heatmap_rows is -1, expected at least 0"):
         make_trainer("sft", heatmap_rows=-1)
 
 

@@ -337,5 +337,31 @@ def test_keys_that_contradict_each_other(make_trainer, write, tmp_path, keys, wo
 
 
 def test_a_url_is_nothing_to_train_from_directly(make_trainer):
-    with pytest.raises(ConfigError, match=r"http://host:1 is asked once, before training; .*trl_score.score"):
+    with pytest.raises(ConfigError, match=r"http://host:1 is asked once, before training; .*sft.score.score"):
         make_trainer("distillation", teacher="http://host:1")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"teacher": "nonsense"}, "teacher_model_name_or_path nonsense cannot be loaded"),
+        (
+            {"reference_model_name_or_path": "no/such-model"},
+            "reference_model_name_or_path no/such-model cannot be loaded",
+        ),
+    ],
+)
+def test_a_model_that_the_target_does_not_use_is_looked_for_all_the_same(make_trainer, keys, words):
+    with pytest.raises(ConfigError, match=words):
+        make_trainer("sft", **keys)
+
+
+def test_a_damaged_cache_that_the_target_does_not_use_is_refused(make_trainer, write, tmp_path):
+    path = write(top_k=0)
+    make_trainer("sft", reference_cache=path)
+    (tmp_path / "cache-0" / "manifest.json").write_text("{")
+    with pytest.raises(CacheMismatchError, match="manifest"):
+        make_trainer("sft", reference_cache=path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file; expected a folder"):
+        make_trainer("sft", reference_cache=str(tmp_path / "file"))

@@ -135,7 +135,7 @@ def test_what_a_worker_raises_is_ours(cluster, model_path, tmp_path):
         write_cache(tmp_path / "a", ragged_rows(4), ray_source(model_path, fingerprint="other"), provenance(0))
     broken = tiny_model()
     with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
+        broken.model.norm.weight.fill_(3e38)  # numbers, so it loads, and its logits are infinite
     broken.save_pretrained(tmp_path / "broken")
     source = ray_source(str(tmp_path / "broken"), fingerprint=fingerprint_model(broken))
     with pytest.raises(NonFiniteLossError, match="NaN or infinite at position"):

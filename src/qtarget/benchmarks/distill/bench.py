@@ -25,6 +25,7 @@ from qtarget.benchmarks.start import Start
 from qtarget.core.errors import ConfigError
 from qtarget.storage.files import write_json
 
+# beyond the seeds of the final runs: nothing is tuned on their draws
 TUNING_SEED = 1000
 
 
@@ -135,6 +136,7 @@ def work_folder(config: DistillConfig, folder: Path, resume: bool) -> Path:
     Raises:
         ConfigError: it is of other settings, or not of this benchmark.
     """
+    # the number of workers changes no number, so another one may go on
     marker, settings = folder / "settings.json", json.loads(json.dumps(asdict(replace(config, workers=1))))
     if folder.exists() and not marker.is_file():
         raise ConfigError(f"{folder} is not of this benchmark; choose another --output")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
-from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions, rows_at_once
 from qtarget.benchmarks.scoring.cache import read_references
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import Row, generated_demonstrations
@@ -24,6 +24,7 @@ from qtarget.registry import get_target
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer, size_on_disk
 from qtarget.scoring.sources.local import score_rows
 from qtarget.storage.files import write_json
+from qtarget.storage.models import save_whole
 
 LONGEST = 40
 """Tokens that teacher and student may write; a demonstration has 12 on average."""
@@ -81,7 +82,7 @@ def make_teacher(start: Start, folder: Path, steps: int) -> None:
     model = start.load()
     recipe = Recipe(start.learning_rate, TEACHER_BATCH, steps)
     fine_tune(model, encode(start.tokenizer(), rows), get_target("sft"), recipe)
-    model.save_pretrained(folder)
+    save_whole(model, folder)
 
 
 @torch.no_grad()
@@ -89,8 +90,9 @@ def write_text(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Enc
     """One answer a prompt, drawn from the teacher at temperature 1; None where it did not end."""
     torch.manual_seed(0)
     out: list[Encoded | None] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = list(prompts[start : start + AT_ONCE])
+    at_once = rows_at_once(teacher, tokenizer, AT_ONCE)
+    for start in range(0, len(prompts), at_once):
+        part = list(prompts[start : start + at_once])
         batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
         written = teacher.generate(
             input_ids=batch["input_ids"].to(teacher.device),

@@ -45,6 +45,7 @@ def data_needed(fractions: Sequence[float], accuracies: Curves, level: Curves) -
     needed = np.where(accuracies[0] >= level, fractions[0], np.inf)
     for i in range(1, len(fractions)):
         before, after = accuracies[i - 1], accuracies[i]
+        # a flat piece divides by 0; it does not rise to the level, so nothing of it is taken
         with np.errstate(divide="ignore", invalid="ignore"):
             share = (level - before) / (after - before)
         crossing = fractions[i - 1] + share * (fractions[i] - fractions[i - 1])

@@ -116,6 +116,7 @@ class DistillWorker:
         self.folder, self.steps, self.batch_size, self.start = folder, steps, batch_size, start
         self.tokenizer = start.tokenizer()
         self.rows, self.held_out, self.asked = read_rows(folder, "train"), read_rows(folder, "test"), split_rows(sizes)
+        # once: every run is compared with the same teacher on the same text
         self.frozen = completion_log_probs(start.load(folder / "teacher"), self.held_out)
         self.teacher = lru_cache(maxsize=4)(self._teacher)
 

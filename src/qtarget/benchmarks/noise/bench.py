@@ -30,6 +30,7 @@ from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import make_base, task_set
 from qtarget.core.errors import ConfigError
 
+# beyond the seeds of the final runs: nothing is tuned on their draws
 TUNING_SEED = 1000
 RANDOM = "random_tokens"
 NAMES = tuple(method.name for method in (*PRACTICE, *CHOSEN))
@@ -179,6 +180,7 @@ def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: 
 
 def _best(workers: Workers, log: RunLog, groups: list[list[Job]], done: Callable[[Any], None]) -> list[Job]:
     scores = iter(workers.run([job for group in groups for job in group], log, done))
+    # minus i, so that of equals the first of the grid is the largest
     scored = [[(next(scores)["accuracy_percent"], -i, job) for i, job in enumerate(group)] for group in groups]
     return [max(group)[2] for group in scored]
 

@@ -122,6 +122,7 @@ class NoiseWorker:
 
     def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
         """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
+        # a draw of noise that no training run of this seed has
         rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
         return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
 
@@ -152,6 +153,7 @@ class BestCheckpoint:
             if found > self.best:
                 self.best = found
                 self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        # never ends the run: all runs have equal steps
         return False
 
     def restore(self) -> None:

@@ -37,6 +37,7 @@ from qtarget.data import tasks
 from qtarget.data.noise import inject_noise
 from qtarget.data.tasks.skills import MONTHS
 from qtarget.registry import get_target
+from qtarget.storage.models import save_whole
 
 BASE = "most"
 FLAW_STEPS = 40
@@ -195,6 +196,7 @@ def dosed(rows: Sequence[Row], condition: Condition, seed: int) -> list[Row]:
 def asked_problems(skill: str) -> list[Row]:
     """Test problems of one skill whose flawed answer is another one than the right one."""
     random, wrong = Random(f"asked-{skill}"), next(answer for name, answer in FLAWS.values() if name == skill)
+    # more than are asked: where the flawed answer is the right one (a date in May) the problem tells nothing
     drawn = (tasks.demonstration(tasks.sample_problem_in(skill, "test", random), random) for _ in range(3 * ASKED))
     return [row for row in drawn if wrong(row) != row["answer"]][:ASKED]
 
@@ -211,7 +213,7 @@ def flawed_base(task: TaskSet, flaw: str, folder: Path, start: Start) -> Path:
     rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in task.warmup]
     model = start.load(sound)
     teach(model, start, rows, FLAW_STEPS, seed=1)
-    model.save_pretrained(path)
+    save_whole(model, path)
     return path
 
 

@@ -120,6 +120,7 @@ class SyntheticTeacher:
                 ids.numpy().astype(np.int32),
                 top.numpy(),
             )
+            # nothing predicts the first token of a row, so there is one that is not trained on
             tokens = [0, *labels[:, 0].tolist()]
             self.rows.append({"input_ids": tokens, "labels": [-100, *tokens[1:]]})
             self._numbers[tuple(tokens)] = row, inverse_cumulative(logits, uniforms).numpy()
@@ -181,6 +182,7 @@ def write_rows(model: Any, config: CacheConfig) -> list[dict[str, list[int]]]:
         "temperature": 1.0,
         "pad_token_id": 0,
     }
+    # min as max: an end mark ends no row, so that all are of one length
     ids = model.generate(first, max_new_tokens=config.length, min_new_tokens=config.length, **settings)
     return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids.tolist()]
 

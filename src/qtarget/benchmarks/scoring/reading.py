@@ -124,6 +124,7 @@ def run_reading(config: ReadingConfig, say: Callable[[str], None] = lambda _: No
 
 def read_everything(folder: str, config: ReadingConfig) -> int:
     """Bytes of memory added by reading every row once in shuffled order, decoded files being there."""
+    # each in a cache of its own, so that decoding is over and none of its memory counts below
     for index in range(0, config.rows, 500):
         ReferenceCache.open(folder).row(index)
     cache = ReferenceCache.open(folder)

@@ -193,6 +193,7 @@ async def _load(url: str, config: ServingConfig) -> tuple[float, list[float]]:
     import aiohttp
 
     rng = np.random.default_rng(config.seed + 1)
+    # one iterator for all clients: each takes the next request, and none is sent twice
     bodies: Iterator[tuple[int, bytes]] = iter(
         [
             (int(n), pack_request([rng.integers(0, config.vocab, n)], [np.arange(1, n)], config.top_k, None))

@@ -107,6 +107,7 @@ def backward(loss: Tensor, *leaves: Tensor) -> None:
 def floors(problem: Problem) -> dict[str, Step]:
     """The bare matrix products: the logits (live, frozen, ...), one hidden and one head gradient."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    # made once: the floor holds products alone, no allocation
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -172,6 +173,7 @@ def peers(problem: Problem, others: bool = True) -> dict[str, Step]:
 
         found["torch linear_cross_entropy, compact"] = in_torch
     with suppress(ImportError):
+        # private in TRL 1.16, but what its trainers call
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction  # pyright: ignore
 
         def in_trl() -> None:

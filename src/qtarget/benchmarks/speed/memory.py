@@ -78,6 +78,7 @@ def measured_peak(name: str, config: SpeedConfig) -> dict[str, float]:
     """
     code = "import json,sys;from qtarget.benchmarks.speed.memory import *;torch.set_num_threads(int(sys.argv[3]))"
     code += ";print(json.dumps(peak_of(sys.argv[1],SpeedConfig(**json.loads(sys.argv[2])))))"
+    # as many threads as here, which a fresh process does not inherit
     command = [sys.executable, "-c", code, name, json.dumps(asdict(config)), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

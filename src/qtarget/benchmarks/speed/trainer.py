@@ -160,6 +160,7 @@ class Turns:
         """Wait until it is this one's turn."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting[0] == name)
+        # CPU time of the process: while it is this one's turn nobody else computes
         self._started = time.process_time()
 
     def give(self, name: str) -> None:
@@ -259,6 +260,7 @@ def measured_peak(name: str, config: TrainerBenchConfig, folder: Path, say: Call
     """
     code = "import sys,json;from qtarget.benchmarks.speed.trainer import *;torch.set_num_threads(int(sys.argv[4]))"
     code += ";print(peak_of(sys.argv[1],TrainerBenchConfig(**json.loads(sys.argv[2])),Path(sys.argv[3])))"
+    # as many threads as here, which a fresh process does not inherit
     command = [sys.executable, "-c", code, name, json.dumps(asdict(config)), str(folder), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

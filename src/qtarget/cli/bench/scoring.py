@@ -10,6 +10,7 @@ import typer
 
 from qtarget.benchmarks.scoring.serving import ServingConfig, run_serving
 from qtarget.cli.bench.tables import cache_table, serving_table
+from qtarget.cli.options.numbers import finite
 from qtarget.cli.options.outputs import check_writable, saver
 
 SERVING = ServingConfig()
@@ -18,7 +19,7 @@ SERVING = ServingConfig()
 def score(
     output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/scoring.json"),
     rows: Annotated[int, typer.Option(min=1, help="Rows of log-normal length.")] = 24,
-    supervised: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a row's tokens.")] = 0.5,
+    supervised: Annotated[float, typer.Option(callback=finite, min=0.01, max=1, help="Share of a row's tokens.")] = 0.5,
     top_k: Annotated[int, typer.Option(min=1, help="Log-probs a token, beside a run with none.")] = 32,
     layers: Annotated[int, typer.Option(min=1, help="Of a random Llama of SmolLM2-135M's shape.")] = 30,
     width: Annotated[int, typer.Option(min=9, help="Of the same; a multiple of 18.")] = 576,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import logging
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,10 @@ PATH_KEYS = (
     "reference_model_name_or_path",
     "teacher_model_name_or_path",
     "chat_template_path",
+    "tools_file",
 )
+FILE_KEYS = ("train_file", "validation_file")
+"""Paths that may be lists or patterns."""
 SECRET_KEYS = ("hub_token",)
 COUNTED = {
     "include_num_input_tokens_seen": "non_padding"
@@ -61,14 +65,23 @@ class DataConfig:
     """Where the rows come from, and whether to go on with an earlier run.
 
     Attributes:
-        train_file, validation_file: ``.jsonl``, ``.json`` (either with ``.gz``), ``.csv`` or ``.parquet``.
+        train_file, validation_file: a file of rows, a list of them, or a pattern such as ``data/*.jsonl``; kinds as
+            ``qtarget.data.loading.read_files``.
+        data_format: the shape of the rows (``qtarget.data.formats.FORMATS``); ``auto`` tells it from the first row.
+        null_content: ``refuse`` rows with a message that says nothing, or ``drop`` them and say how many.
+        roles: names for roles that are not known: theirs -> the chat template's.
+        tools_file: a JSON list of tool schemas, for rows that come without theirs.
         dataset_name, dataset_config, dataset_train_split, dataset_test_split: a data set on the hub or in a folder,
             as TRL's ``ScriptArguments``.
         resume: go on from the last complete checkpoint in ``output_dir``.
     """
 
-    train_file: str | None = None
-    validation_file: str | None = None
+    train_file: str | list[str] | None = None
+    validation_file: str | list[str] | None = None
+    data_format: str = "auto"
+    null_content: str = "refuse"
+    roles: dict[str, str] | None = None
+    tools_file: str | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_train_split: str = "train"
@@ -81,6 +94,13 @@ class DataConfig:
             raise ConfigError(f"set train_file (a file) or dataset_name (the hub), one of them; {both}")
         if self.validation_file is not None and self.dataset_name is not None:
             raise ConfigError("validation_file goes with train_file; with dataset_name use dataset_test_split")
+
+    @property
+    def name(self) -> str:
+        """The training rows in a few words, for titles."""
+        files = [self.train_file] if isinstance(self.train_file, str) else self.train_file or [self.dataset_name or ""]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return Path(files[0]).name + more
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,11 @@ class RunConfig:
     @property
     def inputs(self) -> list[str]:
         """Files, folders and hub names that a run reads."""
-        return [self.given[key] for key in PATH_KEYS if self.given.get(key) is not None]
+        from qtarget.data.files import expand
+
+        named = [self.given[key] for key in PATH_KEYS if key not in FILE_KEYS and self.given.get(key) is not None]
+        files = [path for key in FILE_KEYS if self.given.get(key) for path in expand(self.given[key])]
+        return [*map(str, files), *named]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -126,17 +150,21 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.sft.config import QTargetConfig
+    from qtarget.integrations.shared.numbers import check_numbers
 
     classes = (QTargetConfig, ModelConfig, DataConfig)
+    # reversed: a key that two of them have is typed as the first has it
     hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
     refuse_unknown(settings, hints)
     given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
     for key in PATH_KEYS:
         if given.get(key) is not None:
-            given[key] = find_path(key, given[key], path.parent)
+            find = find_files if key in FILE_KEYS else find_path
+            given[key] = find(key, given[key], path.parent)
     if not given.get("model_name_or_path"):
         raise ConfigError(f"{path}: model_name_or_path is missing; set it to a folder or a hub name")
     training, model, data = (_build(cls, given, path) for cls in classes)
+    check_numbers(model)
     if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
         model.lora_target_modules = (
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
@@ -207,6 +235,16 @@ def find_path(key: str, value: str, folder: Path) -> str:
     return value
 
 
+def find_files(key: str, value: str | list[str], folder: Path) -> str | list[str]:
+    """``find_path`` of one or several files; a pattern counts as found where it matches a file."""
+    if isinstance(value, list):
+        return [str(find_files(key, item, folder)) for item in value]
+    beside = str(folder.resolve() / Path(value).expanduser())
+    if glob.has_magic(value) and not Path(value).exists() and glob.glob(beside, recursive=True):
+        return beside
+    return find_path(key, value, folder)
+
+
 def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
     """Field name -> (type, choices)."""
     hints = typing.get_type_hints(cls)
@@ -219,6 +257,7 @@ def _build(cls: Any, given: Mapping[str, Any], path: Path) -> Any:
         return cls(**mine)
     except QTargetError:
         raise
+    # TRL and transformers raise any of these for what other keys, packages or the machine do not allow
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         hint = "; `bf16: false` computes in float32, also without a GPU" if "bf16" in str(error) else ""
         raise ConfigError(f"{path}: {cls.__name__} refuses this combination: {error}{hint}") from error

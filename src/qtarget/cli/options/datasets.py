@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qtarget.cli.options.config import RunConfig
 from qtarget.core.errors import ConfigError, DataError
-from qtarget.data.loading import load_dataset_file
+from qtarget.data.files import Files, expand
+from qtarget.data.formats.shape import ReadOptions
+from qtarget.data.loading import load_dataset_file, load_tools, read_dataset
+from qtarget.data.overlap import shared_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+ROW_KEYS = ("data_format", "null_content", "roles", "tools_file")
+"""Keys of a config that say how rows are read."""
+
+logger = logging.getLogger(__name__)
+
+
+def row_options(
+    data_format: str = "auto",
+    null_content: str = "refuse",
+    roles: Mapping[str, str] | None = None,
+    tools_file: str | None = None,
+    *,
+    text_field: str = "text",
+) -> ReadOptions:
+    """How rows are read, from the keys of a config.
+
+    Raises:
+        ConfigError: roles that are no mapping of names.
+        DataError: a tools file that holds no schemas.
+    """
+    if roles is not None and not all(
+        isinstance(v, str) for v in (roles.values() if isinstance(roles, Mapping) else [1])
+    ):
+        raise ConfigError(f"roles is {roles!r}; expected names of roles, theirs to the template's: {{narrator: user}}")
+    tools = load_tools(tools_file) if tools_file is not None else []
+    return ReadOptions(text_field, data_format, null_content, dict(roles or {}), tools)
 
 
 def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
@@ -19,22 +52,50 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
 
     Raises:
         DataError: the files are unusable, or the hub has no such data set or split.
-        ConfigError: ``eval_strategy`` without validation rows.
+        ConfigError: ``eval_strategy`` without validation rows, or rows that are trained and validated both.
     """
     data, training = config.data, config.training
     evaluates = training.eval_strategy != "no"
-    if data.train_file is not None:
-        text_field = training.dataset_text_field
-        train = load_dataset_file(data.train_file, text_field=text_field)
-        if data.validation_file is not None:
-            return train, load_dataset_file(data.validation_file, text_field=text_field)
-        if evaluates:
+    text_field = training.dataset_text_field
+    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, text_field=text_field)
+    if data.train_file is None:
+        if evaluates and data.dataset_train_split == data.dataset_test_split:
             raise ConfigError(
-                f"eval_strategy is {str(training.eval_strategy)!r} without validation_file; set it, or "
-                "eval_strategy: no"
+                f"dataset_train_split and dataset_test_split are both {data.dataset_test_split!r}: what is trained cannot "
+                "validate it; name another split, or eval_strategy: no"
             )
-        return train, None
-    return _split(config, data.dataset_train_split), _split(config, data.dataset_test_split) if evaluates else None
+        train = read_dataset(_split(config, data.dataset_train_split), options, "train data")
+        if not evaluates:
+            return train, None
+        return train, read_dataset(_split(config, data.dataset_test_split), options, "validation data")
+    if data.validation_file is not None:
+        refuse_same_files(data.train_file, data.validation_file)
+    train = load_dataset_file(data.train_file, text_field=text_field, options=options)
+    if data.validation_file is not None:
+        validation = load_dataset_file(data.validation_file, text_field=text_field, options=options)
+        for line in shared_rows(train, validation, text_field=text_field):
+            logger.warning(line)
+        return train, validation
+    if evaluates:
+        raise ConfigError(
+            f"eval_strategy is {str(training.eval_strategy)!r} without validation_file; set it, or eval_strategy: no"
+        )
+    return train, None
+
+
+def refuse_same_files(train: Files, validation: Files) -> None:
+    """Raise where a file is in both lists.
+
+    Raises:
+        ConfigError: one is; the same file by another name counts.
+    """
+    trained = {path.resolve(): path for path in expand(train)}
+    both = [path for path in expand(validation) if path.resolve() in trained]
+    if both:
+        raise ConfigError(
+            f"validation_file {both[0]} is train_file too: a validation loss on rows that are trained says nothing about "
+            "others; keep some rows apart, or leave validation_file out"
+        )
 
 
 def _split(config: RunConfig, split: str) -> Dataset:

@@ -12,15 +12,16 @@ def set_model_arguments(config: RunConfig) -> None:
     """Hand the keys of ModelConfig on to ``from_pretrained``, as TRL's own script does.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it is not whole.
     """
-    from transformers import AutoConfig
-
-    from qtarget.integrations.shared.frozen import load_named
+    from qtarget.storage.models import check_whole
 
     model, training = config.model, config.training
     remote = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    load_named(AutoConfig, "model_name_or_path", str(model.model_name_or_path), **remote)
+    # names and shapes alone, so that a name which leads nowhere is told in our words before TRL loads the model
+    check_whole(
+        "model_name_or_path", str(model.model_name_or_path), allow_new_weights=training.allow_new_weights, **remote
+    )
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

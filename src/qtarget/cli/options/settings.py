@@ -42,6 +42,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# without 1.1's words for these; dates stay text, as 1.2 has none
 _RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -107,6 +108,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
             raise ConfigError(f"{option!r} belongs to no key; expected --key value or --key=value")
         name, equals, text = option[2:].partition("=")
         if not equals:
+            # one dash may begin a value: -1
             text = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
         try:
             value = parse_yaml(text)
@@ -204,6 +206,7 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
 
 def _scalar(setting: Setting, wanted: set[Any]) -> Any:
     value = setting.value
+    # first, because true is an integer in Python
     if isinstance(value, bool):
         if bool in wanted:
             return value
@@ -216,6 +219,7 @@ def _scalar(setting: Setting, wanted: set[Any]) -> Any:
             return value
         if bool in wanted and value.lower() in ("yes", "on", "no", "off"):
             return value.lower() in ("yes", "on")
+    # `--run-name 1e3` names a run: as it was typed, not as YAML reads it
     if str in wanted and setting.text is not None:
         return setting.text
     if str in wanted and isinstance(value, int | float):

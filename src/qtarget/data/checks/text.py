@@ -135,4 +135,5 @@ def _contradiction(pairs: Sequence[tuple[str | None, str]], group: list[list[int
 
 
 def _hash(text: str) -> bytes:
+    # half of a surrogate pair, which JSON can spell, has no UTF-8 of its own
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -52,6 +52,7 @@ class Vocabulary:
             size: of the model's embeddings; the tokenizer's length if unknown.
             end_ids: of the model's generation config, beside the tokenizer's own.
         """
+        # tokenizers count these as special too, but they end no answer unless one of them is the end mark
         starts = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
         ends = {*tokenizer.all_special_ids, *end_ids} - starts
         # GPT-2 names its end mark as unknown token too, and never uses it as such
@@ -142,6 +143,7 @@ def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Findin
 def check_runaway(rows: Sequence[TokenRow]) -> list[Finding]:
     """Rows trained on nearly whole, where most rows mask their prompt."""
     shares = np.array([len(trained_positions(row)) / max(1, len(row["input_ids"]) - 1) for row in rows])
+    # rows that train on nothing are another finding and would pull the median down
     usual = float(np.median(shares[shares > 0])) if (shares > 0).any() else 1.0
     if usual > USUAL_SHARE:
         return []
@@ -160,6 +162,7 @@ def check_lengths(rows: Sequence[TokenRow], max_length: int | None) -> list[Find
     lengths = np.array([len(row["input_ids"]) for row in rows])
     labels = np.array([len(trained_positions(row)) for row in rows])
     names = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
+    # a length that some row has, not one between two
     values = {name: int(np.percentile(lengths, q, method="higher")) for name, q in names.items()}
     over = int((lengths > max_length).sum()) if max_length is not None else 0
     words = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -194,6 +197,7 @@ def check_roles(
         ``foreign_text`` of the rows that could be checked, and ``roles_unchecked`` where some could not.
     """
     talking = [i for i, row in enumerate(raw) if conversation(row)]
+    # no conversation at all: a step may not be 0
     looked = talking[:: -(-len(talking) // ROLES_CHECKED) or 1]
     foreign, untraceable, tokens, trained, examples = [], [], 0, 0, []
     for i in looked:

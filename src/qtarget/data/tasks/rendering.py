@@ -75,6 +75,7 @@ def problem_split(problem: Problem) -> str:
 
     The base model's corpus and the training demonstrations hold train problems only, so a test problem is new to both.
     """
+    # not Python's own hash, which changes from process to process
     key = "\x1f".join((problem.skill, *problem.question)).encode()
     bucket = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % 100
     return "test" if bucket < TEST_SHARE_PERCENT else "train"

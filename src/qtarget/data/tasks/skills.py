@@ -44,6 +44,7 @@ def _letters(rng: Random, shortest: int, longest: int) -> str:
 
 
 def _digits(rng: Random, fewest: int, most: int) -> list[str]:
+    # each digit once, so that the largest is one
     return rng.sample("0123456789", rng.randint(fewest, most))
 
 
@@ -83,11 +84,13 @@ def _sample_minimum(rng: Random) -> tuple[tuple[str, ...], str]:
 
 
 def _sample_add(rng: Random) -> tuple[tuple[str, ...], str]:
+    # the sum has two digits too
     left, right = rng.randint(10, 89), rng.randint(1, 9)
     return (str(left), str(right)), str(left + right)
 
 
 def _sample_subtract(rng: Random) -> tuple[tuple[str, ...], str]:
+    # the difference has two digits too
     left, right = rng.randint(20, 99), rng.randint(1, 9)
     return (str(left), str(right)), str(left - right)
 
@@ -101,6 +104,7 @@ def _sample_lookup(rng: Random) -> tuple[tuple[str, ...], str]:
 
 
 def _sample_date_format(rng: Random) -> tuple[tuple[str, ...], str]:
+    # days that every month has
     year, month, day = rng.randint(1950, 2049), rng.randint(1, 12), rng.randint(1, 28)
     return (f"{year}-{month:02d}-{day:02d}",), f"{day} {MONTHS[month - 1]} {year}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers import ProcessorMixin, TrainingArguments
 from transformers.utils import logging
 
 from qtarget.core.errors import ConfigError, DataError, UnsupportedModelError
@@ -122,16 +122,3 @@ def _image_error(name: str, row: int, column: str) -> DataError:
         f"the {name} data, row {row}: column {column!r} holds an image; a target is about text tokens: leave the column "
         "out, or use TRL's SFTTrainer"
     )
-
-
-def refuse_vision_model(model: PreTrainedModel, is_processor: bool) -> None:
-    """Refuse a model whose own processor was loaded beside it.
-
-    Raises:
-        UnsupportedModelError: it reads images or sound.
-    """
-    if is_processor:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} comes with a processor, so it reads images or sound; a target is about text tokens: pass a "
-            "text model, its tokenizer as processing_class, or use TRL's SFTTrainer"
-        )

@@ -30,6 +30,7 @@ def split_batch(
     vocab_rows: int | None,
     backend: Backend,
     autocast: Callable[[], AbstractContextManager[Any]],
+    virtual_tokens: int = 0,
 ) -> tuple[TargetStep, dict[str, Any]]:
     """The loss of this batch, to be called inside the model's forward, and the inputs of that forward.
 
@@ -37,7 +38,7 @@ def split_batch(
         inputs: a collated batch; the loss's part is taken out of it.
         caches, frozen_models: by role; live models run here.
         num_items: supervised tokens of the whole optimizer batch, if known.
-        vocab_rows: see ``TargetStep``.
+        vocab_rows, virtual_tokens: see ``TargetStep``.
         autocast: what live models run under.
 
     Raises:
@@ -68,5 +69,6 @@ def split_batch(
         num_items=num_items,
         vocab_rows=vocab_rows,
         backend=backend,
+        virtual_tokens=virtual_tokens,
     )
     return step, inputs

@@ -59,6 +59,14 @@ class TargetCollator(DataCollatorForLanguageModeling):
             batch |= cached_columns(cache, segments, batch["labels"], role, self.with_topk[role])
         return batch
 
+    def of_documents(self, documents: list[list[int]]) -> dict[str, Any]:
+        """What the model gets of documents packed into one row."""
+        ids = [token for document in documents for token in document]
+        row = {"input_ids": ids, "labels": ids, "seq_lengths": [len(document) for document in documents]}
+        batch = super().torch_call([row])
+        del batch["labels"]
+        return batch
+
     def _column(self, examples: list[dict[str, Any]], name: str, shape: Sequence[int], fill: float) -> Tensor:
         out = torch.full(tuple(shape), fill, dtype=torch.long if name.endswith("_ids") else torch.float32)
         for b, start, example in self._placed(examples):

@@ -46,7 +46,7 @@ def has_weights(dataset: Dataset) -> bool:
     if "loss_weights" in dataset.column_names or "weight" in dataset.column_names:
         return True
     conversations = [c for c in ("messages", "prompt", "completion") if c in dataset.column_names]
-    return any("weight" in message for c in conversations for message in _first_messages(dataset[0][c]))
+    return any("weight" in message for c in conversations for value in dataset[c] for message in _first_messages(value))
 
 
 def _first_messages(value: Any) -> list[dict[str, Any]]:

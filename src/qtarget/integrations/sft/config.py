@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target
+from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -40,6 +41,7 @@ class QTargetConfig(SFTConfig):
             ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
         loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
             teacher needs.
+        allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
     """
 
@@ -59,6 +61,9 @@ class QTargetConfig(SFTConfig):
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
+    )
+    allow_new_weights: bool = field(
+        default=False, metadata={"help": "Take a model with missing or unknown weights; missing ones start at random."}
     )
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
@@ -85,6 +90,7 @@ class QTargetConfig(SFTConfig):
         for f in fields(cls):
             vars(own)[f.name] = f.default if f.default_factory is MISSING else f.default_factory()
         vars(own).update(vars(args))
+        check_numbers(own)
         if own.pad_to_multiple_of == "auto":  # TrainingArguments: SFTConfig resolves it as it is made
             own.pad_to_multiple_of = 128 if args.device.type == "neuron" else None
         if own.loss_type == "dft":
@@ -94,6 +100,7 @@ class QTargetConfig(SFTConfig):
         return own
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         super().__post_init__()
         self._place_target()
 
@@ -107,8 +114,6 @@ class QTargetConfig(SFTConfig):
             )
         if self.loss_backend not in get_args(Backend):
             raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
-        if self.heatmap_rows < 0:
-            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     @property
     def target_label(self) -> str:

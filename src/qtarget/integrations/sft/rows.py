@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from qtarget.core.errors import ConfigError
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.trainer import QTargetTrainer
 from qtarget.report.runs.tokens import scored_rows
+from qtarget.storage.models import load_named, load_whole
 
 DATA_SETTINGS = (
     "max_length",
@@ -48,13 +48,8 @@ def score_checkpoints(
     with tempfile.TemporaryDirectory() as folder:
         args = QTargetConfig(output_dir=folder, report_to=[], bf16=False, heatmap_rows=0, **known)
         for checkpoint in checkpoints:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(checkpoint)
-                tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or checkpoint)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"{checkpoint} cannot be loaded: {error}; name a run with whole checkpoints"
-                ) from error
+            model = load_whole("checkpoint", str(checkpoint))
+            tokenizer = load_named(AutoTokenizer, "checkpoint", str(tokenizer_path or checkpoint))
             trainer = QTargetTrainer(model, args, None, rows if tokenised is None else tokenised, None, tokenizer)
             tokenised = trainer.train_dataset
             ready: Any = tokenised

@@ -14,6 +14,7 @@ from qtarget.core.types import TailPolicy
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import changed
 from qtarget.integrations.sft.trainer import QTargetTrainer
+from qtarget.integrations.shared.step import ROLES
 from qtarget.integrations.shared.teacher import compare_tokenizers
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, fingerprint_chat_template, fingerprint_tokenizer
@@ -52,9 +53,11 @@ def training_rows(
         )
     if is_deepspeed_zero3_enabled():
         raise ConfigError("scoring runs no DeepSpeed engine: leave `deepspeed` out; the cache serves every training")
+    frozen = {f"{role}_{key}": None for role in ROLES for key in ("cache", "model_name_or_path")}  # they are yet to be
     plain = changed(
-        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[]
-    )
+        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[],
+        **frozen,
+    )  # fmt: skip
     trainer = QTargetTrainer(model, plain, None, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset
     sets: list[Any] = [

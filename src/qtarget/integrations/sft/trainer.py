@@ -12,12 +12,14 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.shapes import Tensor
-from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_vision_model, text_datasets
+from qtarget.data.loading import read_datasets
+from qtarget.integrations.sft.arguments import own_config, refuse_arguments, text_datasets
 from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.collator import TargetCollator
 from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
@@ -28,6 +30,7 @@ from qtarget.integrations.shared.progress import SeenTokens, TokenSums, counted_
 from qtarget.integrations.shared.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
 from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
+from qtarget.storage.models import check_finite, check_vocabulary, check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +85,19 @@ class QTargetTrainer(SFTTrainer):
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(settings, self.target, given)
         self.preparation, self._may_prepare = Preparation(self.target, self.caches), False
+        self._shared_rows = shared_rows_key(settings, eval_dataset)
+        read: Any = {
+            role: m for role, m in given.items() if getattr(self.target.needs, role) and role not in self.caches and m
+        }
+        self._virtual_tokens = refuse_models(model, settings, peft_config, read, self._shared_rows)
+        if formatting_func is None:
+            train_dataset, eval_dataset = (
+                read_datasets(d, settings.dataset_text_field) for d in (train_dataset, eval_dataset)
+            )
         train_dataset, eval_dataset = text_datasets(settings, train_dataset, eval_dataset, bool(self.caches))
+        if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
+            options: Any = settings.model_init_kwargs or {}
+            check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
         super().__init__(
             model=model,
             args=settings,
@@ -100,8 +115,8 @@ class QTargetTrainer(SFTTrainer):
         )
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True
-        self._set_up_models(settings, given)
         self.data_collator = TargetCollator.instead_of(self.data_collator, self.caches, self.target)
+        self._set_up_models(settings, given)
         self._set_up_records(settings)
         self._may_prepare = True
         self._prepare_datasets()
@@ -112,11 +127,17 @@ class QTargetTrainer(SFTTrainer):
         """Give the model its head, and find the frozen ones."""
         base = self._base_model()
         refuse_vision_model(base, self._is_vlm)
+        check_finite(base, "the model")
+        check_vocabulary(base, self.processing_class, "the model")
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
         check_caches(args, self.caches, base)
-        self.frozen_models = load_frozen(args, self.target, self.caches, given, base.dtype, self.accelerator)
+        self.frozen_models = load_frozen(args, self.target, self.caches, given, base, self.accelerator)
+        frozen = [model for model, _ in self.frozen_models.values()]
+        wrapped = args.packing and not self.padding_free
+        with self.accelerator.autocast():
+            refuse_leaking_models(self.model, base, frozen, self.data_collator, self._shared_rows, wrapped)
         self.vocab_rows = None
         if "teacher" in self.caches or "teacher" in self.frozen_models:
             live = self.frozen_models.get("teacher")
@@ -193,6 +214,7 @@ class QTargetTrainer(SFTTrainer):
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
             autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
+            virtual_tokens=self._virtual_tokens,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
 from qtarget.core.types import DATA_FIELDS, Target, missing_message, sampled_message
+from qtarget.integrations.shared.adapters import refuse_shared_weights, without_wrapper
 from qtarget.integrations.shared.heads import HeadSpec, probe_head
 from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
 from qtarget.scoring.cache.reader import ReferenceCache
-from qtarget.scoring.cache.schema import fingerprint_model
+from qtarget.scoring.cache.schema import MANIFEST, fingerprint_model
+from qtarget.storage.models import load_named, load_whole
 
 logger = logging.get_logger(__name__)
 
@@ -29,20 +32,7 @@ class FrozenSettings(Protocol):
     reference_cache: str | None
     reference_model_name_or_path: str | None
     vocab_padding: str
-
-
-def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
-    """``loader.from_pretrained(name, **options)`` for a name that somebody wrote down under ``key``.
-
-    Raises:
-        ConfigError: there is nothing of that name.
-    """
-    try:
-        return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key} {name} cannot be loaded: {error}; expected a folder that transformers can load, or a hub name"
-        ) from error
+    allow_new_weights: bool
 
 
 def open_caches(
@@ -58,6 +48,7 @@ def open_caches(
     for role in ROLES:
         fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
         if not fields:
+            check_unused(args, target, role)
             continue
         if path is not None:
             caches[role] = ReferenceCache.open(path)
@@ -79,6 +70,23 @@ def open_caches(
                 f"or set {role}_model_name_or_path to run one live"
             )
     return caches
+
+
+def check_unused(args: FrozenSettings, target: Target, role: str) -> None:
+    """A key that this target does not read is read all the same: a wrong one would wait for the next target.
+
+    Raises:
+        ConfigError: there is no such model.
+        CacheMismatchError: there is no such cache, or it is damaged.
+    """
+    path, name = getattr(args, f"{role}_cache"), getattr(args, f"{role}_model_name_or_path")
+    if path is not None and (Path(path) / MANIFEST).is_file():  # one that is not finished waits for another target
+        ReferenceCache.open(path)
+    if path is not None and Path(path).is_file():
+        raise ConfigError(f"{role}_cache: {path} is a file; expected a folder that `qtarget score` writes")
+    if name is not None:
+        load_named(AutoConfig, f"{role}_model_name_or_path", name)
+        logger.warning(f"target {target.name!r} does not use {role}_model_name_or_path: {name} is not loaded")
 
 
 def check_columns(cache: ReferenceCache, target: Target, role: str) -> None:
@@ -106,6 +114,7 @@ def check_caches(args: FrozenSettings, caches: dict[str, ReferenceCache], base: 
     """
     head: Any = base.get_output_embeddings()
     unnamed = [role for role in caches if getattr(args, f"{role}_model_name_or_path") is None]
+    # it reads all weights: only where something is compared with it
     ours = fingerprint_model(base) if unnamed else None
     for role, cache in caches.items():
         if role == "reference":
@@ -127,17 +136,18 @@ def load_frozen(
     target: Target,
     caches: dict[str, ReferenceCache],
     given: dict[str, PreTrainedModel | None],
-    dtype: Any,
+    trained: PreTrainedModel,
     accelerator: Any,
 ) -> dict[str, tuple[PreTrainedModel, HeadSpec]]:
     """The frozen models that run beside the live one: those that the target needs and no cache replaces.
 
     Args:
         given: models handed to the trainer; they come before names.
-        dtype: of models that are loaded by name: the live model's.
+        trained: gives its dtype to models that are loaded by name.
 
     Raises:
-        ConfigError: there is no such model, or DeepSpeed would split it.
+        ConfigError: there is no such model, it is the trained one, or DeepSpeed would split it.
+        UnsupportedModelError: its head, or its kind of adapter.
     """
     loaded: dict[str, tuple[PreTrainedModel, HeadSpec]] = {}
     for role in ROLES:
@@ -150,8 +160,10 @@ def load_frozen(
                 f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
             )
         if model is None:
-            model = load_named(AutoModelForCausalLM, f"{role} model", path, dtype=dtype)
-        model = model.to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+            allowed = args.allow_new_weights
+            model = load_whole(f"{role} model", path, allow_new_weights=allowed, dtype=trained.dtype)
+        refuse_shared_weights(role, model, trained)
+        model = without_wrapper(role, model).to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         with accelerator.autocast():  # as in training: some attention kernels refuse float32
             loaded[role] = (model, probe_head(model))
     return loaded

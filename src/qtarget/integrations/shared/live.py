@@ -79,6 +79,7 @@ class LiveRecords(TrainerCallback):
             log, before = state.log_history, read_lines(output / LOG_FILE)
             samples = [line for line in read_lines(output / SAMPLES_FILE) if line["step"] <= step]
             continue_tensorboard(self._callbacks, output, step)
+        # the files are not a beginning of this log: lines beyond the checkpoint, or another run's
         if not step or before != log[: len(before)]:
             earlier = set_aside(output)
             if earlier is not None:
@@ -200,6 +201,7 @@ def send_pictures(
             callback.tb_writer.add_image(tag, picture, step, dataformats="HWC")
         callback.tb_writer.flush()
     if "WandbCallback" in trackers:
+        # transformers' callback has imported it, and has made ``train/global_step`` the axis of every metric
         wandb: Any = sys.modules["wandb"]
         images = {tag: wandb.Image(picture, caption=title) for tag, picture in pictures.items()}
         wandb.log({**images, "train/global_step": step})

@@ -48,6 +48,7 @@ class TokenSums:
         kept: Any = 1 if counted is None else counted
         aux = output.aux_loss
         batches = [mask.new_zeros(2, dtype=torch.double)] if aux is None else [torch.stack([aux, aux * 0 + 1])]
+        # stays on the device: reading it at every step would wait for the device
         sums = torch.cat(
             [
                 torch.stack([(part.detach().double() * kept).sum() for part in parts]),

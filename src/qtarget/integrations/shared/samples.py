@@ -74,6 +74,7 @@ def describe_rows(dataset: Dataset) -> dict[str, Any]:
         table: Any = batch
         ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
         mask = labels.flatten().to_numpy(zero_copy_only=False) != -100
+        # lengths too: ids alone do not tell where a row ends
         for part in (ids.value_lengths(), ids.flatten()):
             state.update(part.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         state.update(mask.tobytes())

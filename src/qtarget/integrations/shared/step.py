@@ -13,7 +13,7 @@ from qtarget.api import linear_target_loss
 from qtarget.core.errors import NonFiniteLossError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
-from qtarget.integrations.shared.heads import HeadSpec
+from qtarget.integrations.shared.heads import HeadSpec, backbone_states
 from qtarget.loss.backends import Backend
 from qtarget.loss.result import TokenReport
 
@@ -55,6 +55,7 @@ class TargetStep:
         num_items: supervised tokens of the whole optimizer batch.
         vocab_rows: leading rows of the head that count, where student and teacher differ in padding; all if absent.
         backend: see ``qtarget.linear_target_loss``.
+        virtual_tokens: how many tokens PEFT's prompt tuning puts in front of each row.
     """
 
     target: Target
@@ -66,14 +67,17 @@ class TargetStep:
     num_items: Tensor | int | None = None
     vocab_rows: int | None = None
     backend: Backend = "auto"
+    virtual_tokens: int = 0
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> TargetOutput:
         self.move_to(hidden.device)
+        hidden = hidden[:, self.virtual_tokens :]
         if self.labels.shape != hidden.shape[:2]:
             raise RuntimeError(
-                f"labels {tuple(self.labels.shape)} and hidden states {tuple(hidden.shape)} do not line up; prompt-learning "
-                "PEFT methods insert tokens and are not supported: use LoRA"
+                f"labels {tuple(self.labels.shape)} and hidden states {tuple(hidden.shape)} do not line up: the model, or an "
+                "adapter, inserts or drops tokens; use LoRA or full fine-tuning"
             )
+        # with the report in every step: what is logged is summed up from it
         loss, report = linear_target_loss(
             hidden[:, :-1],
             weight[: self.vocab_rows],
@@ -152,7 +156,8 @@ def live_head(
     model: PreTrainedModel, spec: HeadSpec, inputs: dict[str, Any], vocab_rows: int | None = None
 ) -> FrozenHead:
     """Run a frozen model's backbone on the same tokens; its logits are made chunk by chunk in the loss."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    # the backbone alone: the model's own forward would make all logits at once
+    hidden = backbone_states(model, inputs)
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     return FrozenHead(

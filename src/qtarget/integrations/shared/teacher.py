@@ -54,6 +54,7 @@ def place_teacher(args: FrozenSettings) -> str | None:
             f"teacher: {value} is {kind}, and teacher_cache: {args.teacher_cache} is set too; keep one of them"
         )
     setattr(args, key, value)
+    # a warning, because transformers' logger shows no information unless it is asked to
     logger.warning(f"teacher: {value} is {kind}")
     return None
 
@@ -108,6 +109,7 @@ def truncate_reference(reference: Reference, rows: int) -> Reference:
     if ids is None or log_probs is None or not (beyond := ids >= rows).any():
         return reference
     lost = log_probs.masked_fill(~beyond, -torch.inf).exp().sum(-1)
+    # log1p, because what is lost may be far below the last digit of 1
     kept = torch.log1p(-lost)  # of the mass, in nats
 
     def given(value: Tensor | None) -> Tensor | None:

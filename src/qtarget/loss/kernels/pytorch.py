@@ -80,9 +80,11 @@ def exponentiate(
         tile = logits[rows, columns]
         place = tile if dtype == tile.dtype == room.dtype else room  # at once where they stay, if they are not narrowed
         x = minus(tile, maximum[rows], place if exp_x is None else room)
+        # the entropy still needs ``x``, which lies in the room
         e = torch.exp(x, out=place) if exp_x is None or place is tile else x.exp()
         exp[rows] += e.sum(-1)
         if exp_x is not None:
+            # a column set aside has e = 0 and x = -inf, whose product is NaN
             exp_x[rows] += x.clamp_(min=NOTHING).mul_(e).sum(-1)
         if dtype is not None and place is room:
             out[rows, columns] = e  # behind the logits that are still to be read, whatever the dtype
@@ -128,6 +130,7 @@ def overwrite_with_gradient(
         tile = logits[rows, columns]
         x = minus(tile, gradient.shift[rows], room)
         factor = gradient.factor[rows, None]
+        # the logit again, because ``x`` is relative to the shift
         chain = None if softcap is None else 1 - ((x + gradient.shift[rows, None]) / softcap).square_()
         if gradient.slope is None:
             x.exp_().mul_(factor)
@@ -147,6 +150,7 @@ def scale_exponentials(
     """``e (factor + slope log e)`` in place of each ``e``: the gradient of an entropy."""
     for rows, columns, room in tiles(exponentials):
         e = room.copy_(exponentials[rows, columns])
+        # exponentials that underflowed are 0, and 0 times their logarithm must be 0
         line = e.log().clamp_(min=NOTHING).mul_(slope[rows, None]).add_(factor[rows, None])
         exponentials[rows, columns] = e.mul_(line)
 
@@ -168,10 +172,12 @@ def largest(logits: Float[Tensor, "tokens vocab"], k: int) -> Float[Tensor, "tok
     """
     vocab = logits.shape[1]
     groups = vocab // GROUP
+    # then k groups hold a quarter of the vocabulary or more: nothing is saved
     if groups <= 4 * k:
         return logits.topk(k, dim=-1).values
     peaks = running_maximum(logits[:, : groups * GROUP].split(groups, dim=1))
     best = peaks.topk(k, dim=-1).indices
     columns = (best[:, :, None] + groups * torch.arange(GROUP, device=logits.device)).flatten(1)
+    # columns after the last whole group belong to none
     found = torch.cat([logits.gather(-1, columns), logits[:, groups * GROUP :]], dim=-1)
     return found.topk(k, dim=-1).values

@@ -36,7 +36,9 @@ SWEEP = {"BLOCK": 4096, "num_warps": 8}
 def _sums_kernel(
     logits, maximum, exp, exp_x, vocab, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):  # one program a row
+    # row x stride passes 2**31 where the caller asks for large chunks
     row = tl.program_id(0).to(tl.int64)
+    # finite as ``pytorch.NOTHING``: a block may hold nothing but columns set aside
     m, s, t = -1e30, 0.0, 0.0
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -46,6 +48,7 @@ def _sums_kernel(
         e = tl.exp(x)
         shrink = tl.exp(m - new)
         if ENTROPY:
+            # sum e (z - m) moved to the new maximum; before ``s``, whose old value it needs
             t = shrink * (t + (m - new) * s) + tl.sum(e * tl.maximum(x, -1e30), 0)
         s = shrink * s + tl.sum(e, 0)
         m = new
@@ -86,6 +89,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 @torch.library.custom_op("qtarget::rest_sums", mutates_args=())
 def _rest_sums(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     maximum, exp, exp_x = (torch.zeros(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
+    # a grid of no programs cannot be launched
     if len(logits):
         with on_device(logits):
             flags: dict[str, Any] = {"ENTROPY": entropy}
@@ -149,6 +153,7 @@ def overwrite_with_gradient(
     """See ``pytorch.overwrite_with_gradient``."""
     check(logits)
     parts = (gradient.shift, gradient.factor, gradient.slope, gradient.level)
+    # the kernel reads one number a row at stride 1; coefficients may come expanded
     torch.ops.qtarget.overwrite_with_gradient(
         logits, *(None if v is None else v.contiguous() for v in parts), softcap or 0.0
     )

@@ -36,6 +36,7 @@ const QT = (() => {
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+    // typed arrays have the machine's order of bytes, which is little-endian wherever browsers run
     return new ARRAYS[column.dtype](await new Response(stream).arrayBuffer());
   }
 
@@ -92,6 +93,7 @@ const QT = (() => {
     const place = (dark() ? share : 1 - share) * (CIVIDIS.length - 1);
     const low = Math.min(CIVIDIS.length - 2, Math.floor(place));
     const rgb = CIVIDIS[low].map((value, i) => Math.round(value + (place - low) * (CIVIDIS[low + 1][i] - value)));
+    // at 0.18 black and white ink have the same contrast
     const luminance = (0.2126 * rgb[0] ** 2.2 + 0.7152 * rgb[1] ** 2.2 + 0.0722 * rgb[2] ** 2.2) / 255 ** 2.2;
     return { ground: `rgb(${rgb.join(",")})`, ink: luminance > 0.18 ? "#000" : "#fff" };
   }

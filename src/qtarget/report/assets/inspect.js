@@ -53,6 +53,7 @@
   const weightOf = (t, j, v = state.view) => views[v].weights[t](j);
   function movedOf(t, j, v = state.view) {
     const stored = views[v].moved[t];
+    // not stored where it is |a| (1 - p), see `simple` in page.py; expm1 keeps 1 - p exact for p near 1
     return stored ? stored(j) : Math.abs(weightOf(t, j, v)) * -Math.expm1(views[v].logProbs(j));
   }
   const movedMean = (t) => data.views[state.view].summary[t].moved_mean || 1;
@@ -73,6 +74,7 @@
   const list = $("list");
   const cards = rows.map((i, r) => {
     const card = el("div", { class: "row", tabindex: "0", "data-r": r, "aria-label": `row ${data.row_numbers[i]}` });
+    // a guess (4.4 characters a token, 130 a line of 24 pixels): the scroll bar hardly moves when the row is filled
     card.style.minHeight = Math.max(60, data.row_tokens[i] * 4.4 / 130 * 24 + 44) + "px";
     return card;
   });
@@ -81,6 +83,7 @@
     for (const entry of entries) {
       const r = Number(entry.target.dataset.r);
       if (entry.isIntersecting) { near.add(r); if (!entry.target.firstChild) fill(r); }
+      // emptied again, its height kept: a page may hold millions of tokens, and elements of all would not fit
       else if (near.delete(r)) { entry.target.style.minHeight = entry.target.offsetHeight + "px"; entry.target.replaceChildren(); }
     }
   }, { rootMargin: "900px 0px" });
@@ -116,6 +119,7 @@
     cards[r].style.minHeight = "";
   }
   function allMarked(r) {
+    // without the last trained token: an end mark stands behind the answer and is in no span
     for (let j = trainedOffsets[r]; j < trainedOffsets[r + 1] - 1; j++) if (marks[j] !== 1) return false;
     return true;
   }
@@ -181,6 +185,7 @@
     cards[r].classList.add("linked");
     if (!cards[r].firstChild) fill(r);
     cards[r].scrollIntoView({ block: "center" });
+    // again after a frame, when rows above have been filled and have moved it
     requestAnimationFrame(() => { cards[r].scrollIntoView({ block: "center" }); cards[r].focus({ preventScroll: true }); });
   }
 
@@ -221,6 +226,7 @@
       outcomes.flatMap((o) => [el("span", { class: o.observed ? "name observed" : "name" }, o.other === null ? "all others" : QT.visible(texts[o.other])), cell("p", o.p), cell("q", o.q)]))];
   }
   let current = null;
+  // explain may wait for columns to be unpacked, and the pointer may be elsewhere by then
   const enter = (event) => { const token = event.target.closest(".tok"); if (token && list.contains(token)) { current = token; explain(token).then(() => { if (current !== token) QT.hideTip(); }); } };
   list.addEventListener("mouseover", enter);
   list.addEventListener("focusin", enter);
@@ -301,6 +307,7 @@
   $("target").addEventListener("change", () => { state.target = Number($("target").value); if (["weighted", "trained"].includes(state.sort)) sortRows(); repaint(); });
   $("quantity").addEventListener("change", () => { state.quantity = $("quantity").value; repaint(); });
   $("sort").addEventListener("change", () => { state.sort = $("sort").value; sortRows(); scrollTo(0, 0); });
+  // another view may be chosen while this one is unpacked
   $("view").addEventListener("change", async () => { const chosen = Number($("view").value); await loadView(chosen); if (Number($("view").value) !== chosen) return; state.view = chosen; sortRows(); repaint(); drawDistribution(); if (data.views[0].marks) drawMarks(); });
   let waiting = 0;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(search, 120); });

@@ -59,6 +59,7 @@ class Advice:
 
     def as_dict(self) -> dict[str, Any]:
         """Lists, mappings, text and numbers only."""
+        # through JSON, so that tuples are lists already
         return json.loads(json.dumps(asdict(self)))
 
 

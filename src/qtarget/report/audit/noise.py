@@ -31,6 +31,7 @@ FEWEST_ROWS = 20
 
 def token_threshold(scored: ScoredTokens) -> float:
     """The excess, in nats, above which a token is suspected."""
+    # where nearly all excesses are alike the robust deviation is near 0 and would suspect half of them
     return max(LEAST_EXCESS, _outliers_from(scored.excess)) if len(scored.places) else LEAST_EXCESS
 
 

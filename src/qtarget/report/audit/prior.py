@@ -41,6 +41,7 @@ def flawed_prior(scored: ScoredTokens) -> list[dict[str, Any]]:
     copies = _row_hashes(scored)[scored.rows]
     open_, groups = np.ones(len(scored.places), dtype=bool), []
     for size, keys in _contexts(scored, sure):
+        # the base's choice is part of the place: only labels at which it is sure of one token are compared
         keys = keys * HASH_FACTOR + scored.top_ids[sure].astype(np.uint64)
         for group in _groups(keys, sure, scored):
             rows = len(np.unique(copies[group["labels"]]))
@@ -60,6 +61,7 @@ def _groups(keys: np.ndarray, sure: np.ndarray, scored: ScoredTokens) -> Iterato
     repeated = found[times >= FEWEST_ROWS]
     if not len(repeated):
         return
+    # most keys hold no repeated label: only those that do are sorted
     concerned = np.flatnonzero(repeated[np.searchsorted(repeated, keys).clip(max=len(repeated) - 1)] == keys)
     order = concerned[np.lexsort((labels[concerned], keys[concerned]))]
     key, label = keys[order], labels[order]
@@ -96,6 +98,7 @@ def _prefix_hashes(scored: ScoredTokens) -> np.ndarray:
     position = np.arange(total) - scored.offsets[row_of]
     longest = int(position.max(initial=0)) + 1
     powers = np.cumprod(np.full(longest, HASH_FACTOR, dtype=np.uint64))
+    # plus 1, so that id 0 changes the hash; powers go by the place in the row, so equal beginnings have equal sums
     terms = (scored.ids + 1).astype(np.uint64) * powers[position]
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
     out = np.zeros(total + 1, dtype=np.uint64)

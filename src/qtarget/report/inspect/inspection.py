@@ -84,6 +84,7 @@ def marks_of(found: Inspection, view: View) -> dict[str, Any] | None:
         marked = found.token_marks[placed] == 1
         out["unplaced_rows"] = len(np.unique(rows.row_of_trained[~placed]))
         if marked.any():
+            # tokens of a row whose spans were not found count on neither side
             by_token = {name: scores[placed] for name, scores in by_token.items()}
             out |= {
                 "tokens": len(marked),

@@ -175,6 +175,7 @@ def pack(found: Inspection, budget: int = PAGE_BYTES) -> tuple[dict[str, Any], P
     tokens = packer.tokens(kept)
     room = left if size_of(tokens) <= left else int(left * _tokens_share(packer, kept))
     while size_of(tokens) > room and len(kept) > 1:
+        # a little less than in proportion: a part of the size does not depend on the number of rows
         count = max(1, int(len(kept) * 0.97 * room / size_of(tokens)))
         kept = np.unique(np.linspace(0, len(found.rows) - 1, count).astype(int))
         tokens = packer.tokens(kept)

@@ -183,6 +183,7 @@ def on_outcomes(
     if model.topk_ids is None or model.topk_log_probs is None:
         listed = torch.full(ids.shape, ABSENT)
         listed = torch.where(ids == labels[:, None], label, listed)
+        # the largest float32 below 1, or a certain label would leave log 0
         rest = torch.log1p(-label.exp().clamp(max=1 - 1e-7))
         return torch.cat([listed, own, rest], dim=-1).log_softmax(-1)
     at_label = (model.topk_ids == labels[:, None]) & (model.topk_ids >= 0)
@@ -196,6 +197,7 @@ def on_outcomes(
     if model.tail_policy == "renormalize":
         tail = torch.full_like(label, ABSENT)
     in_tail = ~at_label.any(-1, keepdim=True)
+    # storage is rounded: the label may seem larger than the tail that holds it
     left = tail + torch.log1p(-(label - tail).exp().clamp(max=1 - 1e-6))
     tail = torch.where(in_tail, left, tail)
     rest = torch.cat([model.topk_log_probs.masked_fill(beyond, ABSENT), tail], dim=-1).logsumexp(-1, keepdim=True)
@@ -228,6 +230,7 @@ def _chunk(
     found = differentiate(target, view)
     a, b = found.pulls(loss_weights)
     weights = found.combined(loss_weights)
+    # the uniform distribution is not uniform on these outcomes: the rest holds many tokens
     uniform = weights.pop("mean_log_prob", None)
     probs = outcomes.live.exp()
     gradient = logit_gradient(outcomes.live, outcomes.label, weights, models.get("reference"), models.get("teacher"))
@@ -238,6 +241,7 @@ def _chunk(
     plain = probs + a[:, None] * (one_hot - probs)
 
     def seen(values: Tensor) -> Tensor:
+        # half of it: far below every log-prob, and above ABSENT whatever was subtracted from it
         absent = outcomes.live[:, : min(shown, values.shape[1] - 2)] < ABSENT / 2
         top = values[:, : absent.shape[1]].masked_fill(absent, torch.nan)
         return torch.cat([top, values.gather(-1, outcomes.label[:, None])], -1)

@@ -110,6 +110,7 @@ def gradients(loss: Loss, logits: Tensor, frozen: Tensor, labels: Tensor, averag
         LossUnderLensError: the gradient is not finite.
     """
     _, found = gradient(loss, logits[:, None], labels[:, None], frozen[:, None])
+    # a loss that averages gives each token its share: undone, as if each were alone
     found = found[:, 0].double() * (len(labels) if averaged else 1)
     if not bool(found.isfinite().all()):
         p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]

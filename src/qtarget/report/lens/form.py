@@ -133,6 +133,7 @@ def refit(x: Probes, form: Form) -> Form:
 def _errors(x: Probes, a: Tensor, b: Tensor, q: Tensor) -> Tensor:
     rest = x.gradient - a[:, None] * (x.probs - x.one_hot) - b[:, None] * (x.probs - q)
     scale = x.gradient.norm(dim=-1)
+    # a gradient of zero has no relative error
     return torch.where(scale > 0, rest.norm(dim=-1) / scale.clamp(min=1e-300), rest.norm(dim=-1))
 
 
@@ -156,6 +157,7 @@ def _search(x: Probes, kind: Residual) -> float:
         a, b, _ = fit_pulls(x.gradient, x.probs, x.one_hot, q, 1e-12)
         return float(_errors(x, a, b, q).sum())
 
+    # the grid first: golden section finds the bottom of one valley, and there may be several
     best = (math.inf, 0.0)
     for low, high in kind.spans:
         grid = torch.linspace(low, high, 17).tolist()
@@ -261,6 +263,7 @@ def _power(
     """``(c, k)`` of ``clip(c f^k, low, high)`` where that is exact."""
     if float(f[inner].max()) <= float(f[inner].min()) * (1 + 1e-9):
         return None
+    # in logarithms c f^k is a straight line, which least squares finds at once
     design = torch.stack([torch.ones_like(f), f.log()], -1)
     c, k = torch.linalg.lstsq(design[inner], values[inner].log()[:, None]).solution[:, 0].tolist()
     predicted = (math.exp(c) * f**k).clamp(low, high)
@@ -292,6 +295,7 @@ def _threshold(off: Bool[Tensor, " tokens"], known: dict[str, Tensor]) -> str | 
     for name, f in known.items():
         above, below = (float(f[off].max()), float(f[~off].min())), (float(f[~off].max()), float(f[off].min()))
         for (low, high), relation in ((above, ">"), (below, "<")):
+            # known up to the gap between two probes, so its middle is told, with a ~
             if low < high:
                 return f" 1[{_bare(name, known)} {relation} ~{_number((low + high) / 2, 2)}]"
     return None

@@ -202,6 +202,7 @@ def parse_arguments(text: str) -> tuple[str, dict[str, Any]]:
     if not bracket:
         return name, {}
     try:
+        # ``rest`` still has its closing bracket
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("not name=value")
@@ -313,6 +314,7 @@ def _tried(loss: Loss) -> Loss:
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(BATCH, TIME, VOCAB, generator=rng, dtype=torch.float64)
     frozen = torch.randn(BATCH, TIME, VOCAB, generator=rng, dtype=torch.float64)
+    # all different, so that a label which moves shows at one place alone
     labels = torch.randperm(VOCAB, generator=rng)[: BATCH * TIME].reshape(BATCH, TIME)
     refusals = []
     for layout in ("batch", "tokens"):

@@ -258,6 +258,7 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
         values = [one.get(key) for one in flat]
         if key.rsplit(".", 1)[-1] not in UNREMARKABLE and any(value != values[0] for value in values):
             out.append({"key": key, "values": [None if v is None else str(v) for v in values]})
+    # a setting that the description also tells at its top is told once
     return [one for one in out if one["key"].removeprefix("settings.") not in set(keys) - {one["key"]}]
 
 

@@ -40,6 +40,7 @@ def set_aside(folder: Path) -> Path | None:
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """One line more; a kill can cut off this line alone."""
+    # opened for each line: nothing waits in a buffer when the process is killed
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, default=_plain) + "\n")
 

@@ -38,6 +38,7 @@ def round_mantissa(values: np.ndarray, bits: int = KEPT_BITS) -> np.ndarray:
         >>> round_mantissa(np.array([-1.2345678], np.float32), bits=4)
         array([-1.25], dtype=float32)
     """
+    # float32 has 23; a carry out of them raises the exponent, and that is the next number
     dropped = 23 - bits
     pattern = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((pattern + np.uint32(1 << (dropped - 1))) & np.uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF)).view(np.float32)
@@ -102,6 +103,7 @@ def parquet_bytes(table: pa.Table) -> memoryview:
         sink,
         compression="zstd",
         row_group_size=max(1, len(table)),
+        # pyarrow takes an encoding by column only without dictionaries
         use_dictionary=False,
         write_statistics=False,
         # bytes of one significance together: a third smaller than plain, and read as fast
@@ -145,6 +147,7 @@ def expand(sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> dict[str, 
     used = np.arange(most) < sizes[:, None]
     steps, times = np.zeros(used.shape, np.int32), np.zeros(used.shape, np.float32)
     steps[used], times[used] = ids, counts
+    # unused slots were drawn 0 times: their log is minus infinity, as it should be
     with np.errstate(divide="ignore", invalid="ignore"):
         log_probs = np.log(times / times.sum(1, keepdims=True))
     return {"topk_ids": np.where(used, np.cumsum(steps, axis=1), -1).astype(np.int32), "topk_log_probs": log_probs}

@@ -48,6 +48,7 @@ class LoadedShard:
 def load_shard(directory: Path, shard: ShardRecord, manifest: Manifest) -> LoadedShard:
     """Map a shard's side file, making it first if there is none or it is cut short."""
     path = side_file(directory, shard)
+    # under the lock, or another process may delete it between the look and the mapping
     with building(path.parent):
         if not looks_whole(path):
             make_side_file(directory, shard, manifest, path)
@@ -114,6 +115,7 @@ def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     content = memoryview(sink.getvalue())
+    # receipt first, file last: a kill between them leaves nothing that looks whole
     write_json(path.with_suffix(".json"), {"bytes": len(content), "blake2b": digest(content)})
     write_atomic(path, content)
 

@@ -113,6 +113,7 @@ def adopt_plan(directory: Path, plan: Plan) -> None:
         CacheMismatchError: the folder holds another plan (says what differs), an unreadable one, or shards and none.
     """
     path = directory / PLAN
+    # tuples become lists, as they are in the file
     ours = json.loads(json.dumps(asdict(plan)))
     if not path.exists():
         if (directory / MANIFEST).exists() or any(directory.glob("shard-*.parquet")):
@@ -146,5 +147,6 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     there, now = (sum(s["rows"] for s in plan["shards"]) for plan in (theirs, ours))
     if there != now:
         named.append(f"it has {there} distinct rows there and {now} now")
+    # another number of shards is another number of rows, which is told above
     pairs = zip(theirs["shards"], ours["shards"], strict=False)
     return named + [f"{a['name']} has other rows" for a, b in pairs if a != b]

@@ -126,6 +126,7 @@ class ReferenceCache:
         if not len(checksums) or not len(ordered):
             return np.full(len(checksums), -1)
         wanted = np.array([checksum.encode() for checksum in checksums])
+        # beyond the last one the place is past the end; the comparison below rejects it there
         place = np.searchsorted(ordered, wanted).clip(max=len(ordered) - 1)
         return np.where(ordered[place] == wanted, numbers[place], -1)
 

@@ -100,6 +100,7 @@ def fingerprint_model(model: nn.Module) -> str:
             raise UnsupportedModelError(f"{name} is on the meta device and has no values; load the weights first")
         with gathered([tensor]):
             state.update(f"{name}{tuple(tensor.shape)}".encode())
+            # float32, little-endian: one fingerprint for every dtype and machine that holds the same values
             state.update(_sample(tensor).to(torch.float32).cpu().numpy().astype("<f4").tobytes())
     return state.hexdigest()
 
@@ -312,6 +313,7 @@ def check_records(shards: Sequence[ShardRecord]) -> None:
             raise ValueError(f"a shard is named {shard.name!r}, expected a name like shard-00000.parquet")
         if not re.fullmatch("[0-9a-f]{32}", shard.blake2b):
             raise ValueError(f"{shard.name} has the hash {shard.blake2b!r}, expected 32 hexadecimal digits")
+        # ``isinstance`` would take true for 1
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"{shard.name} has rows, tokens and bytes {counts}, expected whole numbers, none negative")
     if len({shard.name for shard in shards}) < len(shards):

@@ -141,6 +141,7 @@ def shared_places(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.
     """
     wide = 1 + int(max(ours.max(initial=0), theirs.max(initial=0)))
     used = [np.flatnonzero(ids.reshape(-1) >= 0) for ids in (ours, theirs)]
+    # a token's place and an id in one number, so that one sorted intersection finds all pairs
     keys = [at // ids.shape[1] * wide + ids.reshape(-1)[at] for at, ids in zip(used, (ours, theirs), strict=True)]
     _, here, there = np.intersect1d(*keys, return_indices=True)
     share = float(np.isin(*keys).mean()) if len(used[0]) else 1.0

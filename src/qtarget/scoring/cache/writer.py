@@ -93,6 +93,7 @@ def write_cache(
             shards=plan_shards(kept, shard_rows),
         )
         adopt_plan(directory, plan)
+        # under the lock, so nobody is writing them
         for leftover in directory.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         meter.start(plan.tokens)
@@ -115,15 +116,18 @@ def write_missing(
 ) -> tuple[ShardRecord, ...]:
     """Score and place every planned shard that is not finished; the records of all, in order."""
     records: dict[int, ShardRecord] = {}
+    # all finished shards before any scoring, so that the bar's total is right from the start
     for number, shard in enumerate(plan.shards):
         if (record := finished_shard(directory, shard)) is not None:
             records[number] = record
             meter.skip(shard.tokens)
     size = plan.shard_rows
     missing = [number for number in range(len(plan.shards)) if number not in records]
+    # lazily: rows are in memory while their shard is scored
     work = ((n, read_again(rows, kept[n * size : (n + 1) * size], plan.vocab_size)) for n in missing)
     for number, content in scored_shards(source, work, plan):
         records[number] = place_shard(directory, plan.shards[number], content)
+        # other sources count row by row as they score
         if isinstance(source, ShardMapper):
             meter.advance(plan.shards[number].tokens)
     return tuple(records[number] for number in range(len(plan.shards)))

@@ -56,6 +56,7 @@ def export_rows(cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], name: 
     directory.mkdir(parents=True, exist_ok=True)
     read = [read_row(row, index, cache.manifest.vocab_size) for index, row in enumerate(rows)]
     found = cache.locate([row.checksum for row in read])
+    # another suffix than .parquet: a half-written file is no part of a data set in this folder
     unfinished = path.with_suffix(".tmp")
     writer = None
     for start in range(0, len(read), BATCH):

@@ -109,6 +109,7 @@ def trained(raw: Mapping[str, Any], length: int) -> np.ndarray:
     for name in ("loss_mask", "response_mask"):
         if raw.get(name) is not None:
             mask = np.asarray(raw[name], bool)
+            # a mask that is shorter than the row is one of the response, which ends it
             return np.concatenate([np.zeros(length - len(mask), bool), mask])
     return np.ones(length, bool)
 
@@ -322,6 +323,7 @@ class ForeignSource:
         tail = None
         if not self.renormalized:
             rest = 1 - np.exp(log_probs.astype(np.float64)).sum(1)
+            # rounding may leave less than nothing
             tail = np.log(rest.clip(min=np.finfo(np.float32).tiny)).astype(np.float32)
         listed, found = self._padded(ids, -1), self._padded(log_probs.clip(min=LOWEST), LOWEST)
         return ScoredRow(None, None, listed, found, tail)  # pyright: ignore[reportArgumentType]
@@ -378,6 +380,7 @@ def import_rows(
     files = sorted(Path(path).glob("*")) if Path(path).is_dir() else [Path(path)]
     provenance = Provenance(
         model_id=model_id,
+        # no weights are at hand: the files stand for them
         model_fingerprint="imported-" + digest("".join(digest_file(f) for f in files if f.is_file()).encode()),
         tokenizer_fingerprint=tokenizer_fingerprint,
         chat_template_fingerprint=chat_template_fingerprint,

@@ -19,17 +19,18 @@ from qtarget.scoring.cache.rows import IntArray, Row, ScoredRow, check_request
 from qtarget.scoring.cache.schema import Provenance, fingerprint_model
 from qtarget.scoring.cache.writer import shard_content
 from qtarget.scoring.sources.local import LocalSource
+from qtarget.storage.models import load_whole
 
 Load = Callable[[], Any]
 """Gives the model; travels to the workers, so it is a module's function or a ``functools.partial`` of one."""
 
 
 def load_model(name: str, **kwargs: Any) -> Any:
-    """``AutoModelForCausalLM.from_pretrained``, frozen, on the GPU that Ray gave this process, if any."""
+    """A causal model, whole and frozen, on the GPU that Ray gave this process, if any."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    model: Any = load_whole("model", name, **kwargs)
+    # Ray shows a worker its own GPUs alone, and none where it was given none
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
@@ -70,6 +71,7 @@ class Worker:
         """The content of the one shard named in a batch of Ray Data, or our own error: Ray would hand it on as text."""
         rows, plan = _import_ray().get(self._shards[batch["id"][0]])
         try:
+            # a memoryview cannot travel between processes
             content, error = bytes(shard_content(rows, self._source(), plan)), b""
         except QTargetError as raised:
             content, error = b"", pickle.dumps(raised)
@@ -184,6 +186,7 @@ class RaySource:
         ray = _import_ray()
         if not self._actors:
             self._held.enter_context(connected(self._address, self._workers))
+            # -1, without limit: a worker that was killed starts again and is asked again
             actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=-1, **self._resources())
             self._actors = [actor.remote(*self._worker_arguments()) for _ in range(self._workers)]
         bounds = [len(rows) * i // self._workers for i in range(self._workers + 1)]

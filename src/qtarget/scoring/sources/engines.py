@@ -155,6 +155,7 @@ def _connect_server(
         on_tokens=on_tokens,
     )
     served = source.describe()
+    # before the numbers: of other tokens they would say nothing
     ids = check_tokenizer(source, tokenizer)
     if choice.trust_server:
         fingerprint = f"unverified: {served.name}"

@@ -34,7 +34,7 @@ KEY_VARIABLE = "QTARGET_API_KEY"
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how long to wait; the n-th wait is about ``first * 2**n`` seconds, at most ``longest``.
+    """How often and how long to wait; the n-th wait is about ``first * 2**(n - 1)`` seconds, at most ``longest``.
 
     Attributes:
         attempts: requests at most, the first included.
@@ -52,6 +52,7 @@ class Retries:
         if retry_after is not None and retry_after.isdecimal():
             seconds = float(retry_after)
         else:
+            # spread, so that requests that failed together do not come back together
             seconds = self.first * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
         self.sleep(min(seconds, self.longest))
 
@@ -80,7 +81,9 @@ class Endpoint:
         self._client = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else None,
+            # a dead host shows long before an answer is late
             timeout=httpx2.Timeout(timeout, connect=10.0),
+            # the callers' threads are the limit
             limits=httpx2.Limits(max_connections=None),
         )
 
@@ -127,6 +130,7 @@ class Endpoint:
                 self._retries.wait(attempt, retry_after)
             try:
                 response = self._client.request(method, path, **request)
+                # 500 is not among them: ours says it of a request that cannot be scored, and would say it again
                 if response.status_code not in RETRIED:
                     return parse(response, self.url + path)
                 reason, retry_after = (
@@ -284,6 +288,7 @@ class HttpSource(ABC):
                 out.append(scored)
                 if self._on_tokens:
                     self._on_tokens(len(scored.label_log_probs))
+        # after an error the rows that still wait are not sent
         finally:
             pool.shutdown(cancel_futures=True)
         return out

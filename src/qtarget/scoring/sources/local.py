@@ -58,6 +58,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside; afterwards every module is in the mode it was in."""
+    # one by one: a frozen part may be in another mode than the rest
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -149,6 +150,7 @@ class LocalSource:
             chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
             for states, ids, u in zip(*(value.split(chunk_size) for value in (hidden, labels, at)), strict=True):
                 logits = self._logits(states)
+                # not ``spend_logits``: the draws need the logits afterwards
                 numbers.append(statistics_of(logits, ids, 0))
                 drawn.append(inverse_cumulative(logits, u))
             joined = {name: torch.cat([n[name] for n in numbers]) for name in numbers[0]}
@@ -184,6 +186,7 @@ class LocalSource:
         chunk_size = max(1, LOGITS_AT_ONCE // self.vocab_size)
         at_once = max(1, CACHED_LOGITS // self.vocab_size) if labels.device.type == "cpu" else chunk_size
         for states, at in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            # one product for many tokens, then passes over pieces of it: the product wants size, the passes the cache
             logits = self._logits(states).split(at_once)
             for piece, ids in zip(logits, at.split(at_once), strict=True):
                 pieces.append(spend_logits(piece, ids, top_k, columns))
@@ -212,7 +215,9 @@ class LocalSource:
 
 def inverse_cumulative(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draws ``[tokens, n]``: the first id at which the cumulative probability exceeds each number ``[tokens, n]``."""
+    # in float32 a sum over a whole vocabulary would lose its rare ids
     cumulative = logits.double().softmax(-1).cumsum(-1)
+    # the sum ends near one and not at it; a number rounded up to its end would find no id
     ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     return ids.clamp(max=logits.shape[-1] - 1)
 

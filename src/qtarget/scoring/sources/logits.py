@@ -17,6 +17,7 @@ def spend_logits(logits: Tensor, labels: Tensor, top_k: int, columns: Tensor | N
     listed, never one minus what is: nothing cancels.
     """
     logits.sub_(logits.amax(-1, keepdim=True))
+    # these are copies, taken before the clamp below overwrites minus infinity
     at_label = logits.gather(-1, labels[:, None])[:, 0]
     at_columns = None if columns is None else logits[:, columns]
     largest, ids = logits.topk(top_k, dim=-1) if top_k else (None, None)

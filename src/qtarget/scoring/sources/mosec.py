@@ -75,6 +75,7 @@ class MosecSource:
         self._wire = wire
         self._endpoint = Endpoint(url, timeout=timeout, retries=retries, key=token)
         self._concurrency = concurrency
+        # the canary's tokens are none of the caller's
         self._on_tokens = None
         self.identity = self._read_identity()
         self._check_canary()
@@ -146,6 +147,7 @@ class MosecSource:
         body = self._wire.pack_request(rows, places, top_k, candidate_ids)
         headers = {"content-type": self._wire.CONTENT_TYPE}
         model, scored = self._endpoint.exchange("POST", "/score", parse, content=body, headers=headers)
+        # every answer says which weights made it: the server may have been replaced behind its URL
         if model != self.identity.model_fingerprint:
             raise ScoringServerError(
                 f"{self._endpoint.url} serves other weights than when it was connected: fingerprint {model}, expected "
@@ -170,8 +172,10 @@ class MosecSource:
         groups: list[list[int]] = []
         totals = np.zeros(3, dtype=np.int64)
         most = np.array([limits.tokens, limits.answer_bytes, limits.body_bytes])
+        # longest first: rows of similar length share a request, so the server pads little
         for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
             tokens, wanted = len(rows[index]), len(places[index])
+            # four bytes a number; 512 more than covers a row's length and count and the map's field names
             size = np.array(
                 [tokens, self._wire.answer_bytes(wanted, top_k, candidates), 4 * (tokens + wanted + candidates) + 512]
             )

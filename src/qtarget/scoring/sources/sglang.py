@@ -69,6 +69,7 @@ def _scoring(top_k: int, candidate_ids: Sequence[int] | None) -> dict[str, Any]:
     body: dict[str, Any] = {
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
+        # the default tells log-probs of new tokens alone
         "logprob_start_len": 0,
         "top_logprobs_num": top_k,
     }

@@ -59,6 +59,7 @@ class VllmSource(HttpSource):
         body = {
             "model": self._model,
             "prompt": ids.tolist(),
+            # vLLM refuses 0; the token it makes is not looked at
             "max_tokens": 1,
             "temperature": 1.0,
             "prompt_logprobs": wanted,
@@ -87,6 +88,7 @@ class VllmSource(HttpSource):
         try:
             return self._endpoint.post("/v1/completions", body)
         except ScoringServerError as error:
+            # vLLM's words for a limit that its command line alone lifts
             if "greater than max allowed" not in str(error):
                 raise
             limit = "-1" if wanted < 0 else str(top_k)

@@ -111,6 +111,7 @@ def unpack_request(body: bytes | bytearray, limits: Limits, vocab_size: int) -> 
         MalformedError: no msgpack map.
         DataError, HyperparameterError: wrong fields, types or sizes, beyond a limit, or refused by ``check_request``.
     """
+    # the first byte of a map: msgspec would call a number or a list a map with wrong fields
     if not body or not (0x80 <= body[0] <= 0x8F or body[0] in (0xDE, 0xDF)):
         raise MalformedError("the request is no msgpack map")
     try:
@@ -129,6 +130,7 @@ def unpack_request(body: bytes | bytearray, limits: Limits, vocab_size: int) -> 
     _check_limits(lengths, len(positions), request.top_k, candidates, limits)
     listed = None if candidates is None else candidates.tolist()
     rows, places = check_request(
+        # np.split gives one part where there are no rows
         np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else [],
         request.top_k,
         listed,
@@ -195,6 +197,7 @@ def _check_sizes(lengths: np.ndarray, counts: np.ndarray, ids: int, positions: i
     if len(lengths) != len(counts):
         raise DataError(f"{len(lengths)} lengths and {len(counts)} position_counts; expected one of each a row")
     for name, stated, found in (("token_ids", lengths, ids), ("positions", counts, positions)):
+        # lengths come from outside: their sum may not wrap
         if int(stated.sum(dtype=np.uint64)) != found:
             raise DataError(f"{name} holds {found} numbers; expected {int(stated.sum(dtype=np.uint64))}")
 

@@ -1,0 +1,217 @@
+"""Models that are whole: every weight that the architecture has, none that it has not, all of them numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qtarget.core.errors import ConfigError
+from qtarget.storage.files import TEMPORARY
+
+NAMED = 4
+"""Weights that an error names; the others are counted."""
+
+
+def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
+    """``loader.from_pretrained(name, **options)`` for a name that somebody wrote down under ``key``.
+
+    Raises:
+        ConfigError: there is nothing of that name, or it is damaged.
+    """
+    with loading(key, name):
+        return loader.from_pretrained(name, **options)
+
+
+def load_whole(key: str, name: str, *, allow_new_weights: bool = False, auto_class: Any = None, **options: Any) -> Any:
+    """A causal language model by name, whole (see ``check_whole``), its weights all finite.
+
+    Args:
+        key: what the user calls it, for errors: ``model_name_or_path``, ``teacher model``.
+        allow_new_weights: see ``check_whole``.
+        auto_class: transformers' ``AutoModelForCausalLM`` by default.
+        options: for ``from_pretrained``.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is not whole.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_whole(key, name, allow_new_weights=allow_new_weights, **options)
+    model = load_named(auto_class or AutoModelForCausalLM, key, name, **options)
+    check_finite(model, f"{key} {name}")
+    return model
+
+
+def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **options: Any) -> None:
+    """Compare a checkpoint's weights with its architecture, by name and shape; no weight is read.
+
+    transformers fills a missing weight at random, and drops one that it does not know, with no more than a table in the
+    log: a truncated or mixed-up folder trains, and nobody notices. An adapter's base is compared in its place.
+
+    Args:
+        allow_new_weights: take missing and unknown weights all the same, as for a head that is added on purpose.
+        options: as for ``from_pretrained``; only those that decide which weights there are count.
+
+    Raises:
+        ConfigError: weights are missing, unknown or of another shape, or the folder is damaged.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    kept = {name: options[name] for name in ("revision", "trust_remote_code") if options.get(name) is not None}
+    base = adapter_base(name)
+    if base is not None:
+        check_whole(key, base, allow_new_weights=allow_new_weights, **kept)
+        return
+    config = load_named(AutoConfig, key, name, **kept)
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its weights have other names and shapes until the quantiser has read them
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(50)  # above errors: the table says what the error below says, in sixty lines
+    try:
+        with loading(key, name), _without_bars():
+            # on the meta device names and shapes are compared, and nothing is allocated
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, device_map={"": "meta"}, ignore_mismatched_sizes=True, **kept
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    found = loaded[1]
+    mismatched = {entry[0] for entry in found["mismatched_keys"]}
+    if mismatched:
+        raise ConfigError(
+            f"{key} {name}: {listed(mismatched)} of another shape than its config.json says; config and weights are of "
+            "two models: copy both from one place"
+        )
+    parts = [
+        f"{listed(names)} {what}"
+        for names, what in (
+            (found["missing_keys"], "missing from the checkpoint"),
+            (found["unexpected_keys"], "in the checkpoint, but not in the architecture"),
+        )
+        if names
+    ]
+    if parts and not allow_new_weights:
+        raise ConfigError(
+            f"{key} {name} is not whole: {'; '.join(parts)} (num_hidden_layers is "
+            f"{getattr(config.get_text_config(), 'num_hidden_layers', 'unknown')}). Missing weights would start at random, "
+            "unknown ones be dropped; copy the folder again and compare config.json, or set allow_new_weights: true"
+        )
+
+
+def save_whole(model: Any, path: Path) -> None:
+    """``model.save_pretrained`` into a folder that is there whole or not at all.
+
+    transformers writes config.json before the weights (``save_pretrained``, 5.23), so a folder with a config may have been
+    cut off; whoever takes its presence for "done" must get it by a rename.
+    """
+    beside = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    os.replace(beside, path)
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a folder with a PEFT adapter belongs to, or None for a model of its own.
+
+    Raises:
+        ConfigError: its adapter_config.json is broken.
+    """
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    with loading("adapter", name):
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def check_finite(model: Any, what: str) -> None:
+    """Refuse weights that are NaN or infinite; of a split model, those that are here.
+
+    Raises:
+        ConfigError: names the first such weights.
+    """
+    bad = [name for name, value in model.named_parameters() if value.is_floating_point() and not _finite(value)]
+    if bad:
+        raise ConfigError(
+            f"{what}: {listed(bad)} not finite (NaN or infinite), so every loss would be; the run that saved it had diverged, "
+            "or its file is damaged: take an earlier checkpoint"
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any, what: str) -> None:
+    """Refuse a tokenizer whose ids go beyond the model's embedding.
+
+    Raises:
+        ConfigError: says both sizes.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if rows is not None and highest >= rows:
+        raise ConfigError(
+            f"{what}: its tokenizer has ids up to {highest}, its embedding {rows} rows; the tokenizer is another model's, or "
+            "tokens were added without model.resize_token_embeddings(len(tokenizer)): do that and save both"
+        )
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few weights of a list, and how many there are.
+
+    Example:
+        >>> listed(["b", "a"])
+        '2 weights (a, b) are'
+    """
+    shown = sorted(names)[:NAMED]
+    more = ", ..." if len(names) > NAMED else ""
+    noun, verb = ("weight", "is") if len(names) == 1 else ("weights", "are")
+    return f"{len(names)} {noun} ({', '.join(shown)}{more}) {verb}"
+
+
+@contextmanager
+def loading(key: str, name: str) -> Iterator[None]:
+    """Whatever transformers, safetensors or tokenizers raise while a model is read becomes one error of ours.
+
+    Raises:
+        ConfigError: there is nothing of that name, or its files are empty, cut off or broken.
+    """
+    try:
+        yield
+    except (MemoryError, ConfigError):
+        raise
+    except Exception as error:  # tokenizers raises bare Exception, safetensors a class of its own
+        empty = [file.name for file in sorted(Path(name).glob("*")) if file.is_file() and not file.stat().st_size]
+        reason = f"{', '.join(empty)} is empty" if empty else str(error) or type(error).__name__
+        raise ConfigError(
+            f"{key} {name} cannot be loaded: {reason}; expected a folder that transformers can load (its files whole), "
+            "or a hub name"
+        ) from error
+
+
+def _finite(value: Any) -> bool:
+    local = value.to_local() if hasattr(value, "to_local") else value  # FSDP2 keeps a DTensor
+    # a sum is NaN or infinite if any summand is, and takes one pass without a mask of the size of the weight
+    return bool(local.detach().sum(dtype=_wide(local)).isfinite()) or bool(local.detach().isfinite().all())
+
+
+def _wide(value: Any) -> Any:
+    import torch
+
+    return torch.float64 if value.dtype == torch.float64 or value.device.type == "cpu" else torch.float32
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
