@@ -145,10 +145,9 @@ ROWS_TRIED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "conversations with chat_template_kwargs": (lambda: chats(chat_template_kwargs={"mark": "x"}), {}),
     "prompt and completion of messages": (
         lambda: Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:2]} for row in chats()]), {}),
-    "conversations in ShareGPT's form": (
+    "conversations with from and value": (
         lambda: Dataset.from_list([
-            {"conversations": [{"from": m["role"].replace("user", "human").replace("assistant", "gpt"), "value": m["content"]}
-                               for m in row["messages"]]} for row in chats()]), {}),
+            {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]} for row in chats()]), {}),
     "tokenised rows": (tokens, {}),
     "tokenised rows with labels": (lambda: tokens(labels=lambda ids: [-100, -100, *ids[2:]]), {}),
     "tokenised rows with completion_mask": (

@@ -32,6 +32,8 @@ def test_the_table_is_whole():
         "compute_loss_func",
         "data_collator",
         "dataset_kwargs skip_prepare_dataset",
+        "evaluation rows packed, training rows not",  # TRL's collator pads them, and documents see one another
+        "GPT-OSS, padding-free",  # transformers 5.23: its masks know no position_ids, and documents see one another
     }
 
 

@@ -87,7 +87,9 @@ class QTargetTrainer(SFTTrainer):
         self.preparation, self._may_prepare = Preparation(self.target, self.caches), False
         self._shared_rows = shared_rows_key(settings, eval_dataset)
         read: Any = {
-            role: m for role, m in given.items() if getattr(self.target.needs, role) and role not in self.caches and m
+            role: m
+            for role, m in given.items()
+            if m is not None and getattr(self.target.needs, role) and role not in self.caches
         }
         self._virtual_tokens = refuse_models(model, settings, peft_config, read, self._shared_rows)
         if formatting_func is None:
