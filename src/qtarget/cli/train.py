@@ -175,8 +175,8 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
     return QTargetTrainer(
         config.model.model_name_or_path,
         config.training,
-        train_rows,
-        validation_rows,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         peft_config=get_peft_config(config.model),
         quantization_config=get_quantization_config(config.model),
     )

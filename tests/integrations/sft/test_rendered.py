@@ -55,7 +55,13 @@ def train(tmp_path):
         data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
         args = QTargetConfig(str(tmp_path / "out"), target="sft", **{**SETTINGS, "shuffle_dataset": False, **settings})
         return QTargetTrainer(
-            model or make_model(), args, data, evals, tokenizer or make_tokenizer(), formatting_func=formatting_func
+            model or make_model(),
+            args,
+            None,
+            data,
+            evals,
+            tokenizer or make_tokenizer(),
+            formatting_func=formatting_func,
         )
 
     return make
@@ -157,7 +163,7 @@ def test_misspelt_columns_get_the_nearest_name(train):
         ([{"text": 5}], "column 'text' .* expected text"),
         ([{"body": "abc"}], "no usable columns; found body"),
         ([{"messages": "Hello"}], "column 'messages' .* expected a list of"),
-        ([{"messages": [USER, ANSWER], "images": ["a.png"]}], "column 'images': rows 0"),
+        ([{"messages": [USER, ANSWER], "images": ["a.png"]}], "row 0: column 'images' holds an image"),
     ],
 )  # fmt: skip
 def test_rows_without_a_shape_are_refused_by_row_and_column(rows, words, train):

@@ -35,7 +35,7 @@ def trained(tmp_path, target, data, **settings):
     args = QTargetConfig(str(tmp_path / "out"), target=target, **{**SETTINGS, "max_steps": 2, **settings})
     args.optim, args.learning_rate = "sgd", 0.5
     args.train_sampling_strategy = "sequential"
-    trainer = QTargetTrainer(make_model(), args, data, data, make_tokenizer(), **models)
+    trainer = QTargetTrainer(make_model(), args, None, data, data, make_tokenizer(), **models)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return (

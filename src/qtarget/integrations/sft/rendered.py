@@ -93,7 +93,7 @@ def render(
     silent: dict[int, TokenRow] = {}
     try:
         tokens = trl(dataset, renderer.tokenizer, args, False, None, name)
-    except QTargetError:
+    except (QTargetError, MemoryError, OSError):  # no fault of a row
         raise
     except Exception as error:  # a template raises what it likes (jinja2.TemplateError, TypeError, KeyError)
         silent = without_assistant(dataset, renderer) if "assistant" in str(error) else {}

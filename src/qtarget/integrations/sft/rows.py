@@ -50,7 +50,7 @@ def score_checkpoints(
         for checkpoint in checkpoints:
             model = load_whole("checkpoint", str(checkpoint))
             tokenizer = load_named(AutoTokenizer, "checkpoint", str(tokenizer_path or checkpoint))
-            trainer = QTargetTrainer(model, args, rows if tokenised is None else tokenised, None, tokenizer)
+            trainer = QTargetTrainer(model, args, None, rows if tokenised is None else tokenised, None, tokenizer)
             tokenised = trainer.train_dataset
             ready: Any = tokenised
             plain = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ready]

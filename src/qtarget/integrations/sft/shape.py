@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Json, Value
+from datasets import Dataset, IterableDataset, Json, Value
 from pyarrow import compute
 
 from qtarget.core.errors import DataError
@@ -42,6 +42,8 @@ def adopt(dataset: Any, name: str, *, text_field: str) -> tuple[Any, list[Findin
     Raises:
         DataError: no shape that every row has, or a column that contradicts it; names columns and rows.
     """
+    if isinstance(dataset, IterableDataset):
+        return read_given(dataset, text_field, name), []
     if not isinstance(dataset, Dataset) or is_prepared(dataset) or dataset.format["type"] == "custom":
         return dataset, []
     dataset = dataset.with_format(None)
