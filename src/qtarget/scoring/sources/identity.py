@@ -36,8 +36,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             lowest = 0 if name in ("row_tokens", "top_k", "candidates") else 1
-            if value < lowest:
-                raise ConfigError(f"limit {name} is {value}; expected at least {lowest}")
+            if type(value) is not int or not lowest <= value < 2**31:
+                raise ConfigError(f"limit {name} is {value!r}; expected a whole number from {lowest} to {2**31 - 1}")
 
 
 @dataclass(frozen=True)
