@@ -64,8 +64,8 @@ def attack(plan: Plan) -> dict[str, object]:
     """Start a server with two workers, attack it, and say how it did.
 
     Returns:
-        The plan; ``answered`` of ``asked`` well-formed requests; ``wrong`` answers; answers to garbage by status; workers killed and
-        stopped; seconds; the gateway's memory in MiB before and at its largest; ``held``: whether everything was as it should.
+        The plan; ``answered`` of ``asked`` well-formed requests; ``wrong`` answers; answers to garbage by status; workers
+        killed and stopped; seconds; the gateway's memory in MiB before and at its largest; ``held``: whether all is as it should.
     """
     raise_file_limit(plan.silent + 1000)
     begin = time.monotonic()

@@ -73,8 +73,9 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", message="IPC data")  # answers with top-k are megabytes; the limits bound them
     # forked, not spawned: one import and one copy of the weights for all workers, and a dead one is back in milliseconds
     shared = {"start_method": "fork", "timeout": settings.timeout, "route": "/score"}
-    # mosec 0.9 has no option for the program that it starts
-    runtime.get_mosec_path = partial(wrapper, folder, runtime.get_mosec_path())
+    program = runtime.get_mosec_path()  # pyright: ignore[reportPrivateImportUsage]
+    if program is not None:  # mosec 0.9 has no option for the program that it starts
+        runtime.get_mosec_path = partial(wrapper, folder, program)  # pyright: ignore[reportPrivateImportUsage]
     server = Server()
     server.append_worker(Ingest, **shared)
     server.append_worker(

@@ -1,8 +1,9 @@
 """Shards, decoded once into files that training maps into memory: the page cache is all the memory that reading takes.
 
-A side file is an Arrow IPC file in ``.decoded`` beside the shards, named by its shard's hash. The shard's record in the manifest
-has the digest of its numbers, which is compared when a cache is opened; a side file of another owner is never taken. Workers share it through the page cache; the system drops its pages when memory is short. It takes 6 bytes
-a token, with top-k 4 + 6k more, and may be deleted at any time: it is made again when it is asked for.
+A side file is an Arrow IPC file in ``.decoded`` beside the shards, named by its shard's hash. The shard's record in the
+manifest has the digest of its numbers, which is compared when a cache is opened; a side file of another owner is never taken.
+Workers share it through the page cache; the system drops its pages when memory is short. It takes 6 bytes a token, with top-k
+4 + 6k more, and may be deleted at any time: it is made again when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,10 +122,7 @@ def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path
     else:
         drop_stale(path.parent, manifest)
     stored = pq.read_table(directory / shard.name, use_threads=False)
-    if missing := sorted(set(manifest.columns) ^ set(stored.column_names[1:])):
-        raise CacheMismatchError(
-            f"{directory / shard.name} and the manifest differ in the columns {', '.join(missing)}; score again into another folder"
-        )
+    require_columns(directory / shard.name, stored.column_names, manifest)
     table = decoded_table(stored, manifest, manifest.schema_version)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -132,6 +130,18 @@ def make_side_file(directory: Path, shard: ShardRecord, manifest: Manifest, path
     content = memoryview(sink.getvalue())
     write_json(path.with_suffix(".json"), {"bytes": len(content), "blake2b": digest(content)})
     write_atomic(path, content)
+
+
+def require_columns(path: Path, names: Sequence[str], manifest: Manifest) -> None:
+    """Make sure that a shard has the columns of the manifest, after its checksums.
+
+    Raises:
+        CacheMismatchError: it has others.
+    """
+    if differing := sorted({"checksum", *manifest.columns} ^ set(names)):
+        raise CacheMismatchError(
+            f"{path} and the manifest differ in the columns {', '.join(differing)}; score again into another folder"
+        )
 
 
 def drop_stale(folder: Path, manifest: Manifest) -> None:
@@ -199,8 +209,8 @@ def check_side_file(directory: Path, shard: ShardRecord, manifest: Manifest) -> 
     found = decoded_digest(decoded_table(stored, manifest, manifest.schema_version))
     if shard.decoded not in ("", found):
         raise CacheMismatchError(
-            f"{directory / shard.name} decodes to numbers of the hash {found}, the manifest says {shard.decoded}; it was edited, or "
-            "written by another release; score again into another folder"
+            f"{directory / shard.name} decodes to numbers of the hash {found}, the manifest says {shard.decoded}; it was "
+            "edited, or written by another release; score again into another folder"
         )
     drop_damaged(directory, replace(shard, decoded=found))
 

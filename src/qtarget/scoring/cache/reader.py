@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.cache.columns import expand
-from qtarget.scoring.cache.decoded import LoadedShard, drop_damaged, load_shard
+from qtarget.scoring.cache.decoded import LoadedShard, drop_damaged, load_shard, require_columns
 from qtarget.scoring.cache.schema import Manifest, ShardRecord
 from qtarget.scoring.cache.signature import check_signature
 from qtarget.storage.files import digest_file
@@ -60,6 +60,7 @@ class ReferenceCache:
         for shard in manifest.shards:
             check_shard(path, shard, verify)
             if verify:
+                require_columns(path / shard.name, pq.read_schema(path / shard.name).names, manifest)
                 drop_damaged(path, shard)
         return cls(path, manifest)
 

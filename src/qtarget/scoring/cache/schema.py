@@ -338,7 +338,13 @@ def check_meaning(value: dict[str, Any]) -> None:
 
 
 def _check_columns(columns: Any, top_k: int, sampled: int) -> None:
-    wanted = {"topk_ids", "topk_log_probs"} if top_k else {"sample_sizes", "sample_ids", "sample_counts"} if sampled else set()
+    wanted = (
+        {"topk_ids", "topk_log_probs"}
+        if top_k
+        else {"sample_sizes", "sample_ids", "sample_counts"}
+        if sampled
+        else set()
+    )
     allowed = {"label_log_probs", "entropy", *wanted, *(["tail_log_mass"] if top_k else [])}
     named = list(columns) if isinstance(columns, list | tuple) else [columns]
     wrong = [name for name in named if name not in allowed] + sorted(wanted - set(named))

@@ -32,7 +32,7 @@ def check_counts(cache: ReferenceCache) -> None:
         row = cache.row(index)
         tokens += len(next(iter(row.values())))
         ids = row.get("topk_ids", np.zeros(0, np.int32))
-        if ids.size and not (-1 <= ids.min() and ids.max() < cache.manifest.vocab_size):
+        if ids.size and not (ids.min() >= -1 and ids.max() < cache.manifest.vocab_size):
             raise CacheMismatchError(
                 f"{cache.path}: row {index} lists ids from {ids.min()} to {ids.max()}, expected 0 to "
                 f"{cache.manifest.vocab_size - 1}; score again into another folder"

@@ -29,10 +29,10 @@ from qtarget.core.errors import (
     NonFiniteLossError,
 )
 from qtarget.scoring.cache.columns import encode, parquet_bytes
+from qtarget.scoring.cache.decoded import decoded_digest, decoded_table
 from qtarget.scoring.cache.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.rows import Row, SamplingSource, ScoredRow, Source, check_request, read_row
-from qtarget.scoring.cache.decoded import decoded_digest, decoded_table
 from qtarget.scoring.cache.schema import MOST_DRAWS, SCHEMA_VERSION, Manifest, Provenance, ShardRecord
 from qtarget.storage.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 

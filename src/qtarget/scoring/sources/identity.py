@@ -79,7 +79,8 @@ class Identity:
         found = cls(**{**value, "limits": Limits(**value["limits"])})
         texts = {field.name for field in fields(cls) if field.type == "str"}
         wrong = {name for name in texts if not _is_text(getattr(found, name))}
-        if not (isinstance(found.versions, dict) and "qtarget" in found.versions) or not all(_is_text(name) and _is_text(text) for name, text in found.versions.items()):
+        versions = found.versions if isinstance(found.versions, dict) else {}
+        if "qtarget" not in versions or not all(map(_is_text, [*versions, *versions.values()])):
             wrong.add("versions")
         if type(found.vocab_size) is not int or not 1 <= found.vocab_size < 2**31:
             wrong.add("vocab_size")
