@@ -21,7 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "workers": (1, 1024),
     "max_batch": (1, 65_536),
     "wait_ms": (1, 60_000),
-    "tokens_per_batch": (0, 2**31 - 1),
+    "tokens_per_batch": (0, 2**31),
     "queue": (1, 1_000_000),
     "timeout": (0.001, 86_400.0),
     "start_timeout": (0.001, 86_400.0),

@@ -218,7 +218,7 @@ def test_a_shard_that_was_edited_is_refused_too(cache, key):
     content[100] ^= 1
     path.write_bytes(content)
     check_signature(cache, read_key(key))  # of the manifest, which has the shard's hash
-    with pytest.raises(CacheMismatchError, match="shard-00000.parquet has the hash"):
+    with pytest.raises(CacheMismatchError, match=r"shard-00000.parquet has the hash"):
         ReferenceCache.open(cache, key=read_key(key))
 
 
@@ -227,7 +227,7 @@ def test_a_shard_that_was_edited_is_refused_too(cache, key):
     ["", "{}", "[1]", '{"algorithm": "none", "signature": ""}', '{"algorithm": "hmac-sha256", "signature": "zz"}'],
 )
 def test_a_signature_that_is_none_is_refused(cache, key, content):
-    with pytest.raises(CacheMismatchError, match="is not signed.*qtarget cache sign"):
+    with pytest.raises(CacheMismatchError, match=r"is not signed.*qtarget cache sign"):
         ReferenceCache.open(cache, key=read_key(key))
     (cache / SIGNATURE).write_text(content)
     with pytest.raises(CacheMismatchError, match=SIGNATURE):
