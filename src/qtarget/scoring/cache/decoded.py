@@ -169,8 +169,8 @@ def decoded_digest(table: pa.Table) -> str:
     for name in sorted(table.column_names):
         offsets, flat = flat_lists(table, name)
         state.update(f"{name}:{flat.dtype.str}:{len(offsets)}:{len(flat)};".encode())
-        state.update(memoryview(np.ascontiguousarray(offsets, "<i8").view(np.uint8)))
-        state.update(memoryview(np.ascontiguousarray(flat).view(np.uint8)))
+        state.update(np.ascontiguousarray(offsets, "<i8").view(np.uint8).data)
+        state.update(np.ascontiguousarray(flat).view(np.uint8).data)
     return state.hexdigest()
 
 
