@@ -49,6 +49,7 @@ def score(
         int | None, typer.Option(help="Rows of a trusted server's head; default: the model's here.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
+    sign: Annotated[Path | None, typer.Option(help="Key file: sign the finished cache with it.")] = None,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
@@ -58,6 +59,10 @@ def score(
     chosen = EngineChoice(
         engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
     )
+    from qtarget.scoring.cache.signature import read_key
+    from qtarget.scoring.cache.signature import sign as sign_cache
+
+    key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
     directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
@@ -71,6 +76,8 @@ def score(
         log_probs_dtype=log_probs_dtype, shard_rows=shard_rows, known=known,
     )
     # fmt: on
+    if key is not None:
+        sign_cache(directory, key)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 

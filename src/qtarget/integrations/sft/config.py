@@ -31,6 +31,7 @@ class QTargetConfig(SFTConfig):
         guard: give labels their weight back where the rows agree against the frozen model (``qtarget.Guarded``).
         reference_cache: folder written by ``qtarget score`` with the frozen base.
         teacher_cache: folder written by ``qtarget score`` with the teacher.
+        cache_verify_key: key file; caches must be signed with it (``qtarget cache sign``), and are refused else.
         reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
             cache was made with, when it is not the model that is trained.
         teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache`` or a URL, whose numbers they are.
@@ -57,6 +58,9 @@ class QTargetConfig(SFTConfig):
     guard: bool = field(default=False, metadata={"help": "Guard the target against a flawed prior."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
+    cache_verify_key: str | None = field(
+        default=None, metadata={"help": "Key file: caches must be signed with it (`qtarget cache sign`)."}
+    )
     reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
     teacher: str | None = field(default=None, metadata={"help": "A cache folder, a model, or a scoring server's URL."})

@@ -64,7 +64,7 @@ def copy_all(caches: Sequence[ReferenceCache], building: Path) -> Manifest:
     shards: list[ShardRecord] = []
     for cache in caches:
         for record in cache.manifest.shards:
-            if (shard := copy_shard(cache.path / record.name, record, building, len(shards), seen)) is not None:
+            if (shard := copy_shard(cache, record, building, len(shards), seen)) is not None:
                 shards.append(shard)
     first = caches[0].manifest
     manifest = Manifest(
@@ -98,8 +98,11 @@ def require_like(first: ReferenceCache, other: ReferenceCache) -> None:
         )
 
 
-def copy_shard(path: Path, record: ShardRecord, target: Path, number: int, seen: set[bytes]) -> ShardRecord | None:
+def copy_shard(
+    cache: ReferenceCache, record: ShardRecord, target: Path, number: int, seen: set[bytes]
+) -> ShardRecord | None:
     """Put the rows of a shard that were not seen before into the next shard of ``target``; none if all were."""
+    path, manifest = cache.path / record.name, cache.manifest
     checksums = pq.read_table(path, columns=["checksum"])["checksum"].to_pylist()
     new = np.array([checksum not in seen for checksum in checksums])
     seen.update(checksums)
@@ -110,7 +113,8 @@ def copy_shard(path: Path, record: ShardRecord, target: Path, number: int, seen:
         table = pq.read_table(path, use_threads=False).filter(pa.array(new)).combine_chunks()
         tokens, content = count_tokens(table), parquet_bytes(table)
     # no digest of rows: only a run that resumes compares it, and a merge starts anew
-    return place_shard(target, PlannedShard(name, int(new.sum()), tokens, ""), content)
+    planned = PlannedShard(name, int(new.sum()), tokens, "")
+    return place_shard(target, planned, content, manifest, manifest.schema_version)
 
 
 def count_tokens(table: pa.Table) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qtarget.core.errors import (
@@ -25,15 +26,14 @@ from qtarget.core.errors import (
     NonFiniteLossError,
 )
 from qtarget.scoring.cache.columns import encode, parquet_bytes
+from qtarget.scoring.cache.decoded import decoded_digest, decoded_table
 from qtarget.scoring.cache.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.rows import Row, SamplingSource, ScoredRow, Source, check_request, read_row
-from qtarget.scoring.cache.schema import Manifest, Provenance, ShardRecord
+from qtarget.scoring.cache.schema import MOST_DRAWS, SCHEMA_VERSION, Manifest, Provenance, ShardRecord
 from qtarget.storage.files import TEMPORARY, digest, digest_file, write_atomic, write_json
 from qtarget.storage.folders import CACHE, owned
 
-MOST_DRAWS = 255
-"""Counts are stored in a byte."""
 logger = logging.getLogger(__name__)
 
 
@@ -122,7 +122,7 @@ def write_missing(
     # lazily: rows are in memory while their shard is scored
     work = ((n, read_again(rows, kept[n * size : (n + 1) * size], plan.vocab_size)) for n in missing)
     for number, content in scored_shards(source, work, plan):
-        records[number] = place_shard(directory, plan.shards[number], content)
+        records[number] = place_shard(directory, plan.shards[number], content, plan)
         # other sources count row by row as they score
         if isinstance(source, ShardMapper):
             meter.advance(plan.shards[number].tokens)
@@ -241,9 +241,16 @@ def uniforms(checksum: str, seed: int, tokens: int, draws: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
 
 
-def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryview) -> ShardRecord:
+def place_shard(
+    directory: Path,
+    shard: PlannedShard,
+    content: bytes | memoryview,
+    plan: Provenance,
+    schema_version: int = SCHEMA_VERSION,
+) -> ShardRecord:
     """Write a shard's receipt, then the shard itself."""
-    record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
+    decoded = decoded_digest(decoded_table(pq.read_table(pa.BufferReader(content)), plan, schema_version))
+    record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content), decoded)
     path = directory / shard.name
     write_json(path.with_suffix(".json"), asdict(record))
     write_atomic(path, content)
