@@ -1,0 +1,1 @@
+"""``qtarget report``: runs side by side, as JSON and as pictures."""
