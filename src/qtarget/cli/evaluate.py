@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, Served
     from qtarget.evaluation.judges import Judge
 
+PIPED_WIDTH = 160  # characters
 ROWS_SUFFIX = ".rows.jsonl"
 """Of the file of records beside the output."""
 
@@ -63,6 +64,7 @@ def evaluate(
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.outputs import check_outputs, progress_bar
     from qtarget.evaluation.contenders import find_contenders
+    from qtarget.evaluation.records import refuse_earlier
 
     sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
     options = Options(metric, pattern, ignore_case, forgetting_metric, generate, temperature, samples, limit)
@@ -72,6 +74,7 @@ def evaluate(
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
     inputs = [data, forgetting, *(path for one in contenders if (path := Path(one.model)).is_dir())]
+    refuse_earlier(records_file, resume)
     check_outputs({"--output": output, "--page": page, "the records": records_file}, inputs)
     texts = [options.read("data", data, judges[0])]
     texts += [options.read("forgetting", forgetting, judges[1])] if forgetting is not None else []
@@ -249,6 +252,8 @@ def print_evaluation(document: dict[str, Any], written: Sequence[Path]) -> None:
     from qtarget.report.evaluation.document import nats, percent, points
 
     console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
     for name, about in document["sets"].items():
         table = Table(box=box.SIMPLE, caption=f"{name}: {about['file']}, {about['rows']:,} rows; 95 % intervals")
         for column in ("model", "completed", "to the base", "nll, nats a token", "to the base"):

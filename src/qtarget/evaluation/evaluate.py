@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -145,16 +146,20 @@ class Evaluation:
             DataError: rows that cannot be used.
             ScoringServerError: the server fails.
         """
-        for contender in self._contenders:
-            with_tokenizer = Loaded(contender, self._choices.trust_remote_code)
-            self.facts[contender.name] = {"notes": [*contender.notes, *with_tokenizer.notes], "max_new_tokens": {}}
-            for rows in self._sets:
-                if self._choices.nll:
-                    self._score(with_tokenizer, rows)
-                if rows.questions is not None:
-                    self._complete(with_tokenizer, rows, rows.questions)
-            with_tokenizer.forget()
+        with one_bar():
+            for contender in self._contenders:
+                self._evaluate(Loaded(contender, self._choices.trust_remote_code))
         return {(rows.name, one.name): self._results(rows, one) for rows in self._sets for one in self._contenders}
+
+    def _evaluate(self, loaded: Loaded) -> None:
+        contender = loaded.contender
+        self.facts[contender.name] = {"notes": [*contender.notes, *loaded.notes], "max_new_tokens": {}}
+        for rows in self._sets:
+            if self._choices.nll:
+                self._score(loaded, rows)
+            if rows.questions is not None:
+                self._complete(loaded, rows, rows.questions)
+        loaded.forget()
 
     # -- likelihood -------------------------------------------------------------------------------------------
 
@@ -301,6 +306,24 @@ class Loaded:
 
         if self.__dict__.pop("model", None) is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def one_bar() -> Iterator[None]:
+    """Without the bars of datasets and transformers: a terminal shows one at a time."""
+    import datasets
+    from transformers.utils import logging
+
+    shown = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            logging.enable_progress_bar()
 
 
 def load_contender(contender: Contender, trust_remote_code: bool = False) -> Any:

@@ -29,16 +29,12 @@ class Records:
 
     def __init__(self, path: Path, plan: Mapping[str, Any], *, resume: bool) -> None:
         self._path, self._lines = path, {}
+        refuse_earlier(path, resume)
         known = read_lines(path)
-        if known and not resume:
-            raise ConfigError(
-                f"{path} holds an earlier evaluation; --resume goes on with it (and judges the same completions anew), or "
-                "choose another --output"
-            )
         if known:
             check_plan(path, known[0].get("plan") or {}, plan)
-            _drop_cut_line(path)
-        else:
+        _drop_cut_line(path)
+        if not known:
             self._write([{"plan": plan}])
         for line in known[1:]:
             self._lines[_key(line)] = line
@@ -67,6 +63,19 @@ class Records:
             raise StorageError(f"cannot write {self._path}: {error}; free space, then go on with --resume") from error
 
 
+def refuse_earlier(path: Path, resume: bool) -> None:
+    """Raise before anything is loaded where records of an earlier evaluation would be mixed with new ones.
+
+    Raises:
+        ConfigError: there are some, and ``resume`` is not set.
+    """
+    if not resume and path.is_file() and path.stat().st_size:
+        raise ConfigError(
+            f"{path} holds an earlier evaluation; --resume goes on with it (and judges the same completions anew), or "
+            "choose another --output"
+        )
+
+
 def _key(line: Mapping[str, Any]) -> Key:
     return line["part"], line["set"], line["contender"], line["row"]
 
@@ -87,7 +96,7 @@ def check_plan(path: Path, known: Mapping[str, Any], plan: Mapping[str, Any]) ->
 
 def _drop_cut_line(path: Path) -> None:
     """Remove what a kill left of a last line, so that the next one starts on its own."""
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     if content and not content.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
