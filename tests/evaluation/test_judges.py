@@ -90,7 +90,11 @@ def test_bad_choices_are_named(options, part):
 
 @pytest.mark.parametrize(
     ("metric", "pattern", "reference", "part"),
-    [("regex", "#(.)", "no sign", "does not match"), ("json", None, "{", "is not JSON"), ("number", None, "none", "no number")],
+    [
+        ("regex", "#(.)", "no sign", "does not match"),
+        ("json", None, "{", "is not JSON"),
+        ("number", None, "none", "no number"),
+    ],
 )
 def test_references_that_cannot_be_compared(metric, pattern, reference, part):
     if metric == "number":

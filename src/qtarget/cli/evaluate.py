@@ -68,6 +68,8 @@ def evaluate(
 
     sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
     options = Options(metric, pattern, ignore_case, forgetting_metric, generate, temperature, samples, limit)
+    if not (nll or generate):
+        raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
     judges = options.judges(forgetting)
     names = served_names(served, url)
     contenders = find_contenders(models, base)

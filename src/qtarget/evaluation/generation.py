@@ -167,11 +167,10 @@ def complete(
     longest, pad = max(map(len, prompts)), pad_id(tokenizer, stops)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.random.fork_rng(_devices(model)), evaluating(model), quiet("transformers.generation"):
+    chosen = settings(decoding, max_new_tokens, stops, pad)
+    with torch.random.fork_rng(_devices(model)), answering(model, chosen), quiet("transformers.generation"):
         torch.manual_seed(decoding.seed * 1_000_003 + stream)
-        generated = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings(decoding, max_new_tokens, stops, pad)
-        )
+        generated = model.generate(input_ids=ids, attention_mask=mask)
     said = [completion_of(row, tokenizer, stops) for row in generated[:, longest:].tolist()]
     return [said[i : i + decoding.samples] for i in range(0, len(said), decoding.samples)]
 
@@ -183,23 +182,19 @@ def completion_of(ids: Sequence[int], tokenizer: Any, stops: Sequence[int]) -> C
 
 
 def settings(decoding: Decoding, max_new_tokens: int, stops: Sequence[int], pad: int) -> Any:
-    """transformers' settings; what is left out would be taken from the model's own."""
+    """transformers' settings."""
     from transformers import GenerationConfig
 
     drawn = decoding.temperature > 0
+    sampling = {"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0} if drawn else {}
     return GenerationConfig(
         do_sample=drawn,
-        temperature=decoding.temperature if drawn else 1.0,
-        top_p=1.0,
-        top_k=0 if drawn else 50,  # 50 is the one value that transformers takes for unset in greedy search
-        num_beams=1,
-        use_cache=True,  # gradient checkpointing in a training config turns it off in the model's
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         num_return_sequences=decoding.samples,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stops) or None,
         pad_token_id=pad,
+        use_cache=True,
+        **sampling,
     )
 
 
@@ -214,14 +209,20 @@ def _devices(model: Any) -> list[Any]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout, and as it was afterwards."""
-    was_training = model.training
+def answering(model: Any, chosen: Any) -> Iterator[None]:
+    """The model without dropout and with these settings alone, and as it was afterwards.
+
+    ``generate`` fills what its ``generation_config`` leaves open from the model's own (transformers 5.23,
+    ``_prepare_generation_config``): a minimal length, suppressed tokens, penalties.
+    """
+    was_training, own = model.training, model.generation_config
     model.eval()
+    model.generation_config = chosen
     try:
         yield
     finally:
         model.train(was_training)
+        model.generation_config = own
 
 
 @contextmanager
