@@ -87,7 +87,7 @@ def test_a_base_alone_and_hub_names(folders):
 
 
 def test_what_is_refused(folders, tmp_path):
-    model, run = folders
+    _, run = folders
     run("runs/a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

@@ -21,8 +21,8 @@ from qtarget.evaluation.generation import (
     room,
     stop_ids,
 )
-from qtarget.evaluation.questions import ask, split
 from qtarget.evaluation.judges import make_judge
+from qtarget.evaluation.questions import ask, split
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_a_function_of_the_users_is_called_with_prompt_completion_and_row(tmp_pa
         with pytest.raises(ConfigError, match="expected True, False, or a number from 0 to 1") as raised:
             of(bad)
         assert "row 3 (run)" in str(raised.value)
-    with pytest.raises(ConfigError, match="raised KeyError: 'value', at rows.jsonl, row 3"):
+    with pytest.raises(ConfigError, match=r"raised KeyError: 'value', at rows\.jsonl, row 3"):
         judged(judge, "p", "c", "r", {}, "rows.jsonl, row 3")
 
 

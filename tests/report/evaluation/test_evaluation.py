@@ -36,9 +36,7 @@ def document_of(results, sets=("data",), entries=ENTRIES, texts=None):
     rows = len(next(part for one in results.values() for part in one.values() if part))
     about = {name: {"file": f"{name}.jsonl", "rows": rows, "fingerprint": "f", "metric": "exact"} for name in sets}
     texts = texts or [{"prompt": f"p{i}", "reference": f"r{i}"} for i in range(rows)]
-    return evaluation_document(
-        entries, about, results, settings={"temperature": 0.0}, texts={name: texts for name in sets}
-    )
+    return evaluation_document(entries, about, results, settings={"temperature": 0.0}, texts=dict.fromkeys(sets, texts))
 
 
 def results(base, a, b, name="data", /, **changes):
