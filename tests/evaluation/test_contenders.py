@@ -87,13 +87,15 @@ def test_a_base_alone_and_hub_names(folders):
 
 
 def test_what_is_refused(folders, tmp_path):
-    _, run = folders
+    model, run = folders
     run("runs/a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     broken = run("broken")
     (broken / "qtarget_config.yaml").write_text("a: [")
+    model("moved", "adapter_config.json", base_model_name_or_path="/gone/base")
     for names, base, part in [
+        (["moved"], None, "moved came from /gone/base: there is no such folder; if it has moved, pass --base"),
         (["base"], None, r"--base base evaluates it alone"),
         (["runs/b"], None, r"no such folder; did you mean runs/a\?"),
         (["./none"], None, "no such folder"),

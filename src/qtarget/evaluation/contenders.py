@@ -66,6 +66,9 @@ def find_contenders(names: Sequence[str], base: str | None = None) -> list[Conte
         _refuse_missing(base, "--base")
         base = model_folder(base)
         trained = [replace(one, base=base, base_revision=None) for one in trained]
+    for one in trained:
+        if one.base is not None:
+            _refuse_missing(one.base, f"{one.name} came from", "if it has moved, pass --base MODEL; ")
     trained = [
         replace(one, base=None) if one.base and _place(one.base) == _place(one.model) else one for one in trained
     ]
@@ -151,7 +154,7 @@ def model_folder(name: str) -> str:
     return found
 
 
-def _refuse_missing(name: str, what: str) -> None:
+def _refuse_missing(name: str, what: str, hint: str = "") -> None:
     """Raise for what can only be a path and is nowhere; a name with one slash may be the hub's.
 
     Raises:
@@ -166,7 +169,7 @@ def _refuse_missing(name: str, what: str) -> None:
     beside = [str(parent / other.name) for other in parent.iterdir() if other.is_dir()] if parent.is_dir() else []
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and parent.is_dir()):
         near = difflib.get_close_matches(name, beside, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = hint or (f"did you mean {near[0]}? " if near else "")
         raise ConfigError(
             f"{what} {name}: there is no such folder; {hint}expected a run, a model's folder or a hub name"
         )

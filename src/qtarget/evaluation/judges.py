@@ -266,7 +266,8 @@ def judged(judge: Judge, prompt: str, completion: str, reference: str, row: Mapp
     except Exception as error:  # the user's function may raise anything
         what = str(error) if isinstance(error, ValueError) and str(error).startswith("returned ") else _raised(error)
         raise ConfigError(
-            f"--metric {judge.name} {what}, at {where}, completion {completion[:80]!r}; mend it"
+            f"--metric {judge.name} {what}, at {where}, completion {completion[:80]!r}; mend it, and "
+            "go on with --resume"
         ) from error
 
 

@@ -34,8 +34,7 @@ class Records:
         if known:
             check_plan(path, known[0].get("plan") or {}, plan)
         _drop_cut_line(path)
-        if not known:
-            self._write([{"plan": plan}])
+        self._heading = [] if known else [{"plan": plan}]
         for line in known[1:]:
             self._lines[_key(line)] = line
 
@@ -50,7 +49,10 @@ class Records:
             StorageError: the disk is full, or the folder cannot be written to.
         """
         new = {_key(line): line for line in lines if _key(line) not in self._lines}
-        self._write(new.values())
+        if not new:
+            return
+        self._write([*self._heading, *new.values()])  # an evaluation that fails before its first row leaves no file
+        self._heading = []
         self._lines |= new
 
     def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
