@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from qtarget.core.errors import NonFiniteLossError
+from qtarget.core.errors import DataError, NonFiniteLossError, QTargetError
 from qtarget.evaluation.contenders import Contender, weights_digest
 from qtarget.evaluation.generation import (
     Decoding,
@@ -296,9 +296,20 @@ class Loaded:
 
     def ready_rows(self, rows: RowSet) -> Any:
         """The rows as training would have them (see ``qtarget.integrations.sft.rows``)."""
+        from jinja2 import TemplateError
+
         from qtarget.integrations.sft.rows import training_rows_of
 
-        return training_rows_of(self.model, self.tokenizer, rows.dataset, self.contender.settings)
+        model = self.model
+        try:
+            return training_rows_of(model, self.tokenizer, rows.dataset, self.contender.settings)
+        except QTargetError:
+            raise
+        except (TypeError, ValueError, KeyError, TemplateError) as error:  # a chat template may raise any of them
+            raise DataError(
+                f"{rows.file} cannot be tokenised for {self.contender.name}: {type(error).__name__}: {error}; does its chat "
+                "template take rows of this form?"
+            ) from error
 
     def forget(self) -> None:
         """Give the model's memory back."""
