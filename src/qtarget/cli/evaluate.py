@@ -32,7 +32,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Rows with answers that no model was trained on.")],
     metric: Annotated[
         str | None,
-        typer.Option(help="exact, regex, number, json, or package.module:function; default: exact."),
+        typer.Option(help="exact, regex, number, json, or your module:function; default: exact."),
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="For regex; its first group is the answer.")] = None,
     ignore_case: Annotated[bool, typer.Option("--ignore-case", help="For exact and regex.")] = False,
@@ -45,8 +45,8 @@ def evaluate(
     page: Annotated[Path | None, typer.Option(help="One HTML file; default: beside the output.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are known.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
-    nll: Annotated[bool, typer.Option("--nll/--no-nll", help="Score the rows' own answers.")] = True,
-    generate: Annotated[bool, typer.Option("--generate/--no-generate", help="Let the models answer.")] = True,
+    no_nll: Annotated[bool, typer.Option("--no-nll", help="Leave out the nll of the rows' own answers.")] = False,
+    no_generate: Annotated[bool, typer.Option("--no-generate", help="Leave out the models' answers.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely token.")] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="Completions a row; their mean score counts.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws and of the bootstrap.")] = 0,
@@ -67,8 +67,8 @@ def evaluate(
     from qtarget.evaluation.records import refuse_earlier
 
     sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
-    options = Options(metric, pattern, ignore_case, forgetting_metric, generate, temperature, samples, limit)
-    if not (nll or generate):
+    options = Options(metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit)
+    if no_nll and no_generate:
         raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
     judges = options.judges(forgetting)
     names = served_names(served, url)
@@ -86,7 +86,9 @@ def evaluate(
     from qtarget.evaluation.generation import Decoding
     from qtarget.evaluation.records import Records
 
-    choices = Choices(nll, Decoding(temperature, samples, seed), max_new_tokens, batch_size, trust_remote_code, server)
+    choices = Choices(
+        not no_nll, Decoding(temperature, samples, seed), max_new_tokens, batch_size, trust_remote_code, server
+    )
     sets = [part.with_dataset() for part in texts]
     records = Records(records_file, plan(contenders, sets, choices), resume=resume)
     with progress_bar() as advance:
