@@ -16,9 +16,9 @@ from qtarget.data.checks.findings import Finding
 from qtarget.integrations.sft.columns import ROW
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import changed
-from qtarget.integrations.sft.rendered import TokenRow, render
-from qtarget.integrations.sft.renderer import Renderer
-from qtarget.integrations.sft.shape import adopt
+from qtarget.integrations.sft.rendering.renderer import Renderer
+from qtarget.integrations.sft.rendering.rows import TokenRow, render
+from qtarget.integrations.sft.rendering.shape import adopt
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from qtarget.integrations.sft.columns import (
     trained_rows,
     with_token_columns,
 )
-from qtarget.integrations.sft.model_checks import check_with_model, name_end, vocabulary_of
 from qtarget.integrations.sft.ragged import Ragged
-from qtarget.integrations.sft.rendered import Rendered, render
-from qtarget.integrations.sft.renderer import Renderer
-from qtarget.integrations.sft.shape import adopt, is_prepared
+from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, vocabulary_of
+from qtarget.integrations.sft.rendering.renderer import Renderer
+from qtarget.integrations.sft.rendering.rows import Rendered, render
+from qtarget.integrations.sft.rendering.shape import adopt, is_prepared
 from qtarget.integrations.sft.weights import announcement, check_weights, weights_of_rows
 from qtarget.integrations.shared.samples import describe_rows
 from qtarget.scoring.cache.reader import ReferenceCache

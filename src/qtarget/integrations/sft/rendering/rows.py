@@ -20,11 +20,11 @@ from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import Finding, finding, named
 from qtarget.data.checks.rendered import Issue, findings_of
 from qtarget.integrations.sft.columns import ROW, with_row_ids
-from qtarget.integrations.sft.probes import probe_template, todays_date
 from qtarget.integrations.sft.ragged import Ragged
-from qtarget.integrations.sft.renderer import Renderer
-from qtarget.integrations.sft.scan import nulls, scan
-from qtarget.integrations.sft.token_rows import given_tokens
+from qtarget.integrations.sft.rendering.probes import probe_template, todays_date
+from qtarget.integrations.sft.rendering.renderer import Renderer
+from qtarget.integrations.sft.rendering.scan import nulls, scan
+from qtarget.integrations.sft.rendering.token_rows import given_tokens
 
 Trl = Callable[..., Any]
 TokenRow = dict[str, np.ndarray]

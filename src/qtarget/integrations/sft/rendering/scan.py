@@ -26,7 +26,7 @@ from qtarget.data.checks.rendered import (
     tool_pieces,
 )
 from qtarget.integrations.sft.columns import ROW
-from qtarget.integrations.sft.renderer import Renderer, Row
+from qtarget.integrations.sft.rendering.renderer import Renderer, Row
 
 BATCH = 500
 GAP = "\0"
