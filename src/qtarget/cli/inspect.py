@@ -157,7 +157,7 @@ def _data_weights(data: Dataset, tokens: Any, prompt_weight: float | None) -> li
     """``loss_weights`` of each row as training reads them, and the labels of a trained prompt, or nothing."""
     import numpy as np
 
-    from qtarget.integrations.sft.weights import ROW, Weighting, prompt_weights, row_weights
+    from qtarget.integrations.sft.data.weights import ROW, Weighting, prompt_weights, row_weights
 
     if not Weighting.of(data) and prompt_weight is None:
         return [{} for _ in tokens.rows]

@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, QTargetError, UnsupportedModelError
-from qtarget.integrations.sft.columns import ROW_IDS
+from qtarget.integrations.sft.data.columns import ROW_IDS
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
-from tests.integrations.sft.test_weights import tokenised
+from tests.integrations.sft.data.test_weights import tokenised
 
 
 class DieAt(TrainerCallback):

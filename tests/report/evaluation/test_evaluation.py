@@ -9,7 +9,7 @@ import pytest
 from qtarget.core.errors import DataError
 from qtarget.report.evaluation.document import ROWS_SHOWN, Entry, evaluation_document
 from qtarget.report.evaluation.page import evaluation_page
-from qtarget.report.page import write_text
+from qtarget.storage.files import write_text
 from tests.report.hostile import HOSTILE
 
 ENTRIES = [

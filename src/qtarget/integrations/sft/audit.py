@@ -13,8 +13,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.errors import ConfigError
 from qtarget.data.checks.findings import Finding
-from qtarget.integrations.sft.columns import ROW
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.preparation import changed
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import TokenRow, render

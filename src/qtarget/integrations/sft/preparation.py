@@ -18,20 +18,20 @@ from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary
-from qtarget.integrations.sft.columns import (
+from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
     locate_rows,
     trained_rows,
     with_token_columns,
 )
-from qtarget.integrations.sft.ragged import Ragged
+from qtarget.integrations.sft.data.ragged import Ragged
+from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render
 from qtarget.integrations.sft.rendering.shape import adopt, is_prepared
-from qtarget.integrations.sft.weights import announcement, check_weights, weights_of_rows
-from qtarget.integrations.shared.samples import describe_rows
+from qtarget.integrations.shared.records.samples import describe_rows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
 

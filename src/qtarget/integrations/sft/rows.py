@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
-from qtarget.integrations.sft.columns import ROW_IDS
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.columns import ROW_IDS
 from qtarget.integrations.sft.trainer import QTargetTrainer
 from qtarget.integrations.shared.heads import HeadSpec
 from qtarget.report.runs.tokens import scored_rows

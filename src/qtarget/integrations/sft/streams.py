@@ -11,9 +11,9 @@ from torch.utils.data import get_worker_info
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
 
-from qtarget.integrations.sft.columns import ROW_IDS
+from qtarget.integrations.sft.data.columns import ROW_IDS
+from qtarget.integrations.sft.data.weights import ROW, Weighting, prompt_weights, row_weights
 from qtarget.integrations.sft.preparation import changed
-from qtarget.integrations.sft.weights import ROW, Weighting, prompt_weights, row_weights
 
 logger = logging.get_logger(__name__)
 

@@ -14,18 +14,18 @@ from qtarget.core.shapes import Tensor
 from qtarget.integrations.sft.arguments import own_config, refuse_arguments, text_datasets
 from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
-from qtarget.integrations.sft.collator import TargetCollator
-from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.collator import TargetCollator
+from qtarget.integrations.sft.data.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.hold import HeldTrainer
-from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
-from qtarget.integrations.shared.progress import SeenTokens, TokenSums, counted_tokens
-from qtarget.integrations.shared.samples import RowSamples
+from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
+from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
+from qtarget.integrations.shared.records.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
 from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_vocabulary, check_whole

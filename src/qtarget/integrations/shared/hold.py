@@ -22,7 +22,7 @@ from qtarget.integrations.shared.checkpoints import (
     seal,
     step_of,
 )
-from qtarget.integrations.shared.live import plain
+from qtarget.integrations.shared.records.live import plain
 from qtarget.scoring.cache.schema import fingerprint_model
 from qtarget.storage.files import TEMPORARY, digest, storage_errors
 from qtarget.storage.folders import CACHE, MODEL, NAMES, RUN, is_inside, is_same, kind_of, make_folder, mark_folder

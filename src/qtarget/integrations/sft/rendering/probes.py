@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 
 from qtarget.data.checks.findings import Finding
 from qtarget.data.checks.rendered import ROLES, Issue, calls_of, content_texts
-from qtarget.integrations.sft.columns import ROW
+from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.rendering.renderer import Renderer, Row
 from qtarget.integrations.sft.rendering.scan import Feature, Features, enumerate_features
 

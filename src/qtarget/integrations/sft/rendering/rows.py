@@ -19,8 +19,8 @@ from qtarget.core.errors import DataError, QTargetError
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import Finding, finding, named
 from qtarget.data.checks.rendered import Issue, findings_of
-from qtarget.integrations.sft.columns import ROW, with_row_ids
-from qtarget.integrations.sft.ragged import Ragged
+from qtarget.integrations.sft.data.columns import ROW, with_row_ids
+from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.rendering.probes import probe_template, todays_date
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.scan import nulls, scan

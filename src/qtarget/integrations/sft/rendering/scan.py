@@ -25,7 +25,7 @@ from qtarget.data.checks.rendered import (
     message_pieces,
     tool_pieces,
 )
-from qtarget.integrations.sft.columns import ROW
+from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.rendering.renderer import Renderer, Row
 
 BATCH = 500

@@ -18,7 +18,7 @@ from qtarget.core.errors import DataError
 from qtarget.data import fields
 from qtarget.data.checks.findings import Finding, named
 from qtarget.data.loading import read_given
-from qtarget.integrations.sft.columns import ROW, ROW_IDS, with_row_ids
+from qtarget.integrations.sft.data.columns import ROW, ROW_IDS, with_row_ids
 
 Shape = tuple[str, ...]
 _COMPUTE: Any = compute  # its functions are made at import

@@ -11,7 +11,7 @@ from qtarget.core.errors import DataError
 from qtarget.data import fields
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import named
-from qtarget.integrations.sft.ragged import Ragged
+from qtarget.integrations.sft.data.ragged import Ragged
 
 MASKS = ("completion_mask", "assistant_masks", "attention_mask")
 

@@ -20,8 +20,8 @@ from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.checks.findings import named
 from qtarget.data.fields import PRIVATE
-from qtarget.integrations.sft.arrow import list_array, list_batches, with_columns
-from qtarget.integrations.sft.weights import ROW, TokenWeights
+from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
+from qtarget.integrations.sft.data.weights import ROW, TokenWeights
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask

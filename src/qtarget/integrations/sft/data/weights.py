@@ -19,7 +19,7 @@ from qtarget.data.checks.findings import named
 from qtarget.data.columns import message_token_weights, parsed_weight, row_loss_weights, without_weights
 from qtarget.data.fields import PRIVATE
 from qtarget.data.spans import UnplacedSpansError, conversation_of, marked_texts, spans_in_row
-from qtarget.integrations.sft.arrow import flat_lists
+from qtarget.integrations.sft.data.arrow import flat_lists
 
 logger = logging.get_logger(__name__)
 

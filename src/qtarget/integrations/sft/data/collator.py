@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import Target
-from qtarget.integrations.sft.columns import DATA_COLUMNS, ROW_IDS
+from qtarget.integrations.sft.data.columns import DATA_COLUMNS, ROW_IDS
 from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.reader import ReferenceCache
 

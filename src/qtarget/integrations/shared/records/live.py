@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, def
 from transformers.utils import logging
 
 import qtarget
-from qtarget.integrations.shared.samples import RowSamples, with_text
+from qtarget.integrations.shared.records.samples import RowSamples, with_text
 from qtarget.report.heatmap import MEASURES, heatmap_image
 from qtarget.report.runs.records import (
     LOG_FILE,
