@@ -150,7 +150,8 @@ def test_a_stream_carries_row_numbers_and_weights(make_trainer):
     whole, stream = (make_trainer("sft", data=data) for data in (rows, rows.to_iterable_dataset()))
     expected = {tuple(row["input_ids"]): (row[ROW_IDS], row["loss_weights"]) for row in whole.train_dataset}
     found = {tuple(row["input_ids"]): (row[ROW_IDS], row["loss_weights"]) for row in stream.train_dataset}
-    assert found == expected
+    assert len(found) == 24  # rows of weight 0 stay in a stream, where the collator masks them
+    assert {ids: row for ids, row in found.items() if any(row[1])} == expected
     cut = make_trainer("sft", data=rows.to_iterable_dataset(), max_length=8)
     assert all(len(row[ROW_IDS]) == len(row["loss_weights"]) == len(row["input_ids"]) <= 8 for row in cut.train_dataset)
 

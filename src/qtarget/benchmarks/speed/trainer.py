@@ -125,7 +125,7 @@ def settings_of(config: TrainerBenchConfig, folder: Path) -> dict[str, Any]:
 
 def build_trainer(name: str, config: TrainerBenchConfig, folder: Path) -> Trainer:
     """A contender; its cache is in ``folder``."""
-    shared, rows, model = settings_of(config, folder / "runs"), build_rows(config), build_model(config)
+    shared, rows, model = settings_of(config, folder / "runs" / name), build_rows(config), build_model(config)
     if name == TRL:
         return SFTTrainer(model, SFTConfig(**shared), None, rows, None, build_tokenizer())
     cache = str(folder / "cache")
