@@ -42,9 +42,9 @@ def convert(
     if output.suffix != ".jsonl":
         raise ConfigError(f"OUT is {output}; expected a name that ends in .jsonl, one row a line")
     paths = expand(files)
-    if output.is_file() and not overwrite:
+    check_outputs({"OUT": output}, [*paths, tools], replaces=True)
+    if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another OUT or pass --overwrite")
-    check_outputs({"OUT": output}, [*paths, tools], replaces=overwrite)
     options = row_options(
         format_name, null_content, parse_roles(role or []), None if tools is None else str(tools), text_field=text_field
     )
