@@ -83,6 +83,7 @@ calls = {
     "width": lambda: qtarget.linear_target_loss(hidden[:, 1:], head, labels, "sft"),
     "rows": lambda: qtarget.linear_target_loss(hidden, head, labels[1:], "sft"),
     "dense rows": lambda: qtarget.linear_target_loss(hidden, head, labels[1:], "sft", backend="dense"),
+    "weights_scale": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", weights_scale="labels"),
     "loss_weights": lambda: qtarget.linear_target_loss(hidden, head, labels, "sft", loss_weights=torch.ones(3)),
     "teacher twice": lambda: qtarget.target_loss(
         head, labels, "forward_kl", teacher_logits=head, teacher=qtarget.FrozenHead(hidden, head)
@@ -131,6 +132,7 @@ print(json.dumps(out))
         "rows": ("ShapeError", "(1,)"),
         "dense rows": ("ShapeError", "(1,)"),
         "loss_weights": ("ShapeError", "loss_weights has shape (3,)"),
+        "weights_scale": ("HyperparameterError", "'labels' is unknown; expected all, label"),
         "teacher twice": ("ShapeError", "not both"),
         "teacher rows": ("ShapeError", "teacher_logits"),
         "number": ("HyperparameterError", "alpha='1'"),

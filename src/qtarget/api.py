@@ -11,7 +11,7 @@ from qtarget.core.errors import ShapeError
 from qtarget.core.reductions import Reduction
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.statistics import check_frozen
-from qtarget.core.types import FrozenHead, Reference, Target
+from qtarget.core.types import FrozenHead, Reference, Target, WeightsScale
 from qtarget.loss.backends import Backend, BackendChoice, explain
 from qtarget.loss.dispatch import batch_label_weights, loss_from_hidden, loss_from_logits
 from qtarget.loss.head import Head
@@ -32,6 +32,7 @@ def target_loss(
     return_token_losses: bool = False,
     return_report: bool = False,
     loss_weights: Float[Tensor, "..."] | None = None,
+    weights_scale: WeightsScale = "all",
     label_weights: Float[Tensor, "..."] | None = None,
     sequence_ids: Int[Tensor, "..."] | None = None,
 ) -> Any:
@@ -43,9 +44,14 @@ def target_loss(
         target: a target, or the name of one with its default hyper-parameters.
         reference: what is known of the frozen base, aligned with ``labels``.
         teacher_logits: ``[..., vocab]`` of the teacher; or ``teacher`` for top-k with tail, or a head.
-        num_items: supervised tokens of the whole optimizer batch; the default is those of this call.
+        num_items: supervised tokens of the whole optimizer batch (without those of weight 0); the default is those of
+            this call.
         reduction: ``mean`` (over ``num_items``), ``sum`` or ``none`` (per token, differentiable).
-        loss_weights: ``[...]`` factors on the label term (data quality); a residual is not scaled.
+        loss_weights: ``[...]`` finite factors of at least 0 on all that a token teaches (data quality): the loss is
+            ``sum w_i loss_i / num_items``. Weight 0 masks a token as ``ignore_index`` does, so that it is not counted
+            in ``num_items`` either; other weights do not change the count.
+        weights_scale: ``all``, or ``label``: the weights multiply the pull towards the observed token alone, and a token
+            of weight 0 keeps its residual and is counted.
         label_weights: ``[...]`` from ``qtarget.label_weights``, for sequence- or batch-scope targets when the batch is
             larger than this call.
         sequence_ids: ``[...]``; by default each row of two-dimensional labels is a sequence.
@@ -81,6 +87,7 @@ def target_loss(
         teacher=teacher,
         sequence_ids=sequence_ids,
         loss_weights=loss_weights,
+        weights_scale=weights_scale,
         label_weights=label_weights,
         ignore_index=ignore_index,
         want_report=return_report,
@@ -109,6 +116,7 @@ def linear_target_loss(
     vocab_group: torch.distributed.ProcessGroup | None = None,
     return_report: bool = False,
     loss_weights: Float[Tensor, "..."] | None = None,
+    weights_scale: WeightsScale = "all",
     label_weights: Float[Tensor, "..."] | None = None,
     sequence_ids: Int[Tensor, "..."] | None = None,
 ) -> Any:
@@ -155,6 +163,7 @@ def linear_target_loss(
         teacher=teacher,
         sequence_ids=sequence_ids,
         loss_weights=loss_weights,
+        weights_scale=weights_scale,
         label_weights=label_weights,
         ignore_index=ignore_index,
         want_report=return_report,

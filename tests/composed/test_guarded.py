@@ -111,8 +111,10 @@ def gradient_of(method: Any, logits: Tensor, labels: Tensor, **given: Any) -> Te
 def mixture_of_gradients(target: Any, batch: Batch, given: dict[str, Any], conflict: Tensor) -> Tensor:
     """From the target's own gradients: loss weights reach its label part alone, so a weight of zero leaves the residual."""
     trust = conflict * supported(batch)
-    whole = gradient_of(target, batch.logits, batch.labels, loss_weights=1 - trust, **given)
-    residual = gradient_of(target, batch.logits, batch.labels, loss_weights=torch.zeros_like(trust), **given)
+    whole = gradient_of(target, batch.logits, batch.labels, loss_weights=1 - trust, weights_scale="label", **given)
+    residual = gradient_of(
+        target, batch.logits, batch.labels, loss_weights=torch.zeros_like(trust), weights_scale="label", **given
+    )
     by_sft = gradient_of("sft", batch.logits, batch.labels, loss_weights=trust)
     return whole - conflict[..., None] * residual + by_sft
 

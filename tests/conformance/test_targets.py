@@ -365,13 +365,13 @@ def split_losses(name: str, settings: dict[str, Any], x: formulas.Tokens) -> tup
 
 
 @pytest.mark.parametrize(("name", "settings"), FIRST)
-def test_loss_weights_scale_only_the_label_term(name: str, settings: dict[str, Any]) -> None:
+def test_weights_scale_label_leaves_the_residual(name: str, settings: dict[str, Any]) -> None:
     batch = make_batch()
     weights = torch.linspace(0, 2, batch.labels.numel(), dtype=torch.float64).reshape(batch.labels.shape)
     if not qtarget.get_target(name).has_label_term:
         for call in (dense, linear):
             with pytest.raises(IncompatibleError, match="observed token"):
-                call(name, settings, batch, loss_weights=weights)
+                call(name, settings, batch, loss_weights=weights, weights_scale="label")
         return
     leaf = batch.logits.clone().requires_grad_()
     label, residual = split_losses(name, settings, tokens(batch, leaf))
@@ -382,15 +382,16 @@ def test_loss_weights_scale_only_the_label_term(name: str, settings: dict[str, A
         label = -bonus / (1 + bonus) * x.lp_y
         residual = whole - label
     (expected,) = torch.autograd.grad((weights[batch.kept] * label + residual).sum(), leaf)
-    _, gradient = dense(name, settings, batch, loss_weights=weights)
+    _, gradient = dense(name, settings, batch, loss_weights=weights, weights_scale="label")
     close(gradient, expected)
-    _, hidden_grad, _ = linear(name, settings, batch, loss_weights=weights, chunk_size=5)
+    _, hidden_grad, _ = linear(name, settings, batch, loss_weights=weights, weights_scale="label", chunk_size=5)
     close(hidden_grad, expected @ batch.weight)
     _, report = qtarget.target_loss(
         batch.logits,
         batch.labels,
         qtarget.get_target(name, **settings),
         loss_weights=weights,
+        weights_scale="label",
         return_report=True,
         **frozen_arguments(name, batch),
     )

@@ -88,7 +88,7 @@ def test_prefix_options_reach_the_template(tokenizer):
         message_token_weights(tokenizer, messages, ids, chat_template=template, mark="!!")
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", True, [1]])
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "one", True, [1]])
 def test_weights_that_are_no_weights_are_refused(tokenizer, weight):
     messages = talk(("user", "hi", None), ("assistant", "no", weight))
     with pytest.raises(DataError, match=r"weight of message 1 \(assistant\)"):

@@ -39,8 +39,7 @@ def losses(name: str, settings: dict[str, Any], backend: str, tokens: int, **arg
     target = qtarget.get_target(name, **settings)
     frozen = qtarget.FrozenHead(hidden.detach() + 0.3, weight.detach().flip(0), logit_softcap=8.0)
     arguments |= {role: frozen for role in ("reference", "teacher") if getattr(target.needs, role)}
-    if target.has_label_term:
-        arguments["loss_weights"] = torch.linspace(0.5, 2.0, tokens, dtype=torch.float64)
+    arguments["loss_weights"] = torch.linspace(0.5, 2.0, tokens, dtype=torch.float64)
     loss, report = qtarget.linear_target_loss(
         hidden, weight, labels, target, backend=backend, return_report=True, **arguments
     )
@@ -104,9 +103,16 @@ def check_refusals() -> None:
         qtarget.linear_target_loss(hidden, weight, labels, Asks(), backend="compiled")
     frozen = qtarget.FrozenHead(hidden.detach(), weight.detach())
     weights = torch.ones(11, dtype=torch.float64)
-    with pytest.raises(IncompatibleError, match="remove the weights"):
+    with pytest.raises(IncompatibleError, match="has none"):
         qtarget.linear_target_loss(
-            hidden, weight, labels, "skew_kl", backend="compiled", teacher=frozen, loss_weights=weights
+            hidden,
+            weight,
+            labels,
+            "skew_kl",
+            backend="compiled",
+            teacher=frozen,
+            loss_weights=weights,
+            weights_scale="label",
         )
 
 

@@ -155,6 +155,7 @@ def fine_tune(
         loss, report = linear_target_loss(
             hidden, model.lm_head.weight, flat, now, sequence_ids=sequences, return_report=True,
             loss_weights=None if all(factors) else torch.tensor(factors, device=labels.device),
+            weights_scale="label",  # tokens left out keep their share of the mean
             reference=None if reference is None else _joined(reference, chosen),
             teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -115,9 +115,10 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     numbers, data = sample(whole, options.rows, options.seed)
     loaded = load_tokenizer(config)
     tokens = tokenise(training, data, loaded[0])
-    weights = _data_weights(data, tokens)
+    weights = _data_weights(data, tokens, training.prompt_weight)
     cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
     rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
+    rows = replace(rows, weights_scale=training.weights_scale)  # pyright: ignore[reportArgumentType]
     live, frozen = models_of(config, rows)
     later = [_scored(config, path, rows, Path(path).name) for path in options.checkpoints]
     chosen = parse_targets(options.targets, config)
@@ -150,20 +151,24 @@ def sample(data: Dataset, rows: int, seed: int) -> tuple[Sequence[int], Dataset]
     return chosen, data.select(chosen)
 
 
-def _data_weights(data: Dataset, tokens: Any) -> list[dict[str, Any]]:
-    """``loss_weights`` of each row as training reads them, or nothing."""
+def _data_weights(data: Dataset, tokens: Any, prompt_weight: float | None) -> list[dict[str, Any]]:
+    """``loss_weights`` of each row as training reads them, and the labels of a trained prompt, or nothing."""
     import numpy as np
 
-    from qtarget.integrations.sft.columns import ROW, has_weights, token_weights
+    from qtarget.integrations.sft.weights import ROW, Weighting, prompt_weights, row_weights
 
-    if not has_weights(data):
+    if not Weighting.of(data) and prompt_weight is None:
         return [{} for _ in tokens.rows]
     out = []
     rows: Any = data
     for i, (raw, row) in enumerate(zip(rows, tokens.rows, strict=True)):
         full = {**raw, ROW: i, "input_ids": row["input_ids"].tolist()}
-        weights = token_weights(full, tokens.tokenizer, tokens.chat_template)
-        out.append({"loss_weights": np.array(weights, dtype=np.float32)})
+        weights = row_weights(full, tokens.tokenizer, tokens.chat_template) * prompt_weights(
+            row["labels"], prompt_weight
+        )
+        out.append({"loss_weights": weights.astype(np.float32)})
+        if prompt_weight is not None:
+            out[-1]["labels"] = row["input_ids"]
     return out
 
 

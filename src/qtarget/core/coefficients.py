@@ -20,7 +20,7 @@ import torch
 from qtarget.core.outcomes import align, outside
 from qtarget.core.shapes import Bool, Float, Int, Tensor
 from qtarget.core.statistics import entropy_of
-from qtarget.core.types import Outcomes, Reference, Target, Terms, TokenView
+from qtarget.core.types import Outcomes, Reference, Target, Terms, TokenView, WeightsScale
 
 LEAVES = ("label_log_probs", "entropy", "mean_log_prob", "log_probs", "on_reference", "on_teacher")
 
@@ -127,16 +127,14 @@ class Differentiated:
     label: dict[str, Tensor]
     residual: dict[str, Tensor]
 
-    def combined(self, loss_weights: Tensor | None) -> dict[str, Tensor]:
-        """Coefficients of ``loss_weights * label + residual``."""
-        weighted = dict(self.label)
-        if loss_weights is not None:
-            weighted = {n: c * (loss_weights if c.dim() == 1 else loss_weights[:, None]) for n, c in self.label.items()}
-        for name, c in self.residual.items():
+    def combined(self, loss_weights: Tensor | None, weights_scale: WeightsScale = "all") -> dict[str, Tensor]:
+        """Coefficients of ``Terms.total`` with these weights."""
+        weighted = _times(self.label, loss_weights)
+        for name, c in _times(self.residual, loss_weights if weights_scale == "all" else None).items():
             weighted[name] = weighted[name] + c if name in weighted else c
         return weighted
 
-    def pulls(self, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pulls(self, loss_weights: Tensor | None, weights_scale: WeightsScale = "all") -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of each token: minus the sum of the log-probs' coefficients, label term and residual term.
 
         A pull of negative weight (gem's) comes out negative; entropy pulls towards nothing and is left out.
@@ -146,7 +144,15 @@ class Differentiated:
             sum((-(c if c.dim() == 1 else c.sum(-1)) for n, c in part.items() if n != "entropy"), zero)
             for part in (self.label, self.residual)
         )
-        return (label if loss_weights is None else label * loss_weights), residual
+        if loss_weights is None:
+            return label, residual
+        return label * loss_weights, residual * loss_weights if weights_scale == "all" else residual
+
+
+def _times(part: dict[str, Tensor], weights: Tensor | None) -> dict[str, Tensor]:
+    if weights is None:
+        return dict(part)
+    return {name: c * (weights if c.dim() == 1 else weights[:, None]) for name, c in part.items()}
 
 
 def differentiate(target: Target, view: TokenView) -> Differentiated:

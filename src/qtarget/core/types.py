@@ -15,6 +15,8 @@ TailPolicy = Literal["bucket", "spread", "renormalize", "sampled"]
 NO_TAIL = ("renormalize", "sampled")
 """Policies under which unlisted tokens have no mass at all."""
 Scope = Literal["token", "sequence", "batch"]
+WeightsScale = Literal["all", "label"]
+"""What a token's loss weight multiplies: all that the token teaches, or its label term alone."""
 DATA_FIELDS = ("agreement", "reliability", "conflict")
 """Fields of a ``Reference`` that are counted from the training rows (``qtarget.data.agreement``)."""
 
@@ -281,29 +283,36 @@ class Terms:
     """A target's loss at each token, in its two parts.
 
     Attributes:
-        label: ``[tokens]`` the pull towards the observed token; per-token loss weights multiply this part alone.
+        label: ``[tokens]`` the pull towards the observed token.
         residual: ``[tokens]`` the pull towards the residual distribution.
     """
 
     label: Float[Tensor, " tokens"] | None = None
     residual: Float[Tensor, " tokens"] | None = None
 
-    def total(self, loss_weights: Float[Tensor, " tokens"] | None = None) -> Float[Tensor, " tokens"]:
-        """``loss_weights * label + residual``.
+    def total(
+        self, loss_weights: Float[Tensor, " tokens"] | None = None, weights_scale: WeightsScale = "all"
+    ) -> Float[Tensor, " tokens"]:
+        """``loss_weights * (label + residual)``, or ``loss_weights * label + residual`` where they scale the label.
 
         Raises:
-            IncompatibleError: weights were given to a target that never looks at the observed token.
+            IncompatibleError: label weights were given to a target that never looks at the observed token.
         """
-        if loss_weights is not None and self.label is None:
-            raise IncompatibleError(
-                "loss weights multiply the pull towards the observed token, and this target has none; "
-                "remove the weights, mask tokens with label -100, or choose a target with a label term"
-            )
-        if self.label is None:
-            assert self.residual is not None, "a target returns a label term, a residual term, or both"
-            return self.residual
-        label = self.label if loss_weights is None else loss_weights * self.label
-        return label if self.residual is None else label + self.residual
+        if loss_weights is not None and weights_scale == "label":
+            if self.label is None:
+                raise IncompatibleError(NO_LABEL_TO_WEIGH)
+            return Terms(loss_weights * self.label, self.residual).total()
+        whole = self.residual if self.label is None else self.label
+        assert whole is not None, "a target returns a label term, a residual term, or both"
+        if self.label is not None and self.residual is not None:
+            whole = self.label + self.residual
+        return whole if loss_weights is None else loss_weights * whole
+
+
+NO_LABEL_TO_WEIGH = (
+    "weights_scale 'label' multiplies the pull towards the observed token, and this target has none; use weights_scale "
+    "'all', remove the weights, or choose a target with a label term"
+)
 
 
 class Target(ABC):

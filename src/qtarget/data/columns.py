@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -50,7 +51,7 @@ def message_token_weights(
     if not borders:
         return [weights[0]] * len(input_ids)
 
-    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    plain = without_weights(messages)
 
     def render(part: Sequence[Message]) -> list[int]:
         return tokenizer.apply_chat_template(
@@ -70,6 +71,11 @@ def message_token_weights(
         border = _border(tokenizer, render, plain, whole, i)
         out += [weights[i - 1]] * (border - len(out))
     return (out + [weights[-1]] * (len(whole) - len(out)))[: len(input_ids)]
+
+
+def without_weights(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as a template should see them."""
+    return [{key: value for key, value in m.items() if key not in ("weight", "weight_spans")} for m in messages]
 
 
 def row_loss_weights(row: Mapping[str, Any], length: int) -> list[float]:
@@ -144,9 +150,28 @@ def _end_of_text(render: Any, messages: list[dict], i: int, ids: list[int]) -> i
     return None if marked == ids else len(ids) - common_suffix
 
 
+def parsed_weight(value: Any, what: str) -> float | None:
+    """A weight as the data spells it: a number, or a CSV's text of one; None where nothing is given.
+
+    Raises:
+        DataError: anything else, a negative or a non-finite number.
+
+    Example:
+        >>> parsed_weight("0.5", "weight"), parsed_weight(None, "weight"), parsed_weight("", "weight")
+        (0.5, None, None)
+    """
+    number = value
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        with contextlib.suppress(ValueError):  # then it is named below
+            number = float(value)
+    return None if value is None else _weight(number, what)
+
+
 def _message_weight(index: int, message: Message) -> float:
-    value = message.get("weight")
-    return 1.0 if value is None else _weight(value, f"the weight of message {index} ({message.get('role', 'no role')})")
+    value = parsed_weight(message.get("weight"), f"the weight of message {index} ({message.get('role', 'no role')})")
+    return 1.0 if value is None else value
 
 
 def _weight(value: Any, what: str) -> float:
@@ -155,5 +180,11 @@ def _weight(value: Any, what: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise DataError(
             f"{what} is {value}; expected a finite number >= 0 (0 trains on nothing of it, 1 is the default)"
+            + ("; " + NOT_NEGATIVE if value < 0 else "")
         )
     return float(value)
+
+
+NOT_NEGATIVE = (
+    "pushing a text's probability down is another objective (unlikelihood), whose loss has no lower bound in this form"
+)

@@ -259,16 +259,15 @@ class _Run:
             vocab, top, models, needs, sequence_ids=request.sequence_ids, label_weights=request.label_weights
         )
         if not (write or request.want_report):
-            return target.losses(view).total(request.loss_weights).sum(), None
+            return target.losses(view).total(*request.weighting).sum(), None
         found = differentiate(target, view)
-        losses = found.terms.total(request.loss_weights)
+        losses = found.terms.total(*request.weighting)
         if request.want_report:
-            a, b = found.pulls(request.loss_weights)
+            a, b = found.pulls(*request.weighting)
             self.reports.append(TokenReport(losses, view.label_log_probs, seen.entropy(), seen.correct(), a, b))
         gradient = None
         if write:
-            at_columns, rest = seen.gradient(found.combined(request.loss_weights), vocab)
-            # from logits to ``h W^T + b``; of the rest the soft-cap is undone where its logits are read
+            at_columns, rest = seen.gradient(found.combined(*request.weighting), vocab)
             at_columns, rest = at_columns * self.head.chain(seen.logits), rest.scaled(self.head.scale)
             gradient = self._gradient(values, mine.maximum, rest, at_columns, columns)
         return losses.sum(), gradient

@@ -15,6 +15,6 @@ def dense_token_losses(
     log_probs = wide.log_softmax(-1)
     target = request.target
     view = request.view(log_probs)
-    losses = target.losses(view).total(request.loss_weights)
+    losses = target.losses(view).total(*request.weighting)
     found = differentiate(target, view) if request.want_report else None
     return losses, None if found is None else report(wide.detach(), log_probs.detach(), view, request, found)

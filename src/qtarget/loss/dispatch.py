@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from qtarget.core.outcomes import check_outcomes
 from qtarget.core.reductions import Reduction, denominator
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.statistics import check_frozen, check_sampled, token_statistics
-from qtarget.core.types import FrozenHead, Reference, Target, TokenView, project
+from qtarget.core.types import FrozenHead, Reference, Target, TokenView, WeightsScale, project
 from qtarget.loss.backends import Backend, choose, plan_of
 from qtarget.loss.chunked import chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
 from qtarget.loss.dense import dense_token_losses
@@ -39,6 +39,7 @@ def build_request(
     teacher: Reference | FrozenHead | None,
     sequence_ids: Int[Tensor, "..."] | None,
     loss_weights: Float[Tensor, "..."] | None,
+    weights_scale: WeightsScale,
     label_weights: Float[Tensor, "..."] | None,
     ignore_index: int,
     want_report: bool,
@@ -47,6 +48,7 @@ def build_request(
 
     Raises:
         ShapeError: anything that does not line up with the labels, or a label outside the vocabulary.
+        HyperparameterError: a loss weight is negative or not finite, or no such ``weights_scale``.
         MissingStatisticError: the target needs a number of a frozen model that was not given.
     """
     leading = tuple(labels.shape)
@@ -58,7 +60,14 @@ def build_request(
     check_sampled(target, reference, "reference")
     check_sampled(target, teacher, "teacher")
     flat_labels = labels.reshape(-1)
-    kept = (flat_labels != ignore_index).nonzero()[:, 0]
+    if weights_scale not in get_args(WeightsScale):
+        raise HyperparameterError(
+            f"weights_scale {weights_scale!r} is unknown; expected {', '.join(get_args(WeightsScale))}"
+        )
+    supervised = flat_labels != ignore_index
+    if loss_weights is not None:
+        supervised = supervised & check_weights(loss_weights, leading, supervised, weights_scale)
+    kept = supervised.nonzero()[:, 0]
     trained = flat_labels[kept]
     if len(trained) and (int(trained.min()) < 0 or int(trained.max()) >= vocab):
         raise ShapeError(
@@ -72,9 +81,7 @@ def build_request(
     def select(name: str, value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
-        if tuple(value.shape) != leading:
-            raise ShapeError(f"{name} has shape {tuple(value.shape)}, labels {leading}; expected one value a label")
-        # constants: the gradient that is made in the forward pass is by hidden states and head alone
+        check_aligned(name, value, leading)
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
@@ -91,9 +98,35 @@ def build_request(
         sequence_ids=select("sequence_ids", sequence_ids),
         label_weights=select("label_weights", label_weights),
         loss_weights=select("loss_weights", loss_weights),
+        weights_scale=weights_scale,
         want_report=want_report,
     )
     return kept, request
+
+
+def check_aligned(name: str, value: Tensor, leading: tuple[int, ...]) -> None:
+    """Raise unless there is one value for each label."""
+    if tuple(value.shape) != leading:
+        raise ShapeError(f"{name} has shape {tuple(value.shape)}, labels {leading}; expected one value a label")
+
+
+def check_weights(
+    loss_weights: Float[Tensor, "..."], leading: tuple[int, ...], supervised: Tensor, scale: WeightsScale
+) -> Tensor:
+    """Which flat tokens the weights leave in: all but those of weight 0, or all where only labels are scaled.
+
+    Raises:
+        ShapeError: there is not one weight for each label.
+        HyperparameterError: the weight of a supervised token is negative or not finite.
+    """
+    check_aligned("loss_weights", loss_weights, leading)
+    flat = loss_weights.detach().reshape(-1)
+    if bool((supervised & ~(flat.isfinite() & (flat >= 0))).any()):
+        raise HyperparameterError(
+            "loss_weights hold a negative or non-finite number; expected finite weights of at least 0: pushing a token's "
+            "probability down is another objective (unlikelihood), whose loss has no lower bound in this form"
+        )
+    return flat != 0 if scale == "all" else torch.ones_like(supervised)
 
 
 def with_batch_weights(request: LossRequest, label_log_probs: Float[Tensor, " tokens"], vocab: int) -> LossRequest:
@@ -194,8 +227,8 @@ def loss_from_hidden(
     rows = hidden.reshape(-1, hidden.shape[-1])
     name, _ = choose(backend, rows, request, sharded=vocab_group is not None)
     if name == "dense":
-        masked = (labels == inputs["ignore_index"])[..., None]
-        rows = hidden.masked_fill(masked, 0.0).reshape(-1, hidden.shape[-1])  # else 0 x NaN reaches the head's gradient
+        dropped = torch.ones_like(labels, dtype=torch.bool).reshape(-1).index_fill(0, kept, False)
+        rows = rows.masked_fill(dropped[:, None], 0.0)  # else 0 x NaN reaches the head's gradient
         logits = project(rows, head.weight, head.bias, head.scale, head.softcap, exact=target.needs.soft)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         loss, _, report = loss_from_logits(logits, labels, target, num_items=num_items, reduction=reduction, **inputs)

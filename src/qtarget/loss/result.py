@@ -9,7 +9,7 @@ import torch
 from qtarget.core.coefficients import Differentiated
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.statistics import entropy_of, token_view
-from qtarget.core.types import FrozenHead, Reference, Target, TokenView
+from qtarget.core.types import FrozenHead, Reference, Target, TokenView, WeightsScale
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class LossRequest:
         labels: ``[tokens]``.
         reference, teacher: frozen models at these tokens, where given.
         sequence_ids, label_weights: ``[tokens]``, for targets of sequence or batch scope.
-        loss_weights: ``[tokens]`` factors on the label term.
+        loss_weights: ``[tokens]`` factors on what each token teaches.
+        weights_scale: what of a token they multiply.
         want_report: also fill a ``TokenReport``.
     """
 
@@ -32,7 +33,13 @@ class LossRequest:
     sequence_ids: Tensor | None = None
     label_weights: Tensor | None = None
     loss_weights: Tensor | None = None
+    weights_scale: WeightsScale = "all"
     want_report: bool = False
+
+    @property
+    def weighting(self) -> tuple[Tensor | None, WeightsScale]:
+        """The weights and what they multiply, as ``Terms.total`` takes them."""
+        return self.loss_weights, self.weights_scale
 
     def view(self, log_probs: Float[Tensor, "tokens vocab"]) -> TokenView:
         """What the target gets to see of these tokens' live log-softmax."""
@@ -96,10 +103,10 @@ def report(
     found: Differentiated,
 ) -> TokenReport:
     """The report of one run of tokens whose logits, and their log-softmax, are at hand."""
-    label, residual = found.pulls(request.loss_weights)
+    label, residual = found.pulls(*request.weighting)
     entropy = entropy_of(log_probs) if view.entropy is None else view.entropy
     return TokenReport(
-        losses=found.terms.total(request.loss_weights),
+        losses=found.terms.total(*request.weighting),
         label_log_probs=view.label_log_probs.detach(),
         entropy=entropy.detach(),
         # only the label itself is as large: a tie is not correct

@@ -48,14 +48,14 @@ def whole_rows(
     log_probs = z.log_softmax(-1)
     view = request.view(log_probs)
     if not (write or request.want_report):
-        return request.target.losses(view).total(request.loss_weights).sum(), []
+        return request.target.losses(view).total(*request.weighting).sum(), []
     found = differentiate(request.target, view)
     reports = [report(z, log_probs, view, request, found)] if request.want_report else []
     if write:
-        weights = found.combined(request.loss_weights)
+        weights = found.combined(*request.weighting)
         gradient = logit_gradient(log_probs, request.labels, weights, view.reference, view.teacher)
         logits.copy_(gradient if head.plain else gradient * head.chain(z))
-    return found.terms.total(request.loss_weights).sum(), reports
+    return found.terms.total(*request.weighting).sum(), reports
 
 
 def in_pieces(

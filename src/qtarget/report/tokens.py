@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qtarget.core.errors import DataError
-from qtarget.core.types import Reference, TailPolicy
+from qtarget.core.types import Reference, TailPolicy, WeightsScale
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import Row, ScoredRow, Source, read_row
@@ -29,6 +29,7 @@ class TokenRows:
         ids: ``[tokens]`` token ids.
         supervised: ``[tokens]`` whether training predicts the token (``supervised_mask``).
         loss_weights: ``[trained]`` the data's own factor on each trained token, where it has any.
+        weights_scale: what of a token they multiply.
     """
 
     numbers: np.ndarray
@@ -36,6 +37,7 @@ class TokenRows:
     ids: np.ndarray
     supervised: np.ndarray
     loss_weights: np.ndarray | None = None
+    weights_scale: WeightsScale = "all"
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -71,7 +73,9 @@ class TokenRows:
         tokens = spans(self.offsets, rows)
         weights = None if self.loss_weights is None else self.loss_weights[spans(self.trained_offsets, rows)]
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return TokenRows(self.numbers[rows], offsets, self.ids[tokens], self.supervised[tokens], weights)
+        return TokenRows(
+            self.numbers[rows], offsets, self.ids[tokens], self.supervised[tokens], weights, self.weights_scale
+        )
 
 
 def spans(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:

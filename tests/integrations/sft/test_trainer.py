@@ -155,12 +155,13 @@ def test_message_weights_scale_the_loss_of_their_message(make_trainer):
         ]
         return Dataset.from_list([{"messages": messages}] * 4)
 
-    losses = {}
-    for weight in (0.0, 1.0, 3.0):
+    sums = {}
+    for weight, tokens in ((0.0, 3), (1.0, 6), (3.0, 6)):  # the mean is over the tokens of weight above 0
         trainer = make_trainer("sft", data=chat(weight), assistant_only_loss=True)
-        losses[weight] = float(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
-    assert losses[0.0] < losses[1.0]
-    assert losses[3.0] - losses[1.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        sums[weight] = tokens * float(loss.detach())
+    assert sums[0.0] < sums[1.0]
+    assert sums[3.0] - sums[1.0] == pytest.approx(2 * (sums[1.0] - sums[0.0]), rel=1e-4)
 
 
 def test_weights_survive_packing(make_trainer, rows):

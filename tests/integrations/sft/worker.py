@@ -1,6 +1,6 @@
 """A training run in a process of its own, to be killed, resumed, or run twice side by side.
 
-python -m tests.integrations.sft.worker OUTPUT '{"target": "dft", ...}' [--die-at STEP] [--resume] [--tied] [--model FOLDER]
+python -m tests.integrations.sft.worker OUTPUT SETTINGS [--die-at STEP] [--resume] [--tied] [--rows KIND] [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
+from tests.integrations.sft.test_weights import tokenised
 
 
 class DieAt(TrainerCallback):
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--die-at", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--rows", choices=["plain", "weighted", "masked"], default="plain")
     parser.add_argument(
         "--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once"
     )
@@ -47,7 +49,7 @@ def main() -> None:
     trainer = QTargetTrainer(
         options.model or make_model(tie_word_embeddings=options.tied),
         arguments,
-        make_rows(),
+        make_rows() if options.rows == "plain" else tokenised(options.rows == "masked"),
         None,
         make_tokenizer(),
         reference_model=base,

@@ -15,9 +15,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.errors import ConfigError
 from qtarget.data.checks.audit import IGNORE_INDEX
-from qtarget.integrations.sft.columns import ROW, with_row_ids
+from qtarget.integrations.sft.columns import with_row_ids
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import changed
+from qtarget.integrations.sft.weights import ROW
 
 TokenRow = dict[str, np.ndarray]
 

@@ -21,11 +21,13 @@ class TargetCollator(DataCollatorForLanguageModeling):
     """TRL's collator, plus the per-token columns and the cached numbers of each label.
 
     Added keys, unshifted like the labels: ``row_ids`` (-1 at padding), ``loss_weights``, and for each role with a cache
-    ``{role}_label_log_probs`` and the other fields of ``Reference``.
+    ``{role}_label_log_probs`` and the other fields of ``Reference``. With ``zero_masks`` labels of weight 0 become -100, so
+    that everything that counts labels leaves them out.
     """
 
     caches: dict[str, ReferenceCache] = field(default_factory=dict)
     with_topk: dict[str, bool] = field(default_factory=dict)
+    zero_masks: bool = True
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -39,6 +41,8 @@ class TargetCollator(DataCollatorForLanguageModeling):
         for role, cache in self.caches.items():
             segments = list(self._segments(examples, f"{role}_rows"))
             batch |= cached_columns(cache, segments, batch["labels"], role, self.with_topk[role])
+        if self.zero_masks and "loss_weights" in batch:  # only now: caches hold numbers of these tokens too
+            batch["labels"] = batch["labels"].masked_fill(batch["loss_weights"] == 0, -100)
         return batch
 
     def of_documents(self, documents: list[list[int]]) -> dict[str, Any]:

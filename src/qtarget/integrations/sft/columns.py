@@ -6,18 +6,21 @@ packed batch look up the same numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from transformers.utils import logging
 
 from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
-from qtarget.data.columns import message_token_weights, row_loss_weights
+from qtarget.data.checks.findings import named
+from qtarget.integrations.sft.arrow import list_array, list_batches, with_columns
+from qtarget.integrations.sft.weights import ROW, TokenWeights
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
@@ -30,10 +33,6 @@ TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows", *D
 """Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
 
 
-ROW = "qtarget_row"
-"""Reserved column: the row's number in the user's data, whatever ids the data has of its own."""
-
-
 def with_row_ids(dataset: Dataset) -> Dataset:
     """Number the rows of the user's data; every later message names rows by these numbers."""
     if ROW in dataset.column_names:
@@ -41,72 +40,73 @@ def with_row_ids(dataset: Dataset) -> Dataset:
     return dataset.add_column(ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
 
 
-def has_weights(dataset: Dataset) -> bool:
-    """Whether any row carries a ``weight``, a message ``weight`` or ``loss_weights``."""
-    if "loss_weights" in dataset.column_names or "weight" in dataset.column_names:
-        return True
-    conversations = [c for c in ("messages", "prompt", "completion") if c in dataset.column_names]
-    return any("weight" in message for c in conversations for value in dataset[c] for message in _first_messages(value))
+def with_token_columns(
+    dataset: Dataset, weights: TokenWeights | None, *, keep_end: bool, all_tokens: bool = False
+) -> Dataset:
+    """Add ``row_ids`` and, where there are weights, ``loss_weights``, as long as truncation left ``input_ids``.
+
+    Args:
+        dataset: tokenised rows, numbered.
+        weights: of the same rows before truncation.
+        keep_end: whether truncation kept the last tokens.
+        all_tokens: labels at every token, whatever was masked.
+    """
+    places = {} if weights is None else dict(zip(weights.numbers.tolist(), range(len(weights.numbers)), strict=True))
+
+    def columns(table: pa.Table) -> pa.Table:
+        ids = table["input_ids"].combine_chunks()
+        lengths = ids.value_lengths().to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        numbers = table[ROW].to_numpy()
+        out = {"row_ids": list_array(offsets, np.repeat(numbers, lengths))}
+        if weights is not None:
+            rows = np.array([places[n] for n in numbers.tolist()], dtype=np.int64)
+            starts = weights.offsets[rows + 1] - lengths if keep_end else weights.offsets[rows]
+            index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+            out["loss_weights"] = list_array(offsets, weights.values[index])
+        if all_tokens:
+            out["labels"] = table["input_ids"]
+        return pa.table(out)
+
+    return with_columns(dataset, columns, "Numbering tokens")
 
 
-def _first_messages(value: Any) -> list[dict[str, Any]]:
-    return [m for m in value if isinstance(m, dict)] if isinstance(value, list) else []
-
-
-def token_weights(row: dict[str, Any], tokenizer: Any, chat_template: str | None) -> list[float]:
-    """The factor on each token's label weight: row ``weight`` x message ``weight`` x ``loss_weights``.
+def trained_rows(dataset: Dataset, weights: TokenWeights, *, zero_masks: bool, name: str) -> Dataset:
+    """The rows to train on: their spans are placed and, where weight 0 is a mask, a token that is trained weighs more.
 
     Raises:
-        DataError: a weight is negative or not a number, or ``loss_weights`` has another length than the tokens.
+        DataError: no row is left.
     """
-    length = len(row["input_ids"])
-    weights = [1.0] * length
-    messages = row.get("messages") or [*_first_messages(row.get("prompt")), *_first_messages(row.get("completion"))]
-    if messages and any(m.get("weight") is not None for m in messages):
-        tools = row.get("tools")
-        weights = message_token_weights(
-            tokenizer,
-            messages,
-            row["input_ids"],
-            chat_template=chat_template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
+    numbers = np.asarray(dataset[ROW][:])
+    placed = ~np.isin(numbers, weights.numbers[weights.unplaced])
+    kept = placed & (_weighs(dataset) if zero_masks else True)
+    if not kept.any():
+        raise DataError(
+            f"every trained token of the {name} data has weight 0, so there is nothing to train on; check `weight`, "
+            "`loss_weights` and `weight_spans`"
         )
-    if row.get("loss_weights") is not None:
-        weights = [a * b for a, b in zip(weights, row_loss_weights(row, length), strict=True)]
-    whole = row.get("weight")
-    if whole is None:
-        return weights
-    if not isinstance(whole, int | float) or not 0 <= whole < float("inf"):
-        raise DataError(f"row {row[ROW]}: weight={whole!r}; expected a finite number of at least 0")
-    return [w * whole for w in weights]
+    if not kept.all():
+        left_out = numbers[placed & ~kept]
+        if len(left_out):
+            logger.warning(f"{name} data: {len(left_out):,} rows of weight 0 are left out ({named(left_out.tolist())})")
+        return dataset.select(np.flatnonzero(kept))
+    return dataset
 
 
-def add_token_columns(dataset: Dataset, tokenizer: Any, chat_template: str | None) -> Dataset:
-    """Add ``row_ids`` and, where the data has weights, ``loss_weights``, as long as the untruncated tokens."""
-    weighted = has_weights(dataset)
-
-    def columns(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {"row_ids": [row[ROW]] * len(row["input_ids"])}
-        if weighted:
-            out["loss_weights"] = token_weights(row, tokenizer, chat_template)
-        return out
-
-    return dataset.map(columns, desc="Numbering tokens")
+def _weighs(dataset: Dataset) -> np.ndarray:
+    """``[rows]`` whether a row has a supervised token of a weight above 0."""
+    found = []
+    for offsets, labels, weights in list_batches(dataset, "labels", "loss_weights"):
+        counts = np.concatenate([[0], np.cumsum(supervised(offsets, labels) & (weights > 0))])
+        found.append(counts[offsets[1:]] > counts[offsets[:-1]])
+    return np.concatenate(found) if found else np.zeros(0, dtype=bool)
 
 
-def cut_to_tokens(dataset: Dataset, keep_end: bool) -> Dataset:
-    """Cut the added columns to the length that truncation left of ``input_ids``."""
-    columns = [c for c in TOKEN_COLUMNS if c in dataset.column_names]
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        n = len(row["input_ids"])
-        return {c: row[c][-n:] if keep_end else row[c][:n] for c in columns}
-
-    rows: Any = dataset
-    if all(len(row["row_ids"]) == len(row["input_ids"]) for row in rows):
-        return dataset
-    return dataset.map(cut, desc="Truncating token columns")
+def supervised(offsets: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """``supervised_mask`` of flat rows: nothing predicts the first token of a row."""
+    mask = labels != -100
+    mask[offsets[:-1][np.diff(offsets) > 0]] = False
+    return mask
 
 
 def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name: str) -> Dataset:
@@ -115,33 +115,46 @@ def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name
     Raises:
         CacheMismatchError: a row was never scored; names the rows and the command.
     """
-    rows: list[Any] = list(dataset)
-    checksums = [row_checksum(row["input_ids"], supervised_mask(row["labels"])) for row in rows]
+    checksums = []
+    for offsets, ids, labels in list_batches(dataset, "input_ids", "labels"):
+        mask = supervised(offsets, labels)
+        checksums += [row_checksum(ids[a:b], mask[a:b]) for a, b in pairwise(offsets.tolist())]  # pyright: ignore[reportArgumentType]
     try:
-        found = cache.locate(checksums)
+        found = dict(zip(dataset[ROW][:], cache.locate(checksums), strict=True))
     except CacheMismatchError as error:
         raise CacheMismatchError(f"{role} cache, {dataset_name} data: {error}") from error
-    column = [[index] * len(row["input_ids"]) for index, row in zip(found, rows, strict=True)]
-    return dataset.add_column(f"{role}_rows", column)  # pyright: ignore[reportCallIssue]
+
+    def column(table: pa.Table) -> pa.Table:
+        lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        places = np.array([found[number] for number in table[ROW].to_pylist()], dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return pa.table({f"{role}_rows": list_array(offsets, np.repeat(places, lengths))})
+
+    return with_columns(dataset, column, f"Locating {role} rows")
 
 
-def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields: frozenset[str]) -> Dataset:
+def add_data_columns(
+    dataset: Dataset, cache: ReferenceCache, role: str, fields: frozenset[str], *, zero_masks: bool
+) -> Dataset:
     """Add what the rows say of one another (``DATA_FIELDS``), counted within this data set; 0 where not trained on.
 
     Args:
         dataset: located rows, not packed yet.
         fields: which of ``DATA_FIELDS`` the target needs of this role; nothing is counted without.
+        zero_masks: whether tokens of weight 0 neither count nor are counted.
     """
     if not fields & set(DATA_FIELDS):
         return dataset
     rows: list[Any] = list(dataset)
-    ids, masks = [row["input_ids"] for row in rows], [supervised_mask(row["labels"]) for row in rows]
+    ids, scored = [row["input_ids"] for row in rows], [np.asarray(supervised_mask(row["labels"])) for row in rows]
+    masks: Any = [mask & ~_masked(row) for row, mask in zip(rows, scored, strict=True)] if zero_masks else scored
     known, said = [], []
-    for row in rows:
+    for row, mask, of_cache in zip(rows, masks, scored, strict=True):
         numbers = cache.row(row[f"{role}_rows"][0])
-        known.append(numbers["label_log_probs"])
+        trained = mask[of_cache]
+        known.append(numbers["label_log_probs"][trained])
         if cache.has_topk:
-            said.append(confident_choices(numbers["topk_ids"], numbers["topk_log_probs"]))
+            said.append(confident_choices(numbers["topk_ids"][trained], numbers["topk_log_probs"][trained]))
     found = counted_fields(ids, masks, known, fields, said if cache.has_topk else None)
     if "reliability" in found:
         mean = float(np.concatenate(found["reliability"]).mean())
@@ -152,7 +165,11 @@ def add_data_columns(dataset: Dataset, cache: ReferenceCache, role: str, fields:
     return dataset
 
 
-def _spread(values: Any, mask: Sequence[bool]) -> list[float]:
+def _masked(row: dict[str, Any]) -> Any:
+    return np.asarray(row.get("loss_weights") or [1.0] * len(row["labels"])) == 0
+
+
+def _spread(values: Any, mask: Sequence[bool] | np.ndarray) -> list[float]:
     out = np.zeros(len(mask), dtype=np.float32)
     out[np.asarray(mask, dtype=bool)] = values
     return out.tolist()

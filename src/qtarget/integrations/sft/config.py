@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -10,8 +11,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
-from qtarget.core.types import Target
-from qtarget.integrations.shared.numbers import check_numbers
+from qtarget.core.types import Target, WeightsScale
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -35,6 +35,11 @@ class QTargetConfig(SFTConfig):
         teacher_top_k: log-probs a token that a URL's teacher is asked for.
         vocab_padding: what to do where teacher and model differ in padding rows of the vocabulary: ``refuse``, or
             ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
+        weights_scale: what the data's weights multiply: ``all`` that a token teaches (weight 0 is a mask), or ``label``, the
+            pull towards the observed token alone.
+        prompt_weight: train what completion_only_loss or assistant_only_loss masks too, at this weight (arXiv 2507.07817).
+        unplaced_spans: what to do with rows whose ``weight_spans`` cannot be found in their tokens: ``refuse`` to train, or
+            ``leave_out`` the rows.
         loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
             teacher needs.
         allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
@@ -54,6 +59,14 @@ class QTargetConfig(SFTConfig):
     teacher_top_k: int = field(default=32, metadata={"help": "Log-probs a token, of a teacher behind a URL."})
     vocab_padding: str = field(
         default="refuse", metadata={"help": "Padding rows that differ.", "choices": ["refuse", "truncate"]}
+    )
+    weights_scale: str = field(
+        default="all", metadata={"help": "What the data's weights multiply.", "choices": list(get_args(WeightsScale))}
+    )
+    prompt_weight: float | None = field(default=None, metadata={"help": "Train prompt tokens too, at this weight."})
+    unplaced_spans: str = field(
+        default="refuse",
+        metadata={"help": "Rows whose weight_spans are not found in their tokens.", "choices": ["refuse", "leave_out"]},
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
@@ -75,6 +88,16 @@ class QTargetConfig(SFTConfig):
             )
         if self.loss_backend not in get_args(Backend):
             raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
+        if self.weights_scale not in get_args(WeightsScale):
+            raise ConfigError(
+                f"weights_scale={self.weights_scale!r}; expected one of {', '.join(get_args(WeightsScale))}"
+            )
+        if self.unplaced_spans not in ("refuse", "leave_out"):
+            raise ConfigError(f"unplaced_spans={self.unplaced_spans!r}; expected refuse or leave_out")
+        if self.prompt_weight is not None and not (math.isfinite(self.prompt_weight) and self.prompt_weight >= 0):
+            raise ConfigError(f"prompt_weight={self.prompt_weight}; expected a finite number of at least 0")
+        if self.heatmap_rows < 0:
+            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     @property
     def target_label(self) -> str:

@@ -13,14 +13,16 @@ from trl.data_utils import pack_dataset
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.audit import audit_rows
+from qtarget.integrations.sft.arrow import array_rows
 from qtarget.integrations.sft.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
-    add_token_columns,
-    cut_to_tokens,
     locate_rows,
+    trained_rows,
     with_row_ids,
+    with_token_columns,
 )
+from qtarget.integrations.sft.weights import announcement, check_weights, weights_of_rows
 from qtarget.integrations.shared.samples import describe_rows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
@@ -79,31 +81,46 @@ class Preparation:
                 f"packing_strategy {args.packing_strategy!r} cuts rows apart, and cached rows are whole; use 'bfd'"
             )
         whole = changed(args, max_length=None, shuffle_dataset=False)
-        tokens = tokenised(trl, with_row_ids(dataset), tokenizer, whole, formatting_func, name)
+        numbered = with_row_ids(dataset)
+        check_weights(numbered, self._target, args)
+        tokens = tokenised(trl, numbered, tokenizer, whole, formatting_func, name)
         self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
-        tokens = add_token_columns(tokens, tokenizer, chat_template)
+        weights = weights_of_rows(tokens, tokenizer, chat_template, args)
+        for line in [] if weights is None else announcement(tokens, weights, args.prompt_weight):
+            logger.warning(f"{name} data: {line}")
         tokens: Any = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
-        tokens = cut_to_tokens(tokens, keep_end=args.truncation_mode == "keep_end")
+        tokens = with_token_columns(
+            tokens,
+            weights,
+            keep_end=args.truncation_mode == "keep_end",
+            all_tokens=args.prompt_weight is not None,
+        )
+        zero_masks = args.weights_scale == "all"
+        if weights is not None:
+            tokens = trained_rows(tokens, weights, zero_masks=zero_masks, name=name)
         self.descriptions[name] = describe_rows(tokens)
-        tokens = self._with_frozen(tokens, name, tokenizer, chat_template)
+        tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks)
         return packed(tokens, args) if packing else tokens
 
     def _audit(self, tokens: Dataset, args: Any, name: str) -> None:
-        rows: Any = tokens
+        rows = array_rows(tokens, "input_ids", "labels")
         report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
         self.audits[name] = report.messages()
         for message in self.audits[name]:
             logger.warning(f"{name} data: {message}")
         report.raise_if_unusable()
 
-    def _with_frozen(self, tokens: Dataset, name: str, tokenizer: Any, chat_template: str | None) -> Dataset:
+    def _with_frozen(
+        self, tokens: Dataset, name: str, tokenizer: Any, chat_template: str | None, zero_masks: bool
+    ) -> Dataset:
         for role, cache in self._caches.items():
             cache.require(
                 tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
                 chat_template_fingerprint=fingerprint_chat_template(chat_template or tokenizer),
             )
             tokens = locate_rows(tokens, cache, role, name)
-            tokens = add_data_columns(tokens, cache, role, getattr(self._target.needs, role))
+            needed = getattr(self._target.needs, role)
+            tokens = add_data_columns(tokens, cache, role, needed, zero_masks=zero_masks)
         return tokens
 
 

@@ -56,7 +56,7 @@ def training_rows(
     frozen = {f"{role}_{key}": None for role in ROLES for key in ("cache", "model_name_or_path")}  # they are yet to be
     plain = changed(
         args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[],
-        **frozen,
+        weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
     )  # fmt: skip
     trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset

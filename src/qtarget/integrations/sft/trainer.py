@@ -49,7 +49,7 @@ class QTargetTrainer(SFTTrainer):
         model: a name, path or model, as in TRL.
         args: a ``QTargetConfig``.
         train_dataset, eval_dataset: as in TRL (``messages``, ``prompt`` + ``completion``, ``text`` or tokens), with an
-            optional ``weight`` a row or a message, or ``loss_weights`` a token.
+            optional ``weight`` a row or a message, ``weight_spans`` in characters, or ``loss_weights`` a token.
         reference_model, teacher_model: frozen models run live, where the target needs one and no cache is given.
 
     Raises:
@@ -187,6 +187,7 @@ class QTargetTrainer(SFTTrainer):
             pad_to_multiple_of=theirs.pad_to_multiple_of,
             caches=self.caches,
             with_topk={role: "distribution" in getattr(self.target.needs, role) for role in self.caches},
+            zero_masks=self.args.weights_scale == "all",  # pyright: ignore[reportAttributeAccessIssue]
         )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -232,16 +233,13 @@ class QTargetTrainer(SFTTrainer):
         for role, (model, spec) in self.frozen_models.items():
             with self.accelerator.autocast():
                 frozen[role] = live_head(model, spec, inputs, self.vocab_rows)
-        if extra["loss_weights"] is not None and not self.target.has_label_term:
-            raise ConfigError(
-                f"the data has loss weights, but target {self.target.name!r} has no label term to weight; drop the weights"
-            )
         step = TargetStep(
             self.target,
             extra["labels"],  # pyright: ignore[reportArgumentType]
             frozen,
             sequence_ids=extra["row_ids"],
             loss_weights=extra["loss_weights"],
+            weights_scale=self.args.weights_scale,  # pyright: ignore[reportAttributeAccessIssue]
             label_weights=extra["label_weights"],
             num_items=num_items,
             vocab_rows=self.vocab_rows,

@@ -11,8 +11,8 @@ from transformers.utils.generic import ModelOutput
 
 from qtarget.api import linear_target_loss
 from qtarget.core.shapes import Tensor
-from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target
-from qtarget.integrations.shared.heads import HeadSpec, backbone_states
+from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target, WeightsScale
+from qtarget.integrations.shared.heads import HeadSpec
 from qtarget.loss.backends import Backend
 from qtarget.loss.result import TokenReport
 
@@ -46,7 +46,7 @@ class TargetStep:
         labels: token ids, ``-100`` where not trained on.
         frozen: reference and teacher: cached numbers about each label, or a live head whose ``hidden`` is unshifted.
         sequence_ids: which row of the data set each token comes from.
-        loss_weights, label_weights: see ``qtarget.linear_target_loss``.
+        loss_weights, weights_scale, label_weights: see ``qtarget.linear_target_loss``.
         num_items: supervised tokens of the whole optimizer batch.
         vocab_rows: leading rows of the head that count, where student and teacher differ in padding; all if absent.
         backend: see ``qtarget.linear_target_loss``.
@@ -58,6 +58,7 @@ class TargetStep:
     frozen: dict[str, Reference | FrozenHead | None]
     sequence_ids: Tensor | None = None
     loss_weights: Tensor | None = None
+    weights_scale: WeightsScale = "all"
     label_weights: Tensor | None = None
     num_items: Tensor | int | None = None
     vocab_rows: int | None = None
@@ -85,6 +86,7 @@ class TargetStep:
             teacher=shifted(self.frozen.get("teacher")),
             sequence_ids=_tail(self.sequence_ids),
             loss_weights=_tail(self.loss_weights),
+            weights_scale=self.weights_scale,
             label_weights=_tail(self.label_weights),
             num_items=self.num_items,
             backend=self.backend,

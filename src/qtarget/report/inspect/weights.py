@@ -18,7 +18,7 @@ from qtarget.core.coefficients import differentiate, logit_gradient
 from qtarget.core.outcomes import ABSENT
 from qtarget.core.shapes import Bool, Float, Int, Tensor
 from qtarget.core.statistics import check_frozen, token_view
-from qtarget.core.types import Needs, Reference, Target, TokenView
+from qtarget.core.types import Needs, Reference, Target, TokenView, WeightsScale
 from qtarget.report.tokens import ModelNumbers, TokenRows
 
 CHUNK = 2**16
@@ -120,9 +120,7 @@ def target_numbers(
         listed = replace(listed, topk_ids=None, topk_log_probs=None) if pointwise else listed
         outcomes = shared_outcomes(labels[part], listed, _references(compared, part))
         weights = None if batch is None else batch[part]
-        parts.append(
-            _chunk(target, outcomes, live, frozen, part, weights, None if given is None else given[part], shown)
-        )
+        parts.append(_chunk(target, outcomes, live, frozen, part, weights, (given, rows.weights_scale), shown))
     a, b, moved, q, plain = (torch.cat([p[i] for p in parts]).numpy() for i in range(5))
     simple = not len(q) or not np.nanmax(np.abs(q - plain)) >= SAME_Q
     return TargetNumbers(name or target.name, a, b, moved, None if simple else q)
@@ -138,11 +136,13 @@ def _batch_weights(
     if target.scope == "token":
         return None
     known = _references(frozen, slice(None))
+    masked = rows.loss_weights is not None and rows.weights_scale == "all"
     return label_weights(
         target,
         torch.from_numpy(live.label_log_probs).float(),
         reference=known.get("reference"),
         sequence_ids=torch.from_numpy(rows.row_of_trained),
+        mask=torch.from_numpy(rows.loss_weights > 0) if masked else None,  # pyright: ignore[reportOptionalOperand]
     )
 
 
@@ -218,19 +218,20 @@ def _chunk(
     frozen: dict[str, ModelNumbers],
     part: slice,
     batch_weights: Tensor | None,
-    loss_weights: Tensor | None,
+    weighting: tuple[Tensor | None, WeightsScale],
     shown: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``a``, ``b``, mass moved, ``Q`` at the shown slots and the label, and what ``Q`` would be without a residual."""
+    given, scale = weighting
+    loss_weights = None if given is None else given[part]
     known = _references(frozen, part)
     models = {role: replace(known[role], log_probs=outcomes.frozen.get(role)) for role in known}
     for role, model in models.items():
         check_frozen(model, getattr(target.needs, role), target.name, role)
     view = _view(target, outcomes, models, live.reference(part), live.vocab_size, batch_weights)
     found = differentiate(target, view)
-    a, b = found.pulls(loss_weights)
-    weights = found.combined(loss_weights)
-    # the uniform distribution is not uniform on these outcomes: the rest holds many tokens
+    a, b = found.pulls(loss_weights, scale)
+    weights = found.combined(loss_weights, scale)
     uniform = weights.pop("mean_log_prob", None)
     probs = outcomes.live.exp()
     gradient = logit_gradient(outcomes.live, outcomes.label, weights, models.get("reference"), models.get("teacher"))
