@@ -268,6 +268,7 @@ class _Run:
         gradient = None
         if write:
             at_columns, rest = seen.gradient(found.combined(*request.weighting), vocab)
+            # from logits to ``h W^T + b``; of the rest the soft-cap is undone where its logits are read
             at_columns, rest = at_columns * self.head.chain(seen.logits), rest.scaled(self.head.scale)
             gradient = self._gradient(values, mine.maximum, rest, at_columns, columns)
         return losses.sum(), gradient

@@ -82,6 +82,7 @@ def build_request(
         if value is None:
             return None
         check_aligned(name, value, leading)
+        # constants: the gradient that is made in the forward pass is by hidden states and head alone
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 

@@ -295,7 +295,7 @@ def test_prompt_weight(make_trainer, cached):
 def test_prompt_weight_needs_a_prompt(make_trainer):
     with pytest.raises(ConfigError, match="no token is masked"):
         make_trainer("sft", data=Dataset.from_list([{"text": "abc"}]), prompt_weight=0.1)
-    with pytest.raises(ConfigError, match="prompt_weight=-1"):
+    with pytest.raises(ConfigError, match="prompt_weight is -1"):
         make_trainer("sft", prompt_weight=-1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -12,6 +11,7 @@ from trl.trainer.sft_config import SFTConfig
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target, WeightsScale
+from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -94,10 +94,6 @@ class QTargetConfig(SFTConfig):
             )
         if self.unplaced_spans not in ("refuse", "leave_out"):
             raise ConfigError(f"unplaced_spans={self.unplaced_spans!r}; expected refuse or leave_out")
-        if self.prompt_weight is not None and not (math.isfinite(self.prompt_weight) and self.prompt_weight >= 0):
-            raise ConfigError(f"prompt_weight={self.prompt_weight}; expected a finite number of at least 0")
-        if self.heatmap_rows < 0:
-            raise ConfigError(f"heatmap_rows={self.heatmap_rows}; expected 0 (none) or more")
 
     @property
     def target_label(self) -> str:

@@ -61,6 +61,7 @@ CONSTRAINTS: dict[str, Bounds] = {
     "router_aux_loss_coef": COUNT,
     "teacher_top_k": SOME,
     "heatmap_rows": COUNT,
+    "prompt_weight": COUNT,
     "lora_r": SOME,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,

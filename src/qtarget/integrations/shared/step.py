@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 from qtarget.api import linear_target_loss
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target, WeightsScale
-from qtarget.integrations.shared.heads import HeadSpec
+from qtarget.integrations.shared.heads import HeadSpec, backbone_states
 from qtarget.loss.backends import Backend
 from qtarget.loss.result import TokenReport
 

@@ -232,6 +232,7 @@ def _chunk(
     found = differentiate(target, view)
     a, b = found.pulls(loss_weights, scale)
     weights = found.combined(loss_weights, scale)
+    # the uniform distribution is not uniform on these outcomes: the rest holds many tokens
     uniform = weights.pop("mean_log_prob", None)
     probs = outcomes.live.exp()
     gradient = logit_gradient(outcomes.live, outcomes.label, weights, models.get("reference"), models.get("teacher"))
