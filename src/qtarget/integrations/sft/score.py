@@ -57,6 +57,7 @@ def training_rows(
     plain = changed(
         args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[],
         weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
+        **frozen,
     )  # fmt: skip
     trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset

@@ -272,9 +272,7 @@ class QTargetTrainer(SFTTrainer):
         rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
         reason = f"the loss is {loss.item()} at step {self.state.global_step}; rows {rows or 'unknown'} of the data"
         self._records.stopped(self.args, self.state, reason)
-        raise NonFiniteLossError(
-            f"{reason}; look at these rows, lower learning_rate, or set max_grad_norm; the last checkpoint is untouched"
-        )
+        raise NonFiniteLossError(f"{reason}; {_way_out(loss, output)}; the last checkpoint is untouched")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of an evaluation batch; logits are never built."""
@@ -304,3 +302,20 @@ class QTargetTrainer(SFTTrainer):
                     f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds newer "
                     "checkpoints, or some of higher steps; move them away or choose another output_dir"
                 )
+
+
+def _way_out(loss: Tensor, output: TargetOutput) -> str:
+    """What to do about a loss that is no number: infinite for a reason, or diverged."""
+    assert output.label_log_probs is not None
+    excluded = int((output.label_log_probs == -torch.inf).sum())
+    if excluded and loss == torch.inf:
+        return (
+            f"{excluded} of their labels have probability 0: the model's logit there is minus infinity (a banned or padded "
+            "token); mask these labels, or train a target whose weight vanishes there (docs/loss.md, What infinite logits do)"
+        )
+    if loss == torch.inf:
+        return (
+            "the target pulls towards a token whose logit is minus infinity in the model (a banned or padded one), or away "
+            "from one that the frozen model excludes (docs/loss.md, What infinite logits do)"
+        )
+    return "look at these rows, lower learning_rate, or set max_grad_norm"
