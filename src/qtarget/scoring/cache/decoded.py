@@ -144,7 +144,7 @@ def looks_whole(path: Path, *, verify: bool = False) -> bool:
     try:
         receipt = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return path.stat().st_size == receipt["bytes"] and (not verify or digest_file(path) == receipt["blake2b"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

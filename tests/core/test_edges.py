@@ -1,0 +1,118 @@
+"""What a careless change of the core would let through: ties, entropies of banned tokens, what counts as a pull."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qtarget
+from qtarget.core.types import Needs, Target, Terms, TokenView
+
+
+@dataclass(frozen=True)
+class Bonus(Target):
+    """``-log p_y - bonus H``: an entropy that is differentiated."""
+
+    bonus: float = 0.5
+
+    name = "bonus"
+    formula = "-log p_y - bonus H"
+    paper = "test"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(entropy=True)
+
+    def losses(self, x: TokenView) -> Terms:
+        assert x.entropy is not None
+        return Terms(label=-x.label_log_probs - self.bonus * x.entropy)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+FORMS: dict[str, dict[str, Any]] = {"dense": {"backend": "dense"}, "chunked": {"backend": "chunked", "chunk_size": 3}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("banned", [[], [2, 5]])
+def test_an_entropy_and_its_gradient_where_tokens_are_banned(form: str, banned: list[int]) -> None:
+    """Against the sum over the tokens that are left, differentiated by autograd."""
+    labels = torch.tensor([0, 1, 3, 4, 6, 0, 1])
+    bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    found = []
+    for ours in (True, False):
+        hidden, weight = drawn(7, 4).requires_grad_(), drawn(9, 4, seed=1).requires_grad_()
+        if ours:
+            loss, report = qtarget.linear_target_loss(
+                hidden, weight, labels, Bonus(), bias=bias, reduction="sum", return_report=True, **FORMS[form]
+            )
+        else:
+            left = [i for i in range(9) if i not in banned]
+            log_probs = (hidden @ weight[left].T).log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            at_label = log_probs[torch.arange(7), torch.tensor([left.index(int(y)) for y in labels])]
+            loss = (-at_label - 0.5 * entropy).sum()
+        found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(report.entropy, entropy.detach())
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_entropy_pulls_towards_nothing(form: str) -> None:
+    """``a`` is the pull of ``-log p_y`` alone, whatever the bonus."""
+    arguments = {"return_report": True, "loss_weights": torch.tensor([1.0, 0.5]).double(), **FORMS[form]}
+    for bonus in (0.0, 0.5, 3.0):
+        _, report = qtarget.linear_target_loss(
+            drawn(2, 4), drawn(9, 4, seed=1), torch.tensor([0, 1]), Bonus(bonus), **arguments
+        )
+        assert report.label_weights.tolist() == [1.0, 0.5]
+        assert report.residual_weights.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["rho1", "token_cleaning"])
+def test_of_equal_scores_the_first_are_kept(name: str) -> None:
+    """500 tokens of one excess: a sort that is not stable shuffles them."""
+    count = 500
+    known = qtarget.Reference(label_log_probs=torch.zeros(count))
+    _, report = qtarget.target_loss(
+        torch.zeros(count, 4), torch.zeros(count, dtype=torch.long), qtarget.get_target(name, keep_fraction=0.5),
+        reference=known, sequence_ids=torch.zeros(count, dtype=torch.long), return_report=True,
+    )  # fmt: skip
+    assert report.label_weights.tolist() == [1.0] * 250 + [0.0] * 250
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_an_id_that_is_listed_twice_the_first_counts(form: str) -> None:
+    """The second slot holds nonsense; and the loss is that of the reference without it."""
+    hidden, weight, labels = drawn(3, 4), drawn(9, 4, seed=1), torch.tensor([0, 1, 2])
+    clean = qtarget.token_statistics(drawn(3, 9, seed=2), labels, top_k=3)
+    assert clean.topk_ids is not None and clean.topk_log_probs is not None
+    order = torch.tensor([2, 0, 1])  # ids need not ascend
+    twice = qtarget.Reference(
+        label_log_probs=clean.label_log_probs,
+        topk_ids=torch.cat([clean.topk_ids[:, order], clean.topk_ids[:, :2]], -1),
+        topk_log_probs=torch.cat([clean.topk_log_probs[:, order], torch.full((3, 2), -0.01).double()], -1),
+        tail_log_mass=clean.tail_log_mass,
+    )
+    losses = [
+        qtarget.linear_target_loss(hidden, weight, labels, "reverse_kl", teacher=known, **FORMS[form])
+        for known in (clean, twice)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("bad", [-1e-6, float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_weights(bad: float) -> None:
+    """Refused at a trained token, and nobody looks at a masked one."""
+    logits, weights = torch.zeros(3, 4), torch.tensor([1.0, 0.0, bad])
+    with pytest.raises(qtarget.core.errors.HyperparameterError, match="finite weights of at least 0"):
+        qtarget.target_loss(logits, torch.tensor([0, 1, 2]), "sft", loss_weights=weights)
+    loss = qtarget.target_loss(logits, torch.tensor([0, 1, -100]), "sft", loss_weights=weights)
+    torch.testing.assert_close(loss, torch.tensor(4.0).log())
