@@ -195,7 +195,7 @@ def survives(mutant: Mutant, tree: Path) -> tuple[bool, float]:
 def copied() -> Path:
     """A copy of what the tests need."""
     tree = Path(tempfile.mkdtemp(prefix="mutants-")) / "tree"
-    ignored = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".venv", ".hypothesis", "runs")
+    ignored = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".venv", ".hypothesis")
     shutil.copytree(ROOT, tree, ignore=ignored)
     return tree
 

@@ -28,17 +28,40 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=10,
 )
-MESSAGES = st.lists(
-    st.fixed_dictionaries({}, optional={"role": SCALARS, "content": VALUES, "weight": SCALARS, "tool_calls": VALUES}),
-    max_size=3,
-)
-ROWS = st.lists(
-    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
-    | st.fixed_dictionaries({"messages": MESSAGES})
-    | st.fixed_dictionaries({"prompt": VALUES, "completion": VALUES})
-    | VALUES,
-    min_size=1,
-    max_size=3,
+TEXT = st.text(max_size=6)
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+GOOD: list[dict[str, Any]] = [
+    {"prompt": "a", "completion": "b"},
+    {"text": "ab", "weight": 0.5},
+    {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
+    {"messages": CHAT, "weight_spans": [[0, 1, 0.5]], "chat_template_kwargs": {"a": 1}},
+    {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c"},
+    {"instruction": "a", "input": "", "output": "b"},
+    {"input_ids": [1, 2], "labels": [-100, 2], "loss_weights": [1.0, 0.5]},
+]
+
+
+@st.composite
+def changed_rows(draw: Any) -> list[Any]:
+    """Rows of one shape, of which one or two values, anywhere, hold something else."""
+    good = draw(st.sampled_from(GOOD))
+    rows = [json.loads(json.dumps(good)) for _ in range(draw(st.integers(1, 3)))]
+    for _ in range(draw(st.integers(0, 2))):
+        owner: Any = draw(st.sampled_from(rows))
+        while True:
+            keys = list(range(len(owner))) if isinstance(owner, list) else sorted(owner)
+            key = draw(st.sampled_from([*keys, "other"] if isinstance(owner, dict) else keys))
+            inner = owner.get(key) if isinstance(owner, dict) else owner[key]
+            if not inner or not isinstance(inner, list | dict) or draw(st.booleans()):
+                break
+            owner = inner
+        owner[key] = draw(SCALARS | TEXT | VALUES)
+    return rows
+
+
+ROWS = changed_rows() | st.lists(
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4) | VALUES, min_size=1, max_size=3
 )
 QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
