@@ -230,7 +230,7 @@ def test_consensus_of_a_token_that_nobody_supports() -> None:
     assert consensus([0.0, 1.0], 0.0, 0.0, 0.5, caution=1.0) == 0.0
     assert consensus([0.0, 1.0], 0.0, 0.0, 0.5, caution=0.0) == float("inf")
     assert consensus([0.5, 0.5], 0.0, 0.0, 0.5, caution=0.0) == pytest.approx(0.693147, rel=1e-5)
-    assert consensus([0.0, 1.0], 0.0, 0.0, 0.5, caution=1e-308) == 0.0
+    assert consensus([0.0, 1.0], 0.0, 0.0, 0.5, caution=5e-324) == 0.0
     assert consensus([0.0, 1.0], 0.0, 0.3, 0.0, caution=1.0) == float("inf"), "other rows support it"
 
 

@@ -64,6 +64,33 @@ def test_an_entropy_and_its_gradient_where_tokens_are_banned(form: str, banned: 
         torch.testing.assert_close(actual, expected)
 
 
+@dataclass(frozen=True)
+class WholeBonus(Bonus):
+    """The same, of a target that reads whole rows."""
+
+    name = "whole_bonus"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(entropy=True, log_probs=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", [Bonus(), WholeBonus()], ids=["columns", "whole rows"])
+def test_the_gradient_of_an_entropy_at_a_banned_label(form: str, target: Target) -> None:
+    """The loss is infinite; its gradient is that of ever lower logits."""
+    found = []
+    for level, arguments in ((-1e5, FORMS["dense"]), (-torch.inf, FORMS[form])):
+        hidden, weight = drawn(4, 4).requires_grad_(), drawn(9, 4, seed=1).requires_grad_()
+        bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.tensor([2, 5]), level)
+        labels = torch.tensor([0, 2, 3, 5])
+        loss = qtarget.linear_target_loss(hidden, weight, labels, target, bias=bias, **arguments)
+        assert bool(loss.isinf()) == (level == -torch.inf)
+        found.append(torch.autograd.grad(loss, (hidden, weight)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_entropy_pulls_towards_nothing(form: str) -> None:
     """``a`` is the pull of ``-log p_y`` alone, whatever the bonus."""

@@ -42,6 +42,8 @@ def test_an_id_just_outside_the_vocabulary(tmp_path, wrong):
     row = {"input_ids": [1, wrong], "labels": [-100, wrong]}
     with pytest.raises(DataError, match=rf"row 1 has token ids from {min(1, wrong)} to {max(1, wrong)}"):
         write_cache(tmp_path / "cache", [fine, row], HashSource(), provenance())
+    with pytest.raises(DataError, match=f"row 7 has token ids .* the model knows 0 to {VOCAB - 1}"):
+        read_row(row, 7, VOCAB)
     with pytest.raises(DataError, match=f"row 0 has token ids .* the model knows 0 to {VOCAB - 1}"):
         check_request([np.array([1, wrong])], 0, None, None, VOCAB)
 
@@ -71,7 +73,7 @@ def test_leftovers_are_no_finished_files(tmp_path, cache):
     directory.mkdir()
     for name in ("plan.json", "shard-00000.json"):
         (directory / name).write_bytes(whole[name])
-    leftovers = {"shard-00000.parquet.tmp": whole["shard-00000.parquet"], "manifest.json.tmp": whole["manifest.json"]}
+    leftovers = {"shard-00000.parquet.tmp": whole["shard-00000.parquet"], "shard-00009.json.tmp": b"{}"}
     for name, content in leftovers.items():
         (directory / name).write_bytes(content)
     with pytest.raises(CacheMismatchError, match="unfinished"):
