@@ -1,12 +1,12 @@
 """Which changes of the code would the tests notice? Mutants of four rooms, each against its room's tests.
 
 A mutant is one small change: a comparison moved by one, ``+`` for ``-``, another number, ``and`` for ``or``, a condition turned
-round, a statement left out. It is written into a copy of the tree, and the tests run with ``-x``; who passes them all has survived.
-Processes are forked from one that has imported torch and transformers already (and nothing of ours), so a mutant costs seconds::
+round, a statement left out. It is written into a copy of the tree, and the room's tests that reach its lines run with ``-x``, the
+quickest first; who passes them all has survived. Which tests reach which lines is traced once. Processes are forked from one that
+has imported torch and transformers already (and nothing of ours), so a mutant costs seconds::
 
     python scripts/mutate.py --sample 30 --seed 0        # 30 mutants a room, benchmarks/results/mutation.json
     python scripts/mutate.py --again                     # the survivors of that file against today's tests
-    python scripts/mutate.py --baseline                  # the tests without a mutant, and their CPU time
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ ROOMS: dict[str, tuple[str, list[str]]] = {
     "scoring/cache": ("src/qtarget/scoring/cache", ["src/qtarget/scoring/cache", *CACHE]),
     "integrations/sft": ("src/qtarget/integrations/sft", SFT),
 }
+USAGE_ERROR = 4
+"""Of pytest: no test of such a name."""
 CPU_SECONDS = 240
 """Of one mutant: whoever needs more loops, and counts as noticed."""
 
@@ -151,15 +153,46 @@ def preload() -> None:
     import trl.trainer.sft_trainer  # noqa: F401
 
 
-def run(tree: Path, tests: list[str], log: Path) -> tuple[bool, float]:
-    """Whether the tests pass in this tree, and their CPU time; in a forked process."""
+class Tracer:
+    """A pytest plugin that notes which lines of ours each test runs, in this process, and how long it takes."""
+
+    def __init__(self, sources: Path) -> None:
+        self.sources, self.reached = str(sources), {}
+
+    def pytest_runtest_protocol(self, item, nextitem):
+        from _pytest.runner import runtestprotocol
+
+        lines, begun = defaultdict(set), time.process_time()
+
+        def line(frame, event, _):
+            lines[frame.f_code.co_filename].add(frame.f_lineno)
+            return line
+
+        def call(frame, event, _):
+            return line(frame, event, _) if frame.f_code.co_filename.startswith(self.sources) else None
+
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        sys.settrace(call)
+        try:
+            runtestprotocol(item, nextitem=nextitem)
+        finally:
+            sys.settrace(None)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        found = {name.removeprefix(self.sources).lstrip("/"): sorted(at) for name, at in lines.items()}
+        self.reached[item.nodeid] = {"seconds": time.process_time() - begun, "lines": found}
+        return True
+
+
+def run(tree: Path, tests: list[str], log: Path, traced: Path | None = None) -> tuple[int, float]:
+    """Exit status of the tests in this tree, and their CPU time, in a forked process; with ``traced`` it notes what they reach."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.setsid()
-            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+            limit = CPU_SECONDS * (4 if traced else 1)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
             os.chdir(tree)
             sys.path[:0] = [str(tree), str(tree / "src")]
             os.environ["PYTHONPATH"] = f"{tree}/src:{tree}"
@@ -168,8 +201,13 @@ def run(tree: Path, tests: list[str], log: Path) -> tuple[bool, float]:
             os.dup2(descriptor, 2)
             import pytest
 
-            present = [test for test in tests if (tree / test).exists()]
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *present]))
+            present = [test for test in tests if (tree / test.split("::")[0]).exists()]
+            tracer = Tracer(tree)
+            status = int(
+                pytest.main(["-x", "-q", "-p", "no:cacheprovider", *present], plugins=[tracer] if traced else [])
+            )
+            if traced:
+                traced.write_text(json.dumps(tracer.reached))
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -178,16 +216,45 @@ def run(tree: Path, tests: list[str], log: Path) -> tuple[bool, float]:
         os.killpg(child, signal.SIGKILL)  # what tests left running
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return status == 0, spent
+    return os.waitstatus_to_exitcode(status), spent
 
 
-def survives(mutant: Mutant, tree: Path) -> tuple[bool, float]:
-    """Whether the room's tests pass with the change, and the CPU time."""
+def trace(tree: Path, room: str, folder: Path) -> dict[str, dict]:
+    """By test: CPU seconds, and the lines of ours that it reaches; read again where it was written before."""
+    path = folder / f"{room.replace('/', '-')}.json"
+    if not path.exists():
+        status, seconds = run(tree, ROOMS[room][1], path.with_suffix(".log"), path)
+        assert status == 0, f"the tests of {room} fail without a mutant; see {path.with_suffix('.log')}"
+        print(f"{room}: {seconds:.0f} s of CPU without a mutant, traced", flush=True)
+    return json.loads(path.read_text())
+
+
+def tests_of(mutant: Mutant, source: str, reached: dict[str, dict]) -> list[str]:
+    """The tests that reach a mutant's lines, or its module where it stands outside functions; the quickest first."""
+    lines = set(range(mutant.line, mutant.line + mutant.before.count("\n") + 1))
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef))
+    inside = any(f.body[0].lineno <= mutant.line <= (f.end_lineno or 0) for f in functions)
+
+    def touches(found: dict) -> bool:
+        here = found["lines"].get(mutant.module)
+        return here is not None and (not inside or not lines.isdisjoint(here))
+
+    return sorted((t for t, found in reached.items() if touches(found)), key=lambda t: reached[t]["seconds"])
+
+
+def survives(mutant: Mutant, tree: Path, reached: dict[str, dict]) -> tuple[bool, float]:
+    """Whether the tests that reach the mutant pass, and their CPU time."""
     path = tree / mutant.module
     source = path.read_text(encoding="utf-8")
+    tests = tests_of(mutant, source, reached)
+    if not tests:
+        return True, 0.0
     path.write_text(mutant.apply(source), encoding="utf-8")
     try:
-        return run(tree, ROOMS[mutant.room][1], tree / "mutant.log")
+        status, seconds = run(tree, tests, tree / "mutant.log")
+        if status == USAGE_ERROR:  # the mutant changed the names of tests
+            status, seconds = run(tree, ROOMS[mutant.room][1], tree / "mutant.log")
+        return status == 0, seconds
     finally:
         path.write_text(source, encoding="utf-8")
 
@@ -226,15 +293,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="CPU time after which no further mutant is begun")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--again", action="store_true", help="run the output file's survivors again")
-    parser.add_argument("--baseline", action="store_true", help="run each room's tests without a mutant")
+    parser.add_argument(
+        "--traced", type=Path, help="folder that keeps what tests reach, for another run of the same tree"
+    )
     args = parser.parse_args()
     preload()
     tree, spent = copied(), 0.0
-    if args.baseline:
-        for room in args.rooms:
-            passed, seconds = run(tree, ROOMS[room][1], tree / f"{room.replace('/', '-')}.log")
-            print(f"{room}: {'passed' if passed else f'FAILED, see {tree}'} in {seconds:.0f} s of CPU", flush=True)
-        return
+    folder = args.traced or tree.parent
+    folder.mkdir(exist_ok=True)
+    reached = {room: trace(tree, room, folder) for room in args.rooms}
     if args.again:
         saved = json.loads(args.output.read_text())
         found, sizes = saved["mutants_tried"], {room: row["mutants"] for room, row in saved["rooms"].items()}
@@ -248,7 +315,7 @@ def main() -> None:
             break
         begun = time.monotonic()
         mutant = Mutant(**{name: entry[name] for name in Mutant.__dataclass_fields__})
-        entry["survived"], seconds = survives(mutant, tree)
+        entry["survived"], seconds = survives(mutant, tree, reached[mutant.room])
         spent += seconds
         if not args.again:
             found.append(entry)

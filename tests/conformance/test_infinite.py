@@ -186,7 +186,7 @@ def test_a_median_over_banned_labels_is_no_nan() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_eaft_where_the_entropy_is_zero(alpha: float) -> None:
-    """Rounding makes the entropy of a certain token slightly negative, and its root NaN; the weight is 0 there."""
+    """From nearly certain to certain: a root of an entropy of 0 is 0, and nothing is divided by it."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 8, generator=rng) * 1e-7
     logits[:, 0] += torch.linspace(8, 60, 400)

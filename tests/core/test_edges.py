@@ -143,3 +143,42 @@ def test_weights_that_are_no_weights(bad: float) -> None:
         qtarget.target_loss(logits, torch.tensor([0, 1, 2]), "sft", loss_weights=weights)
     loss = qtarget.target_loss(logits, torch.tensor([0, 1, -100]), "sft", loss_weights=weights)
     torch.testing.assert_close(loss, torch.tensor(4.0).log())
+
+
+@dataclass(frozen=True)
+class Confidence(Target):
+    """``-log p_y / (1 + H_ref)``."""
+
+    name = "confidence"
+    formula = "-log p_y / (1 + H_ref)"
+    paper = "test"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=frozenset({"entropy"}))
+
+    def losses(self, x: TokenView) -> Terms:
+        assert x.reference is not None and x.reference.entropy is not None
+        return Terms(label=-x.label_log_probs / (1 + x.reference.entropy))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_entropy_of_a_frozen_head_that_bans_tokens(form: str) -> None:
+    hidden, weight, labels = drawn(3, 4), drawn(9, 4, seed=1), torch.tensor([0, 1, 3])
+    bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.tensor([2, 5]), -torch.inf)
+    frozen = qtarget.FrozenHead(drawn(3, 4, seed=2), drawn(9, 4, seed=3), bias)
+    loss = qtarget.linear_target_loss(
+        hidden, weight, labels, Confidence(), reference=frozen, reduction="sum", **FORMS[form]
+    )
+    p = (frozen.hidden @ frozen.lm_head_weight.T + bias).softmax(-1)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    nll = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(loss, (nll / (1 + entropy)).sum())
+
+
+@pytest.mark.parametrize("name", ["sequence_ids", "label_weights", "loss_weights"])
+def test_what_does_not_line_up_with_the_labels(name: str) -> None:
+    """As many numbers in another shape would be taken for other tokens'."""
+    value = torch.ones(3, 2) if name != "sequence_ids" else torch.ones(3, 2, dtype=torch.long)
+    with pytest.raises(qtarget.core.errors.ShapeError, match=rf"{name} has shape \(3, 2\), labels \(2, 3\)"):
+        qtarget.target_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.long), "sft", **{name: value})

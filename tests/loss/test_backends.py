@@ -222,6 +222,21 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_last_tile_that_is_not_full(transposed: bool, dtype: torch.dtype, monkeypatch) -> None:
+    """Two tokens a tile of five, or 40 columns of 100."""
+    monkeypatch.setitem(pytorch.TILE_BYTES, "cpu", 800)
+    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    z = logits.T.contiguous().T if transposed else logits.clone()
+    sums = pytorch.rest_sums(z, entropy=True)
+    x = logits.double() - logits.double().amax(-1, keepdim=True)
+    torch.testing.assert_close(sums.exp.double(), x.exp().sum(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.exp_x.double(), (x.exp() * x).sum(-1), rtol=1e-5, atol=0)
+    pytorch.overwrite_with_gradient(z, pytorch.RestGradient(logits.double().amax(-1).to(sums.exp.dtype), sums.exp))
+    torch.testing.assert_close(z, (x.exp() * x.exp().sum(-1, keepdim=True)).to(dtype))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
 def test_exponentials_take_the_place_of_the_logits(transposed: bool, dtypes, monkeypatch) -> None:
     monkeypatch.setitem(pytorch.TILE_BYTES, "cpu", 4 * 5 * 7)  # seven columns, or one token, a tile
