@@ -242,11 +242,11 @@ def tests_of(mutant: Mutant, source: str, reached: dict[str, dict]) -> list[str]
     return sorted((t for t, found in reached.items() if touches(found)), key=lambda t: reached[t]["seconds"])
 
 
-def survives(mutant: Mutant, tree: Path, reached: dict[str, dict]) -> tuple[bool, float]:
-    """Whether the tests that reach the mutant pass, and their CPU time."""
+def survives(mutant: Mutant, tree: Path, reached: dict[str, dict] | list[str]) -> tuple[bool, float]:
+    """Whether the tests that reach the mutant (or the given ones) pass, and their CPU time."""
     path = tree / mutant.module
     source = path.read_text(encoding="utf-8")
-    tests = tests_of(mutant, source, reached)
+    tests = reached if isinstance(reached, list) else tests_of(mutant, source, reached)
     if not tests:
         return True, 0.0
     path.write_text(mutant.apply(source), encoding="utf-8")
@@ -296,12 +296,13 @@ def main() -> None:
     parser.add_argument(
         "--traced", type=Path, help="folder that keeps what tests reach, for another run of the same tree"
     )
+    parser.add_argument("--tests", nargs="*", help="with --again: these test files, whatever they reach")
     args = parser.parse_args()
     preload()
     tree, spent = copied(), 0.0
     folder = args.traced or tree.parent
     folder.mkdir(exist_ok=True)
-    reached = {room: trace(tree, room, folder) for room in args.rooms}
+    reached = {} if args.tests else {room: trace(tree, room, folder) for room in args.rooms}
     if args.again:
         saved = json.loads(args.output.read_text())
         found, sizes = saved["mutants_tried"], {room: row["mutants"] for room, row in saved["rooms"].items()}
@@ -315,7 +316,7 @@ def main() -> None:
             break
         begun = time.monotonic()
         mutant = Mutant(**{name: entry[name] for name in Mutant.__dataclass_fields__})
-        entry["survived"], seconds = survives(mutant, tree, reached[mutant.room])
+        entry["survived"], seconds = survives(mutant, tree, args.tests or reached[mutant.room])
         spent += seconds
         if not args.again:
             found.append(entry)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import qtarget
+from qtarget.core.residuals import reverse_kl
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
 
@@ -176,9 +177,63 @@ def test_the_entropy_of_a_frozen_head_that_bans_tokens(form: str) -> None:
     torch.testing.assert_close(loss, (nll / (1 + entropy)).sum())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tail_beside_the_whole_log_softmax(form: str) -> None:
+    """A target that reads whole rows and a sparse reference: gradients at listed ids, in the tail and everywhere."""
+
+    class Both(WholeBonus):
+        name = "both"
+
+        @property
+        def needs(self) -> Needs:
+            return Needs(entropy=True, log_probs=True, reference=frozenset({"distribution"}))
+
+        def losses(self, x: TokenView) -> Terms:
+            assert x.on_reference is not None
+            return Terms(label=super().losses(x).label, residual=reverse_kl(x.on_reference))
+
+    labels = torch.tensor([0, 1, 3])
+    known = qtarget.token_statistics(drawn(3, 9, seed=2), labels, top_k=3)
+    assert known.topk_ids is not None and known.topk_log_probs is not None and known.tail_log_mass is not None
+    found = []
+    for ours in (True, False):
+        hidden, weight = drawn(3, 4).requires_grad_(), drawn(9, 4, seed=1).requires_grad_()
+        if ours:
+            loss = qtarget.linear_target_loss(
+                hidden, weight, labels, Both(), reference=known, reduction="sum", **FORMS[form]
+            )
+        else:
+            p = (hidden @ weight.T).softmax(-1)
+            listed = p.gather(-1, known.topk_ids)
+            live = torch.cat([listed, 1 - listed.sum(-1, keepdim=True)], -1)
+            frozen = torch.cat([known.topk_log_probs, known.tail_log_mass[:, None]], -1)
+            kl = (live * (live.log() - frozen)).sum()
+            loss = kl - p[torch.arange(3), labels].log().sum() + 0.5 * (p * p.log()).sum()
+        found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_statistics_from_hidden_states_and_from_logits() -> None:
+    hidden, weight, labels = drawn(3, 4), drawn(9, 4, seed=1), torch.tensor([0, 1, 3])
+    bias = drawn(9, seed=2)
+    for plain, arguments in (
+        (hidden @ weight.T, {}),
+        (hidden @ weight.T + bias, {"bias": bias}),
+        (2 * (hidden @ weight.T), {"logit_scale": 2.0}),
+        (3 * torch.tanh(hidden @ weight.T / 3), {"logit_softcap": 3.0}),
+    ):
+        one = qtarget.token_statistics(plain, labels, top_k=2)
+        two = qtarget.token_statistics(hidden=hidden, lm_head_weight=weight, labels=labels, top_k=2, **arguments)
+        for name in ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", "tail_log_mass"):
+            torch.testing.assert_close(getattr(one, name), getattr(two, name))
+
+
 @pytest.mark.parametrize("name", ["sequence_ids", "label_weights", "loss_weights"])
 def test_what_does_not_line_up_with_the_labels(name: str) -> None:
     """As many numbers in another shape would be taken for other tokens'."""
     value = torch.ones(3, 2) if name != "sequence_ids" else torch.ones(3, 2, dtype=torch.long)
     with pytest.raises(qtarget.core.errors.ShapeError, match=rf"{name} has shape \(3, 2\), labels \(2, 3\)"):
         qtarget.target_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.long), "sft", **{name: value})
+    with pytest.raises(qtarget.core.errors.ShapeError, match=rf"{name} has shape \(2,\), labels \(2, 3\)"):
+        qtarget.target_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.long), "sft", **{name: value[:2, 0]})

@@ -83,6 +83,12 @@ def test_an_unsupported_pair_is_refused() -> None:
         qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="triton")  # float64
 
 
+def test_nothing_to_compile_is_refused() -> None:
+    hidden, weight, labels = leaves()
+    with pytest.raises(IncompatibleError, match="leave nothing to compile; use backend='auto'"):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="compiled")
+
+
 def test_impossible_settings_are_refused() -> None:
     hidden, weight, labels = leaves()
     with pytest.raises(HyperparameterError, match="chunk_size=0; expected a whole number"):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from qtarget.core.errors import CacheMismatchError, DataError, NonFiniteLossError
+from qtarget.integrations.sft.weights import ROW, row_weights
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer
 
 TEXTS = ["abcdefg", "hijk", "lmnopqrstu", "vw"]
@@ -129,3 +130,39 @@ def test_an_infinite_loss_says_why(make_trainer, target, text, words):
     trainer.model.lm_head.bias[6] = -torch.inf
     trainer.train()
     assert all(bool(p.isfinite().all()) for n, p in trainer.model.named_parameters() if n != "lm_head.bias")
+
+
+def test_the_weights_of_one_row_are_those_of_all_rows(make_trainer):
+    """``row_weights``, which pages show, against what training uses: row, message, span and token weights multiply."""
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bcd", "weight": 0.5, "weight_spans": [[1, 2, 3.0]]},
+    ]
+    row = {"messages": messages, "weight": 2.0}
+    trainer = make_trainer("sft", data=Dataset.from_list([row]))
+    trained = trainer.train_dataset[0]
+    found = row_weights({**row, ROW: 0, "input_ids": trained["input_ids"]}, trainer.processing_class, None)
+    assert found.tolist() == trained["loss_weights"] == [2.0, 2.0, 2.0, 1.0, 3.0, 1.0, 1.0]
+    given = {ROW: 0, "input_ids": [5, 6], "weight": None, "loss_weights": [1.0, 0.25]}
+    assert row_weights(given, trainer.processing_class, None).tolist() == [1.0, 0.25]
+    assert row_weights({**given, "weight": 4}, trainer.processing_class, None).tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_batch_holds_what_its_target_reads(make_trainer, cached, top_k):
+    """Of a cache with top-k numbers a target of label log-probs takes those alone; one without serves it too."""
+    folder = cached(top_k=top_k)
+    trainer = make_trainer("prior_surprise", reference_cache=folder)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {name for name in batch if name.startswith("reference_")} == {
+        "reference_label_log_probs",
+        "reference_entropy",
+    }
+    mask = batch["labels"] != -100
+    assert (
+        bool((batch["reference_label_log_probs"][mask] < 0).all())
+        and not batch["reference_label_log_probs"][~mask].any()
+    )
+    if top_k:
+        batch = next(iter(make_trainer("asft", reference_cache=folder).get_train_dataloader()))
+        assert batch["reference_topk_ids"].shape == (*mask.shape, 5)

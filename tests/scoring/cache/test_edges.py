@@ -15,7 +15,7 @@ from qtarget.scoring.cache.decoded import side_file
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import check_request, read_row
 from qtarget.scoring.cache.schema import Manifest, row_checksum, supervised_mask
-from qtarget.scoring.cache.verify import check_counts
+from qtarget.scoring.cache.verify import check_counts, check_plan, shared_places
 from qtarget.scoring.cache.writer import write_cache
 from tests.scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows
 
@@ -165,6 +165,28 @@ def test_a_manifest_that_counts_otherwise(cache):
         CacheMismatchError, match=rf"holds {value['tokens'] - 1} tokens, its manifest says {value['tokens']}"
     ):
         check_counts(ReferenceCache.open(cache))
+
+
+@pytest.mark.parametrize("content", ["{", "7", "[" * 100_000])
+def test_a_plan_that_cannot_be_read(cache, content):
+    opened = ReferenceCache.open(cache)
+    check_plan(opened)
+    (cache / "plan.json").write_text(content)
+    with pytest.raises(CacheMismatchError, match=r"plan.json is unreadable .*score again into another folder"):
+        check_plan(opened)
+
+
+def test_ids_are_compared_at_their_own_tokens():
+    """Keys of a token's place and an id must not run into those of the next token: the largest id, and slot for slot."""
+    ours, theirs = np.array([[5, 0], [0, 5]]), np.array([[0, 5], [5, 3]])
+    here, there, share = shared_places(ours, theirs)
+    pairs = {
+        (int(a) // 2, int(ours.reshape(-1)[a]), int(b) // 2, int(theirs.reshape(-1)[b])) for a, b in zip(here, there)
+    }
+    assert pairs == {(0, 0, 0, 0), (0, 5, 0, 5), (1, 5, 1, 5)}
+    assert share == 0.75
+    assert shared_places(np.array([[0]]), np.array([[-1]]))[2] == 0.0
+    assert shared_places(np.array([[6], [-1]]), np.array([[-1], [0]]))[2] == 0.0
 
 
 # -- anything at all ---------------------------------------------------------------------------------------------
