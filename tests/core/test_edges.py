@@ -237,3 +237,28 @@ def test_what_does_not_line_up_with_the_labels(name: str) -> None:
         qtarget.target_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.long), "sft", **{name: value})
     with pytest.raises(qtarget.core.errors.ShapeError, match=rf"{name} has shape \(2,\), labels \(2, 3\)"):
         qtarget.target_loss(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.long), "sft", **{name: value[:2, 0]})
+
+
+@pytest.mark.parametrize("name", ["idft+label_smoothing", "eaft+label_smoothing", "dft+gift", "prior_surprise+sft_kl"])
+def test_a_combination_sees_what_either_part_needs(name: str) -> None:
+    """One part alone asks for the entropy, the top k, the mean or the reference."""
+    weight, base = (qtarget.get_target(part, **({"top_k": 4} if part == "eaft" else {})) for part in name.split("+"))
+    logits, labels = drawn(5, 9), torch.tensor([0, 1, 3, 4, 8])
+    known = {"reference": qtarget.Reference.from_logits(drawn(5, 9, seed=2), labels)}
+    common = {"reduction": "none", "return_report": True, **known}
+    _, of_weight = qtarget.target_loss(logits, labels, weight, **common)
+    _, of_base = qtarget.target_loss(logits, labels, base, **common)
+    for backend in ("dense", "chunked"):
+        _, both = qtarget.linear_target_loss(
+            torch.eye(5).double(), logits.T.contiguous(), labels, qtarget.Combined(weight, base), backend=backend,
+            return_report=True, **known,
+        )  # fmt: skip
+        torch.testing.assert_close(both.label_weights, of_weight.label_weights * of_base.label_weights)
+        torch.testing.assert_close(both.residual_weights, of_base.residual_weights)
+
+
+def test_a_hyper_parameter_that_is_no_choice() -> None:
+    with pytest.raises(
+        qtarget.core.errors.HyperparameterError, match="gem: form='cubic'; expected one of linear, logsig"
+    ):
+        qtarget.get_target("gem", form="cubic")

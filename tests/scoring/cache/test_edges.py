@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtarget.core.errors import CacheMismatchError, DataError, HyperparameterError, QTargetError
+from qtarget.scoring.cache.columns import expand
 from qtarget.scoring.cache.decoded import side_file
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import check_request, read_row
 from qtarget.scoring.cache.schema import Manifest, row_checksum, supervised_mask
 from qtarget.scoring.cache.verify import check_counts, check_plan, shared_places
-from qtarget.scoring.cache.writer import write_cache
-from tests.scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows
+from qtarget.scoring.cache.writer import uniforms, write_cache
+from qtarget.scoring.sources.local import LocalSource
+from tests.scoring.helpers import VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
 
 ROWS = ragged_rows(11)
 
@@ -187,6 +189,24 @@ def test_ids_are_compared_at_their_own_tokens():
     assert share == 0.75
     assert shared_places(np.array([[0]]), np.array([[-1]]))[2] == 0.0
     assert shared_places(np.array([[6], [-1]]), np.array([[-1], [0]]))[2] == 0.0
+
+
+def test_draws_of_every_row_are_its_own(tmp_path):
+    """Several rows a shard, read in any order: ids and counts as the source drew them."""
+    source = LocalSource(tiny_model())
+    drawn = provenance(sampled=5, tail_policy="sampled")
+    write_cache(tmp_path, ROWS, source, drawn, shard_rows=4)
+    opened = ReferenceCache.open(tmp_path)
+    for i in (9, 0, 6, 2, 10, 5):
+        row = read_row(ROWS[i], i, VOCAB)
+        numbers = uniforms(row.checksum, drawn.seed, len(row.positions), 5)
+        (scored,) = source.sample([row.input_ids], [numbers], positions=[row.positions])
+        expected = expand(scored.samples.sizes, scored.samples.ids, scored.samples.counts)
+        found = opened.row(i)
+        np.testing.assert_array_equal(found["topk_ids"], expected["topk_ids"])
+        np.testing.assert_array_equal(found["topk_log_probs"], expected["topk_log_probs"])
+        assert len(found["label_log_probs"]) == len(row.positions)
+    check_counts(opened)
 
 
 # -- anything at all ---------------------------------------------------------------------------------------------
