@@ -11,6 +11,7 @@ from torch import Tensor
 
 import qtarget
 from qtarget.core.errors import ShapeError
+from tests import ROOT
 from tests.conformance import formulas
 from tests.conformance.cases import Batch, frozen_arguments, make_batch
 from tests.conformance.test_targets import CASES, close
@@ -71,6 +72,8 @@ FINITE = [
     ("dft", {}, True), ("p_power", {"alpha": 0.5}, True), ("p_power", {"alpha": 0.0}, False), ("idft", {}, True),
     ("profit", {}, True), ("psft", {}, True), ("iw_sft", {}, True), ("talr", {"min_weight": 0.0}, True),
     ("target_sft", {}, True), ("taid", {}, True), ("generalized_jsd", {}, True), ("skew_kl", {}, True),
+    ("skew_kl", {"alpha": 0.0}, False), ("skew_reverse_kl", {"alpha": 0.0}, True),
+    ("generalized_jsd", {"beta": 0.0}, False), ("generalized_jsd", {"beta": 1.0}, True), ("taid", {"interpolation": 1.0}, False),
     ("skew_reverse_kl", {}, True), ("reverse_kl", {}, True),
     ("asft", {"kl_weight": 0.0}, True), ("asft", {"kl_weight": 0.1}, False),
     ("rho1", {"keep_fraction": 0.1}, False), ("token_cleaning", {"keep_fraction": 0.1}, False),
@@ -89,6 +92,10 @@ def test_the_table_of_the_docs(name: str, settings: dict[str, Any], finite: bool
 
 def test_every_target_is_in_the_table() -> None:
     assert {name for name, *_ in FINITE} == set(qtarget.available_targets())
+    page = (
+        (ROOT / "docs" / "loss.md").read_text(encoding="utf-8").split("## What infinite logits do")[1].split("\n## ")[0]
+    )
+    assert all(name in page for name in qtarget.available_targets())
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtarget.core.errors import CacheMismatchError, DataError, NonFiniteLossError
+from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError
 from qtarget.integrations.sft.weights import ROW, row_weights
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer
 
@@ -166,3 +166,11 @@ def test_a_batch_holds_what_its_target_reads(make_trainer, cached, top_k):
     if top_k:
         batch = next(iter(make_trainer("asft", reference_cache=folder).get_train_dataloader()))
         assert batch["reference_topk_ids"].shape == (*mask.shape, 5)
+
+
+def test_a_label_scale_without_a_label_term_matters_only_to_weights(make_trainer, rows):
+    settings = {"weights_scale": "label", "models": {"teacher_model": make_model(1)}}
+    assert len(make_trainer("forward_kl", **settings).train_dataset) == 24
+    for given in ({"prompt_weight": 0.5}, {"data": rows.add_column("weight", [1.0] * 24)}):
+        with pytest.raises(ConfigError, match="multiplies the pull towards the observed token"):
+            make_trainer("forward_kl", **settings, **given)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from qtarget.core.errors import CacheMismatchError, DataError, HyperparameterError, QTargetError
 from qtarget.scoring.cache.columns import expand
 from qtarget.scoring.cache.decoded import side_file
+from qtarget.scoring.cache.merge import merge_caches
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import check_request, read_row
-from qtarget.scoring.cache.schema import Manifest, row_checksum, supervised_mask
+from qtarget.scoring.cache.schema import Manifest, fingerprint_chat_template, row_checksum, supervised_mask
 from qtarget.scoring.cache.verify import check_counts, check_plan, shared_places
 from qtarget.scoring.cache.writer import uniforms, write_cache
 from qtarget.scoring.sources.local import LocalSource
@@ -207,6 +208,20 @@ def test_draws_of_every_row_are_its_own(tmp_path):
         np.testing.assert_array_equal(found["topk_log_probs"], expected["topk_log_probs"])
         assert len(found["label_log_probs"]) == len(row.positions)
     check_counts(opened)
+
+
+def test_a_merge_into_a_folder_yet_to_be_made(tmp_path, cache):
+    write_cache(tmp_path / "more", ragged_rows(3, seed=9), HashSource(3), provenance(3))
+    merged = merge_caches([cache, tmp_path / "more"], tmp_path / "deep" / "down" / "both")
+    assert merged.rows == 14
+    assert len(ReferenceCache.open(tmp_path / "deep" / "down" / "both")) == 14
+
+
+def test_named_templates_in_any_order_are_the_same():
+    templates = {"default": "{{ a }}", "tool_use": "{{ b }}"}
+    found = fingerprint_chat_template(templates)
+    assert found == fingerprint_chat_template(dict(reversed(templates.items())))
+    assert found != fingerprint_chat_template({**templates, "tool_use": "{{ c }}"})
 
 
 # -- anything at all ---------------------------------------------------------------------------------------------
