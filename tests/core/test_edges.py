@@ -262,3 +262,21 @@ def test_a_hyper_parameter_that_is_no_choice() -> None:
         qtarget.core.errors.HyperparameterError, match="gem: form='cubic'; expected one of linear, logsig"
     ):
         qtarget.get_target("gem", form="cubic")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "good", "bad"),
+    [
+        ("asft", "kl_weight", [0, 0.0, 7], [-1e-9]),
+        ("distillation", "temperature", [1e-9, 1], [0, 0.0, -1]),
+        ("label_smoothing", "smoothing", [0, 1], [-1e-9, 1.0001]),
+        ("rho1", "keep_fraction", [1e-9, 1], [0, 1.0001]),
+        ("eaft", "top_k", [2], [1]),
+    ],
+)
+def test_hyper_parameters_at_the_edges_of_their_ranges(name: str, field: str, good: list, bad: list) -> None:
+    for value in good:
+        assert getattr(qtarget.get_target(name, **{field: value}), field) == value
+    for value in (*bad, *([] if field == "top_k" else [float("nan"), float("inf"), True])):
+        with pytest.raises(qtarget.core.errors.HyperparameterError, match=rf"{name}: {field}=.*; expected a number in"):
+            qtarget.get_target(name, **{field: value})

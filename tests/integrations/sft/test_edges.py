@@ -1,14 +1,20 @@
 """What a careless change of the training rows would let through: the first token of a row, the wrong end, a bad weight."""
 
+import json
 import re
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError
+from qtarget import QTargetConfig
+from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError, QTargetError
+from qtarget.integrations.sft.score import score
 from qtarget.integrations.sft.weights import ROW, row_weights
-from tests.integrations.conftest import make_model, make_rows, make_tokenizer
+from qtarget.scoring.cache.reader import ReferenceCache
+from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 TEXTS = ["abcdefg", "hijk", "lmnopqrstu", "vw"]
 
@@ -174,3 +180,39 @@ def test_a_label_scale_without_a_label_term_matters_only_to_weights(make_trainer
     for given in ({"prompt_weight": 0.5}, {"data": rows.add_column("weight", [1.0] * 24)}):
         with pytest.raises(ConfigError, match="multiplies the pull towards the observed token"):
             make_trainer("forward_kl", **settings, **given)
+
+
+def test_scoring_keeps_label_log_probs_alone_unless_asked(tmp_path):
+    score(
+        make_model(),
+        QTargetConfig(str(tmp_path / "scoring"), **SETTINGS),
+        make_rows(3),
+        processing_class=make_tokenizer(),
+        directory=tmp_path / "cache",
+        progress=False,
+    )
+    manifest = ReferenceCache.open(tmp_path / "cache").manifest
+    assert (manifest.top_k, manifest.sampled, manifest.seed, manifest.tail_policy) == (0, 0, 0, "bucket")
+    assert (manifest.log_probs_dtype, manifest.columns) == ("float16", ("label_log_probs", "entropy"))
+
+
+def test_scoring_with_another_tokenizer_than_the_models(tmp_path):
+    """Of as many ids, so that nothing but the comparison notices."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    args = QTargetConfig(str(tmp_path / "scoring"), **SETTINGS)
+    with pytest.raises(QTargetError, match="tokenizer"):
+        score(
+            str(tmp_path / "model"), args, make_rows(3), None, swapped(make_tokenizer()), directory=tmp_path / "cache"
+        )
+
+
+def swapped(tokenizer):
+    """The same tokenizer with two letters' ids exchanged."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    backend = Tokenizer.from_str(json.dumps(state))
+    special = {"pad_token": "~", "eos_token": "^", "unk_token": "?"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)

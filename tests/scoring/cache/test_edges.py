@@ -224,6 +224,13 @@ def test_named_templates_in_any_order_are_the_same():
     assert found != fingerprint_chat_template({**templates, "tool_use": "{{ c }}"})
 
 
+@pytest.mark.parametrize("count", [3, 9, 13, 20])
+def test_another_number_of_rows_is_told(cache, count):
+    """Also where it makes another number of shards."""
+    with pytest.raises(CacheMismatchError, match=f"it has 11 distinct rows there and {count} now"):
+        write_cache(cache, ragged_rows(count), HashSource(3), provenance(3), shard_rows=4)
+
+
 # -- anything at all ---------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
