@@ -66,7 +66,7 @@ def train_on_clean_rows(base: Path, output: Path, rows: list[dict[str, str]], to
         lr_scheduler_type="cosine", warmup_steps=5, max_steps=steps, save_strategy="no", report_to=[], disable_tqdm=True,
         bf16=False, use_cpu=True, activation_checkpointing=False, seed=0,
     )  # fmt: skip
-    trainer = QTargetTrainer(str(base), training, Dataset.from_list(rows), None, tokenizer)
+    trainer = QTargetTrainer(str(base), training, None, Dataset.from_list(rows), None, tokenizer)
     trainer.train()
     trainer.save_model(str(output))
 

@@ -99,21 +99,21 @@ def run(name: str, rows: dict[str, list[dict]], model_path: Path, output: Path, 
     caches = {"reference": output / "base-cache", "teacher": output / "teacher-cache"}
     manifest = score(base(), plain, data["train"], data["clean"], tokenizer, directory=caches["reference"], top_k=32)
     teaching = QTargetConfig(**settings(output / "teacher", max_steps=2 * steps, save_strategy="no"))
-    teacher = QTargetTrainer(base(), teaching, data["teacher"], data["clean"], tokenizer)
+    teacher = QTargetTrainer(base(), teaching, None, data["teacher"], data["clean"], tokenizer)
     teacher.train()
     score(teacher.model, plain, data["train"], data["clean"], tokenizer, directory=caches["teacher"], top_k=32)
 
-    untrained = QTargetTrainer(base(), plain, data["train"], data["clean"], tokenizer)
+    untrained = QTargetTrainer(base(), plain, None, data["train"], data["clean"], tokenizer)
     nll = {"untrained": untrained.evaluate()["eval_nll"], "teacher": teacher.evaluate()["eval_nll"]}
     for target in TARGETS:
         folder = output / target
         args = settings(folder, target=target, max_steps=steps, save_steps=steps // 2)
         args |= {f"{role}_cache": str(cache) for role, cache in caches.items()}
-        trainer = QTargetTrainer(base(), QTargetConfig(**args), data["train"], data["clean"], tokenizer)
+        trainer = QTargetTrainer(base(), QTargetConfig(**args), None, data["train"], data["clean"], tokenizer)
         if target == TARGETS[-1]:  # as after a power cut: forget the second half, start a new trainer, go on
             trainer.train()
             shutil.rmtree(folder / f"checkpoint-{steps}")
-            trainer = QTargetTrainer(base(), QTargetConfig(**args), data["train"], data["clean"], tokenizer)
+            trainer = QTargetTrainer(base(), QTargetConfig(**args), None, data["train"], data["clean"], tokenizer)
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
         else:
             trainer.train()

@@ -24,7 +24,7 @@ args = QTargetConfig(
     save_strategy="no",
     bf16=False,
 )
-trainer = QTargetTrainer(base, args, train, clean)
+trainer = QTargetTrainer(base, args, train_dataset=train, eval_dataset=clean)
 before = trainer.evaluate()["eval_nll"]
 trainer.train()
 print(f"clean held-out nll, nats a token: {before:.3f} -> {trainer.evaluate()['eval_nll']:.3f}")

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=${UV:-.venv/bin/uv}
-common=(pip compile pyproject.toml --extra train --extra serve --extra ray --universal --python-version 3.11
+common=(pip compile pyproject.toml --extra train --extra serve --extra ray --extra evaluate --universal --python-version 3.11
   --generate-hashes --no-header --no-annotate --constraints constraints.txt --quiet)
 "$uv" "${common[@]}" --output-file requirements/cuda.lock
 # A CPU has a build of torch of its own, from another index and with other hashes: the user installs that one first.

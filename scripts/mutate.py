@@ -31,9 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "mutation.json"
 CONFORMANCE = [f"tests/conformance/test_{name}.py" for name in ("infinite", "targets", "sparse", "weights")]
 CACHE = [f"tests/scoring/cache/test_{name}.py" for name in ("schema", "cache", "edges", "sampling", "faults")]
-SFT = [
-    f"tests/integrations/sft/test_{name}.py" for name in ("edges", "weights", "trainer", "rows", "score", "consensus")
-]
+SFT = ["tests/integrations/sft/test_edges.py", "tests/integrations/sft/data", "tests/integrations/sft"]
 ROOMS: dict[str, tuple[str, list[str]]] = {
     "core": ("src/qtarget/core", ["src/qtarget/core", "tests/core", *CONFORMANCE, "tests/invariant"]),
     "loss": (

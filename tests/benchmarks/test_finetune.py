@@ -36,7 +36,7 @@ def test_a_step_of_the_loop_is_a_step_of_the_trainer(tokenizer, tmp_path):
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, activation_checkpointing=False,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    trainer = QTargetTrainer(base_model(), args, data, processing_class=tokenizer)
+    trainer = QTargetTrainer(base_model(), args, None, data, None, tokenizer)
     trainer.train()
     ours, start = base_model(), dict(base_model().named_parameters())
     fine_tune(ours, encode(tokenizer, rows), get_target("dft"), Recipe(1e-3, BATCH, steps=1))

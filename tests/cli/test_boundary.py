@@ -6,6 +6,7 @@ import errno
 import gzip
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,17 +61,11 @@ def nested_json(folder: Path):
 
 
 CASES = {
-    "disk": (
-        lambda f: raising(OSError(errno.ENOSPC, "No space left on device", "runs/a")),
-        "the disk is full",
-        "free space",
-    ),
     "torch's disk": (
         lambda f: raising(RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 64 vs 0")),
         "a file could not be written",
         "free space",
     ),
-    "read-only": (lambda f: raising(OSError(errno.EROFS, "Read-only file system", "x")), "read-only", "another folder"),
     "template": (lambda f: lambda: jinja2.Template("{{ a.b.c }}").render(), "chat template", "chat_template_path"),
     "parquet": (cut_parquet, "an Arrow or Parquet file cannot be read", "again"),
     "safetensors": (cut_safetensors, "a .safetensors file is damaged", "again"),
@@ -96,6 +91,13 @@ def test_foreign_errors_are_one_block(name, tmp_path, capsys, monkeypatch) -> No
     assert re.search(what, text) and re.search(step, text), text
     path = text.rsplit("the traceback is in ", 1)[1].strip().rstrip(")")
     assert "Traceback (most recent call last)" in Path(path).read_text()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_what_the_disk_refuses_is_a_storage_error(number, capsys, monkeypatch) -> None:
+    text, code = stopped(raising(OSError(number, os.strerror(number), "runs/a")), capsys, monkeypatch)
+    assert code == 2
+    assert text.startswith(f"StorageError: cannot write runs/a: {os.strerror(number)}; free space or fix the folder")
 
 
 def test_an_error_of_a_library_is_its_refusal(capsys, monkeypatch) -> None:

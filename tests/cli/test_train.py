@@ -145,8 +145,10 @@ def test_bfloat16_without_a_gpu_is_refused_with_what_helps(workspace, capsys):
 def test_what_is_wrong_with_config_or_data_is_one_block(workspace, tmp_path, capsys):
     assert "did you mean learning_rate" in refused(capsys, "train", workspace(), "--learning_rte", "1")
     assert "validation_file" in refused(capsys, "train", workspace(), "--eval_strategy", "steps")
-    (tmp_path / "config.json").write_text("{}")
-    for name in (tmp_path, "nobody/nothing"):
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text("{}")
+    for name in (odd, "nobody/nothing"):
         assert f"model_name_or_path {name} cannot be loaded" in refused(
             capsys, "train", workspace(model_name_or_path=str(name))
         )

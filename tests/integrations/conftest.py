@@ -92,6 +92,7 @@ def make_trainer(tmp_path, tokenizer, rows):
         return QTargetTrainer(
             model or make_model(),
             args,
+            None,
             rows if data is None else data,
             evals,
             make_tokenizer(),

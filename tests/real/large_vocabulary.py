@@ -64,7 +64,7 @@ def main(tokenizer_folder: str, output: str) -> None:
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = QTargetTrainer(
-        Qwen2ForCausalLM(config), args, Dataset.from_list(chats), None, tokenizer, peft_config=lora
+        Qwen2ForCausalLM(config), args, None, Dataset.from_list(chats), None, tokenizer, peft_config=lora
     )
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     trainer.train()

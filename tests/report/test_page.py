@@ -12,7 +12,8 @@ from jinja2 import DictLoader
 
 from qtarget.core.errors import DataError
 from qtarget.report import page as report_page
-from qtarget.report.page import pack_column, render_page, safe_json, unpack_column, write_text
+from qtarget.report.page import pack_column, render_page, safe_json, unpack_column
+from qtarget.storage.files import write_text
 from tests.report.hostile import HOSTILE
 
 

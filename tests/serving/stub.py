@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 
 from qtarget.scoring.cache.rows import ScoredRow, check_request, empty_row
 from qtarget.scoring.sources.identity import Identity, Limits
+from qtarget.serving.cell import REFUSED
 from qtarget.serving.model import Loaded
 from qtarget.serving.settings import ServeSettings
 
@@ -86,6 +88,18 @@ def load(settings: ServeSettings) -> Loaded:
 def load_named(settings: ServeSettings) -> Loaded:
     """The model is what its file says at the moment."""
     return load(replace(settings, model=Path(settings.model).read_text()))
+
+
+def load_without_cell(settings: ServeSettings) -> Loaded:
+    """As on a system that lets nobody make a network namespace; the pipeline is the process's main module."""
+    main = sys.modules["__main__"]
+
+    def refused(folder: Path, program: Path) -> Path:
+        (folder / REFUSED).write_text("the stub says so")
+        return program
+
+    main.wrapper = refused  # pyright: ignore[reportAttributeAccessIssue]
+    return load(settings)
 
 
 def never(settings: ServeSettings) -> Loaded:

@@ -100,6 +100,8 @@ def test_limits_are_the_defaults():
         **expected,
         "queue": settings.queue,
         "timeout": settings.timeout,
+        "header-timeout": settings.header_timeout,
+        "max-connections": settings.max_connections,
     }
     options = {o for p in typer.main.get_command(app).commands["serve"].params for o in p.opts}
     used = {word for command in COMMANDS for word in command}

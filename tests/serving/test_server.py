@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -119,26 +118,6 @@ def test_without_the_token_nothing_is_told(server):
     with pytest.raises(ScoringServerError, match=r"answers 401; .*QTARGET_API_KEY"):
         MosecSource(server.url)
     assert_works(server)
-
-
-def test_the_pipelines_own_port_answers_the_gateway_alone(server):
-    inner = next(port for port in listening(server.pipeline()) if f":{port}" not in server.url)
-    status, _, body = Running(server.process, f"http://127.0.0.1:{inner}").ask("/score", request(1, 2))
-    assert status == 400
-    assert b"belongs to the gateway" in body
-
-
-def listening(pids: list[int]) -> list[int]:
-    """Ports that processes listen on, from the kernel's table."""
-    inodes = set()
-    for pid in pids:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
-            except FileNotFoundError:
-                continue
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [int(f[1].split(":")[1], 16) for f in lines if f[3] == "0A" and f"socket:[{f[9]}]" in inodes]
 
 
 @pytest.mark.parametrize(("trap", "status"), [(CRASH, 503), (HANG, 408), (NATIVE_HANG, 408)])

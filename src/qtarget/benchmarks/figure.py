@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtarget.benchmarks.seeds import over_seeds
+from qtarget.storage.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,4 +75,5 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_png(str(path))
+    with writing(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

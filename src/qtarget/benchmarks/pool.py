@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from qtarget.benchmarks.start import Start
 from qtarget.core.errors import ConfigError
-from qtarget.storage.files import write_atomic
+from qtarget.storage.files import append_text, write_atomic
 
 WORKERS = 2
 """Processes, unless somebody says otherwise."""
@@ -55,7 +56,6 @@ class RunLog:
     def __init__(self, path: Path, resume: bool) -> None:
         refuse_earlier(path, resume)
         self.path, self.runs = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
@@ -67,12 +67,12 @@ class RunLog:
                     f"{path}:{number} is no finished run ({error}); delete the line or the file"
                 ) from error
         # without the line that was cut off, or the next run would be written behind it
-        path.write_text(whole, encoding="utf-8")
+        if whole != text or not path.exists():
+            write_atomic(path, whole.encode())
 
     def add(self, key: str, result: dict[str, Any]) -> None:
+        append_text(self.path, json.dumps({"key": key, **result}) + "\n")
         self.runs[key] = result
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **result}) + "\n")
 
 
 def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:
@@ -121,7 +121,10 @@ class Workers:
 
     def __exit__(self, *error: Any) -> None:
         if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+            cut_off = error[0] is not None and not issubclass(error[0], Exception)
+            for process in list((self.pool._processes or {}).values()) if cut_off else ():
+                process.kill()  # a signal asks for the end now, and shutdown would wait for the jobs under way
+            self.pool.shutdown(wait=not cut_off, cancel_futures=True)
         self.context.close()
 
     def run(self, jobs: Sequence[KeyedJob], log: RunLog, on_done: Callable[[KeyedJob], None]) -> list[dict[str, Any]]:
@@ -160,6 +163,7 @@ def _start(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a pool's worker"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent decides
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     _silence.enter_context(quiet_libraries())

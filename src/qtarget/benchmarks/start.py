@@ -204,7 +204,7 @@ def trained_start(scale: Scale, texts: list[str], folder: Path, say: Callable[[s
         logging_steps=max(1, scale.steps // 20), dataloader_pin_memory=cuda,
     )  # fmt: skip
     trainer = QTargetTrainer(
-        untrained(scale, tokenizer), arguments, Dataset.from_dict({"text": rows}), processing_class=tokenizer
+        untrained(scale, tokenizer), arguments, None, Dataset.from_dict({"text": rows}), None, tokenizer
     )
     last = last_complete_checkpoint(checkpoints)
     for cut_off in (path for path in checkpoints.glob("checkpoint-*") if str(path) != last):

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from qtarget.cli import audit_data, cache, convert, demo, inspect, lens, noise, report, score, serve, targets, train
+from qtarget.cli import (
+    audit_data,
+    cache,
+    convert,
+    demo,
+    evaluate,
+    inspect,
+    lens,
+    noise,
+    report,
+    score,
+    serve,
+    targets,
+    train,
+)
 from qtarget.cli.bench import app as bench
 
 
@@ -35,6 +49,7 @@ app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
+app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

@@ -42,10 +42,11 @@ def audit_data(
     from rich.console import Console
 
     from qtarget.cli.options.settings import parse_overrides
+    from qtarget.storage.files import write_text
 
     audit = run_audit(source, parse_overrides(context.args), split, json_file)
     if json_file is not None:
-        json_file.write_text(json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")
     print_audit(audit, Console())
     if audit.errors:
         raise typer.Exit(FAILED)
@@ -111,7 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
-    from qtarget.report.audit.document import audit_data
+    from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
     rows = load_datasets(config)[split == "validation"]
@@ -119,9 +120,12 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         raise ConfigError("--split validation: the config names no validation_file; set it, or audit the training rows")
     tokenizer, size, ends = load_tokenizer(config)
     tokens = tokenise(training, rows, tokenizer)
+    raw: Any = list(rows)
+    if tokens.rows is None:
+        return audit_unrendered(raw, tokens.findings, text_field=training.dataset_text_field)
     cache = open_cache(training.reference_cache, cache_required)
     return audit_data(
-        list(rows),  # pyright: ignore[reportArgumentType]
+        raw,
         tokens.rows,
         [cut(row, training) for row in tokens.rows],
         tokenizer=tokens.tokenizer,
@@ -133,7 +137,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         text_field=training.dataset_text_field,
         cache=cache,
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
-        more=cache_findings(cache, tokens, size, len(rows)) if cache is not None else (),
+        more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(rows)) if cache is not None else ())],
     )
 
 

@@ -71,19 +71,24 @@ def verify(
         float, typer.Option(callback=finite, min=0, help="Largest difference of a log-prob, nats.")
     ] = 0.02,
     seed: Annotated[int, typer.Option("--sample-seed", min=0, help="Which rows.")] = 0,
+    verify_key: Annotated[Path | None, typer.Option(help="Key file that the cache must be signed with.")] = None,
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
     from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.signature import read_key
     from qtarget.scoring.cache.verify import check_counts, check_plan
 
     if (model is None) != (config is None):
         raise ConfigError(
             "--model and --config go together: the config has the rows, a cache knows only their checksums"
         )
-    cache = ReferenceCache.open(directory)
+    cache = ReferenceCache.open(directory, key=None if verify_key is None else read_key(verify_key))
     check_plan(cache)
     check_counts(cache)
-    typer.echo(f"{directory}: {len(cache.manifest.shards)} shards, {len(cache):,} rows: every hash and count is right")
+    signed = "" if verify_key is None else ", and so is the signature"
+    typer.echo(
+        f"{directory}: {len(cache.manifest.shards)} shards, {len(cache):,} rows: every hash and count is right{signed}"
+    )
     if model is not None and config is not None:
         again(cache, rows_of(config, context.args, model), model, rows, tolerance, seed)
 
@@ -138,6 +143,21 @@ def again(cache: Any, job: TrainingRows, model: str, rows: int, tolerance: float
         )
 
 
+@app.command("sign")
+def sign(
+    directory: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
+    key: Annotated[Path, typer.Option(help="File with at least 32 random bytes; the same key checks.")],
+) -> None:
+    """Sign a cache that is whole, so that others with the key can tell that it is this one."""
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.signature import read_key
+    from qtarget.scoring.cache.signature import sign as sign_cache
+
+    secret = read_key(key)
+    ReferenceCache.open(directory)
+    typer.echo(f"{sign_cache(directory, secret)}: signed")
+
+
 @app.command("merge")
 def merge(
     directories: Annotated[list[Path], typer.Argument(metavar="CACHE...", help="Folders of finished caches.")],
@@ -172,8 +192,10 @@ def import_(
     from qtarget.cli.score import print_scored
     from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
     from qtarget.scoring.exchange.foreign import import_rows
+    from qtarget.storage.folders import CACHE, check_folder
     from qtarget.storage.models import load_named
 
+    check_folder(output, CACHE, inputs=[path, tokenizer])
     loaded = load_named(AutoTokenizer, "--tokenizer", tokenizer)
     manifest = import_rows(
         name,
@@ -200,7 +222,10 @@ def export(
     from qtarget.cli.options.config import load_config
     from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.exchange.export import export_rows
+    from qtarget.storage.folders import EXPORT, check_folder
 
-    student = str(load_config(config, context.args).model.model_name_or_path)
+    run = load_config(config, context.args)
+    check_folder(output, EXPORT, inputs=[directory, config, *run.inputs])
+    student = str(run.model.model_name_or_path)
     count = export_rows(ReferenceCache.open(directory), rows_of(config, context.args, student).rows, name, output)
     typer.echo(f"{output}: {count:,} rows for {name}")

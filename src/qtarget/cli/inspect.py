@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.audit_data import HARDWARE
-from qtarget.core.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,7 +69,7 @@ def inspect(
     from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.report.inspect.document import write_json
     from qtarget.report.inspect.page import pack, render_inspection
-    from qtarget.report.page import write_text
+    from qtarget.storage.files import write_text
 
     settings = read_settings(config, context.args)
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
@@ -115,6 +115,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     numbers, data = sample(whole, options.rows, options.seed)
     loaded = load_tokenizer(config)
     tokens = tokenise(training, data, loaded[0])
+    if tokens.rows is None:
+        raise DataError("\n".join(found.message for found in tokens.findings if found.severity == "error"))
     weights = _data_weights(data, tokens, training.prompt_weight)
     cut_rows = [cut(row | more, training) for row, more in zip(tokens.rows, weights, strict=True)]
     rows = flatten_rows([row | {"qtarget_row": n} for row, n in zip(cut_rows, numbers, strict=True)])
@@ -155,7 +157,7 @@ def _data_weights(data: Dataset, tokens: Any, prompt_weight: float | None) -> li
     """``loss_weights`` of each row as training reads them, and the labels of a trained prompt, or nothing."""
     import numpy as np
 
-    from qtarget.integrations.sft.weights import ROW, Weighting, prompt_weights, row_weights
+    from qtarget.integrations.sft.data.weights import ROW, Weighting, prompt_weights, row_weights
 
     if not Weighting.of(data) and prompt_weight is None:
         return [{} for _ in tokens.rows]
@@ -337,7 +339,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
         assistant_only=training.assistant_only_loss,
         text_field=training.dataset_text_field,
         cache=cache,
-        more=cache_findings(cache, tokens, size, len(raw)) if cache is not None else (),
+        more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(raw)) if cache is not None else ())],
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
     ).as_dict()
 

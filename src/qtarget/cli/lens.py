@@ -33,7 +33,7 @@ def lens(
     from qtarget.report.lens.document import lens as look_through
     from qtarget.report.lens.losses import load_loss
     from qtarget.report.lens.page import lens_figure, lens_page, save_figure
-    from qtarget.report.page import write_text
+    from qtarget.storage.files import write_text
 
     check_outputs({"--output": output, "--json": as_json, "--png": png})
     losses = [name for text in losses for name in (available_targets() if text == "all" else [text])]

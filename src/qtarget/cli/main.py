@@ -7,32 +7,38 @@ import sys
 from collections.abc import Sequence
 
 from qtarget.cli.boundary import told
-from qtarget.core.errors import MissingDependencyError
+from qtarget.cli.options.interrupts import signals_end_it
+from qtarget.core.errors import MissingDependencyError, QTargetError
+from qtarget.storage.files import as_storage_error
 
 CLOSED_PIPE = 141
 """Exit code where whoever read our output has gone (``qtarget ... | head``): what a shell gives for SIGPIPE."""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and exit: 0, or 2 with one readable block where it is known what is wrong, else 1.
+    """Run one verb and exit: 0, or 2 with one readable block where it is known what is wrong, else 1; 130 or 143 after a signal.
 
     Args:
         arguments: without the program's name; ``sys.argv`` by default. ``--debug`` before the verb keeps tracebacks.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = bool(arguments) and arguments[0] == "--debug"
-    try:
-        _app()(arguments, prog_name="qtarget")
-    except BrokenPipeError:
-        # nobody reads: the interpreter's own flush at exit would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED_PIPE)
-    except Exception as error:
-        if debug:
-            raise
-        text, code = told(error, arguments)
-        print(text, file=sys.stderr)
-        sys.exit(code)
+    with signals_end_it():
+        try:
+            _app()(arguments, prog_name="qtarget")
+        except BrokenPipeError:
+            # nobody reads: the interpreter's own flush at exit would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(CLOSED_PIPE)
+        except Exception as error:
+            if debug:
+                raise
+            known = (
+                as_storage_error(error) if isinstance(error, OSError) and not isinstance(error, QTargetError) else None
+            )
+            text, code = told(known or error, arguments)
+            print(text, file=sys.stderr)
+            sys.exit(code)
 
 
 def _app():

@@ -29,13 +29,14 @@ def noise(
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.data.loading import load_rows
     from qtarget.data.noise import inject_noise
+    from qtarget.storage.files import writing
 
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
-    check_outputs({"OUTPUT": destination}, [source])
+    check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
     rows = load_rows(source)
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
-    with destination.open("w", encoding="utf-8") as file:
+    with writing(destination, text=True) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)
     touched = sum(bool(row["noise_spans"]) for row in noisy)
     spans = sum(len(row["noise_spans"]) for row in noisy)

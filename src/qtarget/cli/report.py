@@ -30,16 +30,16 @@ def report(
 ) -> None:
     """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
     from qtarget.cli.options.outputs import check_outputs
-    from qtarget.report.page import write_text
     from qtarget.report.runs.document import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
     from qtarget.report.runs.figures import runs_page, write_pngs
     from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
+    from qtarget.storage.files import write_text
 
     records = [run / name for run in runs for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE, STATE_FILE)]
     checkpoints = [path for run in runs for path in run.glob("checkpoint-*")]
     check_outputs({"--output": output, "--json": json_file}, [*records, *checkpoints, rows])
-    if png is not None and png.exists() and not png.is_dir():
-        raise ConfigError(f"--png {png} is a file; name a folder")
+    if png is not None:
+        check_pictures(png, [*records, *checkpoints, rows])
     found = read_runs(runs)
     check_comparable(found, same_rows=rows is not None)
     changes = [
@@ -57,6 +57,23 @@ def report(
         write_text(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
     written = [output, *([json_file] if json_file else []), *(write_pngs(result, png) if png else [])]
     print_report(result, written)
+
+
+def check_pictures(folder: Path, inputs: list[Path | None]) -> None:
+    """Raise where figures must not be written.
+
+    Raises:
+        ConfigError: the folder is a file, or a model, a cache or a checkpoint lies there.
+    """
+    from qtarget.storage.folders import CACHE, MODEL, NAMES, is_inside, is_same, kind_of
+
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--png {folder} is a file; name a folder")
+    for source in inputs:
+        if source is not None and source.is_dir() and (is_same(folder, source) or is_inside(folder, source)):
+            raise ConfigError(f"--png {folder} is in {source}, which is read here; choose another folder")
+    if (kind := kind_of(folder)) in (MODEL, CACHE):
+        raise ConfigError(f"--png {folder} holds {NAMES[kind]}; choose another folder")
 
 
 def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None) -> dict[str, Any]:

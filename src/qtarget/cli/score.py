@@ -49,18 +49,26 @@ def score(
         int | None, typer.Option(help="Rows of a trusted server's head; default: the model's here.")
     ] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
+    sign: Annotated[Path | None, typer.Option(help="Key file: sign the finished cache with it.")] = None,
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
     from qtarget.scoring.sources.engines import EngineChoice
+    from qtarget.storage.folders import CACHE, check_folder
 
     chosen = EngineChoice(
         engine, url, ray_address=ray_address, workers=workers, trust_server=trust_server, vocab_size=vocab_size
     )
+    from qtarget.scoring.cache.signature import read_key
+    from qtarget.scoring.cache.signature import sign as sign_cache
+
+    key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
     directory = output or getattr(run.training, f"{role}_cache")
     if directory is None:
         raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
+    own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
+    check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
     # fmt: off
     manifest = run_scoring(
@@ -68,6 +76,8 @@ def score(
         log_probs_dtype=log_probs_dtype, shard_rows=shard_rows, known=known,
     )
     # fmt: on
+    if key is not None:
+        sign_cache(directory, key)
     print_scored(manifest, Path(directory), time.perf_counter() - begin)
 
 
@@ -93,6 +103,7 @@ def run_scoring(
     from transformers import AutoTokenizer
 
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.interrupts import on_interrupt
     from qtarget.cli.options.models import set_model_arguments
     from qtarget.integrations.sft.score import score as score_config
     from qtarget.storage.models import check_whole
@@ -110,19 +121,31 @@ def run_scoring(
         allowed = config.training.allow_new_weights
         check_whole(f"{role}_model_name_or_path", named, allow_new_weights=allowed, trust_remote_code=trust)
     name = str(named or student)
-    return score_config(
-        name,
-        config.training,
-        train_rows,
-        validation_rows,
-        AutoTokenizer.from_pretrained(student, revision=config.model.model_revision, trust_remote_code=trust),
-        directory=directory,
-        top_k=top_k,
-        tail_policy=tail_policy,
-        model_id=name,
-        engine=engine,
-        **storage,
-    )
+    with on_interrupt(lambda: how_to_go_on(directory)):
+        return score_config(
+            name,
+            config.training,
+            train_rows,
+            validation_rows,
+            AutoTokenizer.from_pretrained(student, revision=config.model.model_revision, trust_remote_code=trust),
+            directory=directory,
+            top_k=top_k,
+            tail_policy=tail_policy,
+            model_id=name,
+            engine=engine,
+            **storage,
+        )
+
+
+def how_to_go_on(directory: Path) -> str:
+    """What of a scoring that is ended early is safe, in words."""
+    import json
+
+    from qtarget.scoring.cache.plan import PLAN
+
+    finished, plan = len(list(directory.glob("shard-*.parquet"))), directory / PLAN
+    planned = f" of {len(json.loads(plan.read_text(encoding='utf-8'))['shards'])}" if plan.is_file() else ""
+    return f"{finished}{planned} shards are finished in {directory}; run the same command again, and it goes on there"
 
 
 def print_scored(manifest: Manifest, directory: Path, seconds: float | None = None) -> None:

@@ -37,6 +37,13 @@ def serve(
     ] = 60.0,
     start_timeout: Annotated[float, typer.Option(callback=finite, help="Seconds until it must be ready.")] = 600.0,
     max_restarts: Annotated[int, typer.Option(help="After crashes, within ten minutes.")] = 20,
+    header_timeout: Annotated[
+        float, typer.Option(help="Seconds for a request's header; a connection that is silent longer is closed.")
+    ] = 10.0,
+    max_connections: Annotated[int, typer.Option(help="At once; the longest silent one makes room.")] = 1024,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name in Host and Origin that may ask without a token. Repeatable.")
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = 2**20,
     max_rows: Annotated[int, typer.Option(help="A request.")] = 64,
     max_row_tokens: Annotated[int, typer.Option(help="0: what the model allows.")] = 0,
@@ -64,7 +71,8 @@ def serve(
         model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
         allow_new_weights=allow_new_weights, workers=workers, max_batch=max_batch,
         wait_ms=wait_ms, tokens_per_batch=tokens_per_batch, queue=queue, timeout=timeout, start_timeout=start_timeout,
-        max_restarts=max_restarts, limits=limits,
+        max_restarts=max_restarts, header_timeout=header_timeout, max_connections=max_connections,
+        hosts=tuple(name.lower() for name in allow_host or ()), limits=limits,
     )
     # fmt: on
     run_server(settings, host, port, token_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,19 +36,38 @@ def train(
     """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
 
-    run_training(load_config(config, context.args))
+    run_training(load_config(config, context.args), beside=[config])
 
 
-def run_training(config: RunConfig) -> dict[str, Any]:
+def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """Train, save model, tokenizer, config and summary into ``output_dir``.
+
+    Args:
+        beside: files that may lie in ``output_dir`` already, as the config.
 
     Returns:
         The summary.
 
     Raises:
-        ConfigError: the output folder holds an earlier run and ``resume`` is not set.
+        ConfigError: the output folder holds an earlier run and ``resume`` is not set, is somebody else's, or another
+            process writes there.
+        ResumeError: the checkpoint is damaged or of another run.
         ScoringServerError: the teacher is a URL, and its server fails or is not what it should be.
     """
+    from qtarget.cli.options.interrupts import on_interrupt
+    from qtarget.storage.folders import RUN, owned
+
+    training, read = config.training, [*config.inputs, config.data.dataset_name]
+    with ExitStack() as stack:
+        if training.process_index == 0:
+            output = str(training.output_dir)
+            stack.enter_context(owned(output, RUN, option="output_dir", inputs=read, beside=beside))
+        stack.enter_context(on_interrupt(lambda: how_to_go_on(Path(str(training.output_dir)))))
+        return train_and_save(config)
+
+
+def train_and_save(config: RunConfig) -> dict[str, Any]:
+    """``run_training`` in a folder that is ours."""
     from qtarget.cli.options.datasets import load_datasets
 
     # first: it refuses a folder in use before a server is asked or rows are read
@@ -57,7 +77,7 @@ def run_training(config: RunConfig) -> dict[str, Any]:
     train_rows, validation_rows = load_datasets(config)
     trainer = build_trainer(config, train_rows, validation_rows)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, force_resume=config.data.resume == "force")
     seconds = time.perf_counter() - begin
     evaluation = trainer.evaluate() if validation_rows is not None else {}
     output = Path(trainer.args.output_dir)
@@ -76,6 +96,18 @@ def run_training(config: RunConfig) -> dict[str, Any]:
         print_summary(summary, output)
     trainer.end()
     return summary
+
+
+def how_to_go_on(output: Path) -> str:
+    """What of a run that is ended early is safe, in words."""
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
+
+    if (newest := last_complete_checkpoint(output)) is None:
+        return (
+            f"no checkpoint was saved to {output} yet (save_strategy, save_steps); the same command with --resume true starts "
+            "anew"
+        )
+    return f"{newest} is whole; go on from it with the same command and --resume true"
 
 
 def score_teacher(config: RunConfig) -> None:
@@ -143,8 +175,8 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
     return QTargetTrainer(
         config.model.model_name_or_path,
         config.training,
-        train_rows,
-        validation_rows,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
         peft_config=get_peft_config(config.model),
         quantization_config=get_quantization_config(config.model),
     )
@@ -160,7 +192,7 @@ def starting_point(config: RunConfig) -> str | None:
 
     output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
     if explicit is not None:
-        if config.data.resume:
+        if config.data.resume is True:
             raise ConfigError(
                 "resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them"
             )
@@ -181,6 +213,9 @@ def starting_point(config: RunConfig) -> str | None:
         )
     if not found and (output / SUMMARY_FILE).exists():
         raise ConfigError(f"output_dir {output} holds a finished run without checkpoints; choose another --output_dir")
+    if config.data.resume:
+        cut_off = f" ({', '.join(found[-3:])} cut off while being saved)" if found else ""
+        logger.warning("resume: %s holds no checkpoint to go on from%s; starting at step 0", output, cut_off)
     return None
 
 
@@ -210,10 +245,11 @@ def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -
     import yaml
 
     from qtarget.cli.options.config import resolved_settings
+    from qtarget.storage.files import write_text
 
     settings = resolved_settings(config)
-    (output / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_text(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def print_summary(summary: Mapping[str, Any], output: Path) -> None:

@@ -42,6 +42,10 @@ class ConfigError(QTargetError, ValueError):
     """The training configuration is wrong."""
 
 
+class ResumeError(ConfigError):
+    """A checkpoint is damaged, or of another run than the one that is to go on from it."""
+
+
 class UnsupportedModelError(QTargetError, TypeError):
     """The model's head is not one the loss knows how to apply."""
 

@@ -25,8 +25,8 @@ __all__ = [
     "load_rows",
     "load_tools",
     "read_dataset",
-    "read_datasets",
     "read_files",
+    "read_given",
     "rows_to_dataset",
 ]
 
@@ -272,14 +272,9 @@ def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
     return dataset.map(read, with_indices=True, remove_columns=list(first))
 
 
-def read_datasets(datasets: Any, text_field: str = "text") -> Any:
-    """``read_dataset`` of one data set, or of several by name (TRL's ``eval_dataset``)."""
-    named = datasets if isinstance(datasets, dict) else {"": datasets}
-    read = {
-        name: read_dataset(dataset, ReadOptions(text_field=text_field, roles=_roles(dataset)), f"{name} data".strip())
-        for name, dataset in named.items()
-    }
-    return read if isinstance(datasets, dict) else read[""]
+def read_given(dataset: Any, text_field: str = "text", name: str = "train") -> Any:
+    """``read_dataset`` of what a Python user gave a trainer, with the roles that its loader named."""
+    return read_dataset(dataset, ReadOptions(text_field=text_field, roles=_roles(dataset)), f"{name} data")
 
 
 def _with_roles(dataset: Dataset, options: ReadOptions | None) -> Dataset:

@@ -14,7 +14,6 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,10 +120,3 @@ def render_page(
         data=safe_json(data),
         **context,
     )
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a page or JSON as UTF-8, folders made; characters that UTF-8 has no bytes for become question marks."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode("utf-8", errors="replace"))

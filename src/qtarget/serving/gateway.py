@@ -1,4 +1,4 @@
-"""The only port that others see: token, body size, ``/info``, ``/metrics``, and honest codes while the pipeline is away."""
+"""The only port that others see: connections, token, origin, size, ``/info``, ``/metrics``, honest codes while nobody is home."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from aiohttp import web
 
 from qtarget.core.errors import ServingError
 from qtarget.scoring.sources.wire import CONTENT_TYPE
+from qtarget.serving.connections import BACKLOG, Gate
+from qtarget.serving.origin import foreign
+from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor
 
 READ_SECONDS = 30.0
-"""How long a client may take to send a request."""
+"""How long a client may take to send a request's body."""
+SEND_SECONDS = 60.0
+"""How long a client may take to read its answer."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -28,15 +33,18 @@ class Gateway:
     Args:
         supervisor: of the pipeline.
         token: that clients must send as ``Authorization: Bearer TOKEN``, except for ``GET /``.
-        body_bytes: of a request at most.
-        timeout: seconds that the pipeline answers within.
+        settings: ``timeout``, ``limits``, ``header_timeout`` and ``hosts`` count here.
+        connections: at once.
     """
 
-    def __init__(self, supervisor: Supervisor, *, token: str | None, body_bytes: int, timeout: float) -> None:
+    def __init__(self, supervisor: Supervisor, *, token: str | None, settings: ServeSettings, connections: int) -> None:
         self._supervisor = supervisor
         self._token = token
-        self._timeout = timeout
-        self._body_bytes = body_bytes
+        self._hosts = frozenset(settings.hosts)
+        self._timeout = settings.timeout
+        self._header_timeout = settings.header_timeout
+        self._connections = connections
+        self._body_bytes = body_bytes = settings.limits.body_bytes
         self._answers: Counter[int] = Counter()
         self._under_way = 0
         self._draining = False
@@ -50,7 +58,10 @@ class Gateway:
             ]
         )
         # ``server.serve`` has the signal handlers
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        # a compressed body could be larger than what client_max_size has counted
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, auto_decompress=False)
+        self._listener: asyncio.Server | None = None
+        self._gate: Gate | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self, host: str, port: int) -> int:
@@ -60,16 +71,19 @@ class Gateway:
             ServingError: the address cannot be listened on.
         """
         await self._runner.setup()
+        assert self._runner.server is not None
+        loop = asyncio.get_running_loop()
+        self._gate = Gate(self._runner.server, most=self._connections, header_seconds=self._header_timeout)
         try:
-            await web.TCPSite(self._runner, host, port, reuse_address=True).start()
+            self._listener = await loop.create_server(self._gate, host, port, reuse_address=True, backlog=BACKLOG)
         except OSError as error:
             await self._runner.cleanup()
             raise ServingError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
             ) from error
-        # no limit here (aiohttp's is 100): mosec's queue is the limit
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        return self._runner.addresses[0][1]
+        loop.set_exception_handler(self._gate.on_loop_error)
+        self._session = aiohttp.ClientSession(connector=self._supervisor.connector())
+        return self._listener.sockets[0].getsockname()[1]
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests (503) and wait for those under way; whether all came to an end."""
@@ -84,6 +98,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Listen no longer."""
+        if self._listener is not None:
+            self._listener.close()
         if self._session is not None:
             await self._session.close()
         await self._runner.cleanup()
@@ -92,16 +108,33 @@ class Gateway:
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            if request.path != "/" and not self._authorized(request):
-                answer: web.StreamResponse = _error(401, "a bearer token is needed and none, or a wrong one, was sent")
-                answer.headers["WWW-Authenticate"] = "Bearer"
-            else:
-                answer = await handler(request)
-        except web.HTTPException as error:
-            text = f"the body exceeds {self._body_bytes} bytes" if error.status == 413 else error.reason
-            answer = _error(error.status, text)
-        self._answers[answer.status] += 1
+        assert self._gate is not None
+        with self._gate.request(request.protocol):
+            try:
+                answer = self._refused(request) or await handler(request)
+            except web.HTTPException as error:
+                text = f"the body exceeds {self._body_bytes} bytes" if error.status == 413 else error.reason
+                answer = _error(error.status, text)
+            self._answers[answer.status] += 1
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await answer.prepare(request)
+                    await answer.write_eof()
+            except TimeoutError:  # whoever does not read its answer keeps no memory of ours
+                if request.transport is not None:
+                    request.transport.abort()
+            return answer
+
+    def _refused(self, request: web.Request) -> web.Response | None:
+        """What those are answered who may not ask; their connections end with it."""
+        answer = None
+        if self._token is None and (reason := foreign(request.headers, self._hosts)) is not None:
+            answer = _error(403, reason)
+        elif request.path != "/" and not self._authorized(request):
+            answer = _error(401, "a bearer token is needed and none, or a wrong one, was sent")
+            answer.headers["WWW-Authenticate"] = "Bearer"
+        if answer is not None:
+            answer.force_close()
         return answer
 
     def _authorized(self, request: web.Request) -> bool:
@@ -119,6 +152,8 @@ class Gateway:
         return self._away() if identity is None else web.json_response(asdict(identity))
 
     async def _score(self, request: web.Request) -> web.Response:
+        if "Content-Encoding" in request.headers:
+            return _error(415, "the body has a Content-Encoding; expected a msgpack map as it is")
         # before a byte is read; a body that states no length meets ``client_max_size``
         if (request.content_length or 0) > self._body_bytes:
             raise web.HTTPRequestEntityTooLarge(self._body_bytes, request.content_length or 0)
@@ -143,7 +178,7 @@ class Gateway:
         limit = aiohttp.ClientTimeout(total=self._timeout + 5.0)
         try:
             async with self._session.post(
-                f"http://127.0.0.1:{self._supervisor.port}/score", data=self._supervisor.secret + body, timeout=limit
+                f"{self._supervisor.inner}/score", data=self._supervisor.secret + body, timeout=limit
             ) as answer:
                 content = await answer.read()
         except TimeoutError:
@@ -174,16 +209,15 @@ class Gateway:
         if self._supervisor.state == "ready" and self._session is not None:
             try:
                 limit = aiohttp.ClientTimeout(total=5.0)
-                async with self._session.get(
-                    f"http://127.0.0.1:{self._supervisor.port}/metrics", timeout=limit
-                ) as answer:
+                async with self._session.get(f"{self._supervisor.inner}/metrics", timeout=limit) as answer:
                     theirs = await answer.text()
             except (aiohttp.ClientError, TimeoutError):
                 theirs = ""
         return web.Response(text=self._own_metrics() + theirs, content_type="text/plain", charset="utf-8")
 
     def _own_metrics(self) -> str:
-        s = self._supervisor
+        s, gate = self._supervisor, self._gate
+        assert gate is not None
         lines = [
             "# HELP qtarget_answers_total Answers by HTTP status.",
             "# TYPE qtarget_answers_total counter",
@@ -192,6 +226,9 @@ class Gateway:
         for name, kind, value, text in (
             ("qtarget_requests_under_way", "gauge", self._under_way, "Requests in the pipeline."),
             ("qtarget_ready", "gauge", int(self._is_ready()), "1 when requests are answered."),
+            ("qtarget_connections", "gauge", len(gate), "Open connections."),
+            ("qtarget_connections_closed_total", "counter", gate.closed_silent, "Closed without a request."),
+            ("qtarget_connections_refused_total", "counter", gate.refused, "Refused: all had a request."),
             ("qtarget_restarts_total", "counter", s.restarts, "Restarts of the whole pipeline."),
             ("qtarget_worker_deaths_total", "counter", s.worker_deaths, "Workers that died."),
             ("qtarget_worker_hangs_total", "counter", s.hangs, "Workers killed because they hung."),

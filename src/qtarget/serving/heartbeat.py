@@ -1,4 +1,4 @@
-"""How the supervisor sees that a worker died or hangs, even inside native code, where no signal handler runs.
+"""How the supervisor sees that a worker died, hangs or was stopped, even inside native code, where no signal handler runs.
 
 Every worker has a file ``STAGE-PID.beat`` of eight bytes: the monotonic second at which its current work began, or 0.
 """
@@ -72,13 +72,28 @@ def read_heartbeats(folder: Path, group: int) -> list[WorkerState]:
     return states
 
 
+def stopped_processes(leader: int) -> set[int]:
+    """Those of a process and its descendants that stand still (SIGSTOP); none where the system has no ``/proc``."""
+    found, waiting = set(), [leader]
+    while waiting:
+        pid = waiting.pop()
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if _state(pid) == "T":
+                found.add(pid)
+            waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return found
+
+
+def _state(pid: int) -> str:
+    """``R``, ``S``, ``T`` ... as in proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def _is_member(pid: int, group: int) -> bool:
     """Whether the process lives (a zombie does not) in that group: process ids are used again."""
     try:
         if os.getpgid(pid) != group:
             return False
-        state = Path(f"/proc/{pid}/stat")
-        # the command's name stands in parentheses and may hold spaces and parentheses itself
-        return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+        return not Path("/proc/self/stat").exists() or _state(pid) != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False

@@ -12,14 +12,23 @@ import sys
 import threading
 import warnings
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qtarget.core.errors import QTargetError
+from qtarget.serving.cell import wrapper
 from qtarget.serving.settings import IDENTITY, ServeSettings
 from qtarget.storage.files import write_json
 
+if TYPE_CHECKING:
+    from qtarget.serving.model import Loaded
+
 SETTINGS = "settings.json"
 SECRET = "secret"
+FAILURE = "failure"
+"""File with what is wrong with the model, for a start that ends by it."""
 
 
 def die_with_parent() -> None:
@@ -34,6 +43,18 @@ def watch_parent() -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
+def load(settings: ServeSettings, folder: Path) -> Loaded:
+    """What the settings' loader makes of them; what it says against the model is left for the supervisor."""
+    module, name = settings.loader.split(":")
+    loader = getattr(import_module(module), name)
+    try:
+        return loader(settings)
+    except (QTargetError, OSError, ValueError) as error:
+        text = f"model {settings.model!r} cannot be served: {error}; expected a folder that transformers can load, or a hub name"
+        (folder / FAILURE).write_text(text, encoding="utf-8")
+        sys.exit(1)
+
+
 def main(folder: Path) -> None:
     """Serve until a signal; mosec returns from every failure without an error, so the caller counts each return as one."""
     watch_parent()
@@ -41,10 +62,9 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)  # before the first operation: OpenMP's threads would not survive the fork
     settings = ServeSettings.read(folder / SETTINGS)
-    module, name = settings.loader.split(":")
-    loaded = getattr(import_module(module), name)(settings)
+    loaded = load(settings, folder)
 
-    from mosec import Server  # pyright: ignore[reportMissingImports]
+    from mosec import Server, runtime  # pyright: ignore[reportMissingImports]
 
     from qtarget.serving.stages import Context, Egress, Ingest, Score, Stage
 
@@ -53,6 +73,9 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("ignore", message="IPC data")  # answers with top-k are megabytes; the limits bound them
     # forked, not spawned: one import and one copy of the weights for all workers, and a dead one is back in milliseconds
     shared = {"start_method": "fork", "timeout": settings.timeout, "route": "/score"}
+    program = runtime.get_mosec_path()  # pyright: ignore[reportPrivateImportUsage]
+    if program is not None:  # mosec 0.9 has no option for the program that it starts
+        runtime.get_mosec_path = partial(wrapper, folder, program)  # pyright: ignore[reportPrivateImportUsage]
     server = Server()
     server.append_worker(Ingest, **shared)
     server.append_worker(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
 from qtarget.scoring.sources.identity import Identity
+from qtarget.serving.connections import connections_within, raise_file_limit
 from qtarget.serving.gateway import Gateway
+from qtarget.serving.origin import is_loopback
 from qtarget.serving.settings import ServeSettings
 from qtarget.serving.supervisor import Supervisor
 
@@ -35,10 +37,15 @@ async def serve(
         on_ready: is told the URL and the model once requests are answered.
 
     Raises:
-        ConfigError: another address than this machine's own, without a token.
+        ConfigError: another address than this machine's own, without a token; no such model; too few open files.
         ServingError: the address is taken, the model does not load, or the pipeline breaks too often.
     """
     check_address(host, token)
+    if settings.loader == ServeSettings.loader:  # what another takes for a model is its own affair
+        check_model(settings.model)
+    if host.lower() not in settings.hosts:
+        settings = replace(settings, hosts=(*settings.hosts, host.lower()))
+    connections = connections_within(settings.max_connections, raise_file_limit())
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     signals: list[int] = []
 
@@ -50,7 +57,7 @@ async def serve(
         loop.add_signal_handler(number, on_signal, number)
     with tempfile.TemporaryDirectory(prefix="qtarget-", ignore_cleanup_errors=True) as folder:
         supervisor = Supervisor(settings, Path(folder))
-        gateway = Gateway(supervisor, token=token, body_bytes=settings.limits.body_bytes, timeout=settings.timeout)
+        gateway = Gateway(supervisor, token=token, settings=settings, connections=connections)
         # before the model is loaded: a taken port shows at once, and early clients get 503 with Retry-After
         at = await gateway.open(host, port)
         try:
@@ -98,15 +105,34 @@ def check_address(host: str, token: str | None) -> None:
     Raises:
         ConfigError: ``host`` is not a loop-back address and there is no token.
     """
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local and not token:
+    if not is_loopback(host) and not token:
         raise ConfigError(
             f"--host {host} can be reached from other machines; expected a token then: write one to a file and pass "
             "--token-file FILE, or keep 127.0.0.1"
         )
+
+
+def check_model(name: str) -> None:
+    """Notice a folder that is none, or holds no model, before anything is started; of a hub name nothing is known yet.
+
+    Raises:
+        ConfigError: says what is there.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        wrong = (
+            "is no folder"
+            if not path.is_dir()
+            else "has no config.json"
+            if not (path / "config.json").is_file()
+            else ""
+        )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        wrong = "does not exist"
+    else:
+        wrong = ""
+    if wrong:
+        raise ConfigError(f"model {name!r} {wrong}; expected a folder that transformers can load, or a hub name")
 
 
 def read_token(path: Path | None, variable: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,21 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384
 
 IDENTITY = "identity.json"
 """Where the pipeline writes who it is, for the gateway."""
+
+
+RANGES: dict[str, tuple[float, float]] = {
+    "workers": (1, 1024),
+    "max_batch": (1, 65_536),
+    "wait_ms": (1, 60_000),
+    "tokens_per_batch": (0, 2**31),
+    "queue": (1, 1_000_000),
+    "timeout": (0.001, 86_400.0),
+    "start_timeout": (0.001, 86_400.0),
+    "max_restarts": (0, 1_000_000),
+    "header_timeout": (0.1, 3600.0),
+    "max_connections": (1, 1_000_000),
+}
+"""What the numbers may be; NaN is in no range."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,9 @@ class ServeSettings:
         timeout: seconds a request may take, waiting included; beyond: 408.
         start_timeout: seconds until it must be ready.
         max_restarts: after crashes and hangs, within ten minutes; beyond, the server gives up.
+        header_timeout: seconds until a connection must have sent a whole request header, the first or the next.
+        max_connections: at once; the limit of open files may allow fewer.
+        hosts: names that a server without a token may be asked by, beside this machine's own.
         limits: on requests.
     """
 
@@ -54,18 +73,18 @@ class ServeSettings:
     timeout: float = 60.0
     start_timeout: float = 600.0
     max_restarts: int = 20
+    header_timeout: float = 10.0
+    max_connections: int = 1024
+    hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_batch", "wait_ms", "queue"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("timeout", "start_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)} seconds; expected more than 0")
-        for name in ("max_restarts", "tokens_per_batch"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 0")
+        for name, (lowest, highest) in RANGES.items():
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                raise ConfigError(f"{name} is {value}; expected {lowest} to {highest}")
+        if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", self.device):
+            raise ConfigError(f"device {self.device!r} is no device; expected one like cpu, cuda or cuda:1")
         known = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in known:
             raise ConfigError(f"dtype {self.dtype!r} is unknown; expected one of {', '.join(known)}")
@@ -83,4 +102,4 @@ class ServeSettings:
     def read(cls, path: Path) -> ServeSettings:
         """What ``write`` wrote."""
         value = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**value, "limits": Limits(**value["limits"])})
+        return cls(**{**value, "limits": Limits(**value["limits"]), "hosts": tuple(value["hosts"])})

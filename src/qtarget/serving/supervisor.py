@@ -14,20 +14,24 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 
 from qtarget.core.errors import ServingError
 from qtarget.scoring.sources.http import KEY_VARIABLE
 from qtarget.scoring.sources.identity import Identity
-from qtarget.serving.heartbeat import read_heartbeats
-from qtarget.serving.pipeline import SECRET, SETTINGS
+from qtarget.serving.cell import REFUSED, SOCKET, Cell
+from qtarget.serving.connections import OUT_OF_FILES
+from qtarget.serving.heartbeat import read_heartbeats, stopped_processes
+from qtarget.serving.pipeline import FAILURE, SECRET, SETTINGS
 from qtarget.serving.settings import IDENTITY, ServeSettings
 
 WATCH_SECONDS = 0.1
 HANG_GRACE = 2.0
 """Seconds beyond the time-out until a worker counts as hung: until then mosec's own alarm can still interrupt it."""
+STOPPED_GRACE = 2.0
+"""Seconds that a process may stand still (SIGSTOP) until it counts as hung."""
 FAILED_STARTS = 3
 """Starts that may fail in a row after the first has succeeded."""
 RESTART_WINDOW = 600.0
@@ -55,7 +59,8 @@ class Supervisor:
         worker_deaths: workers that ended, whether or not the pipeline had to be restarted for it.
         hangs: workers that were killed because they hung.
         secret: what the gateway begins each body with.
-        port: of the pipeline, on 127.0.0.1.
+        port_is_shared: the system allowed no network namespace, so that others of this machine can connect to ``port``.
+        port: of the pipeline, on the 127.0.0.1 that ``connector`` leads to.
     """
 
     def __init__(self, settings: ServeSettings, folder: Path) -> None:
@@ -66,16 +71,35 @@ class Supervisor:
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self._recent: deque[float] = deque()
         self._start_seconds, self._started_at = 0.0, 0.0
+        self._cell: Cell | None = None
+        self._stopped: dict[int, float] = {}
         self.state: Literal["starting", "ready", "stopping", "stopped"] = "starting"
         self.identity: Identity | None = None
         self.restarts = self.worker_deaths = self.hangs = 0
         self.secret = secrets.token_bytes(32)
         self.port = 0
+        self.port_is_shared = False
 
     @property
     def seconds_to_ready(self) -> float:
         """How long a start still takes, as the last one took; at least one second."""
         return max(1.0, self._start_seconds - (time.monotonic() - self._started_at))
+
+    @property
+    def inner(self) -> str:
+        """URL of the pipeline's own HTTP server, for sessions with ``connector``."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def connector(self) -> aiohttp.TCPConnector:
+        """Connects into the pipeline's own network, where it has one, see ``qtarget.serving.cell``."""
+        return aiohttp.TCPConnector(limit=0, socket_factory=self._make_socket)
+
+    def _make_socket(self, address: tuple[Any, ...]) -> socket.socket:
+        if self._cell is not None:
+            return self._cell.fetch()
+        made = socket.socket(*address[:3])
+        made.setblocking(False)
+        return made
 
     async def start(self) -> None:
         """Start the pipeline and wait until it is ready.
@@ -105,9 +129,17 @@ class Supervisor:
         Raises:
             ServingError: too many restarts, or the model on disk is another one than at the start.
         """
+        blind = False
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            reason = self._what_is_broken()
+            try:
+                reason, blind = self._what_is_broken(), False
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES:
+                    raise
+                if not blind:
+                    logger.error("the pipeline cannot be looked at: %s; going on", error.strerror)
+                reason, blind = None, True
             if reason is not None:
                 await self._restart(reason)
 
@@ -130,6 +162,9 @@ class Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._reader, 1.0)
         self._process = None
+        if self._cell is not None:
+            self._cell.close()
+            self._cell = None
 
     def log_tail(self) -> str:
         """The last lines that the pipeline wrote."""
@@ -141,7 +176,9 @@ class Supervisor:
         # of an earlier start: its workers would count as dead ones of this
         for path in self._folder.glob("*.beat"):
             path.unlink()
-        (self._folder / IDENTITY).unlink(missing_ok=True)
+        for name in (IDENTITY, SOCKET, REFUSED, FAILURE):
+            (self._folder / name).unlink(missing_ok=True)
+        self._stopped.clear()
         self._settings.write(self._folder / SETTINGS)
         secret = self._folder / SECRET
         secret.touch(mode=0o600)
@@ -164,20 +201,23 @@ class Supervisor:
         # mosec lets the environment fill in what the command line leaves out
         # the token is the gateway's alone
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MOSEC_") and k != KEY_VARIABLE}
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "qtarget.serving.pipeline",
-            str(self._folder),
-            *(str(part) for pair in arguments.items() for part in pair),
-            # never written to: its end tells the pipeline that we are gone
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            # a process group of its own, so that ``kill`` reaches every worker and not us
-            start_new_session=True,
-            env=environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "qtarget.serving.pipeline",
+                str(self._folder),
+                *(str(part) for pair in arguments.items() for part in pair),
+                # never written to: its end tells the pipeline that we are gone
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                # a process group of its own, so that ``kill`` reaches every worker and not us
+                start_new_session=True,
+                env=environment | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+            )
+        except OSError as error:
+            raise ServingError(f"the pipeline cannot be started: {error.strerror or error}") from error
         self._reader = asyncio.create_task(self._read_log(self._process))
 
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:
@@ -192,20 +232,43 @@ class Supervisor:
     async def _until_ready(self) -> None:
         """Wait for mosec's root path, which answers once every stage is connected."""
         assert self._process is not None
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=self.connector()) as session:
             while True:
                 if self._process.returncode is not None:
                     code = self._process.returncode
                     await self.kill()
-                    raise ServingError(
-                        f"the pipeline ended with code {code} before it was ready. The end of its output:\n{self.log_tail()}"
-                    )
-                with suppress(aiohttp.ClientError, TimeoutError):
-                    timeout = aiohttp.ClientTimeout(total=2.0)
-                    async with session.get(f"http://127.0.0.1:{self.port}/", timeout=timeout) as answer:
-                        if answer.status == 200:
-                            return
+                    raise ServingError(f"the pipeline ended with code {code} before it was ready{self._why()}")
+                if self._enter_cell():
+                    with suppress(aiohttp.ClientError, TimeoutError):
+                        timeout = aiohttp.ClientTimeout(total=2.0)
+                        async with session.get(f"{self.inner}/", timeout=timeout) as answer:
+                            if answer.status == 200:
+                                return
                 await asyncio.sleep(0.05)
+
+    def _enter_cell(self) -> bool:
+        """Whether it is known by now which way leads to the pipeline's port."""
+        if self._cell is None and (self._folder / SOCKET).exists():
+            with suppress(ConnectionError):  # bound, and not listened on yet
+                self._cell = Cell(self._folder)
+        elif self._cell is None and (self._folder / REFUSED).exists():
+            if not self.port_is_shared:
+                reason = (self._folder / REFUSED).read_text(encoding="utf-8")
+                logger.warning(
+                    "no network namespace for the pipeline (%s): other users of this machine can read mosec's metrics at "
+                    "port %d; scoring there still needs the secret",
+                    reason,
+                    self.port,
+                )
+            self.port_is_shared = True
+        return self._cell is not None or self.port_is_shared
+
+    def _why(self) -> str:
+        """What the pipeline wrote of its failure, else the end of its output."""
+        path = self._folder / FAILURE
+        if path.exists():
+            return f": {path.read_text(encoding='utf-8')}"
+        return f". The end of its output:\n{self.log_tail()}"
 
     def _adopt_identity(self, identity: Identity) -> None:
         before = self.identity
@@ -223,6 +286,7 @@ class Supervisor:
         assert self._process is not None
         if self._process.returncode is not None:
             return f"mosec ended with code {self._process.returncode}"
+        standing = self._standing_still()
         living: dict[str, int] = {}
         for worker in read_heartbeats(self._folder, self._process.pid):
             # a stage whose last worker died must show, with none
@@ -231,16 +295,27 @@ class Supervisor:
                 self.worker_deaths += 1
                 worker.path.unlink(missing_ok=True)
                 logger.warning("worker %s (process %d) died", worker.stage, worker.pid)
-            elif worker.busy_seconds > self._settings.timeout + HANG_GRACE:
+            elif worker.busy_seconds > self._settings.timeout + HANG_GRACE or worker.pid in standing:
                 self.hangs += 1
-                logger.warning("worker %s hangs for %.0f s: killed", worker.stage, worker.busy_seconds)
+                what = "is stopped" if worker.pid in standing else f"hangs for {worker.busy_seconds:.0f} s"
+                logger.warning("worker %s %s: killed", worker.stage, what)
                 with suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
             else:
                 living[worker.stage] += 1
+            standing.discard(worker.pid)
+        if standing:
+            return f"process {min(standing)} of the pipeline is stopped"
         # without waiting for mosec, which would first let the lost requests run into their time-out
         dead = [stage for stage, count in living.items() if not count]
         return f"no {dead[0]} worker is left" if dead else None
+
+    def _standing_still(self) -> set[int]:
+        """Processes of the pipeline that have been stopped for longer than ``STOPPED_GRACE``."""
+        assert self._process is not None
+        now = time.monotonic()
+        self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped_processes(self._process.pid)}
+        return {pid for pid, since in self._stopped.items() if now - since > STOPPED_GRACE}
 
     async def _restart(self, reason: str) -> None:
         """Raise or be ready again."""

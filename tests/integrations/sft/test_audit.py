@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_trainer(shape, mode, tmp_path, make_trainer):
     }
     found = tokenise(config(tmp_path, **settings), SHAPES[shape], make_tokenizer())
     theirs = make_trainer(data=SHAPES[shape], **settings).train_dataset
-    kept = {row["row_ids"][0]: row for row in theirs}
+    kept = {row["qtarget_row_ids"][0]: row for row in theirs}
     assert len(found.rows) == len(SHAPES[shape])
     assert kept
     for number, row in enumerate(found.rows):

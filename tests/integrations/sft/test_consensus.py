@@ -136,7 +136,7 @@ def test_a_random_token_has_less_agreement_than_the_clean_ones_in_its_place(make
     trainer = make_trainer("consensus", data=formatted_rows(), reference_cache=cached(data=formatted_rows()))
     tokenizer = make_tokenizer()
     at_last = {
-        row["row_ids"][0]: (tokenizer.decode(row["input_ids"][-2]), row["reference_agreement"][-2])
+        row["qtarget_row_ids"][0]: (tokenizer.decode(row["input_ids"][-2]), row["reference_agreement"][-2])
         for row in trainer.train_dataset
     }
     assert at_last[NOISY] == ("Z", 0.0)

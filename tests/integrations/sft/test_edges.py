@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qtarget import QTargetConfig
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError, QTargetError
+from qtarget.integrations.sft.data.weights import ROW, row_weights
 from qtarget.integrations.sft.score import score
-from qtarget.integrations.sft.weights import ROW, row_weights
 from qtarget.scoring.cache.reader import ReferenceCache
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
@@ -120,7 +120,7 @@ def model_with_bias():
 @pytest.mark.parametrize(
     ("target", "text", "words"),
     [
-        ("sft", "abcd", r"the loss is inf at step 0; rows \[0\] of the data; 1 of their labels have probability 0"),
+        ("sft", "abcd", r"the loss is inf at step 0, in rows \[0\] of the data; 1 of their labels have probability 0"),
         ("label_smoothing", "abce", "the target pulls towards a token whose logit is minus infinity"),
     ],
 )

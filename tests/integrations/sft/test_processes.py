@@ -139,6 +139,26 @@ def test_two_ranks_equal_one(one_process, tmp_path, target):
     assert [line["nll"] for line in recorded if "loss" in line] == nll  # once, by the main process
 
 
+def evaluations(output: Path) -> list[dict]:
+    """Our own numbers of each evaluation; TRL's ``eval_loss`` is a mean over batches, which depends on their size."""
+    names = ("nll", "entropy", "mean_token_accuracy", "label_weight", "effective_sample_size", "num_tokens")
+    entries = json.loads((output / "log.json").read_text())
+    return [{name: entry[f"eval_{name}"] for name in names} for entry in entries if "eval_loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_two_ranks_evaluate_every_row_once(one_process, tmp_path, settings, rows):
+    """9 rows in four batches of 2 and one row: 3 rows are repeated to fill the last round; of 2 rows, all but 2."""
+    chosen = {"target": "dft", **settings, "per_device_eval_batch_size": 2}
+    one = evaluations(one_process(chosen, "--evaluate", str(rows)))
+    two = evaluations(two_processes(tmp_path, chosen, "--evaluate", str(rows)))
+    assert len(one) == len(two) == 1
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--tied"]], ids=["own-head", "tied-head"])
 @pytest.mark.parametrize("sharding", [FSDP2, pytest.param(ZERO3, marks=needs_deepspeed)], ids=["fsdp2", "zero3"])

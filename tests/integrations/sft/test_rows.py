@@ -48,7 +48,7 @@ def trained(tmp_path, tokenizer, data, evaluation=None, **settings) -> Any:
         eos_token=tokenizer.eos_token, **settings,
     )  # fmt: skip
     model = make_model(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    return QTargetTrainer(model, args, data, evaluation, tokenizer)
+    return QTargetTrainer(model, args, None, data, evaluation, tokenizer)
 
 
 def texts(tokenizer, data):

@@ -276,3 +276,34 @@ def test_keep_end_counts_what_is_really_cut(make_trainer):
     assert trainer.preparation.audits["train"] == []
     with pytest.raises(DataError):
         make_trainer("sft", data=rows, max_length=8)
+
+
+def test_from_python_a_folder_has_one_writer_and_a_run_its_own_checkpoints(make_trainer):
+    """The same checks as on the command line; a forced one goes on."""
+    from pathlib import Path
+
+    from qtarget.core.errors import ConfigError, ResumeError
+    from qtarget.storage.locks import locked
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = make_trainer("dft", **settings)
+    output = Path(trainer.args.output_dir)
+    with pytest.raises(ResumeError, match="holds no checkpoint that was saved to the end"):
+        trainer.train(resume_from_checkpoint=True)
+    with locked(output), pytest.raises(ConfigError, match="another process is writing"):
+        _in_thread(trainer.train)
+    trainer.train()
+    with pytest.raises(ResumeError, match="target was dft, is sft"):
+        make_trainer("sft", **settings).train(resume_from_checkpoint=True)
+    longer = make_trainer("sft", **{**settings, "max_steps": 4})
+    longer.train(resume_from_checkpoint=True, force_resume=True)
+    assert longer.state.global_step == 4
+    assert not (output / ".lock").exists()
+
+
+def _in_thread(work):
+    """Run in another thread, and raise here what it raises."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()

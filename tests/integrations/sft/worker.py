@@ -1,6 +1,7 @@
 """A training run in a process of its own, to be killed, resumed, or run twice side by side.
 
-python -m tests.integrations.sft.worker OUTPUT SETTINGS [--die-at STEP] [--resume] [--tied] [--rows KIND] [--model FOLDER]
+None,
+make_rows() if options.rows == "plain" else tokenised(options.rows == "masked"),
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
-from tests.integrations.sft.test_weights import tokenised
+from tests.integrations.sft.data.test_weights import tokenised
 
 
 class DieAt(TrainerCallback):
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="load the model from here, after the settings: under ZeRO-3 it is split at once"
     )
+    parser.add_argument("--evaluate", type=int, help="evaluate this many rows at the end, after a prediction")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = make_model(seed=3)
@@ -49,13 +51,17 @@ def main() -> None:
     trainer = QTargetTrainer(
         options.model or make_model(tie_word_embeddings=options.tied),
         arguments,
-        make_rows() if options.rows == "plain" else tokenised(options.rows == "masked"),
         None,
+        make_rows() if options.rows == "plain" else tokenised(options.rows == "masked"),
+        make_rows(options.evaluate, seed=9) if options.evaluate else None,
         make_tokenizer(),
         reference_model=base,
         callbacks=[] if options.die_at is None else [DieAt(options.die_at)],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(options.output) if options.resume else None)
+    if options.evaluate:
+        trainer.predict(trainer.train_dataset)
+        trainer.evaluate()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered, which takes every rank
     if trainer.accelerator.is_main_process:
         torch.save(dict(state), f"{options.output}/final.pt")

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from qtarget.core.errors import UnsupportedModelError
-from qtarget.integrations.sft.collator import TargetCollator
+from qtarget.integrations.sft.data.collator import TargetCollator
 from qtarget.integrations.shared.heads import backbone_states, probe_head
 from qtarget.integrations.shared.probes import left_padding_leak, refuse_leaks
 from tests import ROOT

@@ -23,9 +23,9 @@ from qtarget.report.inspect.marks import roc
 from qtarget.report.inspect.page import pack, render_inspection
 from qtarget.report.inspect.quantise import quantise
 from qtarget.report.inspect.weights import TargetNumbers
-from qtarget.report.page import write_text
 from qtarget.report.tokens import ModelNumbers, flatten_rows
 from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.storage.files import write_text
 from tests import ROOT
 from tests.report.hostile import HOSTILE
 

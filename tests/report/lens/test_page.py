@@ -9,7 +9,8 @@ pytest.importorskip("jinja2")
 from qtarget.report.lens.document import lens
 from qtarget.report.lens.losses import load_loss
 from qtarget.report.lens.page import lens_figure, lens_page, save_figure
-from qtarget.report.page import asset, write_text
+from qtarget.report.page import asset
+from qtarget.storage.files import write_text
 
 LOSSES = ("dft", "target_sft", "gem", "reverse_kl", "torch.nn.functional:cross_entropy", "sft")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qtarget.core.errors import DataError
-from qtarget.report.page import write_text
 from qtarget.report.runs.document import compare_runs, read_runs, sample_changes
 from qtarget.report.runs.figures import comparison_figures, png_bytes, runs_page, write_pngs
 from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, append_line, read_lines, write_lines
 from qtarget.report.runs.tokens import token_changes
+from qtarget.storage.files import write_text
 
 
 def evaluation(step, nll, prefix="eval_"):

@@ -22,8 +22,9 @@ from qtarget.scoring.cache.plan import tool_versions
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import read_row
 from qtarget.scoring.cache.schema import fingerprint_model, row_checksum, supervised_mask
-from qtarget.scoring.cache.writer import locked, write_cache
+from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.sources.local import score_rows
+from qtarget.storage.locks import locked
 from tests.scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows, tiny_model
 
 

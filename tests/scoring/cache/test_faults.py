@@ -27,8 +27,9 @@ from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import read_row
 from qtarget.scoring.cache.schema import DECODED, row_checksum, size_on_disk, supervised_mask
 from qtarget.scoring.cache.verify import check_counts, rescore, shared_places
-from qtarget.scoring.cache.writer import locked, write_cache
+from qtarget.scoring.cache.writer import write_cache
 from qtarget.storage.files import digest_file
+from qtarget.storage.locks import locked
 from tests.scoring.helpers import PROCESSES, VOCAB, HashSource, contents, provenance, ragged_rows
 
 ROWS = ragged_rows(11)

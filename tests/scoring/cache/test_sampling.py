@@ -9,7 +9,7 @@ import torch
 import qtarget
 from qtarget.core.errors import HyperparameterError, IncompatibleError
 from qtarget.core.types import Reference
-from qtarget.integrations.sft.collator import cached_columns
+from qtarget.integrations.sft.data.collator import cached_columns
 from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.columns import compact, expand
 from qtarget.scoring.cache.reader import ReferenceCache

@@ -16,6 +16,8 @@ from qtarget.benchmarks.figure import comparison_figure, save_figure
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.seeds import finding, over_seeds, paired_difference
+from qtarget.storage.files import write_text
+from qtarget.storage.folders import DEMO, owned
 
 CAPTION = (
     "Large points: mean over seeds; small points: each seed; lines: smallest to largest seed (no confidence "
@@ -39,9 +41,19 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
 
     Returns:
         What ``results.json`` holds.
+
+    Raises:
+        ConfigError: ``output`` is somebody else's, or another process writes there.
     """
     begin, output = time.perf_counter(), Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    with owned(output, DEMO):
+        results = measure(config, progress, begin)
+        write_results(results, output)
+    return results
+
+
+def measure(config: DemoConfig, progress: Progress | None, begin: float) -> dict[str, Any]:
+    """All runs of the demo; nothing is left on disk."""
     report = progress or (lambda done, total, text: None)
     jobs = [(name, seed) for seed in range(config.seeds) for name in config.targets]
     total = 2 + len(jobs)
@@ -60,7 +72,7 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
         with Workers(min(config.workers, len(jobs)), DemoRuns, config, bench.folder) as workers:
             found = dict(zip(jobs, workers.map(jobs, advance), strict=True))
     runs = {name: [{"seed": seed} | found[name, seed] for seed in range(config.seeds)] for name in config.targets}
-    results = {
+    return {
         "benchmark": "demo",
         "config": asdict(config),
         "untrained": untrained,
@@ -73,13 +85,11 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
         "machine": machine_facts(),
         "versions": versions(),
     }
-    write_results(results, output)
-    return results
 
 
 def write_results(results: Mapping[str, Any], output: Path) -> None:
     """``results.json`` and the picture drawn from it."""
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     untrained = results["untrained"]["accuracy_percent"]
     figure = comparison_figure(accuracies(results["runs"]), untrained, results["finding"], results["interval"])
     save_figure(figure, output / "results.png")

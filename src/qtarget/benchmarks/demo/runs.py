@@ -162,7 +162,7 @@ class DemoRuns:
 
         begin, (target, seed) = time.perf_counter(), job
         trainer = QTargetTrainer(
-            self.base_model(), self.arguments(target, seed), self.noisy_rows(seed), processing_class=self.tokenizer
+            self.base_model(), self.arguments(target, seed), None, self.noisy_rows(seed), None, self.tokenizer
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

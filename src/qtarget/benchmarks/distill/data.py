@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
-from qtarget.benchmarks.generation import accuracy_percent, greedy_completions, rows_at_once
+from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.scoring.cache import read_references
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import Row, generated_demonstrations
@@ -20,6 +20,7 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.types import Reference, TailPolicy
 from qtarget.data import tasks
 from qtarget.data.embedded import load_demonstrations
+from qtarget.evaluation.generation import rows_at_once
 from qtarget.registry import get_target
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer, size_on_disk
 from qtarget.scoring.sources.local import score_rows

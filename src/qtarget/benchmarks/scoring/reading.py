@@ -139,7 +139,7 @@ def alternate(
     folder: str, ids: np.ndarray, config: ReadingConfig, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     """Seconds of each step and of the reading for it; the first round is not counted."""
-    from qtarget.integrations.sft.collator import cached_columns
+    from qtarget.integrations.sft.data.collator import cached_columns
     from qtarget.integrations.shared.step import REFERENCE_FIELDS
 
     cache, model = ReferenceCache.open(folder), build_model(config)

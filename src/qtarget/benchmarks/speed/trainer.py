@@ -130,7 +130,7 @@ def build_trainer(name: str, config: TrainerBenchConfig, folder: Path) -> Traine
         return SFTTrainer(model, SFTConfig(**shared), None, rows, None, build_tokenizer())
     cache = str(folder / "cache")
     args = QTargetConfig(**shared, target=name, reference_cache=cache, teacher_cache=cache)
-    return QTargetTrainer(model, args, rows, None, build_tokenizer())
+    return QTargetTrainer(model, args, None, rows, None, build_tokenizer())
 
 
 def write_cache(config: TrainerBenchConfig, folder: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
+from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
 
@@ -47,7 +48,7 @@ def distill(
     start, full = started(scale, data, corpus, output, resume, is_quick), DistillConfig()
     config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))
-    with progress_bar() as advance:
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_distill(config, output, resume=resume, progress=advance)
     saver(output)(results)
     show(results["finding"], output, distill_table(results), distill_figure(results), f"{results['seconds']:.0f} s; ")
@@ -78,7 +79,7 @@ def noise(
         QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
     )
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
-    with progress_bar() as advance:
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
 
@@ -99,9 +100,16 @@ def prior(
     check_writable(output)
     start = started(scale, data, corpus, output, resume, is_quick)
     config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
-    with progress_bar() as advance:
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
+
+
+def kept(output: Path) -> str:
+    """What of a benchmark that is ended early is safe, in words."""
+    runs = output.with_suffix(".runs.jsonl")
+    count = len(runs.read_text(encoding="utf-8").splitlines()) if runs.is_file() else 0
+    return f"{count} finished runs are kept in {runs}; go on with the same command and --resume"
 
 
 def started(scale: str, data: Path | None, corpus: Path | None, output: Path, resume: bool, is_quick: bool) -> Start:

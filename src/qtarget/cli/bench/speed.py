@@ -13,6 +13,7 @@ from qtarget.benchmarks.speed.losses import SUITES, SpeedConfig, run_speed
 from qtarget.benchmarks.speed.memory import MEMORY, run_memory
 from qtarget.benchmarks.speed.sweep import SweepConfig, previous, run_sweep
 from qtarget.cli.bench.tables import memory_table, speed_table, sweep_table, trainer_table
+from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_outputs, check_writable, saver
 from qtarget.core.errors import ConfigError
 
@@ -51,10 +52,11 @@ def speed(
     torch.set_num_threads(threads)
     config = SpeedConfig(tokens, width, vocab, dtype, device, rounds, top_k, suite, peers)
     save = saver(output)
-    if memory:
-        results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo, save)
-    else:
-        results = run_speed(config, typer.echo, save)
+    with on_interrupt(lambda: f"what was measured so far is in {output}; a new run starts anew"):
+        if memory:
+            results = run_memory(config, tuple(sorted({min(512, tokens), tokens})), typer.echo, save)
+        else:
+            results = run_speed(config, typer.echo, save)
     Console().print(memory_table(results) if memory else speed_table(results))
     typer.echo(str(output))
 
@@ -95,7 +97,8 @@ def sweep(
         losses=names, dtype=dtype, device=device, rounds=rounds, top_k=top_k,
     )  # fmt: skip
     done = previous(output, config) if resume else {"time": [], "memory": []}
-    results = run_sweep(config, done, typer.echo, saver(output))
+    with on_interrupt(lambda: f"the points so far are in {output}; go on with the same command and --resume"):
+        results = run_sweep(config, done, typer.echo, saver(output))
     Console().print(sweep_table(results))
     typer.echo(str(output))
 

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qtarget.cli.options.settings import Setting, coerce, read_settings
 from qtarget.core.errors import ConfigError, QTargetError
@@ -73,7 +73,7 @@ class DataConfig:
         tools_file: a JSON list of tool schemas, for rows that come without theirs.
         dataset_name, dataset_config, dataset_train_split, dataset_test_split: a data set on the hub or in a folder,
             as TRL's ``ScriptArguments``.
-        resume: go on from the last complete checkpoint in ``output_dir``.
+        resume: go on from the last complete checkpoint in ``output_dir``; ``force``: also from one of other settings.
     """
 
     train_file: str | list[str] | None = None
@@ -86,7 +86,7 @@ class DataConfig:
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
-    resume: bool = False
+    resume: bool | Literal["force"] = False
 
     def __post_init__(self) -> None:
         if (self.train_file is None) == (self.dataset_name is None):

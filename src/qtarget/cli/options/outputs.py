@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,43 +13,52 @@ import typer
 
 from qtarget.core.errors import ConfigError
 from qtarget.storage.files import write_atomic
+from qtarget.storage.folders import CACHE, MODEL, NAMES, RUN, kind_of, refuse_overlap
+
+RUN_FILES = ("config.json", "*.safetensors", "tokenizer*.json", "qtarget_*", "train_summary.json", "training_args.bin")
+"""What a training run leaves in its folder; a page may lie beside it."""
+BEGINNINGS = {".html": (b"<!doctype html",), ".json": (b"{",), ".png": (b"\x89png",)}
+OTHERWISE = (b"<!doctype html", b"{\n", b"\x89png")
+"""How files begin that verbs write; one that begins otherwise was written by somebody else."""
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raise before minutes are spent on results that could not be written, or that would replace what they are made from.
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None] = (), *, replaces: bool = False
+) -> None:
+    """Raise before minutes are spent on results that could not be written, or that would replace what is not theirs.
 
     Args:
         outputs: files by the option that names them, ``--output``, ``--json``; None where none is wanted.
         inputs: files, or folders as a cache: no output may lie in one.
+        replaces: a file of any sort may be written over: somebody said so.
 
     Raises:
-        ConfigError: two outputs are one file, one is an input or in an input's folder, or it cannot be written.
+        ConfigError: two outputs are one file, one is an input or in an input's folder, belongs to a model, a cache or a
+            run, is a file of another sort, or it cannot be written.
     """
-    taken: dict[Path, str] = {}
-    sources = [Path(path).resolve() for path in inputs if path is not None]
+    taken: dict[str, str] = {}
+    sources = list(inputs)
     for option, output in outputs.items():
         if output is None:
             continue
-        path = output.resolve()
-        for source in sources:
-            if path == source or source in path.parents:
-                where = "is" if path == source else "lies in"
-                raise ConfigError(f"{option} {output} {where} {source}, which is read here; choose another path")
-        if path in taken:
-            raise ConfigError(f"{taken[path]} and {option} are both {output}; choose two paths")
-        taken[path] = option
-        check_writable(output, option)
+        refuse_folder(output, option)
+        refuse_overlap(output, sources, option)
+        name = os.path.realpath(output).casefold()  # one file where names are not told apart by case
+        if name in taken:
+            raise ConfigError(f"{taken[name]} and {option} are both {output}; choose two paths")
+        taken[name] = option
+        check_writable(output, option, replaces=replaces)
 
 
-def check_writable(output: Path, option: str = "--output") -> None:
-    """Raise where a file could not be written; what lies there stays as it is.
+def check_writable(output: Path, option: str = "--output", *, replaces: bool = False) -> None:
+    """Raise where a file could not or must not be written; what lies there stays as it is.
 
     Raises:
-        ConfigError: the path is a folder, or its folder cannot be made or written to.
+        ConfigError: the path is a folder or another's file, or its folder cannot be made or written to.
     """
-    if output.is_dir():
-        raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
-    path = output.resolve()  # what a link points to
+    refuse_folder(output, option)
+    refuse_others(output, option, replaces)
+    path = Path(os.path.realpath(output))  # what a link points to
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +67,35 @@ def check_writable(output: Path, option: str = "--output") -> None:
         raise ConfigError(f"{option} {output} cannot be written: {error}; choose another path") from error
     if not existed:
         path.unlink()
+
+
+def refuse_folder(output: Path, option: str) -> None:
+    """Raise for a folder where a file is wanted."""
+    if output.is_dir():
+        raise ConfigError(f"{option} {output} is a folder; name a file, for instance {output / 'results.json'}")
+
+
+def refuse_others(output: Path, option: str, replaces: bool) -> None:
+    """Raise where a file would replace what no verb of this sort wrote.
+
+    Raises:
+        ConfigError: it lies in a model or a cache, is a run's own, or begins as no such file does.
+    """
+    path = Path(os.path.realpath(output))
+    kind = kind_of(path.parent) if path.parent.is_dir() else None
+    if kind in (MODEL, CACHE):
+        raise ConfigError(f"{option} {output} would lie in a folder that holds {NAMES[kind]}; choose another folder")
+    if kind == RUN and path.exists() and any(path.match(name) for name in RUN_FILES):
+        raise ConfigError(f"{option} {output} is the training run's own file; choose another name")
+    if not replaces and path.is_file() and path.stat().st_size:
+        expected = BEGINNINGS.get(path.suffix.lower(), OTHERWISE)
+        with path.open("rb") as handle:
+            found = handle.read(64).lstrip().lower()
+        if not found.startswith(expected):
+            raise ConfigError(
+                f"{option} {output} is there already, and is no page, JSON or picture of qtarget's; choose another path, or "
+                "delete it"
+            )
 
 
 def saver(output: Path) -> Callable[[Any], None]:

@@ -89,23 +89,57 @@ def audit_rows(rows: Iterable[Mapping[str, Any]], *, max_length: int | None, kee
         >>> report.messages()[0][:50]
         '1 of 1 rows are truncated before their end (max_le'
     """
-    concerned: dict[str, list[int]] = {name: [] for name in FINDINGS}
-    total = tokens = supervised = lost = 0
-    for index, row in enumerate(rows):
-        length, kept, beyond = _supervision(index, row, max_length, keep_end)
-        total, tokens, supervised, lost = total + 1, tokens + length, supervised + kept, lost + beyond
-        name = _finding(length, kept, beyond)
-        if name is not None:
-            concerned[name].append(index)
+    counts = [_supervision(index, row, max_length, keep_end) for index, row in enumerate(rows)]
+    length, kept, beyond = np.array(counts, dtype=np.int64).reshape(-1, 3).T
+    return _report(length, kept, beyond, max_length)
+
+
+def audit_columns(
+    lengths: np.ndarray, labels: np.ndarray, *, max_length: int | None, keep_end: bool = False
+) -> AuditReport:
+    """The same of whole columns, without a Python object a row.
+
+    Args:
+        lengths: ``[rows]`` tokens of each.
+        labels: ``[sum(lengths)]`` of all rows, one after another.
+        max_length, keep_end: as in ``audit_rows``.
+
+    Example:
+        >>> audit_columns(np.array([3]), np.array([-100, 6, 7]), max_length=2).lost_tokens
+        1
+    """
+    ends = np.cumsum(lengths)
+    place = np.arange(len(labels)) - np.repeat(ends - lengths, lengths)
+    trained = (labels != IGNORE_INDEX) & (place > 0)
+    remain = lengths if max_length is None else np.minimum(lengths, max_length)
+    first = np.repeat(lengths - remain if keep_end else np.zeros_like(lengths), lengths)
+    inside = trained & (place > first) & (place < first + np.repeat(remain, lengths))
+    total, kept = (
+        np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])]) for mask in (trained, inside)
+    )
+    return _report(remain, kept, total - kept, max_length)
+
+
+def _report(length: np.ndarray, kept: np.ndarray, beyond: np.ndarray, max_length: int | None) -> AuditReport:
+    """Findings of ``[rows]`` tokens that remain, supervised ones among them, and supervised ones cut off."""
+    nothing = (length > 0) & (kept == 0)
+    concerned = {
+        "empty": length == 0,
+        "unsupervised": nothing & (beyond == 0),
+        "cut_off": nothing & (beyond > 0),
+        "truncated": (kept > 0) & (beyond > 0),
+    }
+    total, lost = len(length), int(beyond.sum())
     found: dict[str, Finding] = {}
     for name, (meaning, step) in FINDINGS.items():
         severity: Severity = "error" if name in UNUSABLE else "warning"
         limit = f" (max_length {max_length})" if name in ("cut_off", "truncated") else ""
         cut = f", {lost} supervised tokens lost in all" if name == "truncated" else ""
         evidence = {"max_length": max_length, "lost_tokens": lost} if limit else {}
-        for made in finding(name, severity, concerned[name], total, meaning + limit + cut, step, **evidence):
+        rows = np.flatnonzero(concerned[name]).tolist()
+        for made in finding(name, severity, rows, total, meaning + limit + cut, step, **evidence):
             found[name] = made
-    return AuditReport(total, tokens, supervised, lost, max_length, found)
+    return AuditReport(total, int(length.sum()), int(kept.sum()), lost, max_length, found)
 
 
 def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, keep_end: bool) -> tuple[int, int, int]:
@@ -126,11 +160,3 @@ def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, kee
     total = int(trained[1:].sum())
     kept = int(trained[first : first + end - 1].sum()) if end else 0
     return end, kept, total - kept
-
-
-def _finding(length: int, kept: int, beyond: int) -> str | None:
-    if length == 0:
-        return "empty"
-    if kept == 0:
-        return "cut_off" if beyond else "unsupervised"
-    return "truncated" if beyond else None

@@ -12,6 +12,7 @@ import numpy as np
 from qtarget.core.errors import DataError
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, finding, named
+from qtarget.data.checks.flat import FlatRows
 from qtarget.data.columns import message_token_weights
 
 END_WINDOW = 3
@@ -52,24 +53,45 @@ class Vocabulary:
             size: of the model's embeddings; the tokenizer's length if unknown.
             end_ids: of the model's generation config, beside the tokenizer's own.
         """
-        # tokenizers count these as special too, but they end no answer unless one of them is the end mark
-        starts = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-        ends = {*tokenizer.all_special_ids, *end_ids} - starts
+        ends = end_marks(tokenizer, end_ids)
         # GPT-2 names its end mark as unknown token too, and never uses it as such
         marks = {tokenizer.eos_token_id, tokenizer.bos_token_id}
         unknown = None if tokenizer.unk_token_id in marks else tokenizer.unk_token_id
         bytes_ = {i for token, i in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
-        return cls(size or len(tokenizer), frozenset(ends), unknown, frozenset(bytes_), tokenizer.decode)
+        return cls(size or len(tokenizer), ends, unknown, frozenset(bytes_), tokenizer.decode)
 
 
-def check_tokens(rows: Sequence[TokenRow], vocabulary: Vocabulary, *, max_length: int | None) -> list[Finding]:
+def end_marks(tokenizer: Any, end_ids: Sequence[int] = ()) -> frozenset[int]:
+    """Tokens that can end an answer: special ones that begin, pad or replace nothing, and the model's own ends."""
+    starts = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    return frozenset({*tokenizer.all_special_ids, *end_ids} - starts)
+
+
+def usual_end(rows: Sequence[TokenRow] | FlatRows, marks: frozenset[int]) -> int | None:
+    """The end mark that most rows are trained to end with; None where none has one.
+
+    Example:
+        >>> usual_end([{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}], frozenset({2, 3}))
+        2
+    """
+    flat = FlatRows.of(rows)
+    places = np.flatnonzero(flat.last_trained(END_WINDOW) & np.isin(flat.ids, list(marks)))
+    last = np.append(np.diff(flat.rows[places]) > 0, True)[: len(places)]  # of several, the one that ends the row
+    ids, counts = np.unique(flat.ids[places][last], return_counts=True)
+    return int(ids[counts.argmax()]) if len(ids) else None
+
+
+def check_tokens(
+    rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary, *, max_length: int | None
+) -> list[Finding]:
     """All checks of this file but that of roles.
 
     Args:
         rows: ``input_ids`` and ``labels`` each (arrays or lists, unshifted, -100 ignored), not cut to ``max_length``.
     """
-    known = check_known(rows, vocabulary)
-    return [*known, *check_ends(rows, vocabulary), *check_runaway(rows), *check_lengths(rows, max_length)]
+    flat = FlatRows.of(rows)
+    known = check_known(flat, vocabulary)
+    return [*known, *check_ends(flat, vocabulary), *check_runaway(flat), *check_lengths(flat, max_length)]
 
 
 def trained_positions(row: TokenRow) -> np.ndarray:
@@ -77,90 +99,87 @@ def trained_positions(row: TokenRow) -> np.ndarray:
     return np.flatnonzero(np.asarray(row["labels"])[1:] != IGNORE_INDEX) + 1
 
 
-def check_ends(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Finding]:
+def check_ends(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> list[Finding]:
     """Rows whose last labels hold no end mark, though they are not cut yet."""
-    missing, trained_rows = [], 0
-    for i, row in enumerate(rows):
-        places = trained_positions(row)[-END_WINDOW:]
-        trained_rows += bool(len(places))
-        if len(places) and vocabulary.end_ids.isdisjoint(np.asarray(row["input_ids"])[places].tolist()):
-            missing.append(i)
-    examples = [{"row": i, "text": _last_text(rows[i], vocabulary)} for i in missing[:ROWS_NAMED]]
+    flat = FlatRows.of(rows)
+    ends = flat.last_trained(END_WINDOW) & np.isin(flat.ids, list(vocabulary.end_ids))
+    missing = np.flatnonzero((flat.trained_counts > 0) & (flat.count(ends) == 0)).tolist()
+    examples = [{"row": i, "text": _last_text(flat, i, vocabulary)} for i in missing[:ROWS_NAMED]]
     what = "end without an end-of-sequence or end-of-turn token among their labels"
     step = (
         "append the tokenizer's eos_token, or put the end of the turn inside {% generation %}; else the model does "
         "not learn to stop"
     )
+    trained_rows = int((flat.trained_counts > 0).sum())
     return finding("missing_end", "warning", missing, trained_rows, what, step, examples=examples)
 
 
-def _last_text(row: TokenRow, vocabulary: Vocabulary) -> str:
-    return vocabulary.decode(np.asarray(row["input_ids"])[trained_positions(row)[-WINDOW:]].tolist())
+def _last_text(flat: FlatRows, i: int, vocabulary: Vocabulary) -> str:
+    place = flat.row(i)
+    ids = flat.ids[place][flat.trained[place]][-WINDOW:]
+    return vocabulary.decode(ids[(ids >= 0) & (ids < vocabulary.size)].tolist())
 
 
-def check_known(rows: Sequence[TokenRow], vocabulary: Vocabulary) -> list[Finding]:
+def check_known(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> list[Finding]:
     """Ids that the model has no embedding for, unknown tokens, rows written mostly in bytes."""
-    outside, unknown, in_bytes, examples = [], [], [], []
-    in_byte = np.zeros(vocabulary.size, dtype=bool)
-    in_byte[[i for i in vocabulary.byte_ids if i < vocabulary.size]] = True
-    largest = unknown_count = 0
-    for i, row in enumerate(rows):
-        ids = np.asarray(row["input_ids"], dtype=np.int64)
-        if not len(ids):
-            continue
-        if ids.min() < 0 or ids.max() >= vocabulary.size:
-            outside.append(i)
-            largest = max(largest, int(ids.max()))
-            continue
-        places = np.flatnonzero(ids == vocabulary.unknown_id)  # None equals no id
-        if len(places):
-            unknown.append(i)
-            unknown_count += len(places)
-            if len(examples) < ROWS_NAMED:
-                at = int(places[0])
-                text = vocabulary.decode(ids[max(0, at - WINDOW) : at + WINDOW].tolist())
-                examples.append({"row": i, "position": at, "text": text})
-        if vocabulary.byte_ids and in_byte[ids].mean() > BYTE_SHARE:
-            in_bytes.append(i)
+    flat = FlatRows.of(rows)
+    beyond = (flat.ids < 0) | (flat.ids >= vocabulary.size)
+    outside = np.flatnonzero(flat.count(beyond)).tolist()
+    inside = np.isin(flat.rows, outside, invert=True) if outside else np.ones(len(flat.ids), dtype=bool)
+    strange = inside & (flat.ids == (-1 if vocabulary.unknown_id is None else vocabulary.unknown_id))
+    unknown = np.flatnonzero(flat.count(strange)).tolist()
+    examples = [_unknown_example(flat, i, strange, vocabulary) for i in unknown[:ROWS_NAMED]]
+    in_byte = inside & np.isin(flat.ids, list(vocabulary.byte_ids)) if vocabulary.byte_ids else np.zeros_like(inside)
+    in_bytes = np.flatnonzero(flat.count(in_byte) > BYTE_SHARE * flat.lengths).tolist()
+    largest = int(flat.ids[beyond].max()) if outside else 0
+    first = f"; row {outside[0]} holds {int(flat.ids[flat.row(outside[0])].max())}" if outside else ""
     found = finding(
-        "outside_vocabulary", "error", outside, len(rows),
-        f"hold token ids outside the model's vocabulary (0 to {vocabulary.size - 1}; the largest is {largest})",
+        "outside_vocabulary", "error", outside, len(flat),
+        f"hold token ids outside the model's vocabulary (0 to {vocabulary.size - 1}, the rows of its embedding; the largest is "
+        f"{largest}{first})",
         "use the model's own tokenizer, or resize its embeddings", largest_id=largest, vocabulary=vocabulary.size,
     )  # fmt: skip
     found += finding(
-        "unknown_tokens", "warning", unknown, len(rows),
-        f"hold text that the tokenizer does not know ({unknown_count} unknown tokens)",
+        "unknown_tokens", "warning", unknown, len(flat),
+        f"hold text that the tokenizer does not know ({int(strange.sum())} unknown tokens)",
         "replace these characters, or use a tokenizer with byte fallback: the model would learn to write the unknown token",
-        tokens=unknown_count, examples=examples,
+        tokens=int(strange.sum()), examples=examples,
     )  # fmt: skip
     return found + finding(
-        "byte_tokens", "warning", in_bytes, len(rows),
+        "byte_tokens", "warning", in_bytes, len(flat),
         f"are written in single bytes for more than {BYTE_SHARE:.0%} of their tokens",
         "check their encoding; text in a script that the tokenizer lacks costs several tokens a character",
     )  # fmt: skip
 
 
-def check_runaway(rows: Sequence[TokenRow]) -> list[Finding]:
+def _unknown_example(flat: FlatRows, i: int, strange: np.ndarray, vocabulary: Vocabulary) -> dict[str, Any]:
+    place = flat.row(i)
+    ids, at = flat.ids[place], int(np.flatnonzero(strange[place])[0])
+    return {"row": i, "position": at, "text": vocabulary.decode(ids[max(0, at - WINDOW) : at + WINDOW].tolist())}
+
+
+def check_runaway(rows: Sequence[TokenRow] | FlatRows) -> list[Finding]:
     """Rows trained on nearly whole, where most rows mask their prompt."""
-    shares = np.array([len(trained_positions(row)) / max(1, len(row["input_ids"]) - 1) for row in rows])
     # rows that train on nothing are another finding and would pull the median down
+    flat = FlatRows.of(rows)
+    shares = flat.trained_counts / np.maximum(1, flat.lengths - 1)
     usual = float(np.median(shares[shares > 0])) if (shares > 0).any() else 1.0
     if usual > USUAL_SHARE:
         return []
     what = f"train on {RUNAWAY_SHARE:.0%} or more of their tokens, where half of the rows train on {usual:.0%} or less"
     step = "look at their mask: prompt and system text should be masked as in the other rows"
     return finding(
-        "runaway_mask", "warning", np.flatnonzero(shares >= RUNAWAY_SHARE).tolist(), len(rows), what, step,
+        "runaway_mask", "warning", np.flatnonzero(shares >= RUNAWAY_SHARE).tolist(), len(flat), what, step,
         median_share=round(usual, 4),
     )  # fmt: skip
 
 
-def check_lengths(rows: Sequence[TokenRow], max_length: int | None) -> list[Finding]:
+def check_lengths(rows: Sequence[TokenRow] | FlatRows, max_length: int | None) -> list[Finding]:
     """Tokens a row as quantiles, against ``max_length``; a fact, not a defect."""
-    if not rows:
+    flat = FlatRows.of(rows)
+    if not len(flat):
         return []
-    lengths = np.array([len(row["input_ids"]) for row in rows])
-    labels = np.array([len(trained_positions(row)) for row in rows])
+    lengths, labels = flat.lengths, flat.trained_counts
     names = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
     # a length that some row has, not one between two
     values = {name: int(np.percentile(lengths, q, method="higher")) for name, q in names.items()}
@@ -174,7 +193,7 @@ def check_lengths(rows: Sequence[TokenRow], max_length: int | None) -> list[Find
         "tokens": int(lengths.sum()),
         "trained_tokens": int(labels.sum()),
     }
-    return [Finding("lengths", "info", len(rows), (), message, evidence)]
+    return [Finding("lengths", "info", len(flat), (), message, evidence)]
 
 
 def check_roles(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl.data_utils import _tokenize, is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.errors import ConfigError
-from qtarget.data.checks.audit import IGNORE_INDEX
-from qtarget.integrations.sft.columns import with_row_ids
+from qtarget.data.checks.findings import Finding
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.preparation import changed
-from qtarget.integrations.sft.weights import ROW
-
-TokenRow = dict[str, np.ndarray]
+from qtarget.integrations.sft.rendering.renderer import Renderer
+from qtarget.integrations.sft.rendering.rows import TokenRow, render
+from qtarget.integrations.sft.rendering.shape import adopt
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,16 @@ class TokenisedRows:
     """Rows as TRL tokenises them, before it cuts and drops any.
 
     Attributes:
-        rows: ``input_ids`` and ``labels`` ``[length]`` int64 each; row i is row i of the data.
+        rows: ``input_ids`` and ``labels`` ``[length]`` int64 each; row i is row i of the data. None where TRL stops.
         tokenizer: as training uses it (``eos_token``, ``chat_template_path`` applied).
         chat_template: TRL's training template where it replaces the tokenizer's own, else None.
+        findings: of the rendered rows; training stops at errors.
     """
 
-    rows: list[TokenRow]
+    rows: list[TokenRow] | None
     tokenizer: Any
     chat_template: str | None
+    findings: list[Finding] = field(default_factory=list)
 
 
 def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> TokenisedRows:
@@ -47,7 +47,9 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
 
     Raises:
         ConfigError: settings that TRL refuses (``assistant_only_loss`` for rows that are no conversations).
+        DataError: columns that contradict the rows' shape.
     """
+    rows, left_out = adopt(dataset, "train", text_field=args.dataset_text_field)
     whole = changed(
         args, max_length=None, shuffle_dataset=False, packing=False, eval_packing=False, padding_free=False,
         report_to=[], eval_strategy="no", dataset_kwargs={"skip_prepare_dataset": True}, model_init_kwargs=None,
@@ -58,19 +60,22 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
         )
     )
     try:
-        trainer = SFTTrainer(stand_in, whole, train_dataset=dataset, processing_class=tokenizer)
+        trainer = SFTTrainer(stand_in, whole, train_dataset=rows, processing_class=tokenizer)
     except ValueError as error:
         raise ConfigError(f"TRL refuses these rows with this configuration, and so would training: {error}") from error
     prepared: Any = trainer.processing_class
     template = trainer.chat_template
-    numbered = with_row_ids(dataset)
-    masked = _without_assistant(numbered, prepared, template) if args.assistant_only_loss else {}
-    usable = numbered.select([i for i in range(len(numbered)) if i not in masked]) if masked else numbered
-    rows: dict[int, TokenRow] = dict(masked)
-    if len(usable):
-        tokens: Any = trainer._prepare_dataset(usable, prepared, whole, False, None, "train")
-        rows |= dict(_arrays(tokens))
-    return TokenisedRows([rows[i] for i in range(len(numbered))], prepared, template)
+    renderer = Renderer(
+        prepared, template, args.dataset_text_field, args.assistant_only_loss, trainer.completion_only_loss
+    )
+    rendered = render(rows, "train", trl=trainer._prepare_dataset, args=whole, renderer=renderer)
+    found = dict(rendered.silent)
+    if rendered.tokens is not None:
+        found |= dict(_arrays(rendered.tokens))
+    complete = len(found) == len(rows)
+    return TokenisedRows(
+        [found[i] for i in range(len(rows))] if complete else None, prepared, template, [*left_out, *rendered.findings]
+    )
 
 
 def cut(row: TokenRow, args: QTargetConfig) -> TokenRow:
@@ -79,25 +84,6 @@ def cut(row: TokenRow, args: QTargetConfig) -> TokenRow:
         return row
     kept = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
     return {name: values[kept] for name, values in row.items()}
-
-
-def _without_assistant(dataset: Dataset, tokenizer: Any, template: str | None) -> dict[int, TokenRow]:
-    """Conversations whose assistant mask is all zero, by row number; TRL's own call, row by row."""
-    found: dict[int, TokenRow] = {}
-    if "input_ids" in dataset.column_names:
-        return found
-    rows: Any = dataset
-    for row in rows:
-        if not is_conversational(row):
-            continue
-        messages = row["prompt"] + row["completion"] if row.get("prompt") is not None else row["messages"]
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-        keywords = {"chat_template": template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
-        processed = _tokenize(tokenizer, messages, return_assistant_tokens_mask=True, **keywords)
-        if 1 not in processed["assistant_masks"]:
-            ids = np.asarray(processed["input_ids"], dtype=np.int64)
-            found[row[ROW]] = {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
-    return found
 
 
 def _arrays(dataset: Dataset) -> Iterator[tuple[int, TokenRow]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args
 
+from transformers import TrainingArguments
+from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 
 from qtarget.composed.guarded import Guarded
@@ -15,6 +17,8 @@ from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -27,6 +31,7 @@ class QTargetConfig(SFTConfig):
         guard: give labels their weight back where the rows agree against the frozen model (``qtarget.Guarded``).
         reference_cache: folder written by ``qtarget score`` with the frozen base.
         teacher_cache: folder written by ``qtarget score`` with the teacher.
+        cache_verify_key: key file; caches must be signed with it (``qtarget cache sign``), and are refused else.
         reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
             cache was made with, when it is not the model that is trained.
         teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache`` or a URL, whose numbers they are.
@@ -53,6 +58,9 @@ class QTargetConfig(SFTConfig):
     guard: bool = field(default=False, metadata={"help": "Guard the target against a flawed prior."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
+    cache_verify_key: str | None = field(
+        default=None, metadata={"help": "Key file: caches must be signed with it (`qtarget cache sign`)."}
+    )
     reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
     teacher: str | None = field(default=None, metadata={"help": "A cache folder, a model, or a scoring server's URL."})
@@ -76,9 +84,44 @@ class QTargetConfig(SFTConfig):
     )
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
+    @classmethod
+    def from_trl(cls, args: TrainingArguments) -> QTargetConfig:
+        """The same settings with ``target="sft"``; TRL's ``loss_type="dft"`` becomes ``target="dft"``.
+
+        Values are taken over as they are: nothing is parsed, resolved or set up a second time.
+
+        Args:
+            args: ``SFTConfig``, or ``TrainingArguments``, to which TRL's own defaults are added as TRL does.
+
+        Raises:
+            ConfigError: settings that choose a loss which no target is.
+
+        Example:
+            >>> import tempfile
+            >>> args = SFTConfig(tempfile.mkdtemp(), learning_rate=1e-3, bf16=False, report_to="none")
+            >>> own = QTargetConfig.from_trl(args)
+            >>> own.target, own.learning_rate
+            ('sft', 0.001)
+        """
+        own = object.__new__(cls)
+        for f in fields(cls):
+            vars(own)[f.name] = f.default if f.default_factory is MISSING else f.default_factory()
+        vars(own).update(vars(args))
+        check_numbers(own)
+        if own.pad_to_multiple_of == "auto":  # TrainingArguments: SFTConfig resolves it as it is made
+            own.pad_to_multiple_of = 128 if args.device.type == "neuron" else None
+        if own.loss_type == "dft":
+            own.target, own.loss_type = "dft", "nll"
+            logger.warning("loss_type 'dft' of TRL is target 'dft' here")
+        own._place_target()
+        return own
+
     def __post_init__(self) -> None:
         check_numbers(self)
         super().__post_init__()
+        self._place_target()
+
+    def _place_target(self) -> None:
         self.teacher_url = place_teacher(self)
         if isinstance(self.target_kwargs, str):
             self.target_kwargs = json.loads(self.target_kwargs)

@@ -6,24 +6,32 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.data_utils import pack_dataset
 
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
-from qtarget.data.checks.audit import audit_rows
-from qtarget.integrations.sft.arrow import array_rows
-from qtarget.integrations.sft.columns import (
+from qtarget.data.checks.audit import audit_columns
+from qtarget.data.checks.findings import Finding, in_order, named
+from qtarget.data.checks.flat import FlatRows
+from qtarget.data.checks.tokens import Vocabulary
+from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
     locate_rows,
     trained_rows,
-    with_row_ids,
     with_token_columns,
 )
-from qtarget.integrations.sft.weights import announcement, check_weights, weights_of_rows
-from qtarget.integrations.shared.samples import describe_rows
+from qtarget.integrations.sft.data.ragged import Ragged
+from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
+from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, vocabulary_of
+from qtarget.integrations.sft.rendering.renderer import Renderer
+from qtarget.integrations.sft.rendering.rows import Rendered, render
+from qtarget.integrations.sft.rendering.shape import adopt, is_prepared
+from qtarget.integrations.shared.records.samples import describe_rows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_tokenizer
 
@@ -45,6 +53,39 @@ class Preparation:
         self._target, self._caches = target, caches
         self.audits: dict[str, list[str]] = {}
         self.descriptions: dict[str, dict[str, Any]] = {}
+        self._adopted: dict[str, list[Finding]] = {}
+        self._unmet: dict[str, FlatRows] = {}
+        self._vocabulary: Vocabulary | None = None
+
+    def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
+        """Rows with the columns of their own shape; TRL's trainer looks at the first row before it prepares any."""
+        if isinstance(dataset, dict):
+            return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
+        rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
+        return rows
+
+    def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool) -> None:
+        """Check the rows prepared so far, and all later ones, against the model.
+
+        Args:
+            model: without its adapter.
+            saves_model: whether its generation config is saved with it.
+
+        Raises:
+            DataError: token ids that the model has no embedding for.
+        """
+        self._vocabulary = vocabulary_of(model, tokenizer)
+        for name, rows in list(self._unmet.items()):
+            if name == "train":
+                self._say(name, name_end(model, tokenizer, rows, saves_model=saves_model))
+            self._check_with_model(name)
+
+    def _check_with_model(self, name: str) -> None:
+        if self._vocabulary is None:
+            return
+        found = check_with_model(self._unmet.pop(name), self._vocabulary)
+        self._say(name, [finding for finding in found if finding.severity != "error"])
+        Rendered(None, found).raise_errors(name)
 
     def prepare(
         self,
@@ -57,15 +98,17 @@ class Preparation:
         chat_template: str | None,
         packing: bool,
         formatting_func: Any,
+        completion_only: bool,
     ) -> Dataset:
         """Rows with ``input_ids``, ``labels`` and ``TOKEN_COLUMNS``, packed where that is asked for.
 
         Args:
             trl: ``SFTTrainer._prepare_dataset`` of the trainer.
             chat_template: TRL's training template where it replaces the tokenizer's own.
+            completion_only: ``completion_only_loss`` as the trainer decided it.
 
         Raises:
-            DataError: rows that cannot be counted, or nothing to train on.
+            DataError: rows that cannot be counted, would not be trained as written, or nothing to train on.
             ConfigError: packing that cuts cached rows apart.
             CacheMismatchError: rows that a cache does not hold.
         """
@@ -73,7 +116,7 @@ class Preparation:
             raise DataError(
                 f"the {name} data is a {type(dataset).__name__}; expected a datasets.Dataset with rows that can be counted"
             )
-        if "row_ids" in dataset.column_names:
+        if is_prepared(dataset):
             return dataset
         cuts_rows = packing and args.packing_strategy != "bfd"
         if cuts_rows and self._caches:
@@ -81,14 +124,23 @@ class Preparation:
                 f"packing_strategy {args.packing_strategy!r} cuts rows apart, and cached rows are whole; use 'bfd'"
             )
         whole = changed(args, max_length=None, shuffle_dataset=False)
-        numbered = with_row_ids(dataset)
-        check_weights(numbered, self._target, args)
-        tokens = tokenised(trl, numbered, tokenizer, whole, formatting_func, name)
-        self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
+        if name not in self._adopted and formatting_func is None:
+            dataset = self.adopt(dataset, name, args.dataset_text_field)
+        check_weights(dataset, self._target, args)
+        renderer = Renderer(
+            tokenizer, chat_template, args.dataset_text_field, args.assistant_only_loss, completion_only
+        )
+        rendered = render(dataset, name, trl=trl, args=whole, renderer=renderer, formatting_func=formatting_func)
+        found = [*self._adopted.pop(name, []), *rendered.findings]
+        self._say(name, [finding for finding in found if finding.severity != "error"])
+        rendered.raise_errors(name)
+        tokens: Any = rendered.tokens
+        nothing_to_cut = self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
         weights = weights_of_rows(tokens, tokenizer, chat_template, args)
         for line in [] if weights is None else announcement(tokens, weights, args.prompt_weight):
             logger.warning(f"{name} data: {line}")
-        tokens: Any = trl(tokens, tokenizer, whole if cuts_rows else args, False, None, name)
+        rest = changed(args, max_length=None) if nothing_to_cut else args
+        tokens = trl(tokens, tokenizer, whole if cuts_rows else rest, False, None, name)
         tokens = with_token_columns(
             tokens,
             weights,
@@ -102,13 +154,27 @@ class Preparation:
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks)
         return packed(tokens, args) if packing else tokens
 
-    def _audit(self, tokens: Dataset, args: Any, name: str) -> None:
-        rows = array_rows(tokens, "input_ids", "labels")
-        report = audit_rows(rows, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end")
-        self.audits[name] = report.messages()
-        for message in self.audits[name]:
-            logger.warning(f"{name} data: {message}")
+    def _audit(self, tokens: Dataset, args: Any, name: str) -> bool:
+        """Say what trains on nothing; whether TRL would neither cut nor drop a row."""
+        ids, labels = Ragged.of(tokens, "input_ids"), Ragged.of(tokens, "labels")
+        lengths, other = ids.lengths, np.flatnonzero(ids.lengths != labels.lengths)
+        if len(other):
+            raise DataError(f"the {name} data has other numbers of labels than of input_ids: {named(other.tolist())}")
+        report = audit_columns(
+            lengths, labels.values, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end"
+        )
+        self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
+        self._unmet[name] = FlatRows(ids.values, labels.values, lengths)
+        self._check_with_model(name)
+        return not report.unusable_rows and bool((lengths <= (args.max_length or len(labels.values))).all())
+
+    def _say(self, name: str, findings: list[Finding]) -> None:
+        """Print errors and warnings, and keep them for records; facts go to the log at level info."""
+        said = self.audits.setdefault(name, [])
+        for found in in_order(findings):
+            (logger.info if found.severity == "info" else logger.warning)(f"{name} data: {found.message}")
+            said += [found.message] if found.severity != "info" else []
 
     def _with_frozen(
         self, tokens: Dataset, name: str, tokenizer: Any, chat_template: str | None, zero_masks: bool
@@ -122,25 +188,6 @@ class Preparation:
             needed = getattr(self._target.needs, role)
             tokens = add_data_columns(tokens, cache, role, needed, zero_masks=zero_masks)
         return tokens
-
-
-def tokenised(
-    trl: Callable[..., Any], dataset: Dataset, tokenizer: Any, args: Any, formatting_func: Any, name: str
-) -> Any:
-    """TRL's tokens of whole rows; its error about assistant tokens says what to do.
-
-    Raises:
-        DataError: ``assistant_only_loss``, and rows without a single assistant token.
-    """
-    try:
-        return trl(dataset, tokenizer, args, False, formatting_func, name)
-    except RuntimeError as error:
-        if "assistant" not in str(error):
-            raise
-        raise DataError(
-            f"the {name} data has rows without a single assistant token under assistant_only_loss; mark assistant "
-            "text with {% generation %} ... {% endgeneration %} in the chat template, or drop those rows"
-        ) from error
 
 
 def packed(tokens: Dataset, args: Any) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.columns import ROW_IDS
 from qtarget.integrations.sft.trainer import QTargetTrainer
+from qtarget.integrations.shared.heads import HeadSpec
 from qtarget.report.runs.tokens import scored_rows
 from qtarget.storage.models import load_named, load_whole
 
@@ -43,19 +46,56 @@ def score_checkpoints(
         ConfigError: a checkpoint cannot be loaded.
         DataError: the rows are unusable.
     """
-    known = {name: settings[name] for name in DATA_SETTINGS if name in settings and hasattr(SFTConfig, name)}
     scored, tokenised = [], None
+    for checkpoint in checkpoints:
+        model = load_whole("checkpoint", str(checkpoint))
+        tokenizer = load_named(AutoTokenizer, "checkpoint", str(tokenizer_path or checkpoint))
+        ready = training_rows_of(model, tokenizer, rows if tokenised is None else tokenised, settings)
+        tokenised = ready.dataset
+        scored.append(ready.score(tokenizer))
+    return scored
+
+
+@dataclass(frozen=True)
+class ReadyRows:
+    """Rows as a run trains on them, and a model to score them with.
+
+    Attributes:
+        dataset: tokenised.
+        rows: ``input_ids`` and ``labels`` each, and ``row``, its number in the data: rows whose every answer token lies
+            beyond ``max_length`` are not there.
+        model: without its adapters' wrapper.
+        head: scale and soft-cap.
+    """
+
+    dataset: Dataset
+    rows: list[dict[str, Any]]
+    model: Any
+    head: HeadSpec
+
+    def score(self, tokenizer: Any, chosen: slice = slice(None)) -> list[dict[str, Any]]:
+        """See ``qtarget.report.runs.tokens.scored_rows``; some of the rows, all by default."""
+        return scored_rows(
+            self.model, tokenizer, self.rows[chosen], logit_scale=self.head.scale, logit_softcap=self.head.softcap
+        )
+
+
+def training_rows_of(model: Any, tokenizer: Any, rows: Dataset, settings: Mapping[str, Any]) -> ReadyRows:
+    """Tokenise and mask rows as a run with these settings does; the model is put where training would have it.
+
+    Args:
+        settings: those in ``DATA_SETTINGS`` count, missing ones are TRL's defaults.
+
+    Raises:
+        DataError: the rows are unusable.
+    """
+    known = {name: settings[name] for name in DATA_SETTINGS if name in settings and hasattr(SFTConfig, name)}
     with tempfile.TemporaryDirectory() as folder:
         args = QTargetConfig(output_dir=folder, report_to=[], bf16=False, heatmap_rows=0, **known)
-        for checkpoint in checkpoints:
-            model = load_whole("checkpoint", str(checkpoint))
-            tokenizer = load_named(AutoTokenizer, "checkpoint", str(tokenizer_path or checkpoint))
-            trainer = QTargetTrainer(model, args, rows if tokenised is None else tokenised, None, tokenizer)
-            tokenised = trainer.train_dataset
-            ready: Any = tokenised
-            plain = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ready]
-            head = trainer.head_spec
-            scored.append(
-                scored_rows(trainer._base_model(), tokenizer, plain, logit_scale=head.scale, logit_softcap=head.softcap)
-            )
-    return scored
+        trainer = QTargetTrainer(model, args, None, rows, None, tokenizer)
+    dataset: Any = trainer.train_dataset
+    plain = [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "row": row[ROW_IDS][0]}
+        for row in dataset.select_columns(["input_ids", "labels", ROW_IDS])
+    ]
+    return ReadyRows(dataset, plain, trainer._base_model(), trainer.head_spec)

@@ -59,7 +59,7 @@ def training_rows(
         weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
         **frozen,
     )  # fmt: skip
-    trainer = QTargetTrainer(model, plain, train_dataset, eval_dataset, processing_class)
+    trainer = QTargetTrainer(model, plain, None, train_dataset, eval_dataset, processing_class)
     evals: Any = trainer.eval_dataset
     sets: list[Any] = [
         trainer.train_dataset,

@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel
+from datasets import IterableDataset
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qtarget.core.errors import ConfigError, DataError, NonFiniteLossError
 from qtarget.core.shapes import Tensor
-from qtarget.core.types import FrozenHead, Reference
-from qtarget.data.loading import read_datasets
+from qtarget.integrations.sft.arguments import own_config, refuse_arguments, text_datasets
+from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
-from qtarget.integrations.sft.collator import TargetCollator
-from qtarget.integrations.sft.columns import TOKEN_COLUMNS
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.collator import TargetCollator
+from qtarget.integrations.sft.data.columns import TOKEN_COLUMNS
+from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
-from qtarget.integrations.shared.adapters import adapter_config, refuse_shared_weights, virtual_tokens
-from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
+from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
-from qtarget.integrations.shared.heads import add_target_head, backbone_states, probe_head, refuse_encoder_decoder
-from qtarget.integrations.shared.live import LiveRecords, evaluation_prefix
-from qtarget.integrations.shared.probes import refuse_leaks
-from qtarget.integrations.shared.progress import TokenSums
-from qtarget.integrations.shared.samples import RowSamples
-from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head, pop_reference
-from qtarget.integrations.shared.teacher import head_rows, truncate_reference, vocab_with_teacher
+from qtarget.integrations.shared.heads import add_target_head, probe_head
+from qtarget.integrations.shared.hold import HeldTrainer
+from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
+from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
+from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
+from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_vocabulary, check_whole
 
 logger = logging.get_logger(__name__)
 
 
-def shared_rows_key(args: Any, eval_dataset: Any) -> str | None:
-    """The setting that brings several documents into one row, if any does."""
-    keys = ("packing", "padding_free", *(["eval_packing"] if eval_dataset is not None else []))
-    return next((key for key in keys if getattr(args, key)), None)
+class QTargetTrainer(HeldTrainer, SFTTrainer):
+    """TRL's ``SFTTrainer`` with the loss of a target; the arguments and their order are TRL's.
 
-
-class QTargetTrainer(SFTTrainer):
-    """TRL's ``SFTTrainer`` with the loss of a target; arguments are TRL's.
+    Everything that can be refused is refused before the first row is tokenised.
 
     Args:
         model: a name, path or model, as in TRL.
-        args: a ``QTargetConfig``.
-        train_dataset, eval_dataset: as in TRL (``messages``, ``prompt`` + ``completion``, ``text`` or tokens), with an
-            optional ``weight`` a row or a message, ``weight_spans`` in characters, or ``loss_weights`` a token.
+        args: a ``QTargetConfig``; TRL's ``SFTConfig`` or ``TrainingArguments`` train with ``target="sft"``.
+        data_collator, compute_loss_func: refused, they would bypass the target.
+        train_dataset, eval_dataset: as in TRL (``messages``, ``prompt`` + ``completion``, ``text`` or tokens; whole or
+            streamed), with an optional ``weight`` a row or a message, ``weight_spans`` in characters, or
+            ``loss_weights`` a token.
         reference_model, teacher_model: frozen models run live, where the target needs one and no cache is given.
 
     Raises:
         MissingStatisticError: the target needs a frozen model and none is given.
         CacheMismatchError: the cache was made from other rows, another model, tokenizer or chat template.
-        DataError: nothing to train on.
+        DataError: nothing to train on, or images.
+        ConfigError: an argument or setting that a target cannot honour.
         UnsupportedModelError: a head that the loss cannot rebuild.
     """
 
@@ -64,55 +60,77 @@ class QTargetTrainer(SFTTrainer):
     def __init__(
         self,
         model: Any,
-        args: QTargetConfig,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Any = None,
         *,
         reference_model: PreTrainedModel | None = None,
         teacher_model: PreTrainedModel | None = None,
-        **kwargs: Any,
     ) -> None:
-        if not isinstance(args, QTargetConfig):
-            raise ConfigError(f"args is a {type(args).__name__}; expected qtarget.QTargetConfig")
-        for name in ("compute_loss_func", "data_collator"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(f"{name} would bypass the target; leave it out, or use TRL's SFTTrainer")
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if isinstance(dataset, Dataset) and not len(dataset):
-                raise DataError(f"the {name} data has no rows; check the path and the split")
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ConfigError(
-                "skip_prepare_dataset leaves rows unnumbered; leave it out: tokenised rows are taken as they are"
-            )
-        if kwargs.get("formatting_func") is None:
-            train_dataset, eval_dataset = (
-                read_datasets(d, args.dataset_text_field) for d in (train_dataset, eval_dataset)
-            )
-        self.target = args.build_target()
+        settings = own_config(args, model)
+        refuse_arguments(settings, data_collator, compute_loss_func, processing_class)
+        self.target = settings.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
-        self.caches = open_caches(args, self.target, given)
-        self._shared_rows = shared_rows_key(args, eval_dataset)
-        self._refuse_models(model, args, kwargs.get("peft_config"), given)
-        self.preparation = Preparation(self.target, self.caches)
+        self.caches = open_caches(settings, self.target, given)
+        self.preparation, self._may_prepare = Preparation(self.target, self.caches), False
+        self._shared_rows = shared_rows_key(settings, eval_dataset)
+        read: Any = {
+            role: m
+            for role, m in given.items()
+            if m is not None and getattr(self.target.needs, role) and role not in self.caches
+        }
+        self._virtual_tokens = refuse_models(model, settings, peft_config, read, self._shared_rows)
+        train_dataset, eval_dataset = text_datasets(settings, train_dataset, eval_dataset, bool(self.caches))
+        if formatting_func is None:  # which reads the user's own columns
+            train_dataset = self.preparation.adopt(train_dataset, "train", settings.dataset_text_field)
+            eval_dataset = self.preparation.adopt(eval_dataset, "eval", settings.dataset_text_field)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
-            check_whole("model", model, allow_new_weights=args.allow_new_weights, **(args.model_init_kwargs or {}))  # pyright: ignore[reportCallIssue]
+            options: Any = settings.model_init_kwargs or {}
+            check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
         super().__init__(
             model=model,
-            args=args,
+            args=settings,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
         )
-        if self.aux_loss_enabled:
-            raise ConfigError(
-                "mixture-of-experts load balancing is not part of the target loss; set router_aux_loss_coef: 0"
-            )
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True
-        self.data_collator = self._collator()
+        self.data_collator = TargetCollator.instead_of(
+            self.data_collator, self.caches, self.target, zero_masks=settings.weights_scale == "all"
+        )
+        self._set_up_models(settings, given)
+        self._set_up_records(settings)
+        self._may_prepare = True
+        self._prepare_datasets()
         base = self._base_model()
+        self.preparation.meet(base, self.processing_class, saves_model=base is self.model)
+
+    # -- set-up ---------------------------------------------------------------------------------------------
+
+    def _set_up_models(self, args: QTargetConfig, given: dict[str, PreTrainedModel | None]) -> None:
+        """Give the model its head, and find the frozen ones."""
+        base = self._base_model()
+        refuse_vision_model(base, self._is_vlm)
         check_finite(base, "the model")
         check_vocabulary(base, self.processing_class, "the model")
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
@@ -120,79 +138,49 @@ class QTargetTrainer(SFTTrainer):
         add_target_head(base, self.head_spec)
         check_caches(args, self.caches, base)
         self.frozen_models = load_frozen(args, self.target, self.caches, given, base, self.accelerator)
-        self._refuse_leaks(base)
+        frozen = [model for model, _ in self.frozen_models.values()]
+        wrapped = args.packing and not self.padding_free
+        with self.accelerator.autocast():
+            refuse_leaking_models(self.model, base, frozen, self.data_collator, self._shared_rows, wrapped)
         self.vocab_rows = None
         if "teacher" in self.caches or "teacher" in self.frozen_models:
             live = self.frozen_models.get("teacher")
             rows = head_rows(live[0]) if live else self.caches["teacher"].manifest.vocab_size
             self.vocab_rows = vocab_with_teacher(args, head_rows(base), rows, self.processing_class)
+
+    def _set_up_records(self, args: QTargetConfig) -> None:
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._samples = RowSamples(args.heatmap_rows)
         self._records = LiveRecords(self._samples, self.preparation.descriptions, self.callback_handler.callbacks)
         self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
-
-    # -- set-up ---------------------------------------------------------------------------------------------
-
-    def _refuse_models(self, model: Any, args: Any, peft_config: Any, given: dict[str, PreTrainedModel | None]) -> None:
-        """What objects tell by themselves, before anything is tokenised."""
-        refuse_encoder_decoder(model)
-        for role, frozen in given.items():
-            if frozen is not None and getattr(self.target.needs, role) and role not in self.caches:
-                refuse_shared_weights(role, frozen, model)
-        self._virtual_tokens = virtual_tokens(
-            adapter_config(model, peft_config),
-            shared_rows=self._shared_rows,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
+        self.add_callback(SeenTokens())
 
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _refuse_leaks(self, base: PreTrainedModel) -> None:
-        """Rows that share a batch row must not see one another, in the trained model and in the frozen ones."""
+    def _prepare_datasets(self) -> None:
+        """What TRL does in its constructor, once nothing is left to refuse."""
         args: Any = self.args
-        key = self._shared_rows
-        if key is None:
-            return
-        if args.packing and not self.padding_free:
-            logger.warning(
-                "packing_strategy 'wrapped' marks no ends: rows see the ones before them; 'bfd' keeps them apart"
-            )
-            return
-        model: Any = self.model
-        with self.accelerator.autocast():
-            refuse_leaks(
-                base,
-                self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
-                lambda inputs: model(**inputs, target_loss=lambda hidden, *_: hidden),
-                key,
-                trained=True,
-            )
-            for frozen, _ in self.frozen_models.values():
-                refuse_leaks(
-                    frozen,
-                    self.data_collator.of_documents,  # pyright: ignore[reportAttributeAccessIssue]
-                    partial(backbone_states, frozen),
-                    key,
-                    trained=False,
-                )
+        tokenizer: Any = self.processing_class
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
 
-    def _collator(self) -> TargetCollator:
-        theirs: Any = self.data_collator
-        return TargetCollator(
-            pad_token_id=theirs.pad_token_id,
-            padding_free=theirs.padding_free,
-            return_position_ids=theirs.return_position_ids,
-            pad_to_multiple_of=theirs.pad_to_multiple_of,
-            caches=self.caches,
-            with_topk={role: "distribution" in getattr(self.target.needs, role) for role in self.caches},
-            zero_masks=self.args.weights_scale == "all",  # pyright: ignore[reportAttributeAccessIssue]
-        )
+        def prepared(dataset: Any, packing: bool, name: str) -> Any:
+            return self._prepare_dataset(dataset, tokenizer, args, packing, self._formatting_func, name)
+
+        self.train_dataset = prepared(self.train_dataset, args.packing, "train")
+        evals: Any = self.eval_dataset
+        if isinstance(evals, dict):
+            self.eval_dataset = {name: prepared(dataset, eval_packing, name) for name, dataset in evals.items()}
+        elif evals is not None:
+            self.eval_dataset = prepared(evals, eval_packing, "eval")
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's, around our columns and checks."""
-        return self.preparation.prepare(
+        """TRL's, around our columns and checks; nothing yet while TRL's constructor runs."""
+        if not self._may_prepare:
+            return dataset
+        prepare: Any = stream_rows if isinstance(dataset, IterableDataset) else self.preparation.prepare
+        return prepare(
             dataset,
             dataset_name,
             trl=super()._prepare_dataset,
@@ -201,6 +189,7 @@ class QTargetTrainer(SFTTrainer):
             chat_template=self.chat_template,
             packing=packing,
             formatting_func=formatting_func,
+            completion_only=self.completion_only_loss,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -221,101 +210,77 @@ class QTargetTrainer(SFTTrainer):
         return statistics_of_step(self.model_wrapped, model_inputs, step)
 
     def _step(self, inputs: dict[str, Any], num_items: Any) -> tuple[TargetStep, dict[str, Any]]:
-        """Split a batch into the loss's part and the model's."""
-        if "shift_labels" in inputs:
-            raise ConfigError("context and sequence parallelism split rows across ranks; not supported by qtarget yet")
-        frozen: dict[str, Reference | FrozenHead | None] = {}
-        for role, cache in self.caches.items():
-            frozen[role] = pop_reference(inputs, role, cache.manifest.tail_policy)
-            if role == "teacher" and self.vocab_rows:
-                frozen[role] = truncate_reference(frozen[role], self.vocab_rows)  # pyright: ignore[reportArgumentType]
-        extra = {name: inputs.pop(name, None) for name in ("labels", "row_ids", "loss_weights", "label_weights")}
-        for role, (model, spec) in self.frozen_models.items():
-            with self.accelerator.autocast():
-                frozen[role] = live_head(model, spec, inputs, self.vocab_rows)
-        step = TargetStep(
+        return split_batch(
+            inputs,
             self.target,
-            extra["labels"],  # pyright: ignore[reportArgumentType]
-            frozen,
-            sequence_ids=extra["row_ids"],
-            loss_weights=extra["loss_weights"],
-            weights_scale=self.args.weights_scale,  # pyright: ignore[reportAttributeAccessIssue]
-            label_weights=extra["label_weights"],
+            self.caches,
+            self.frozen_models,
             num_items=num_items,
             vocab_rows=self.vocab_rows,
             backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
+            weights_scale=self.args.weights_scale,  # pyright: ignore[reportAttributeAccessIssue]
+            autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
             virtual_tokens=self._virtual_tokens,
         )
-        return step, inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The target's loss over the whole optimizer batch's token count; one forward, no full logits."""
+        """The target's loss over the whole optimizer batch's token count; logits only where ``return_outputs`` asks."""
         step, model_inputs = self._step(dict(inputs), num_items_in_batch)
         output: TargetOutput = model(**model_inputs, target_loss=step)
-        loss = output.loss
-        assert loss is not None
-        self._refuse_non_finite(loss, output, step)
-        mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
-        self._sums[mode].add(output, step.labels[:, 1:] != -100)
-        if mode == "eval":
+        loss = self._objective(output, num_items_in_batch)
+        if not torch.isfinite(loss):
+            error = non_finite(float(loss), output, step, self.state.global_step)
+            self._records.stopped(self.args, self.state, str(error).partition(";")[0])
+            raise error
+        mask = step.labels[:, 1:] != -100
+        if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+            self._sums["train"].add(output, mask)
+            self._seen.add(inputs)
+        else:
+            counted = counted_tokens(self.accelerator, len(mask), inputs.get("example_ids"))
+            self._sums["eval"].add(output, mask, counted)
             self._samples.add(inputs["input_ids"], output, step)
-        loss = loss.to(self.args.device)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # as in TRL: the model's own forward, whose logits the loss never builds
+            return loss, model(**model_inputs, use_cache=False)
+
+    def _objective(self, output: TargetOutput, num_items_in_batch: Any) -> Tensor:
+        """The loss scaled as the gradients need it, with the router loss of a mixture of experts as TRL adds it."""
+        assert output.loss is not None
+        loss = output.loss.to(self.args.device)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, num_items counts every rank's tokens
-        return (loss, output) if return_outputs else loss
+            # DDP averages gradients, num_items counts every rank's tokens
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if output.aux_loss is None:
+            return loss
+        # a mean over each micro-batch, so it is averaged over them; the target's loss is a sum over all
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.router_aux_loss_coef * output.aux_loss.to(loss.device) / steps
 
-    def _refuse_non_finite(self, loss: Tensor, output: TargetOutput, step: TargetStep) -> None:
-        if torch.isfinite(loss):
-            return
-        assert output.losses is not None and step.sequence_ids is not None
-        bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)  # pyright: ignore[reportArgumentType]
-        rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
-        reason = f"the loss is {loss.item()} at step {self.state.global_step}; rows {rows or 'unknown'} of the data"
-        self._records.stopped(self.args, self.state, reason)
-        raise NonFiniteLossError(f"{reason}; {_way_out(loss, output)}; the last checkpoint is untouched")
+    # -- what is logged -------------------------------------------------------------------------------------
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; logits are never built."""
-        if not prediction_loss_only:
-            raise ConfigError(
-                "compute_metrics needs full logits, which the target loss never builds; evaluate generations instead"
-            )
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
-            return loss.detach(), None, None
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, without what an earlier prediction left in the statistics."""
+        self._sums["eval"].clear()
+        self._samples.flush()
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the plain NLL and the weights' statistics, exact over the tokens since the last line."""
         mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
-        logs |= {f"{prefix}{key}": value for key, value in self._sums[mode].flush(self.accelerator).items()}
+        found = self._sums[mode].flush(self.accelerator)
+        if found:
+            found["num_tokens"] = self._seen.settle(self.accelerator, self._tp_size or 1)
+        logs |= {f"{prefix}{key}": value for key, value in found.items()}
         super().log(logs, start_time)
 
+    @property
+    def _seen(self) -> SeenTokens:
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, SeenTokens))
+
     def _save_checkpoint(self, model, trial) -> None:
+        """TRL's, with the tokens of all ranks in the state that it saves."""
+        self._seen.settle(self.accelerator, self._tp_size or 1)
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            if folder.is_dir():
-                (folder / COMPLETE_MARK).write_text("saved to the end\n")
-            else:
-                logger.warning(
-                    f"{folder} is not kept: save_total_limit deleted it as the oldest, because {folder.parent} holds newer "
-                    "checkpoints, or some of higher steps; move them away or choose another output_dir"
-                )
-
-
-def _way_out(loss: Tensor, output: TargetOutput) -> str:
-    """What to do about a loss that is no number: infinite for a reason, or diverged."""
-    assert output.label_log_probs is not None
-    excluded = int((output.label_log_probs == -torch.inf).sum())
-    if excluded and loss == torch.inf:
-        return (
-            f"{excluded} of their labels have probability 0: the model's logit there is minus infinity (a banned or padded "
-            "token); mask these labels, or train a target whose weight vanishes there (docs/loss.md, What infinite logits do)"
-        )
-    if loss == torch.inf:
-        return (
-            "the target pulls towards a token whose logit is minus infinity in the model (a banned or padded one), or away "
-            "from one that the frozen model excludes (docs/loss.md, What infinite logits do)"
-        )
-    return "look at these rows, lower learning_rate, or set max_grad_norm"

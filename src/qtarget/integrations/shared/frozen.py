@@ -17,6 +17,8 @@ from qtarget.integrations.shared.step import ROLES
 from qtarget.loss.zero3 import is_split, whole_shape
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import MANIFEST, fingerprint_model
+from qtarget.scoring.cache.signature import read_key
+from qtarget.scoring.cache.verify import check_plan
 from qtarget.storage.models import load_named, load_whole
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,7 @@ class FrozenSettings(Protocol):
     reference_model_name_or_path: str | None
     vocab_padding: str
     allow_new_weights: bool
+    cache_verify_key: str | None
 
 
 def open_caches(
@@ -42,16 +45,19 @@ def open_caches(
 
     Raises:
         MissingStatisticError, IncompatibleError: see the message.
-        ConfigError: the teacher is a URL, which nobody has scored yet.
+        CacheMismatchError: a cache is damaged, edited, or not signed with ``cache_verify_key``.
+        ConfigError: there is no such key; or the teacher is a URL, which nobody has scored yet.
     """
     caches: dict[str, ReferenceCache] = {}
+    key = args.cache_verify_key
     for role in ROLES:
         fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
         if not fields:
             check_unused(args, target, role)
             continue
         if path is not None:
-            caches[role] = ReferenceCache.open(path)
+            caches[role] = ReferenceCache.open(path, key=None if key is None else read_key(key))
+            check_plan(caches[role])
             check_columns(caches[role], target, role)
         elif role == "teacher" and args.teacher_url is not None:
             raise ConfigError(

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from qtarget.core.errors import UnsupportedModelError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import project
 from qtarget.integrations.shared.probes import probing, refuse_sight_of_later_tokens
+from qtarget.integrations.shared.router import router_loss, wants_router_logits
 from qtarget.loss.zero3 import gathered_while_running
 
 SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -204,6 +206,8 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
     The loss takes the place of the head's own forward, inside its hooks: there FSDP2 and DeepSpeed ZeRO-3 have gathered
     the weights, in the dtype they compute in, and wait for the weights' gradient. Added again, it takes its own place.
     The function that it leaves knows the model by ``self`` alone, so that a deep copy computes with its own weights.
+
+    A mixture of experts whose configuration asks for router logits gets ``aux_loss``, unweighted, in what is returned.
     """
 
     def forward(self: Any, *args: Any, target_loss: LossOfHidden | None = None, **kwargs: Any) -> Any:
@@ -213,8 +217,14 @@ def add_target_head(model: PreTrainedModel, spec: HeadSpec) -> None:
                 return forwards.fused(*args, **kwargs)
             return forwards.plain(*args, **kwargs)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        return _loss_in_head(self.get_output_embeddings(), hidden, target_loss, spec)  # pyright: ignore[reportCallIssue]
+        routed = wants_router_logits(self)
+        if routed:
+            kwargs["output_router_logits"] = True
+        backbone = self.base_model(*args, **kwargs)
+        found: Any = _loss_in_head(self.get_output_embeddings(), backbone.last_hidden_state, target_loss, spec)  # pyright: ignore[reportCallIssue]
+        if routed and isinstance(found, ModelOutput):  # a probe returns hidden states
+            found["aux_loss"] = router_loss(self, backbone, kwargs.get("attention_mask"))
+        return found
 
     model._target_forwards = _forwards(model)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     # `generate` looks for the keys that a model knows in the signature of its class

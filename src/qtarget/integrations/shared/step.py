@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from qtarget.api import linear_target_loss
+from qtarget.core.errors import NonFiniteLossError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, TailPolicy, Target, WeightsScale
 from qtarget.integrations.shared.heads import HeadSpec, backbone_states
@@ -23,7 +24,10 @@ REFERENCE_FIELDS = ("label_log_probs", "entropy", "topk_ids", "topk_log_probs", 
 
 @dataclass
 class TargetOutput(ModelOutput):
-    """What the model's forward returns when it is asked for a target loss; fields as in ``TokenReport``."""
+    """What the model's forward returns when it is asked for a target loss.
+
+    Fields as in ``TokenReport``; ``aux_loss`` is the unweighted load-balancing loss of a mixture of experts.
+    """
 
     loss: Tensor | None = None
     losses: Tensor | None = None
@@ -32,6 +36,7 @@ class TargetOutput(ModelOutput):
     correct: Tensor | None = None
     label_weights: Tensor | None = None
     residual_weights: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
@@ -110,6 +115,32 @@ def output_of(loss: Tensor, report: TokenReport | None, labels: Tensor) -> Targe
     names = ("losses", "label_log_probs", "entropy", "correct", "label_weights", "residual_weights")
     empty = torch.zeros(labels.shape, device=loss.device)
     return TargetOutput(loss=loss, **{n: empty if report is None else getattr(report, n) for n in names})
+
+
+def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int) -> NonFiniteLossError:
+    """The error that names the rows of a batch whose loss is NaN or infinite.
+
+    Args:
+        at: the optimizer step.
+    """
+    assert output.losses is not None and output.label_log_probs is not None and step.sequence_ids is not None
+    bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)
+    rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
+    excluded = int((output.label_log_probs == -torch.inf).sum())
+    way_out = "look at these rows, lower learning_rate, or set max_grad_norm"
+    if loss == torch.inf and excluded:
+        way_out = (
+            f"{excluded} of their labels have probability 0: the model's logit there is minus infinity (a banned or padded "
+            "token); mask these labels, or train a target whose weight vanishes there (docs/loss.md, What infinite logits do)"
+        )
+    elif loss == torch.inf:
+        way_out = (
+            "the target pulls towards a token whose logit is minus infinity in the model (a banned or padded one), or away "
+            "from one that the frozen model excludes (docs/loss.md, What infinite logits do)"
+        )
+    return NonFiniteLossError(
+        f"the loss is {loss} at step {at}, in rows {rows or 'unknown'} of the data; {way_out}; the last checkpoint is untouched"
+    )
 
 
 def _tail(value: Tensor | None) -> Tensor | None:

@@ -56,6 +56,15 @@ def audit_texts(raw: Sequence[Mapping[str, Any]], *, text_field: str = "text") -
     return _complete(len(raw), [*check_texts(raw, text_field=text_field), unchecked], teacher=False)
 
 
+def audit_unrendered(
+    raw: Sequence[Mapping[str, Any]], findings: Sequence[Finding], *, text_field: str = "text"
+) -> DataAudit:
+    """The checks that are left where rows cannot be tokenised, for reasons that ``findings`` name."""
+    message = "tokens, masks, lengths and the base's surprise were not checked: training stops before, see the errors"
+    unchecked = Finding("tokens_unchecked", "info", len(raw), (), message)
+    return _complete(len(raw), [*findings, *check_texts(raw, text_field=text_field), unchecked], teacher=False)
+
+
 def audit_data(
     raw: Sequence[Mapping[str, Any]],
     whole: Sequence[Mapping[str, Any]],
@@ -81,14 +90,19 @@ def audit_data(
         tokenizer, chat_template, assistant_only: as in training; for the roles of a conversation's tokens.
         cache: of the base, for what it finds surprising; None leaves those checks out.
         teacher: whether one is at hand.
-        more: findings of the caller (a cache of another model).
+        more: findings of the caller (of the rendered rows, a cache of another model).
     """
+    known = {found.check for found in more}
     findings = [
         *more,
         *audit_rows(whole, max_length=max_length, keep_end=keep_end).findings.values(),
         *check_tokens(whole, vocabulary, max_length=max_length),
-        *check_roles(raw, whole, tokenizer, chat_template=chat_template, assistant_only=assistant_only),
-        *check_texts(raw, text_field=text_field),
+        *(
+            found
+            for found in check_roles(raw, whole, tokenizer, chat_template=chat_template, assistant_only=assistant_only)
+            if found.check not in known
+        ),
+        *(found for found in check_texts(raw, text_field=text_field) if found.check not in known),
     ]
     if cache is None:
         message = "what the base finds surprising was not checked: no reference_cache; run `qtarget score CONFIG.yaml --top_k 8`"

@@ -12,11 +12,12 @@ import numpy as np
 from qtarget.report.inspect.inspection import Inspection
 from qtarget.report.inspect.page import Packer, TokenView, shorten
 from qtarget.report.inspect.quantise import Codes, six
+from qtarget.storage.files import writing
 
 
 def write_json(path: Path, found: Inspection, document: Mapping[str, Any], packer: Packer) -> None:
     """Write what ``json_parts`` yields."""
-    with path.open("w", encoding="ascii") as file:
+    with writing(path, text=True) as file:
         file.writelines(json_parts(found, document, packer))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.report.page import render_page
+from qtarget.storage.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,5 +79,5 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    with writing(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

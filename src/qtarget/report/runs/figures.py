@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtarget.report.heatmap import shown
 from qtarget.report.runs.document import common_evaluation
+from qtarget.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,11 +138,10 @@ def png_bytes(figure: Figure) -> bytes:
 
 def write_pngs(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """One file a figure; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in comparison_figures(report).items():
         paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(png_bytes(figure))
+        write_atomic(paths[-1], png_bytes(figure))
     return paths
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import DataError
+from qtarget.storage.files import append_text, write_text
 
 RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
 EARLIER = "earlier_records"
@@ -21,8 +22,7 @@ SCHEMA_VERSION = 1
 
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """A new file of JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value, default=_plain) + "\n" for value in values), encoding="utf-8")
+    write_text(path, "".join(json.dumps(value, default=_plain) + "\n" for value in values))
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -41,8 +41,7 @@ def set_aside(folder: Path) -> Path | None:
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """One line more; a kill can cut off this line alone."""
     # opened for each line: nothing waits in a buffer when the process is killed
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, default=_plain) + "\n")
+    append_text(path, json.dumps(value, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -16,8 +16,10 @@ from qtarget.scoring.cache.columns import parquet_bytes
 from qtarget.scoring.cache.plan import PlannedShard
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, Provenance, ShardRecord
-from qtarget.scoring.cache.writer import LOCK, locked, place_shard, shared_fields
+from qtarget.scoring.cache.writer import place_shard, shared_fields
 from qtarget.storage.files import TEMPORARY
+from qtarget.storage.folders import CACHE, mark_folder, refuse_overlap
+from qtarget.storage.locks import LOCK, locked
 
 MAY_DIFFER = ("model_id", "versions", "engine_version")
 """A name and tool versions are for people; everything else decides the numbers."""
@@ -35,6 +37,7 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
     directory = Path(directory)
     if len(paths) < 2:
         raise ConfigError(f"{len(paths)} cache to merge; expected at least two folders")
+    refuse_overlap(directory, paths)
     if directory.exists():
         raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
     caches = [ReferenceCache.open(path) for path in paths]
@@ -46,7 +49,9 @@ def merge_caches(paths: Sequence[str | Path], directory: str | Path) -> Manifest
         if directory.exists():  # another merge was faster: what we hold the lock of is its folder
             raise ConfigError(f"{directory} exists already; choose a new folder for the merged cache")
         manifest = copy_all(caches, building)
+        mark_folder(building, CACHE)
         building.rename(directory)
+        (directory / LOCK).unlink()  # it moved along
     return manifest
 
 
@@ -59,7 +64,7 @@ def copy_all(caches: Sequence[ReferenceCache], building: Path) -> Manifest:
     shards: list[ShardRecord] = []
     for cache in caches:
         for record in cache.manifest.shards:
-            if (shard := copy_shard(cache.path / record.name, record, building, len(shards), seen)) is not None:
+            if (shard := copy_shard(cache, record, building, len(shards), seen)) is not None:
                 shards.append(shard)
     first = caches[0].manifest
     manifest = Manifest(
@@ -93,8 +98,11 @@ def require_like(first: ReferenceCache, other: ReferenceCache) -> None:
         )
 
 
-def copy_shard(path: Path, record: ShardRecord, target: Path, number: int, seen: set[bytes]) -> ShardRecord | None:
+def copy_shard(
+    cache: ReferenceCache, record: ShardRecord, target: Path, number: int, seen: set[bytes]
+) -> ShardRecord | None:
     """Put the rows of a shard that were not seen before into the next shard of ``target``; none if all were."""
+    path, manifest = cache.path / record.name, cache.manifest
     checksums = pq.read_table(path, columns=["checksum"])["checksum"].to_pylist()
     new = np.array([checksum not in seen for checksum in checksums])
     seen.update(checksums)
@@ -105,7 +113,8 @@ def copy_shard(path: Path, record: ShardRecord, target: Path, number: int, seen:
         table = pq.read_table(path, use_threads=False).filter(pa.array(new)).combine_chunks()
         tokens, content = count_tokens(table), parquet_bytes(table)
     # no digest of rows: only a run that resumes compares it, and a merge starts anew
-    return place_shard(target, PlannedShard(name, int(new.sum()), tokens, ""), content)
+    planned = PlannedShard(name, int(new.sum()), tokens, "")
+    return place_shard(target, planned, content, manifest, manifest.schema_version)
 
 
 def count_tokens(table: pa.Table) -> int:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.cache.columns import expand
-from qtarget.scoring.cache.decoded import LoadedShard, drop_damaged, load_shard
+from qtarget.scoring.cache.decoded import LoadedShard, drop_damaged, load_shard, require_columns
 from qtarget.scoring.cache.schema import Manifest, ShardRecord
+from qtarget.scoring.cache.signature import check_signature
 from qtarget.storage.files import digest_file
 
 NAMED = 5
@@ -41,21 +42,25 @@ class ReferenceCache:
         self._index: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> ReferenceCache:
+    def open(cls, path: str | Path, *, verify: bool = True, key: bytes | None = None) -> ReferenceCache:
         """Open a cache and make sure that it is whole.
 
         Args:
             path: its folder.
             verify: compare every shard's hash (about a second a gigabyte); presence and size are checked in any case.
+            key: the cache must be signed with it, see ``qtarget.scoring.cache.signature``; goes with ``verify``.
 
         Raises:
             CacheMismatchError: the manifest is unusable, or a shard is missing, truncated or altered.
         """
         path = Path(path).absolute()
         manifest = Manifest.read(path)
+        if key is not None:
+            check_signature(path, key)
         for shard in manifest.shards:
             check_shard(path, shard, verify)
             if verify:
+                require_columns(path / shard.name, pq.read_schema(path / shard.name).names, manifest)
                 drop_damaged(path, shard)
         return cls(path, manifest)
 

@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 DECODED = ".decoded"
 """Folder of side files inside a cache: no part of it, made again when needed."""
 IGNORE_INDEX = -100
+MOST_DRAWS = 255
+"""Counts are stored in a byte."""
 SAMPLED_ABOVE = 2**20
 """Tensors of more elements than this are fingerprinted by a sample of at most this many."""
 
@@ -225,13 +227,18 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its file, what it holds, and its size and BLAKE2b."""
+    """A finished shard: its file, what it holds, its size and BLAKE2b, and that of its decoded numbers.
+
+    Attributes:
+        decoded: ``decoded_digest`` of its side file; empty in caches of earlier releases.
+    """
 
     name: str
     rows: int
     tokens: int
     bytes: int
     blake2b: str
+    decoded: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,10 +302,58 @@ class Manifest(Provenance):
             raise ValueError(f"tail_policy {value['tail_policy']!r}, expected one of {', '.join(get_args(TailPolicy))}")
         shards = tuple(ShardRecord(**shard) for shard in value["shards"])
         check_records(shards)
+        check_meaning(value)
         counts = (sum(s.rows for s in shards), sum(s.tokens for s in shards))
         if counts != (value["rows"], value["tokens"]):
             raise ValueError(f"shards hold {counts} rows and tokens, expected {(value['rows'], value['tokens'])}")
         return cls(**{**value, "shards": shards, "columns": tuple(value["columns"])})
+
+
+def check_meaning(value: dict[str, Any]) -> None:
+    """Make sure that a manifest speaks of numbers that training can read, and does not contradict itself.
+
+    Raises:
+        ValueError: names the first field that does.
+    """
+    for name, lowest, highest in (
+        ("vocab_size", 1, 2**31 - 1),
+        ("top_k", 0, value["vocab_size"]),
+        ("sampled", 0, MOST_DRAWS),
+        ("seed", 0, 2**64),
+    ):
+        if type(value[name]) is not int or not lowest <= value[name] <= highest:
+            raise ValueError(f"{name} is {value[name]!r}, expected a whole number from {lowest} to {highest}")
+    for name, allowed in (
+        ("temperature", (1.0,)),
+        ("alignment", ("causal",)),
+        ("log_probs_dtype", ("float16", "float32")),
+    ):
+        if value[name] not in allowed:
+            raise ValueError(f"{name} is {value[name]!r}, expected {' or '.join(map(str, allowed))}")
+    if value["top_k"] and value["sampled"]:
+        raise ValueError(f"top_k is {value['top_k']} and sampled is {value['sampled']}, expected one of them to be 0")
+    versions = value["versions"]
+    if not (isinstance(versions, dict) and all(isinstance(v, str) for v in versions.values())):
+        raise ValueError(f"versions are {versions!r}, expected names and versions")
+    _check_columns(value["columns"], value["top_k"], value["sampled"])
+
+
+def _check_columns(columns: Any, top_k: int, sampled: int) -> None:
+    wanted = (
+        {"topk_ids", "topk_log_probs"}
+        if top_k
+        else {"sample_sizes", "sample_ids", "sample_counts"}
+        if sampled
+        else set()
+    )
+    allowed = {"label_log_probs", "entropy", *wanted, *(["tail_log_mass"] if top_k else [])}
+    named = list(columns) if isinstance(columns, list | tuple) else [columns]
+    wrong = [name for name in named if name not in allowed] + sorted(wanted - set(named))
+    if wrong or not named or len(set(named)) < len(named):
+        raise ValueError(
+            f"columns are {named}, expected each once: some of {sorted(allowed)}"
+            f"{f', {sorted(wanted)} among them' if wanted else ''}, for top_k {top_k} and sampled {sampled}"
+        )
 
 
 def check_records(shards: Sequence[ShardRecord]) -> None:
@@ -311,6 +366,8 @@ def check_records(shards: Sequence[ShardRecord]) -> None:
         counts = (shard.rows, shard.tokens, shard.bytes)
         if not re.fullmatch(r"shard-[0-9]{5,}\.parquet", shard.name):
             raise ValueError(f"a shard is named {shard.name!r}, expected a name like shard-00000.parquet")
+        if not re.fullmatch("([0-9a-f]{32})?", shard.decoded):
+            raise ValueError(f"{shard.name} has the decoded hash {shard.decoded!r}, expected 32 hexadecimal digits")
         if not re.fullmatch("[0-9a-f]{32}", shard.blake2b):
             raise ValueError(f"{shard.name} has the hash {shard.blake2b!r}, expected 32 hexadecimal digits")
         # ``isinstance`` would take true for 1

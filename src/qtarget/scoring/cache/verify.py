@@ -11,6 +11,7 @@ import numpy as np
 
 from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.scoring.cache.columns import KEPT_BITS, LOWEST
+from qtarget.scoring.cache.decoded import check_side_file
 from qtarget.scoring.cache.plan import PLAN
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import Row, ScoredRow, Source, read_row
@@ -21,12 +22,21 @@ def check_counts(cache: ReferenceCache) -> None:
     """Read every row and compare its tokens with the manifest (hashes are compared on opening).
 
     Raises:
-        CacheMismatchError: another number of tokens, or numbers that are NaN.
+        CacheMismatchError: another number of tokens, numbers that are NaN, ids outside the vocabulary, or decoded numbers that are
+            not those of the manifest.
     """
+    for shard in cache.manifest.shards:
+        check_side_file(cache.path, shard, cache.manifest)
     tokens = 0
     for index in range(len(cache)):
         row = cache.row(index)
         tokens += len(next(iter(row.values())))
+        ids = row.get("topk_ids", np.zeros(0, np.int32))
+        if ids.size and not (ids.min() >= -1 and ids.max() < cache.manifest.vocab_size):
+            raise CacheMismatchError(
+                f"{cache.path}: row {index} lists ids from {ids.min()} to {ids.max()}, expected 0 to "
+                f"{cache.manifest.vocab_size - 1}; score again into another folder"
+            )
         for name, values in row.items():
             if np.isnan(values).any():
                 raise CacheMismatchError(

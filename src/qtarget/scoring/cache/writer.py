@@ -6,37 +6,34 @@ written first, the Parquet file renamed last, so no order of events makes half a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qtarget.core.errors import (
     CacheMismatchError,
-    ConfigError,
     DataError,
     HyperparameterError,
     IncompatibleError,
     NonFiniteLossError,
 )
 from qtarget.scoring.cache.columns import encode, parquet_bytes
+from qtarget.scoring.cache.decoded import decoded_digest, decoded_table
 from qtarget.scoring.cache.plan import KeptRow, Plan, PlannedShard, adopt_plan, distinct_rows, plan_shards
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.rows import Row, SamplingSource, ScoredRow, Source, check_request, read_row
-from qtarget.scoring.cache.schema import Manifest, Provenance, ShardRecord
+from qtarget.scoring.cache.schema import MOST_DRAWS, SCHEMA_VERSION, Manifest, Provenance, ShardRecord
 from qtarget.storage.files import TEMPORARY, digest, digest_file, write_atomic, write_json
+from qtarget.storage.folders import CACHE, owned
 
-LOCK = ".lock"
-MOST_DRAWS = 255
-"""Counts are stored in a byte."""
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +65,7 @@ def write_cache(
         The manifest of the finished cache.
 
     Raises:
-        ConfigError: another process is writing the folder.
+        ConfigError: another process is writing the folder, or it is somebody else's.
         CacheMismatchError: the folder was begun with another plan, or a source changed which columns it tells.
         DataError: a row is unusable.
         HyperparameterError: ``top_k`` exceeds the vocabulary, or ``sampled`` a byte.
@@ -78,8 +75,7 @@ def write_cache(
     check_request([], provenance.top_k, None, None, provenance.vocab_size)
     check_sampling(source, provenance)
     directory, meter = Path(directory), meter or TokenMeter(enabled=False)
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory):
+    with owned(directory, CACHE):
         kept = [row for row in distinct_rows(rows, provenance.vocab_size) if row.checksum not in known]
         if not kept:
             raise DataError(
@@ -126,7 +122,7 @@ def write_missing(
     # lazily: rows are in memory while their shard is scored
     work = ((n, read_again(rows, kept[n * size : (n + 1) * size], plan.vocab_size)) for n in missing)
     for number, content in scored_shards(source, work, plan):
-        records[number] = place_shard(directory, plan.shards[number], content)
+        records[number] = place_shard(directory, plan.shards[number], content, plan)
         # other sources count row by row as they score
         if isinstance(source, ShardMapper):
             meter.advance(plan.shards[number].tokens)
@@ -175,23 +171,6 @@ def common_columns(directory: Path, shards: Sequence[ShardRecord]) -> tuple[str,
 
 def shared_fields(provenance: Provenance) -> dict[str, Any]:
     return {field.name: getattr(provenance, field.name) for field in fields(Provenance)}
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel lets go of it when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    with (directory / LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another process is writing {directory}; expected one at a time; wait for it, or choose another folder"
-            ) from error
-        yield
 
 
 def read_again(rows: Sequence[Mapping[str, Any]], part: Sequence[KeptRow], vocab_size: int) -> list[Row]:
@@ -262,9 +241,16 @@ def uniforms(checksum: str, seed: int, tokens: int, draws: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((tokens, draws))
 
 
-def place_shard(directory: Path, shard: PlannedShard, content: bytes | memoryview) -> ShardRecord:
+def place_shard(
+    directory: Path,
+    shard: PlannedShard,
+    content: bytes | memoryview,
+    plan: Provenance,
+    schema_version: int = SCHEMA_VERSION,
+) -> ShardRecord:
     """Write a shard's receipt, then the shard itself."""
-    record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content))
+    decoded = decoded_digest(decoded_table(pq.read_table(pa.BufferReader(content)), plan, schema_version))
+    record = ShardRecord(shard.name, shard.rows, shard.tokens, len(content), digest(content), decoded)
     path = directory / shard.name
     write_json(path.with_suffix(".json"), asdict(record))
     write_atomic(path, content)

@@ -16,7 +16,8 @@ from qtarget.scoring.cache.columns import LOWEST
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import Row, read_row
 from qtarget.scoring.exchange.bits import pack_bits
-from qtarget.storage.files import write_atomic
+from qtarget.storage.files import write_atomic, writing
+from qtarget.storage.folders import EXPORT, owned
 
 BATCH = 256
 """Rows of a Parquet row group."""
@@ -37,7 +38,7 @@ def export_rows(cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], name: 
     Raises:
         IncompatibleError: the cache has no top-k log-probs.
         CacheMismatchError: a row was never scored.
-        ConfigError: no such format, or the file exists.
+        ConfigError: no such format, the file exists, or the folder is somebody else's.
         DataError: DistillKit has no masks, and a row has tokens that were not scored.
     """
     directory = Path(directory)
@@ -53,25 +54,29 @@ def export_rows(cache: ReferenceCache, rows: Sequence[Mapping[str, Any]], name: 
     path = directory / "data_0.parquet"
     if path.exists():
         raise ConfigError(f"{path} exists already; choose a new folder")
-    directory.mkdir(parents=True, exist_ok=True)
+    with owned(directory, EXPORT, inputs=[cache.path]):
+        return write_rows(cache, rows, name, path, writers[name])
+
+
+def write_rows(
+    cache: ReferenceCache,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    path: Path,
+    convert: Callable[[Row, Numbers], dict[str, Any]],
+) -> int:
+    """Write the rows of ``export_rows``, the file whole or not at all; how many."""
     read = [read_row(row, index, cache.manifest.vocab_size) for index, row in enumerate(rows)]
     found = cache.locate([row.checksum for row in read])
-    # another suffix than .parquet: a half-written file is no part of a data set in this folder
-    unfinished = path.with_suffix(".tmp")
-    writer = None
-    for start in range(0, len(read), BATCH):
-        batch = [
-            writers[name](row, filled(cache.row(i)))
-            for row, i in zip(read[start:][:BATCH], found[start:][:BATCH], strict=True)
-        ]
-        table = pa.Table.from_pylist(batch, schema=SCHEMAS[name])
-        writer = writer or pq.ParquetWriter(unfinished, table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
-        unfinished.rename(path)
     if name == "distillkit":
-        write_atomic(directory / "compression_config.yaml", distillkit_config(cache).encode())
+        write_atomic(path.with_name("compression_config.yaml"), distillkit_config(cache).encode())
+    with writing(path) as file, pq.ParquetWriter(file, SCHEMAS[name]) as writer:
+        for start in range(0, len(read), BATCH):
+            batch = [
+                convert(row, filled(cache.row(i)))
+                for row, i in zip(read[start:][:BATCH], found[start:][:BATCH], strict=True)
+            ]
+            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMAS[name]))
     return len(read)
 
 

@@ -28,6 +28,7 @@ from qtarget.scoring.cache.schema import IGNORE_INDEX, Manifest, Provenance
 from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.exchange.bits import unpack_bits
 from qtarget.storage.files import digest, digest_file
+from qtarget.storage.folders import CACHE, check_folder
 
 SHIFT = {"distillkit": 1, "axolotl": 0, "verl": 1}
 """Numbers about token ``t`` lie at ``t - shift``."""
@@ -373,8 +374,9 @@ def import_rows(
 
     Raises:
         DataError: rows that are not of this format, or aligned otherwise.
-        ConfigError: no such file or format.
+        ConfigError: no such file or format, or a folder that is somebody else's.
     """
+    check_folder(directory, CACHE, inputs=[path])
     rows, read = open_rows(path), reader_of(name, path)
     source = ForeignSource(rows, read, check_shift(probe(rows, read), name, shift), vocab_size)
     files = sorted(Path(path).glob("*")) if Path(path).is_dir() else [Path(path)]

@@ -16,6 +16,7 @@ import numpy as np
 
 from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.cache.rows import IntArray, ScoredRow, check_request, empty_row
+from qtarget.scoring.sources.bounded import CHECK, SMALL_ANSWER, Answer, read_bounded, watch
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class Endpoint:
 
     Args:
         url: scheme, host and port, with a path prefix if there is one.
-        timeout: seconds a single answer may take; a long row waits in the server's queue meanwhile.
+        timeout: seconds until a single answer is whole; a long row waits in the server's queue meanwhile.
         retries: for what can pass: no connection, a cut answer, time-outs, 408, 429, 502, 503, 504.
         key: bearer token; default: the environment's.
 
@@ -86,18 +87,23 @@ class Endpoint:
             # the callers' threads are the limit
             limits=httpx2.Limits(max_connections=None),
         )
+        self._timeout = timeout
+        self._deadline = watch(self._client)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], *, most: int = SMALL_ANSWER) -> dict[str, Any]:
         """The JSON object that answers a JSON object.
+
+        Args:
+            most: bytes of the answer.
 
         Raises:
             ScoringServerError: the server refuses, or still fails after the last attempt.
         """
-        return self._ask("POST", path, body)
+        return self.exchange("POST", path, _object, most=most, json=body)
 
     def get(self, *paths: str) -> dict[str, Any]:
         """The JSON object at the first of some paths that the server knows: names differ between versions.
@@ -107,29 +113,30 @@ class Endpoint:
         """
         for path in paths[:-1]:
             try:
-                return self._ask("GET", path, None)
+                return self.exchange("GET", path, _object)
             except UnknownPathError:
                 continue
-        return self._ask("GET", paths[-1], None)
+        return self.exchange("GET", paths[-1], _object)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        return self.exchange(method, path, _object, json=body)
-
-    def exchange(self, method: str, path: str, parse: Callable[[httpx2.Response, str], T], **request: Any) -> T:
+    def exchange(
+        self, method: str, path: str, parse: Callable[[Answer, str], T], *, most: int = SMALL_ANSWER, **request: Any
+    ) -> T:
         """What ``parse`` makes of the answer and its URL; asked again for what can pass, ``Cut`` from ``parse`` included.
 
         Args:
+            most: bytes of the answer, decompressed.
             request: ``json``, or ``content`` and ``headers``.
 
         Raises:
-            ScoringServerError: the server still fails after the last attempt, or ``parse`` raises it.
+            ScoringServerError: the server still fails after the last attempt, answers too much, or ``parse`` raises it.
         """
         reason, retry_after = "", None
         for attempt in range(self._retries.attempts):
             if attempt:
                 self._retries.wait(attempt, retry_after)
             try:
-                response = self._client.request(method, path, **request)
+                with self._deadline.within(self._timeout), self._client.stream(method, path, **request) as stream:
+                    response = read_bounded(stream, most, self.url + path)
                 # 500 is not among them: ours says it of a request that cannot be scored, and would say it again
                 if response.status_code not in RETRIED:
                     return parse(response, self.url + path)
@@ -153,11 +160,13 @@ class UnknownPathError(ScoringServerError):
     """The server knows no such path."""
 
 
-def _object(response: httpx2.Response, where: str) -> dict[str, Any]:
+def _object(response: Answer, where: str) -> dict[str, Any]:
     """The JSON object of an answer that is not worth asking for again."""
     refuse_failure(response, where)
     try:
         value = response.json()
+    except OverflowError as error:
+        raise ScoringServerError(f"{where} answers {error}; expected numbers of tokens; {CHECK}") from error
     except ValueError as error:
         raise Cut(f"no JSON ({error}): {response.text[:80]!r}") from error
     if not isinstance(value, dict):
@@ -165,7 +174,7 @@ def _object(response: httpx2.Response, where: str) -> dict[str, Any]:
     return value
 
 
-def refuse_failure(response: httpx2.Response, where: str) -> None:
+def refuse_failure(response: Answer, where: str) -> None:
     """Raise for an answer that says that asking again is of no use.
 
     Raises:
@@ -183,13 +192,13 @@ def refuse_failure(response: httpx2.Response, where: str) -> None:
         raise ScoringServerError(f"{where} refuses with HTTP {response.status_code}: {_message(response)}")
 
 
-def _message(response: httpx2.Response) -> str:
+def _message(response: Answer) -> str:
     """What the server says, in any of the shapes that engines use, at most 300 characters."""
     try:
         value = response.json()
         error = value.get("error", value) if isinstance(value, dict) else value
         text = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
+    except (ValueError, OverflowError):
         text = response.text
     return str(text)[:300]
 
@@ -305,6 +314,7 @@ def listed_row(
     top_k: int,
     candidate_log_probs: Sequence[Sequence[float]] | None,
     vocab_size: int,
+    url: str,
 ) -> ScoredRow:
     """A ``ScoredRow`` from lists of (log-prob, id), the tail being one minus what is listed.
 
@@ -313,6 +323,7 @@ def listed_row(
 
     Args:
         listed: of each position, ``largest`` of what the server lists there.
+        url: of the server, for messages.
 
     Raises:
         ScoringServerError: an id is outside the vocabulary, or the numbers are no log-probs of one distribution.
@@ -321,29 +332,29 @@ def listed_row(
     candidates = None if candidate_log_probs is None else np.array(candidate_log_probs, np.float32)
     for values in (label, candidates):
         if values is not None:
-            require_log_probs(values)
+            require_log_probs(values, url)
     if not top_k:
         return ScoredRow(label, candidate_log_probs=candidates)
     log_probs = np.array([[value for value, _ in pairs] for pairs in listed], np.float64)
     ids = np.array([[token for _, token in pairs] for pairs in listed], np.int32)
-    require_log_probs(log_probs)
+    require_log_probs(log_probs, url)
     mass = np.exp(log_probs).sum(-1)
     if mass.max(initial=0.0) > 1 + MASS_SLACK:
         raise ScoringServerError(
-            f"the server lists probabilities that sum to {mass.max():.4g}; expected at most 1; {LOG_SOFTMAX}"
+            f"{url} lists probabilities that sum to {mass.max():.4g}; expected at most 1; {LOG_SOFTMAX}"
         )
     with np.errstate(divide="ignore"):
         left = 1 - mass if top_k < vocab_size else np.zeros(len(log_probs))
         tail = np.log(np.maximum(left, 0.0))
     if len(ids) and ids.max() >= vocab_size:
         raise ScoringServerError(
-            f"the server lists token {ids.max()}, beyond a vocabulary of {vocab_size} rows; name the model that is served, or "
+            f"{url} lists token {ids.max()}, beyond a vocabulary of {vocab_size} rows; name the model that is served, or "
             "pass its --vocab-size"
         )
     return ScoredRow(label, None, ids, log_probs.astype(np.float32), tail.astype(np.float32), candidates)
 
 
-def require_log_probs(values: np.ndarray) -> None:
+def require_log_probs(values: np.ndarray, url: str) -> None:
     """Make sure that a server's numbers may be log-probs; minus infinity is one.
 
     Raises:
@@ -352,5 +363,5 @@ def require_log_probs(values: np.ndarray) -> None:
     wrong = values[~(values <= LOG_PROB_SLACK)]
     if wrong.size:
         raise ScoringServerError(
-            f"the server gives {wrong[0]:.4g} as a log-prob; expected at most 0, and no NaN; {LOG_SOFTMAX}"
+            f"{url} gives {wrong[0]:.4g} as a log-prob; expected at most 0, and no NaN; {LOG_SOFTMAX}"
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from qtarget.core.errors import ConfigError
 
 WIRE_VERSION = 1
 """Of the request and answer layouts in ``wire.py``."""
+
+LONGEST_TEXT = 4096
+"""Characters of a name or version that a server tells."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             lowest = 0 if name in ("row_tokens", "top_k", "candidates") else 1
-            if value < lowest:
-                raise ConfigError(f"limit {name} is {value}; expected at least {lowest}")
+            if type(value) is not int or not lowest <= value < 2**31:
+                raise ConfigError(f"limit {name} is {value!r}; expected a whole number from {lowest} to {2**31 - 1}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,30 @@ class Identity:
         """From JSON.
 
         Raises:
-            KeyError, TypeError, ConfigError: fields are missing, unknown or wrong.
+            KeyError, TypeError, ValueError: fields are missing, unknown or wrong.
         """
-        return cls(**{**value, "limits": Limits(**value["limits"])})
+        found = cls(**{**value, "limits": Limits(**value["limits"])})
+        texts = {field.name for field in fields(cls) if field.type == "str"}
+        wrong = {name for name in texts if not _is_text(getattr(found, name))}
+        versions = found.versions if isinstance(found.versions, dict) else {}
+        if "qtarget" not in versions or not all(map(_is_text, [*versions, *versions.values()])):
+            wrong.add("versions")
+        if type(found.vocab_size) is not int or not 1 <= found.vocab_size < 2**31:
+            wrong.add("vocab_size")
+        elif not _are(found.canary_ids, (int,), 0, found.vocab_size - 1) or not found.canary_ids:
+            wrong.add("canary_ids")
+        elif not _are(found.canary_log_probs, (int, float), -math.inf, 1.0):
+            wrong.add("canary_log_probs")
+        if not found.limits.row_tokens:
+            wrong.add("limits.row_tokens")
+        if wrong:
+            raise ValueError(f"wrong {', '.join(sorted(wrong))}")
+        return found
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
+
+
+def _are(values: Any, kinds: tuple[type, ...], lowest: float, highest: float) -> bool:
+    return isinstance(values, list) and all(type(v) in kinds and lowest <= v <= highest for v in values)

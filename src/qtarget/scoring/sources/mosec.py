@@ -7,13 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
-import httpx2
 import numpy as np
 
 from qtarget.core.errors import DataError, HyperparameterError, MissingDependencyError, ScoringServerError
 from qtarget.scoring.cache.rows import IntArray, ScoredRow, check_request
 from qtarget.scoring.cache.schema import fingerprint_model, fingerprint_tokenizer
-from qtarget.scoring.sources.http import Cut, Endpoint, Retries, ServedModel, refuse_failure
+from qtarget.scoring.sources.bounded import SMALL_ANSWER, Answer
+from qtarget.scoring.sources.http import (
+    MASS_SLACK,
+    Cut,
+    Endpoint,
+    Retries,
+    ServedModel,
+    refuse_failure,
+    require_log_probs,
+)
 from qtarget.scoring.sources.identity import WIRE_VERSION, Identity
 from qtarget.scoring.sources.local import Connection
 
@@ -130,7 +138,7 @@ class MosecSource:
     def _ask(
         self, rows: list[np.ndarray], places: list[np.ndarray], top_k: int, candidate_ids: list[int] | None
     ) -> list[ScoredRow]:
-        def parse(response: httpx2.Response, where: str) -> tuple[str, list[ScoredRow]]:
+        def parse(response: Answer, where: str) -> tuple[str, list[ScoredRow]]:
             refuse_failure(response, where)
             kind = response.headers.get("content-type", "")
             if kind.split(";")[0] != self._wire.CONTENT_TYPE:
@@ -146,13 +154,17 @@ class MosecSource:
 
         body = self._wire.pack_request(rows, places, top_k, candidate_ids)
         headers = {"content-type": self._wire.CONTENT_TYPE}
-        model, scored = self._endpoint.exchange("POST", "/score", parse, content=body, headers=headers)
+        tokens, listed = sum(map(len, places)), len(candidate_ids or ())
+        most = SMALL_ANSWER + self._wire.answer_bytes(tokens, top_k, listed)
+        model, scored = self._endpoint.exchange("POST", "/score", parse, most=most, content=body, headers=headers)
         # every answer says which weights made it: the server may have been replaced behind its URL
         if model != self.identity.model_fingerprint:
             raise ScoringServerError(
                 f"{self._endpoint.url} serves other weights than when it was connected: fingerprint {model}, expected "
                 f"{self.identity.model_fingerprint}; serve the first model again, or score into another folder"
             )
+        for row in scored:
+            check_numbers(row, self.vocab_size, f"{self._endpoint.url}/score")
         return scored
 
     def _groups(
@@ -203,7 +215,7 @@ class MosecSource:
             )
         try:
             return Identity.parse(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ScoringServerError(
                 f"{self._endpoint.url}/info is unreadable ({error}); install the server's qtarget here"
             ) from error
@@ -239,6 +251,32 @@ class MosecSource:
                 f"{self._endpoint.url} serves {self.identity.model_id}, which is another model: {listed}; serve the model "
                 "that the configuration names"
             )
+
+
+def check_numbers(row: ScoredRow, vocab_size: int, url: str) -> None:
+    """Refuse what no model says, before it is stored.
+
+    Raises:
+        ScoringServerError: a log-prob is above zero or NaN, an entropy is impossible, an id is outside the vocabulary or listed
+            twice, or probabilities sum to more than one.
+    """
+    again = "start the server again, or see who answers there"
+    for values in (row.label_log_probs, row.topk_log_probs, row.tail_log_mass, row.candidate_log_probs):
+        if values is not None:
+            require_log_probs(values, url)
+    highest = np.log(vocab_size) + MASS_SLACK
+    if row.entropy is not None and not ((row.entropy >= -MASS_SLACK) & (row.entropy <= highest)).all():
+        raise ScoringServerError(f"{url} gives an entropy outside 0 to log({vocab_size}), or NaN; {again}")
+    if row.topk_ids is None or row.topk_log_probs is None or not row.topk_ids.size:
+        return
+    ids = np.sort(row.topk_ids, axis=1)
+    if ids.min() < 0 or ids.max() >= vocab_size or (ids[:, 1:] == ids[:, :-1]).any():
+        raise ScoringServerError(f"{url} lists an id outside 0 to {vocab_size - 1}, or one twice; {again}")
+    mass = np.exp(row.topk_log_probs.astype(np.float64)).sum(-1)
+    if row.tail_log_mass is not None:
+        mass += np.exp(row.tail_log_mass.astype(np.float64))
+    if mass.max() > 1 + MASS_SLACK:
+        raise ScoringServerError(f"{url} lists probabilities that sum to {mass.max():.4g}; expected at most 1; {again}")
 
 
 def mosec_connection(

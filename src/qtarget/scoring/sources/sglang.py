@@ -14,6 +14,7 @@ import numpy as np
 
 from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.sources.bounded import NUMBER_BYTES, SMALL_ANSWER, distinct, number, token_id
 from qtarget.scoring.sources.http import HttpSource, ServedModel, largest, listed_row
 
 
@@ -33,16 +34,24 @@ class SglangSource(HttpSource):
     def tokenize(self, text: str) -> list[int]:
         """See ``HttpSource``; read off a scored text, as not every version has a tokenizer route."""
         meta = self._meta({"text": text, **_scoring(0, None)})
-        return [int(entry[1]) for entry in _list(meta, "input_token_logprobs", self._endpoint.url)]
+        entries = _list(meta, "input_token_logprobs", self._endpoint.url)
+        try:
+            return [token_id(entry[1]) for entry in entries]
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise ScoringServerError(
+                f"{self._endpoint.url} answers {str(entries)[:80]!r} in meta_info.input_token_logprobs; expected [logprob, id, "
+                "text] of each token; is this an SGLang server?"
+            ) from error
 
-    def _meta(self, body: dict[str, Any]) -> dict[str, Any]:
-        meta = self._endpoint.post("/generate", body).get("meta_info")
+    def _meta(self, body: dict[str, Any], most: int = SMALL_ANSWER) -> dict[str, Any]:
+        meta = self._endpoint.post("/generate", body, most=most).get("meta_info")
         if not isinstance(meta, dict):
             raise ScoringServerError(f"{self._endpoint.url} answers without meta_info; expected an SGLang server")
         return meta
 
     def _score_row(self, ids: np.ndarray, at: np.ndarray, top_k: int, candidate_ids: Sequence[int] | None) -> ScoredRow:
-        meta = self._meta({"input_ids": ids.tolist(), **_scoring(top_k, candidate_ids)})
+        most = SMALL_ANSWER + NUMBER_BYTES * len(ids) * (2 + top_k + len(candidate_ids or ()))
+        meta = self._meta({"input_ids": ids.tolist(), **_scoring(top_k, candidate_ids)}, most)
         url = self._endpoint.url
         own = _list(meta, "input_token_logprobs", url, len(ids))
         top = _list(meta, "input_top_logprobs", url, len(ids)) if top_k else None
@@ -56,12 +65,13 @@ class SglangSource(HttpSource):
             pairs = [_pair(entry, t, url) for entry in _triples(top[t], t, url)] if top else []
             if len(pairs) < top_k:
                 raise ScoringServerError(f"{url} lists {len(pairs)} log-probs at position {t}; expected {top_k}")
+            distinct((token for _, token in pairs), t, url)
             listed.append(largest(pairs, top_k))
             known = {k: v for v, k in (_pair(e, t, url) for e in _triples(asked[t], t, url))} if asked else {}
             if missing := [c for c in candidate_ids or () if c not in known]:
                 raise ScoringServerError(f"{url} gives no log-prob of candidates {missing[:5]} at position {t}")
             candidates.append([known[c] for c in candidate_ids or ()])
-        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates, self.vocab_size)
+        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates, self.vocab_size, url)
 
 
 def _scoring(top_k: int, candidate_ids: Sequence[int] | None) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def _triples(entry: Any, position: int, url: str) -> list[Any]:
 def _pair(entry: Any, position: int, url: str) -> tuple[float, int]:
     """Log-prob and id of ``[logprob, id, text]``."""
     try:
-        return float(entry[0]), int(entry[1])
+        return number(entry[0]), token_id(entry[1])
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise ScoringServerError(
             f"{url} answers {str(entry)[:80]!r} at position {position}; expected [logprob, id, text] with a number first "

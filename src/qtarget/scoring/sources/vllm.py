@@ -15,6 +15,7 @@ import numpy as np
 
 from qtarget.core.errors import ScoringServerError
 from qtarget.scoring.cache.rows import ScoredRow
+from qtarget.scoring.sources.bounded import NUMBER_BYTES, SMALL_ANSWER, number, token_id
 from qtarget.scoring.sources.http import Endpoint, HttpSource, ServedModel, largest, listed_row
 
 
@@ -37,8 +38,8 @@ class VllmSource(HttpSource):
     def _served(self) -> str:
         listed = self._endpoint.get("/v1/models").get("data")
         try:
-            names = [str(entry["id"]) for entry in listed or []]
-        except (TypeError, KeyError) as error:
+            names = [str(entry["id"])[:1000] for entry in listed or []]
+        except (TypeError, KeyError, IndexError) as error:
             raise ScoringServerError(f"{self._endpoint.url}/v1/models lists no ids; is this a vLLM server?") from error
         if not names:
             raise ScoringServerError(f"{self._endpoint.url} serves no model; start it with `vllm serve MODEL`")
@@ -52,7 +53,15 @@ class VllmSource(HttpSource):
     def tokenize(self, text: str) -> list[int]:
         """See ``HttpSource``."""
         answer = self._endpoint.post("/tokenize", {"model": self._model, "prompt": text, "add_special_tokens": True})
-        return [int(token) for token in answer.get("tokens", [])]
+        tokens = answer.get("tokens")
+        try:
+            if not isinstance(tokens, list):
+                raise TypeError("no list")
+            return [token_id(token) for token in tokens]
+        except (TypeError, ValueError) as error:
+            raise ScoringServerError(
+                f"{self._endpoint.url}/tokenize answers tokens {str(tokens)[:80]!r}; expected a list of ids; is this a vLLM server?"
+            ) from error
 
     def _score_row(self, ids: np.ndarray, at: np.ndarray, top_k: int, candidate_ids: Sequence[int] | None) -> ScoredRow:
         wanted = top_k if candidate_ids is None else -1
@@ -64,7 +73,8 @@ class VllmSource(HttpSource):
             "temperature": 1.0,
             "prompt_logprobs": wanted,
         }
-        entries = self._entries(self._post(body, top_k, wanted), len(ids))
+        most = SMALL_ANSWER + NUMBER_BYTES * len(ids) * (2 + (self.vocab_size if wanted < 0 else top_k))
+        entries = self._entries(self._post(body, top_k, wanted, most), len(ids))
         labels, listed, candidates = [], [], []
         for t in at.tolist():
             numbers = _numbers(entries[t], t, self._endpoint.url)
@@ -82,11 +92,12 @@ class VllmSource(HttpSource):
                 if missing := [c for c in candidate_ids if c not in numbers]:
                     raise ScoringServerError(_too_few(self._endpoint.url, len(numbers), self.vocab_size, t, missing))
                 candidates.append([numbers[c] for c in candidate_ids])
-        return listed_row(labels, listed, top_k, None if candidate_ids is None else candidates, self.vocab_size)
+        asked = None if candidate_ids is None else candidates
+        return listed_row(labels, listed, top_k, asked, self.vocab_size, self._endpoint.url)
 
-    def _post(self, body: dict[str, Any], top_k: int, wanted: int) -> dict[str, Any]:
+    def _post(self, body: dict[str, Any], top_k: int, wanted: int, most: int) -> dict[str, Any]:
         try:
-            return self._endpoint.post("/v1/completions", body)
+            return self._endpoint.post("/v1/completions", body, most=most)
         except ScoringServerError as error:
             # vLLM's words for a limit that its command line alone lifts
             if "greater than max allowed" not in str(error):
@@ -110,7 +121,7 @@ class VllmSource(HttpSource):
 def _numbers(entry: Any, position: int, url: str) -> dict[int, float]:
     """Token id -> log-prob of one position."""
     try:
-        return {int(token): float(value["logprob"]) for token, value in entry.items()}
+        return {token_id(token): number(value["logprob"]) for token, value in entry.items()}
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ScoringServerError(
             f"{url} answers {str(entry)[:80]!r} at position {position}; expected token ids with their logprob (only position "

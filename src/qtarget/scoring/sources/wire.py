@@ -160,8 +160,10 @@ def unpack_answer(
     """
     try:
         answer = ANSWER.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedError(f"the answer is unreadable: {error}") from error
+    if answer.version != WIRE_VERSION:
+        raise MalformedError(f"the answer has version {answer.version}; expected {WIRE_VERSION}")
     tokens, ends = sum(counts), np.cumsum(counts)[:-1]
     wide = None if candidates is None else (tokens, candidates)
     listed, flat = (tokens, top_k), (tokens,)

@@ -17,13 +17,14 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.findings import named
 from qtarget.data.columns import message_token_weights, parsed_weight, row_loss_weights, without_weights
+from qtarget.data.fields import PRIVATE
 from qtarget.data.spans import UnplacedSpansError, conversation_of, marked_texts, spans_in_row
-from qtarget.integrations.sft.arrow import flat_lists
+from qtarget.integrations.sft.data.arrow import flat_lists
 
 logger = logging.get_logger(__name__)
 
-ROW = "qtarget_row"
-"""Reserved column: the row's number in the user's data, whatever ids the data has of its own."""
+ROW = f"{PRIVATE}row"
+"""The row's number in the user's data, whatever ids the data has of its own."""
 CONVERSATIONS = ("messages", "prompt", "completion")
 WEIGHT_KEYS = ("weight", "weight_spans")
 

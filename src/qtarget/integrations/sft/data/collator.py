@@ -11,7 +11,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.shapes import Tensor
-from qtarget.integrations.sft.columns import DATA_COLUMNS
+from qtarget.core.types import Target
+from qtarget.integrations.sft.data.columns import DATA_COLUMNS, ROW_IDS
 from qtarget.integrations.shared.step import REFERENCE_FIELDS
 from qtarget.scoring.cache.reader import ReferenceCache
 
@@ -22,17 +23,37 @@ class TargetCollator(DataCollatorForLanguageModeling):
 
     Added keys, unshifted like the labels: ``row_ids`` (-1 at padding), ``loss_weights``, and for each role with a cache
     ``{role}_label_log_probs`` and the other fields of ``Reference``. With ``zero_masks`` labels of weight 0 become -100, so
-    that everything that counts labels leaves them out.
+    that everything that counts labels leaves them out. Padding-free batches get ``example_ids``.
     """
 
     caches: dict[str, ReferenceCache] = field(default_factory=dict)
     with_topk: dict[str, bool] = field(default_factory=dict)
     zero_masks: bool = True
 
+    @classmethod
+    def instead_of(
+        cls, theirs: Any, caches: dict[str, ReferenceCache], target: Target, zero_masks: bool = True
+    ) -> TargetCollator:
+        """One that pads as TRL's does, with the columns that the target reads."""
+        return cls(
+            pad_token_id=theirs.pad_token_id,
+            padding_free=theirs.padding_free,
+            return_position_ids=theirs.return_position_ids,
+            pad_to_multiple_of=theirs.pad_to_multiple_of,
+            caches=caches,
+            with_topk={role: "distribution" in getattr(target.needs, role) for role in caches},
+            zero_masks=zero_masks,
+        )
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         shape = batch["labels"].shape
-        batch["row_ids"] = self._column(examples, "row_ids", shape, -1)
+        batch["row_ids"] = self._column(examples, ROW_IDS, shape, -1)
+        if self.padding_free:
+            numbered = [
+                {**example, "example_ids": [i] * len(example["input_ids"])} for i, example in enumerate(examples)
+            ]
+            batch["example_ids"] = self._column(numbered, "example_ids", shape, -1)
         if "loss_weights" in examples[0]:
             batch["loss_weights"] = self._column(examples, "loss_weights", shape, 1.0)
         for name in DATA_COLUMNS:
@@ -54,7 +75,7 @@ class TargetCollator(DataCollatorForLanguageModeling):
         return batch
 
     def _column(self, examples: list[dict[str, Any]], name: str, shape: Sequence[int], fill: float) -> Tensor:
-        out = torch.full(tuple(shape), fill, dtype=torch.long if name == "row_ids" else torch.float32)
+        out = torch.full(tuple(shape), fill, dtype=torch.long if name.endswith("_ids") else torch.float32)
         for b, start, example in self._placed(examples):
             values = torch.as_tensor(example[name])
             out[b, start : start + len(values)] = values

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from qtarget.core.errors import ConfigError, NonFiniteLossError
-from qtarget.integrations.shared.samples import describe_rows
+from qtarget.integrations.shared.records.samples import describe_rows
 from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, read_lines
 from tests.integrations.conftest import make_model, make_rows, make_tokenizer
 

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, def
 from transformers.utils import logging
 
 import qtarget
-from qtarget.integrations.shared.samples import RowSamples, with_text
+from qtarget.integrations.shared.records.samples import RowSamples, with_text
 from qtarget.report.heatmap import MEASURES, heatmap_image
 from qtarget.report.runs.records import (
     LOG_FILE,
@@ -27,7 +27,7 @@ from qtarget.report.runs.records import (
     write_lines,
 )
 from qtarget.scoring.cache.schema import fingerprint_tokenizer
-from qtarget.storage.files import write_json
+from qtarget.storage.files import write_json, writing
 
 logger = logging.get_logger(__name__)
 
@@ -215,6 +215,6 @@ def send_pictures(
 def _save(picture: Any, path: Path) -> Path:
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with writing(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
     return path

@@ -35,7 +35,7 @@ def trained(tmp_path, target, data, **settings):
     args = QTargetConfig(str(tmp_path / "out"), target=target, **{**SETTINGS, "max_steps": 2, **settings})
     args.optim, args.learning_rate = "sgd", 0.5
     args.train_sampling_strategy = "sequential"
-    trainer = QTargetTrainer(make_model(), args, data, data, make_tokenizer(), **models)
+    trainer = QTargetTrainer(make_model(), args, None, data, data, make_tokenizer(), **models)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return (
@@ -295,7 +295,7 @@ def test_prompt_weight(make_trainer, cached):
 def test_prompt_weight_needs_a_prompt(make_trainer):
     with pytest.raises(ConfigError, match="no token is masked"):
         make_trainer("sft", data=Dataset.from_list([{"text": "abc"}]), prompt_weight=0.1)
-    with pytest.raises(ConfigError, match="prompt_weight is -1"):
+    with pytest.raises(ConfigError, match="prompt_weight is -1, expected at least 0"):
         make_trainer("sft", prompt_weight=-1)
 
 

@@ -19,8 +19,9 @@ from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.core.types import DATA_FIELDS
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.checks.findings import named
-from qtarget.integrations.sft.arrow import list_array, list_batches, with_columns
-from qtarget.integrations.sft.weights import ROW, TokenWeights
+from qtarget.data.fields import PRIVATE
+from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
+from qtarget.integrations.sft.data.weights import ROW, TokenWeights
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
@@ -29,7 +30,9 @@ logger = logging.get_logger(__name__)
 
 DATA_COLUMNS = tuple(f"{role}_{field}" for role in ROLES for field in DATA_FIELDS)
 """What the other rows say of a token, counted against one frozen model."""
-TOKEN_COLUMNS = ("row_ids", "loss_weights", "reference_rows", "teacher_rows", *DATA_COLUMNS)
+ROW_IDS = f"{PRIVATE}row_ids"
+"""That number once a token; rows that have it are prepared."""
+TOKEN_COLUMNS = (ROW_IDS, "loss_weights", "reference_rows", "teacher_rows", *DATA_COLUMNS)
 """Per-token columns beside ``input_ids`` and ``labels``; a row's id or cache row is repeated for each token."""
 
 
@@ -43,7 +46,7 @@ def with_row_ids(dataset: Dataset) -> Dataset:
 def with_token_columns(
     dataset: Dataset, weights: TokenWeights | None, *, keep_end: bool, all_tokens: bool = False
 ) -> Dataset:
-    """Add ``row_ids`` and, where there are weights, ``loss_weights``, as long as truncation left ``input_ids``.
+    """Add ``ROW_IDS`` and, where there are weights, ``loss_weights``, as long as truncation left ``input_ids``.
 
     Args:
         dataset: tokenised rows, numbered.
@@ -58,7 +61,7 @@ def with_token_columns(
         lengths = ids.value_lengths().to_numpy(zero_copy_only=False)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         numbers = table[ROW].to_numpy()
-        out = {"row_ids": list_array(offsets, np.repeat(numbers, lengths))}
+        out = {ROW_IDS: list_array(offsets, np.repeat(numbers, lengths))}
         if weights is not None:
             rows = np.array([places[n] for n in numbers.tolist()], dtype=np.int64)
             starts = weights.offsets[rows + 1] - lengths if keep_end else weights.offsets[rows]

@@ -1,0 +1,281 @@
+"""``qtarget evaluate``: likelihood, completed tasks and forgetting of trained models beside their base."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qtarget.evaluation.contenders import Contender
+    from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, Served
+    from qtarget.evaluation.judges import Judge
+
+PIPED_WIDTH = 160  # characters
+ROWS_SUFFIX = ".rows.jsonl"
+"""Of the file of records beside the output."""
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, checkpoints, model folders, adapters, hub names."),
+    ],
+    data: Annotated[Path, typer.Option(help="Rows with answers that no model was trained on.")],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="exact, regex, number, json, or your module:function; default: exact."),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="For regex; its first group is the answer.")] = None,
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="For exact and regex.")] = False,
+    forgetting: Annotated[Path | None, typer.Option(help="Rows of what the base could do before.")] = None,
+    forgetting_metric: Annotated[
+        str | None, typer.Option(help="As --metric, or none for the likelihood alone; default: --metric's.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The untrained model; default: what the runs record.")] = None,
+    output: Annotated[Path, typer.Option(help="The numbers: one JSON file.")] = Path("evaluation.json"),
+    page: Annotated[Path | None, typer.Option(help="One HTML file; default: beside the output.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are known.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
+    no_nll: Annotated[bool, typer.Option("--no-nll", help="Leave out the nll of the rows' own answers.")] = False,
+    no_generate: Annotated[bool, typer.Option("--no-generate", help="Leave out the models' answers.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most likely token.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Completions a row; their mean score counts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws and of the bootstrap.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: 1.5 times the longest reference and 16 tokens, at most 2,048.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+    url: Annotated[str | None, typer.Option(help="Of a server that completes: http://host:8000.")] = None,
+    engine: Annotated[Literal["vllm", "sglang", "openai"], typer.Option(help="What --url is.")] = "vllm",
+    served: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL=ID", help="Which of the models is served under which id.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As transformers has it.")] = False,
+) -> None:
+    """Compare trained models with their untrained base on rows with answers."""
+    from qtarget.cli.options.outputs import check_outputs, progress_bar
+    from qtarget.evaluation.contenders import find_contenders
+    from qtarget.evaluation.records import refuse_earlier
+
+    sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
+    options = Options(metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit)
+    if no_nll and no_generate:
+        raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
+    judges = options.judges(forgetting)
+    names = served_names(served, url)
+    contenders = find_contenders(models, base)
+    page = page or output.with_suffix(".html")
+    records_file = output.with_suffix(ROWS_SUFFIX)
+    inputs = [data, forgetting, *(path for one in contenders if (path := Path(one.model)).is_dir())]
+    refuse_earlier(records_file, resume)
+    check_outputs({"--output": output, "--page": page, "the records": records_file}, inputs)
+    texts = [options.read("data", data, judges[0])]
+    texts += [options.read("forgetting", forgetting, judges[1])] if forgetting is not None else []
+    server = None if url is None else connect(url, engine, names, contenders)
+
+    from qtarget.evaluation.evaluate import Choices, Evaluation, plan
+    from qtarget.evaluation.generation import Decoding
+    from qtarget.evaluation.records import Records
+
+    choices = Choices(
+        not no_nll, Decoding(temperature, samples, seed), max_new_tokens, batch_size, trust_remote_code, server
+    )
+    sets = [part.with_dataset() for part in texts]
+    records = Records(records_file, plan(contenders, sets, choices), resume=resume)
+    with progress_bar() as advance:
+        evaluation = Evaluation(contenders, sets, choices, records, advance)
+        document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
+    save(document, output, page)
+    print_evaluation(document, [output, page, records_file])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user said about rows and judges; checked before anything heavy is imported."""
+
+    metric: str | None
+    pattern: str | None
+    ignore_case: bool
+    forgetting_metric: str | None
+    generate: bool
+    temperature: float
+    samples: int
+    limit: int | None
+
+    def judges(self, forgetting: Path | None) -> list[Judge | None]:
+        """Of ``--data`` and of ``--forgetting``; None where nothing is completed.
+
+        Raises:
+            ConfigError: options that contradict each other.
+        """
+        from qtarget.evaluation.judges import make_judge
+
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(f"--samples {self.samples} at --temperature 0 would all be the same; set --temperature")
+        if forgetting is None and self.forgetting_metric is not None:
+            raise ConfigError("--forgetting-metric judges the rows of --forgetting; name that file")
+        if not self.generate:
+            if self.metric is not None or self.pattern is not None or self.ignore_case:
+                raise ConfigError(
+                    "--metric, --pattern and --ignore-case judge completions; leave them or --no-generate out"
+                )
+            return [None, None]
+        metric = self.metric or "exact"
+        judge = make_judge(metric, pattern=self.pattern, ignore_case=self.ignore_case)
+        other = self.forgetting_metric
+        if other is None or other == "none":
+            return [judge, judge if other is None else None]
+        pattern = self.pattern if other == "regex" else None
+        return [judge, make_judge(other, pattern=pattern, ignore_case=self.ignore_case and other in ("exact", "regex"))]
+
+    def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None) -> Rows:
+        """Rows of a file, as questions where they have answers.
+
+        Raises:
+            DataError: the file is unusable, or ``--metric`` asks for answers that its rows have not.
+        """
+        from qtarget.data.loading import load_rows
+        from qtarget.evaluation.questions import ask, has_answers
+
+        rows = load_rows(path)[: self.limit]
+        asked = judge is not None and (has_answers(rows) or (name == "data" and self.metric is not None))
+        if judge is not None and not asked:
+            typer.echo(f"{path}: rows without answers; their likelihood is scored, and nothing is completed")
+        return Rows(
+            name, path, len(rows), ask(rows, judge, path.name) if asked and judge else None, judge if asked else None
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A set before the libraries are there that make a data set of it."""
+
+    name: Literal["data", "forgetting"]
+    path: Path
+    count: int
+    questions: Any
+    judge: Judge | None
+
+    def with_dataset(self) -> RowSet:
+        """The set that the evaluation takes."""
+        from qtarget.data.loading import load_dataset_file
+        from qtarget.evaluation.evaluate import RowSet
+
+        dataset = load_dataset_file(self.path).select(range(self.count))
+        return RowSet(self.name, self.path.name, dataset, self.questions, self.judge)
+
+
+def served_names(served: Sequence[str] | None, url: str | None) -> dict[str, str]:
+    """``--served MODEL=ID`` as a dictionary.
+
+    Raises:
+        ConfigError: one is not of that form, or there is no ``--url``.
+    """
+    if served and url is None:
+        raise ConfigError("--served says what a server calls a model; give its --url")
+    pairs = [one.partition("=") for one in served or []]
+    if wrong := [one[0] for one in pairs if not (one[0] and one[2])]:
+        raise ConfigError(f"--served {wrong[0]}: expected MODEL=ID")
+    return {one[0]: one[2] for one in pairs}
+
+
+def connect(url: str, engine: str, names: dict[str, str], contenders: Sequence[Contender]) -> Served:
+    """Ask a server once what it serves, and say who completes where.
+
+    Raises:
+        ScoringServerError: it fails.
+        ConfigError: it serves none of the models.
+    """
+    from qtarget.evaluation.evaluate import Served
+    from qtarget.evaluation.served import match_served, served_models
+    from qtarget.scoring.sources.http import Endpoint
+
+    endpoint = Endpoint(url)
+    ids = match_served(contenders, served_models(endpoint), names, url)
+    for one in contenders:
+        typer.echo(f"{one.name} completes {f'at {url} as {ids[one.name]}' if one.name in ids else 'here'}")
+    return Served(endpoint, engine, ids)
+
+
+def write_up(
+    evaluation: Evaluation, results: Any, contenders: Sequence[Contender], sets: Sequence[RowSet], choices: Choices
+) -> dict[str, Any]:
+    """The document of a finished evaluation."""
+    from qtarget.report.evaluation.document import Entry, evaluation_document
+
+    by_place = {one.model: one.name for one in contenders}
+    entries = [
+        Entry(one.name, one.model, by_place.get(one.base) if one.base else None, **evaluation.facts[one.name])
+        for one in contenders
+    ]
+    about = {
+        one.name: {
+            "file": one.file, "rows": len(one.dataset), "fingerprint": one.fingerprint,
+            "metric": one.judge.name if one.judge else None,
+        }
+        for one in sets
+    }  # fmt: skip
+    texts = {
+        one.name: None
+        if one.questions is None
+        else [{"prompt": q.text, "reference": q.reference} for q in one.questions]
+        for one in sets
+    }
+    where = (
+        {} if choices.served is None else {"completed by": choices.served.engine, "url": choices.served.endpoint.url}
+    )
+    settings = asdict(choices.decoding) | {"batch_size": choices.batch_size} | where
+    return evaluation_document(entries, about, results, settings=settings, texts=texts, seed=choices.decoding.seed)
+
+
+def save(document: dict[str, Any], output: Path, page: Path) -> None:
+    """Write both files, each whole or not at all."""
+    from qtarget.report.evaluation.page import evaluation_page
+    from qtarget.storage.files import write_atomic
+
+    write_atomic(output, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(page, evaluation_page(document).encode(errors="replace"))
+
+
+def print_evaluation(document: dict[str, Any], written: Sequence[Path]) -> None:
+    """A table a set, the notes, the finding, and where the files are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from qtarget.report.evaluation.document import nats, percent, points
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    for name, about in document["sets"].items():
+        table = Table(box=box.SIMPLE, caption=f"{name}: {about['file']}, {about['rows']:,} rows; 95 % intervals")
+        for column in ("model", "completed", "to the base", "nll, nats a token", "to the base"):
+            table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+        for one in document["contenders"]:
+            found: dict[str, Any] = one["sets"][name]
+            to: dict[str, Any] = found["to_base"] or {"completion": None, "nll": None}
+            cells = (
+                one["name"] + (" (base)" if one["base"] is None else ""),
+                percent(found["completion"]) if found["completion"] else "-",
+                points(to["completion"]) if to["completion"] else "-",
+                nats(found["nll"]) if found["nll"] else "-",
+                nats(to["nll"], "+") if to["nll"] else "-",
+            )
+            table.add_row(*map(Text, cells))
+        console.print(table)
+    for one in document["contenders"]:
+        for note in one["notes"]:
+            console.print(Text(f"{one['name']}: {note}", style="yellow"), soft_wrap=True)
+    console.print(Text(document["finding"]), soft_wrap=True)
+    console.print(Text(", ".join(map(str, written))), soft_wrap=True)

@@ -1,0 +1,420 @@
+"""The evaluation itself: every contender, every set, likelihood and completions, a record a row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from qtarget.core.errors import DataError, NonFiniteLossError, QTargetError
+from qtarget.evaluation.contenders import Contender, weights_digest
+from qtarget.evaluation.generation import (
+    Decoding,
+    complete,
+    context_of,
+    new_tokens,
+    prompt_ids,
+    room,
+    rows_at_once,
+    stop_ids,
+)
+from qtarget.evaluation.judges import Judge, judged
+from qtarget.evaluation.questions import Question
+from qtarget.evaluation.records import Records
+from qtarget.storage.files import digest
+from qtarget.storage.models import load_named, load_whole
+
+SetName = Literal["data", "forgetting"]
+Advance = Callable[[int, int, str], None]
+"""Rows done, rows in all, and what was done."""
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows to be evaluated on.
+
+    Attributes:
+        name: ``data`` or ``forgetting``.
+        file: for people.
+        dataset: as training reads it.
+        questions: the rows asked, or None where they are scored alone.
+        judge: of the answers.
+    """
+
+    name: SetName
+    file: str
+    dataset: Any
+    questions: Sequence[Question] | None
+    judge: Judge | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the rows, in their order."""
+        return digest(json.dumps(self.dataset.to_list(), sort_keys=True, default=str).encode())
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that completes for some contenders.
+
+    Attributes:
+        endpoint: to it.
+        engine: what it is.
+        ids: contender -> id of the served model.
+    """
+
+    endpoint: Any
+    engine: Any
+    ids: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to evaluate.
+
+    Attributes:
+        nll: whether to score the rows' own answers.
+        decoding: how completions are chosen.
+        max_new_tokens: of a completion; None: see ``generation.new_tokens``.
+        batch_size: prompts at once.
+        trust_remote_code: as transformers has it.
+        served: a server, if there is one.
+    """
+
+    nll: bool = True
+    decoding: Decoding = field(default_factory=Decoding)
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    trust_remote_code: bool = False
+    served: Served | None = None
+
+
+def plan(contenders: Sequence[Contender], sets: Sequence[RowSet], choices: Choices) -> dict[str, Any]:
+    """What the records depend on, as JSON; the judge is no part of it: completions can be judged anew."""
+    served = choices.served
+    return {
+        "rows": {one.name: one.fingerprint for one in sets},
+        "models": {one.name: weights_digest(one) for one in contenders},
+        "temperature": choices.decoding.temperature,
+        "samples": choices.decoding.samples,
+        "seed": choices.decoding.seed,
+        "max_new_tokens": choices.max_new_tokens,
+        "batch_size": choices.batch_size,
+        "served": dict(served.ids) if served else {},
+    }
+
+
+class Evaluation:
+    """One evaluation, from contenders and rows to results.
+
+    Args:
+        contenders: bases first.
+        sets: ``data``, and ``forgetting`` if there is one.
+        choices: how.
+        records: what is known already, and where the rest goes.
+        advance: told of every batch.
+    """
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        sets: Sequence[RowSet],
+        choices: Choices,
+        records: Records,
+        advance: Advance = lambda done, total, text: None,
+    ) -> None:
+        self._contenders, self._sets, self._choices, self._records = contenders, sets, choices, records
+        self._advance, self._done = advance, 0
+        parts = sum(len(one.dataset) * (choices.nll + (one.questions is not None)) for one in sets)
+        self._total = parts * len(contenders)
+        self._scores: dict[tuple[str, str, int], list[float]] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        """Of each contender: ``notes``, and ``max_new_tokens`` of each set."""
+
+    def run(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Find out what is not known yet.
+
+        Returns:
+            (set, contender) -> ``nll`` and ``completion``: a record a row, None where it was not asked for; completions
+            have their ``scores``.
+
+        Raises:
+            ConfigError: a model cannot be loaded, or the user's metric fails.
+            DataError: rows that cannot be used.
+            ScoringServerError: the server fails.
+        """
+        with one_bar():
+            for contender in self._contenders:
+                self._evaluate(Loaded(contender, self._choices.trust_remote_code))
+        return {(rows.name, one.name): self._results(rows, one) for rows in self._sets for one in self._contenders}
+
+    def _evaluate(self, loaded: Loaded) -> None:
+        contender = loaded.contender
+        self.facts[contender.name] = {"notes": [*contender.notes, *loaded.notes], "max_new_tokens": {}}
+        for rows in self._sets:
+            if self._choices.nll:
+                self._score(loaded, rows)
+            if rows.questions is not None:
+                self._complete(loaded, rows, rows.questions)
+        loaded.forget()
+
+    # -- likelihood -------------------------------------------------------------------------------------------
+
+    def _score(self, loaded: Loaded, rows: RowSet) -> None:
+        name, count = loaded.contender.name, len(rows.dataset)
+        known = [self._records.get(("nll", rows.name, name, i)) for i in range(count)]
+        if all(line is not None for line in known):
+            self._tell(count, f"{name}: nll of {rows.name}, known")
+            return
+        ready = loaded.ready_rows(rows)
+        size = self._choices.batch_size
+        for start in range(0, len(ready.rows), size):
+            part = slice(start, start + size)
+            if any(known[row["row"]] is None for row in ready.rows[part]):
+                scored = ready.score(loaded.tokenizer, part)
+                pairs = zip(ready.rows[part], scored, strict=True)
+                self._records.add(nll_line(rows, name, row, found) for row, found in pairs)
+            self._tell(len(ready.rows[part]), f"{name}: nll of {rows.name}")
+        missing = sorted(set(range(count)) - {row["row"] for row in ready.rows})
+        empty = {"part": "nll", "set": rows.name, "contender": name, "nats": 0.0, "tokens": 0, "key": ""}
+        self._records.add(empty | {"row": i} for i in missing)
+        self._tell(len(missing), f"{name}: nll of {rows.name}")
+
+    # -- completion -------------------------------------------------------------------------------------------
+
+    def _complete(self, loaded: Loaded, rows: RowSet, questions: Sequence[Question]) -> None:
+        name, tokenizer = loaded.contender.name, loaded.tokenizer
+        wanted = self._choices.max_new_tokens or new_tokens(tokenizer, [q.reference for q in questions])
+        self.facts[name]["max_new_tokens"][rows.name] = wanted
+        prompts = [prompt_ids(tokenizer, q.prompt, q.template) for q in questions]
+        size = self._choices.batch_size
+        if not self._is_served(loaded):
+            size = rows_at_once(loaded.model, tokenizer, size)  # padding on the left disturbs some architectures
+        for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
+            keys = [("completion", rows.name, name, i) for i in chosen]
+            if any(self._records.get(key) is None for key in keys):
+                names = [f"{rows.file}, row {i}" for i in chosen]
+                space = room([len(prompts[i]) for i in chosen], wanted, loaded.context, names)
+                said = self._said(loaded, rows, [prompts[i] for i in chosen], space, stream)
+                self._records.add(
+                    {"part": "completion", "set": rows.name, "contender": name, "row": i,
+                     "completions": [one.text for one in found], "stopped": [one.stopped for one in found]}
+                    for i, found in zip(chosen, said, strict=True)
+                )  # fmt: skip
+            for i in chosen:
+                self._judge(rows, questions[i], name)
+            self._tell(len(chosen), f"{name}: completion of {rows.name}")
+
+    def _is_served(self, loaded: Loaded) -> bool:
+        return self._choices.served is not None and loaded.contender.name in self._choices.served.ids
+
+    def _said(self, loaded: Loaded, rows: RowSet, prompts: Sequence[list[int]], space: int, stream: int) -> Any:
+        served, decoding = self._choices.served, self._choices.decoding
+        assert rows.questions is not None
+        chat = not isinstance(rows.questions[0].prompt, str)
+        common: dict[str, Any] = {"max_new_tokens": space, "decoding": decoding}
+        if served is not None and self._is_served(loaded):
+            from qtarget.evaluation.served import complete_served
+
+            stops = stop_ids(loaded.tokenizer, loaded.generation_config, chat=chat)
+            return complete_served(
+                served.endpoint, served.ids[loaded.contender.name], prompts, engine=served.engine, stops=stops,
+                stream=stream * self._choices.batch_size, **common,
+            )  # fmt: skip
+        stops = stop_ids(loaded.tokenizer, loaded.model.generation_config, chat=chat)
+        return complete(loaded.model, loaded.tokenizer, prompts, stops=stops, stream=stream, **common)
+
+    def _judge(self, rows: RowSet, question: Question, name: str) -> None:
+        assert rows.judge is not None
+        line = self._records.get(("completion", rows.name, name, question.number))
+        assert line is not None, "it was just added"
+        where = f"{rows.file}, row {question.number} ({name})"
+        self._scores[rows.name, name, question.number] = [
+            judged(rows.judge, question.text, text, question.reference, question.row, where)
+            for text in line["completions"]
+        ]
+
+    def _results(self, rows: RowSet, contender: Contender) -> dict[str, Any]:
+        count, name = range(len(rows.dataset)), contender.name
+        nll = [self._records.get(("nll", rows.name, name, i)) for i in count] if self._choices.nll else None
+        said = None
+        if rows.questions is not None:
+            said = [
+                {
+                    **(self._records.get(("completion", rows.name, name, i)) or {}),
+                    "scores": self._scores[rows.name, name, i],
+                }
+                for i in count
+            ]
+        return {"nll": nll, "completion": said}
+
+    def _tell(self, rows: int, text: str) -> None:
+        if rows:
+            self._done += rows
+            self._advance(self._done, self._total, text)
+
+
+class Loaded:
+    """A contender's tokenizer, and its model as soon as somebody needs it."""
+
+    def __init__(self, contender: Contender, trust_remote_code: bool = False) -> None:
+        self.contender, self._trust = contender, trust_remote_code
+        self.tokenizer, self.notes = load_tokenizer(contender, trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        """On the device that there is."""
+        from accelerate import PartialState
+
+        from qtarget.storage.models import check_vocabulary
+
+        model = load_contender(self.contender, self._trust)
+        check_vocabulary(model, self.tokenizer, self.contender.name)
+        return model.to(PartialState().device)
+
+    @cached_property
+    def context(self) -> int | None:
+        """Positions of the model."""
+        from transformers import AutoConfig
+
+        from qtarget.storage.models import adapter_base
+
+        name = adapter_base(self.contender.model) or self.contender.model
+        config = load_named(AutoConfig, self.contender.name, name, **self._options)
+        return context_of(config)
+
+    @cached_property
+    def generation_config(self) -> Any:
+        """Of a model that is not loaded here, or None where it has none."""
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.contender.model, **self._options)
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return model_options(self.contender, self._trust)
+
+    def ready_rows(self, rows: RowSet) -> Any:
+        """The rows as training would have them (see ``qtarget.integrations.sft.rows``)."""
+        from jinja2 import TemplateError
+
+        from qtarget.integrations.sft.rows import training_rows_of
+
+        model = self.model
+        try:
+            return training_rows_of(model, self.tokenizer, rows.dataset, self.contender.settings)
+        except QTargetError:
+            raise
+        except (TypeError, ValueError, KeyError, TemplateError) as error:  # a chat template may raise any of them
+            raise DataError(
+                f"{rows.file} cannot be tokenised for {self.contender.name}: {type(error).__name__}: {error}; does its chat "
+                "template take rows of this form?"
+            ) from error
+
+    def forget(self) -> None:
+        """Give the model's memory back."""
+        import torch
+
+        if self.__dict__.pop("model", None) is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def one_bar() -> Iterator[None]:
+    """Without the bars of datasets and transformers: a terminal shows one at a time."""
+    import datasets
+    from transformers.utils import logging
+
+    shown = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            logging.enable_progress_bar()
+
+
+def load_contender(contender: Contender, trust_remote_code: bool = False) -> Any:
+    """The model; of an adapter its base with the adapter on it.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is not whole.
+    """
+    from qtarget.storage.models import adapter_base, loading
+
+    options, key = model_options(contender, trust_remote_code), "model"
+    recorded = adapter_base(contender.model)
+    if recorded is None or contender.base in (None, recorded):
+        return load_whole(key, contender.model, **options)
+    model = load_whole("base", str(contender.base), **options)  # the recorded one was moved, or is another on purpose
+    with loading("adapter", contender.model):
+        model.load_adapter(contender.model)
+    return model
+
+
+def model_options(contender: Contender, trust_remote_code: bool) -> dict[str, Any]:
+    """For ``from_pretrained``."""
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    return options | ({"revision": contender.revision} if contender.revision else {})
+
+
+def load_tokenizer(contender: Contender, trust_remote_code: bool = False) -> tuple[Any, list[str]]:
+    """The tokenizer of a contender, and what is to be said about it.
+
+    A base gets its run's, which may have the chat template that the base lacks; its own where the two have other tokens.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    options = model_options(contender, trust_remote_code)
+    tokenizer = load_named(AutoTokenizer, "tokenizer", contender.tokenizer, **options)
+    if contender.tokenizer == contender.model or contender.base is not None:
+        return tokenizer, []
+    try:
+        own = AutoTokenizer.from_pretrained(contender.model, **options)
+    except (OSError, ValueError):
+        return tokenizer, [f"it has no tokenizer of its own; that of {contender.tokenizer} is used"]
+    if own.get_vocab() == tokenizer.get_vocab():
+        return tokenizer, []
+    return own, [f"its own tokenizer is used: that of {contender.tokenizer} has other tokens"]
+
+
+def nll_line(rows: RowSet, name: str, row: Mapping[str, Any], scored: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a row's likelihood: nats over its trained tokens, their number, and a key of ids and mask.
+
+    Raises:
+        NonFiniteLossError: a token has no probability at all.
+    """
+    found = [value for value in scored["log_probs"] if value is not None]
+    nats = -math.fsum(found)
+    if not math.isfinite(nats):
+        raise NonFiniteLossError(f"{name} gives {rows.file}, row {row['row']}, an nll of {nats}; is the model damaged?")
+    supervised = [value is not None for value in scored["log_probs"]]
+    key = digest(json.dumps([list(map(int, row["input_ids"])), supervised]).encode())
+    return {
+        "part": "nll", "set": rows.name, "contender": name, "row": int(row["row"]), "nats": nats, "tokens": len(found),
+        "key": key[:16],
+    }  # fmt: skip
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Rows of like length together, the same batches whatever is known already.
+
+    Example:
+        >>> list(batches([5, 1, 3], 2))
+        [[1, 2], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    yield from (order[start : start + size] for start in range(0, len(order), size))

@@ -1,0 +1,1 @@
+"""What a run leaves behind: logged sums, token samples, records for reports and trackers."""

@@ -1,0 +1,1 @@
+"""The verdict of ``qtarget evaluate``: one document, one page."""

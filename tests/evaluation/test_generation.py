@@ -1,0 +1,162 @@
+"""Completions against a loop that takes one prompt and one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from qtarget.core.errors import ConfigError, DataError
+from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.evaluation.generation import (
+    Decoding,
+    complete,
+    context_of,
+    end_of_turn,
+    new_tokens,
+    prompt_ids,
+    room,
+    stop_ids,
+)
+from qtarget.evaluation.judges import make_judge
+from qtarget.evaluation.questions import ask, split
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    path = base_model_path()
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@torch.no_grad()
+def alone(model, ids: list[int], stops: list[int], most: int) -> tuple[list[int], bool]:
+    """Greedy, without batch, padding, cache or ``generate``."""
+    said: list[int] = []
+    while len(said) < most:
+        token = int(model(torch.tensor([ids + said])).logits[0, -1].argmax())
+        if token in stops:
+            return said, True
+        said.append(token)
+    return said, False
+
+
+def test_a_padded_batch_says_what_each_prompt_alone_would_be_answered(embedded):
+    model, tokenizer = embedded
+    prompts = [row["prompt"] for row in load_demonstrations("heldout_skills_test")[:8]] + ["Q", "a b c " * 12]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    assert len({len(one) for one in ids}) > 3
+    found = complete(model, tokenizer, ids, max_new_tokens=9, stops=[0])
+    kept = []
+    for one, (said,) in zip(ids, found, strict=True):
+        tokens, stopped = alone(model, one, [0], 9)
+        assert (said.text, said.stopped) == (tokenizer.decode(tokens, skip_special_tokens=True), stopped)
+        kept.append(stopped)
+    assert set(kept) == {True, False}
+
+
+def test_the_models_own_penalties_do_not_count_and_its_modes_are_kept(embedded):
+    model, tokenizer = embedded
+    ids = [prompt_ids(tokenizer, row["prompt"]) for row in load_demonstrations("base_format_test")[:6]]
+    plain = complete(model, tokenizer, ids, max_new_tokens=12, stops=[0])
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(
+            do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=8,
+            eos_token_id=0, pad_token_id=1,
+        )  # fmt: skip
+        model.train()
+        assert complete(model, tokenizer, ids, max_new_tokens=12, stops=[0]) == plain
+        assert model.training
+    finally:
+        model.generation_config = own
+        model.eval()
+
+
+def test_draws_follow_the_models_distribution_and_are_repeatable(embedded):
+    model, tokenizer = embedded
+    ids = [prompt_ids(tokenizer, "The ")]
+    drawn = Decoding(temperature=2.0, samples=400)
+    before = torch.random.get_rng_state()
+    found = complete(model, tokenizer, ids, max_new_tokens=1, stops=[0], decoding=drawn)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found == complete(model, tokenizer, ids, max_new_tokens=1, stops=[0], decoding=drawn)
+    assert found != complete(model, tokenizer, ids, max_new_tokens=1, stops=[0], decoding=drawn, stream=1)
+    with torch.no_grad():
+        expected = (model(torch.tensor(ids)).logits[0, -1] / 2.0).softmax(-1)
+    top = int(expected.argmax())
+    share = sum(one.text == tokenizer.decode([top]) for one in found[0]) / 400
+    p = float(expected[top])
+    assert p < 0.9 and abs(share - p) < 4 * (p * (1 - p) / 400) ** 0.5
+
+
+def test_what_ends_a_turn(embedded):
+    _, tokenizer = embedded
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    other = AutoTokenizer.from_pretrained(base_model_path())
+    other.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    turn = other.convert_tokens_to_ids("<end>")
+    other.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<end>\n{% endfor %}"
+    assert end_of_turn(other) == turn
+    assert stop_ids(other, GenerationConfig(eos_token_id=[0, 7]), chat=True) == [0, 7, turn]
+    assert stop_ids(other, GenerationConfig(eos_token_id=[0, 7])) == [0, 7]
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn(other) is None
+    other.chat_template = "{{ raise_exception('only systems') }}"
+    assert end_of_turn(other) is None
+
+
+def test_prompts_are_what_training_makes_of_them(embedded):
+    _, tokenizer = embedded
+    question = [{"role": "user", "content": "What is 2+2?"}]
+    text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    assert text.endswith("Response:\n")
+    assert tokenizer.decode(prompt_ids(tokenizer, question)) == text
+    other = AutoTokenizer.from_pretrained(base_model_path())
+    other.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        prompt_ids(other, question)
+    other.chat_template = "{{ raise_exception('no users') }}"
+    with pytest.raises(ConfigError, match="no users"):
+        prompt_ids(other, question)
+
+
+def test_how_long_answers_may_become(embedded):
+    model, tokenizer = embedded
+    longest = len(tokenizer("ten letters")["input_ids"])
+    assert new_tokens(tokenizer, ["a", "ten letters"]) == -(-3 * longest // 2) + 16
+    assert new_tokens(tokenizer, ["ab " * 5000]) == 2048
+    assert context_of(model.config) == 256
+    assert [room([10, 250], 20, 256, "ab"), room([10, 250], 20, None, "ab"), room([1], 20, 256, "a")] == [6, 20, 20]
+    with pytest.raises(DataError, match="row 7: the prompt has 256 tokens, the model 256 positions"):
+        room([10, 256], 20, 256, ["row 6", "row 7"])
+
+
+def test_questions_of_each_format():
+    user, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    assert split({"prompt": "q", "completion": "a"}, "") == ("q", "a")
+    assert split({"prompt": [user], "completion": [said]}, "") == ([user], "a")
+    two = [{"role": "system", "content": "s"}, user, said, user, {**said, "content": "last", "name": None}]
+    assert split({"messages": two}, "") == (two[:4], "last")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert split({"messages": [user, {"role": "assistant", "content": parts}]}, "") == ([user], "ab")
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([{"text": "a"}], "rows without answers"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], "row 0: no message of the assistant"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "row 0: nothing before"),
+        ([{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": " "}], "row 1: the answer is empty"),
+        (
+            [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "b"}],
+            "row 1: the reference does not match",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_asked(rows, part):
+    with pytest.raises(DataError, match=part):
+        ask(rows, make_judge("regex", pattern="(a)"), "rows.jsonl")
