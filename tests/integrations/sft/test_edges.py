@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qtarget import QTargetConfig
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, NonFiniteLossError, QTargetError
+from qtarget.integrations.sft.data.columns import ROW_IDS
 from qtarget.integrations.sft.data.weights import ROW, row_weights
 from qtarget.integrations.sft.score import score
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -78,7 +79,7 @@ def test_given_weights_are_cut_where_their_tokens_are(make_trainer, mode, kept):
     trainer = make_trainer("sft", data=Dataset.from_list(rows), max_length=4, truncation_mode=mode)
     for row, given in zip(trainer.train_dataset, weights, strict=True):
         assert row["loss_weights"] == given[kept]
-        assert row["row_ids"] == [row["qtarget_row"]] * 4
+        assert row[ROW_IDS] == [row[ROW]] * 4
 
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
