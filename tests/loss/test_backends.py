@@ -83,6 +83,12 @@ def test_an_unsupported_pair_is_refused() -> None:
         qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="triton")  # float64
 
 
+def test_nothing_to_compile_is_refused() -> None:
+    hidden, weight, labels = leaves()
+    with pytest.raises(IncompatibleError, match="leave nothing to compile; use backend='auto'"):
+        qtarget.linear_target_loss(hidden, weight, labels, "sft", backend="compiled")
+
+
 def test_impossible_settings_are_refused() -> None:
     hidden, weight, labels = leaves()
     with pytest.raises(HyperparameterError, match="chunk_size=0; expected a whole number"):
@@ -219,6 +225,21 @@ def test_sums_over_many_tiles(transposed: bool, monkeypatch) -> None:
     x = logits - top[:, None]
     torch.testing.assert_close(sums.exp, x.exp().sum(-1))
     torch.testing.assert_close(sums.exp_x, (x.exp() * x.clamp(min=-1e30)).sum(-1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_last_tile_that_is_not_full(transposed: bool, dtype: torch.dtype, monkeypatch) -> None:
+    """Two tokens a tile of five, or 40 columns of 100."""
+    monkeypatch.setitem(pytorch.TILE_BYTES, "cpu", 800)
+    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    z = logits.T.contiguous().T if transposed else logits.clone()
+    sums = pytorch.rest_sums(z, entropy=True)
+    x = logits.double() - logits.double().amax(-1, keepdim=True)
+    torch.testing.assert_close(sums.exp.double(), x.exp().sum(-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.exp_x.double(), (x.exp() * x).sum(-1), rtol=1e-5, atol=0)
+    pytorch.overwrite_with_gradient(z, pytorch.RestGradient(logits.double().amax(-1).to(sums.exp.dtype), sums.exp))
+    torch.testing.assert_close(z, (x.exp() * x.exp().sum(-1, keepdim=True)).to(dtype))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

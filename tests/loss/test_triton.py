@@ -131,3 +131,20 @@ def test_the_same_bits_every_time() -> None:
         loss = qtarget.linear_target_loss(hidden, weight, labels, "eaft", backend="triton")
         runs.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sft", "dft", "idft", "label_smoothing", "asft", "gift"])
+def test_banned_tokens_are_what_they_are_in_the_oracle(name: str) -> None:
+    """A bias of minus infinity, at a label too: the same infinity or limit, and the same gradient."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 4, generator=rng), torch.randn(30, 4, generator=rng)
+    bias = torch.zeros(30).index_fill(0, torch.tensor([3, 11]), -torch.inf).to(DEVICE)
+    labels = torch.tensor([1, 3, 5, 7, 11, 2], device=DEVICE)
+    known = qtarget.token_statistics((hidden @ weight.T).to(DEVICE) + bias, labels, top_k=4)
+    found = []
+    for backend in ("triton", "dense"):
+        leaves = [t.to(DEVICE).requires_grad_() for t in (hidden.clone(), weight.clone())]
+        loss = qtarget.linear_target_loss(*leaves, labels, name, bias=bias, reference=known, backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for ours, oracle in zip(*found, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-6)

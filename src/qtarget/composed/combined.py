@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from qtarget.core.coefficients import differentiate
 from qtarget.core.errors import IncompatibleError
+from qtarget.core.products import weighted
 from qtarget.core.shapes import Float, Tensor
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
@@ -91,4 +92,4 @@ class Combined(Target):
         # they are the weight's, and a base that re-weights labels too would take them for its own
         terms = self.base.losses(replace(x, label_weights=None))
         assert terms.label is not None, "checked at construction: the base has a label term"
-        return Terms(label=weights.detach() * terms.label, residual=terms.residual)
+        return Terms(label=weighted(weights.detach(), terms.label), residual=terms.residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.core.errors import IncompatibleError
+from qtarget.core.products import weighted
 from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
 
@@ -82,8 +83,9 @@ class Guarded(Target):
         trust = conflict * agreed / (agreed + SUPPORT)
         terms = self.target.losses(x)
         assert terms.label is not None, "checked at construction"
-        residual = None if terms.residual is None else (1 - conflict) * terms.residual
-        return Terms(label=(1 - trust) * terms.label - trust * x.label_log_probs, residual=residual)
+        residual = None if terms.residual is None else weighted(1 - conflict, terms.residual)
+        label = weighted(1 - trust, terms.label) - weighted(trust, x.label_log_probs)
+        return Terms(label=label, residual=residual)
 
 
 SUPPORT = 0.02

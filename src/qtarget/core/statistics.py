@@ -53,6 +53,19 @@ def check_frozen(frozen: Reference | FrozenHead | None, fields: frozenset[str], 
             raise MissingStatisticError(missing_message(target, role, field))
 
 
+def check_labels(labels: Int[Tensor, " tokens"], vocab: int, ignore_index: int) -> None:
+    """Raise unless these labels, none of them masked, are ids of the vocabulary.
+
+    Raises:
+        ShapeError: names the range found, and the vocabulary.
+    """
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= vocab):
+        raise ShapeError(
+            f"labels range from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocab} entries; "
+            f"masked positions carry {ignore_index}"
+        )
+
+
 def check_sampled(target: Target, frozen: Reference | FrozenHead | None, role: str) -> None:
     """Refuse draws where they would bias the gradient.
 
@@ -136,7 +149,7 @@ def token_statistics(
         A ``Reference`` with the labels' leading shape, detached, float32 (float64 for float64 input), temperature 1.
 
     Raises:
-        ShapeError: labels and inputs do not line up, or both or neither input is given.
+        ShapeError: labels and inputs do not line up, a label is outside the vocabulary, or both or neither input is given.
         HyperparameterError: ``top_k`` exceeds the vocabulary or is negative, or ``chunk_size`` is below 1.
 
     Example:
@@ -161,6 +174,7 @@ def token_statistics(
         raise HyperparameterError(f"chunk_size={chunk_size}; expected at least one token a chunk")
     flat_labels = labels.reshape(-1)
     kept = (flat_labels != ignore_index).nonzero()[:, 0]
+    check_labels(flat_labels[kept], vocab, ignore_index)
     flat = rows.reshape(-1, rows.shape[-1])
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     out = {

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
+from qtarget.core.products import weighted
 from qtarget.core.shapes import Float, Int, Tensor
 
 TailPolicy = Literal["bucket", "spread", "renormalize", "sampled"]
@@ -301,12 +302,12 @@ class Terms:
         if loss_weights is not None and weights_scale == "label":
             if self.label is None:
                 raise IncompatibleError(NO_LABEL_TO_WEIGH)
-            return Terms(loss_weights * self.label, self.residual).total()
+            return Terms(weighted(loss_weights, self.label), self.residual).total()
         whole = self.residual if self.label is None else self.label
         assert whole is not None, "a target returns a label term, a residual term, or both"
         if self.label is not None and self.residual is not None:
             whole = self.label + self.residual
-        return whole if loss_weights is None else loss_weights * whole
+        return whole if loss_weights is None else weighted(loss_weights, whole)
 
 
 NO_LABEL_TO_WEIGH = (
@@ -356,7 +357,7 @@ class LabelWeight(Target):
 
     def losses(self, x: TokenView) -> Terms:
         weights = self.label_weights(x) if x.label_weights is None else x.label_weights
-        return Terms(label=-weights.detach() * x.label_log_probs)
+        return Terms(label=-weighted(weights.detach(), x.label_log_probs))
 
 
 def require(reference: Reference | None, field: str, target: str, role: str = "reference") -> Tensor:

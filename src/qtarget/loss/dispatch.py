@@ -11,7 +11,7 @@ from qtarget.core.errors import HyperparameterError, IncompatibleError, MissingS
 from qtarget.core.outcomes import check_outcomes
 from qtarget.core.reductions import Reduction, denominator
 from qtarget.core.shapes import Float, Int, Tensor
-from qtarget.core.statistics import check_frozen, check_sampled, token_statistics
+from qtarget.core.statistics import check_frozen, check_labels, check_sampled, token_statistics
 from qtarget.core.types import FrozenHead, Reference, Target, TokenView, WeightsScale, project
 from qtarget.loss.backends import Backend, choose, plan_of
 from qtarget.loss.chunked import chunked_loss_sum, frozen_label_statistics, label_statistics, wanted
@@ -69,11 +69,7 @@ def build_request(
         supervised = supervised & check_weights(loss_weights, leading, supervised, weights_scale)
     kept = supervised.nonzero()[:, 0]
     trained = flat_labels[kept]
-    if len(trained) and (int(trained.min()) < 0 or int(trained.max()) >= vocab):
-        raise ShapeError(
-            f"labels range from {int(trained.min())} to {int(trained.max())}, the vocabulary has {vocab} entries; "
-            f"masked positions carry {ignore_index}"
-        )
+    check_labels(trained, vocab, ignore_index)
     # a row of [batch, time] labels is a sequence; flat tokens cannot be told apart, so their ids must be given
     if sequence_ids is None and len(leading) == 2:
         sequence_ids = torch.arange(leading[0], device=labels.device)[:, None].expand(leading)

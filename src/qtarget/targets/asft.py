@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import forward_kl
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
@@ -46,6 +47,6 @@ class ASFT(Target):
     def losses(self, x: TokenView) -> Terms:
         assert x.on_reference is not None
         return Terms(
-            label=-x.label_probs * x.label_log_probs,
-            residual=self.kl_weight * forward_kl(x.on_reference),
+            label=-weighted(x.label_probs, x.label_log_probs),
+            residual=weighted(self.kl_weight, forward_kl(x.on_reference)),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import forward_kl
 from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
@@ -58,10 +59,11 @@ class Consensus(Target):
         others = require(x.reference, "agreement", self.name)
         rho = require(x.reference, "reliability", self.name)
         support = rho * torch.maximum(live, base) + (1 - rho) * torch.maximum(live, others)
-        support = support.clamp(min=torch.finfo(support.dtype).tiny)  # nobody's token: 0 / 0 without caution
-        weight = support / (support + self.caution * (rho**3 + FLOOR))
+        doubt = self.caution * (rho**3 + FLOOR)
+        tiny = torch.finfo(support.dtype).tiny  # nobody's token and hardly any caution: 0 / 0
+        weight = support / (support + doubt).clamp(min=tiny) if self.caution else torch.ones_like(support)
         anchor = ANCHOR * self.caution * rho**3
-        return Terms(label=-weight * x.label_log_probs, residual=anchor * forward_kl(x.on_reference))
+        return Terms(label=-weighted(weight, x.label_log_probs), residual=weighted(anchor, forward_kl(x.on_reference)))
 
 
 FLOOR = 0.01

@@ -48,4 +48,4 @@ class EAFT(LabelWeight):
         assert x.top_log_probs is not None
         log_probs = x.top_log_probs.log_softmax(-1)
         entropy = -expectation(log_probs, log_probs)
-        return (entropy / math.log(self.top_k)).clamp(min=0.0) ** self.alpha
+        return (entropy / math.log(self.top_k)) ** self.alpha  # no log-softmax is above 0, so no root is of less

@@ -54,5 +54,7 @@ class GEM(Target):
         log_probs = x.log_probs.detach()
         pull = (log_probs / self.temperature).softmax(-1)
         if self.form == "logsigmoid":
-            pull = pull * torch.sigmoid(SIGMOID_SLOPE * (log_probs - x.label_log_probs.detach()[:, None]))
+            gap = log_probs - x.label_log_probs.detach()[:, None]
+            # two tokens of probability 0 have no gap, and one of them is pulled by nothing
+            pull = pull * torch.sigmoid(SIGMOID_SLOPE * gap.masked_fill(pull == 0, 0.0))
         return Terms(label=-pull.sum(-1) * x.label_log_probs, residual=expectation(pull.log(), x.log_probs))

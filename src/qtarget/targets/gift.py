@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import cross_entropy, uniform_cross_entropy
 from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
@@ -52,6 +53,7 @@ class GIFT(Target):
         p_ref = require(x.reference, "label_log_probs", self.name).exp()
         w_y = (1 - self.smoothing) * p_ref + self.smoothing / x.vocab_size
         bonus = math.expm1(self.beta) * w_y
-        anchor = (1 - self.smoothing) * cross_entropy(x.on_reference.frozen, x.on_reference.model)
-        uniform = self.smoothing * uniform_cross_entropy(x.mean_log_prob)
-        return Terms(label=-bonus / (1 + bonus) * x.label_log_probs, residual=(anchor + uniform) / (1 + bonus))
+        anchor = weighted(1 - self.smoothing, cross_entropy(x.on_reference.frozen, x.on_reference.model))
+        uniform = weighted(self.smoothing, uniform_cross_entropy(x.mean_log_prob))
+        label = -weighted(bonus / (1 + bonus), x.label_log_probs)
+        return Terms(label=label, residual=(anchor + uniform) / (1 + bonus))

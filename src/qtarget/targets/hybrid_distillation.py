@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import cross_entropy
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
@@ -43,6 +44,6 @@ class HybridDistillation(Target):
     def losses(self, x: TokenView) -> Terms:
         assert x.on_teacher is not None
         return Terms(
-            label=-(1 - self.teacher_weight) * x.label_log_probs,
-            residual=self.teacher_weight * cross_entropy(x.on_teacher.frozen, x.on_teacher.model),
+            label=-weighted(1 - self.teacher_weight, x.label_log_probs),
+            residual=weighted(self.teacher_weight, cross_entropy(x.on_teacher.frozen, x.on_teacher.model)),
         )

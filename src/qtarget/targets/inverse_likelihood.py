@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.shapes import Float, Tensor
 from qtarget.core.types import LabelWeight, Needs, TokenView, require
 
@@ -47,5 +48,6 @@ class InverseLikelihood(LabelWeight):
 
     def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
         log_probs = require(x.reference, "label_log_probs", self.name)
-        weights = (-self.power * log_probs).clamp(max=math.log(self.clip)).exp()
+        weights = -weighted(self.power, log_probs)
+        weights = weights.clamp(max=math.log(self.clip)).exp()
         return weights / weights.mean()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from qtarget.core.checks import in_range
 from qtarget.core.reductions import sequence_means
 from qtarget.core.shapes import Float, Tensor
@@ -47,6 +49,9 @@ class IWSFT(LabelWeight):
 
     def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
         assert x.sequence_ids is not None
-        log_ratio = x.label_log_probs.detach() - require(x.reference, "label_log_probs", self.name)
-        means, index = sequence_means(log_ratio, x.sequence_ids)
-        return (self.temperature * means).exp().clamp(max=self.max_weight)[index]
+        live = x.label_log_probs.detach()
+        means, index = sequence_means(live - require(x.reference, "label_log_probs", self.name), x.sequence_ids)
+        weights = (self.temperature * means).exp().clamp(max=self.max_weight)
+        # a sequence that the model excludes weighs 0, whatever the reference says of it
+        gone = sequence_means(live, x.sequence_ids)[0] == -torch.inf
+        return weights.masked_fill(gone, 0.0)[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import uniform_cross_entropy
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
@@ -44,6 +45,6 @@ class LabelSmoothing(Target):
     def losses(self, x: TokenView) -> Terms:
         assert x.mean_log_prob is not None
         return Terms(
-            label=-(1 - self.smoothing) * x.label_log_probs,
-            residual=self.smoothing * uniform_cross_entropy(x.mean_log_prob),
+            label=-weighted(1 - self.smoothing, x.label_log_probs),
+            residual=weighted(self.smoothing, uniform_cross_entropy(x.mean_log_prob)),
         )

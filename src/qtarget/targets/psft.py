@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from qtarget.core.checks import in_range
 from qtarget.core.types import Needs, Target, Terms, TokenView, require
 
@@ -43,5 +45,7 @@ class PSFT(Target):
 
     def losses(self, x: TokenView) -> Terms:
         old_log_probs = require(x.reference, "label_log_probs", self.name)
-        log_ratio = x.label_log_probs - old_log_probs
+        # a label that both exclude has no ratio; one that the model excludes has the ratio 0
+        gone = x.label_log_probs == -torch.inf
+        log_ratio = (x.label_log_probs - old_log_probs).masked_fill(gone, -torch.inf)
         return Terms(label=-log_ratio.clamp(max=math.log1p(self.clip_high)).exp())  # clipped first: exp may overflow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from qtarget.core.checks import in_range
 from qtarget.core.reductions import keep_top
 from qtarget.core.shapes import Float, Tensor
@@ -44,5 +46,7 @@ class Rho1(LabelWeight):
         return Needs(reference=frozenset({"label_log_probs"}))
 
     def label_weights(self, x: TokenView) -> Float[Tensor, " tokens"]:
-        excess = require(x.reference, "label_log_probs", self.name) - x.label_log_probs.detach()
+        known = require(x.reference, "label_log_probs", self.name)
+        # what the reference excludes has nothing to teach, whatever the model says of it
+        excess = (known - x.label_log_probs.detach()).masked_fill(known == -torch.inf, -torch.inf)
         return keep_top(excess, self.keep_fraction)

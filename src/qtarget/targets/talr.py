@@ -45,4 +45,5 @@ class TALR(LabelWeight):
             return nll
         means, _ = sequence_means(nll, x.sequence_ids)
         tau = means.median().clamp(min=torch.finfo(nll.dtype).tiny)  # a batch learnt by heart: 0 / 0
-        return (-nll / tau).exp().clamp(min=self.min_weight)
+        # a label of probability 0 takes the limit 0, also where it makes the median infinite
+        return (-nll / tau).exp().masked_fill(nll == torch.inf, 0.0).clamp(min=self.min_weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.core.checks import in_range
+from qtarget.core.products import weighted
 from qtarget.core.residuals import cross_entropy, geometric_mixture
 from qtarget.core.types import Needs, Target, Terms, TokenView
 
@@ -49,6 +50,6 @@ class TargetSFT(Target):
         p_y = x.label_probs
         mixture = geometric_mixture(x.on_teacher, self.eta)
         return Terms(
-            label=-p_y * x.label_log_probs,
-            residual=(1 - p_y) * cross_entropy(mixture, x.on_teacher.model),
+            label=-weighted(p_y, x.label_log_probs),
+            residual=weighted(1 - p_y, cross_entropy(mixture, x.on_teacher.model)),
         )

@@ -126,9 +126,20 @@ def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int) -> 
     assert output.losses is not None and output.label_log_probs is not None and step.sequence_ids is not None
     bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)
     rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
+    excluded = int((output.label_log_probs == -torch.inf).sum())
+    way_out = "look at these rows, lower learning_rate, or set max_grad_norm"
+    if loss == torch.inf and excluded:
+        way_out = (
+            f"{excluded} of their labels have probability 0: the model's logit there is minus infinity (a banned or padded "
+            "token); mask these labels, or train a target whose weight vanishes there (docs/loss.md, What infinite logits do)"
+        )
+    elif loss == torch.inf:
+        way_out = (
+            "the target pulls towards a token whose logit is minus infinity in the model (a banned or padded one), or away "
+            "from one that the frozen model excludes (docs/loss.md, What infinite logits do)"
+        )
     return NonFiniteLossError(
-        f"the loss is {loss} at step {at}, in rows {rows or 'unknown'} of the data; look at these rows, lower learning_rate, or "
-        "set max_grad_norm; the last checkpoint is untouched"
+        f"the loss is {loss} at step {at}, in rows {rows or 'unknown'} of the data; {way_out}; the last checkpoint is untouched"
     )
 
 

@@ -125,7 +125,7 @@ def adopt_plan(directory: Path, plan: Plan) -> None:
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         differing = _differences(theirs, ours)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CacheMismatchError(f"{path} is unreadable ({error}); choose another folder or delete this one") from error
     if differing:
         more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""

@@ -282,7 +282,7 @@ class Manifest(Provenance):
             version = value.get("schema_version")
             if version in READABLE_VERSIONS:
                 return cls._parse(upgraded(value) if version == 1 else value)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             reason = f"broken JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise CacheMismatchError(
                 f"{path} is unusable ({reason}); delete it and run `qtarget score CONFIG.yaml` again: "

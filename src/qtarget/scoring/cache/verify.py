@@ -58,7 +58,7 @@ def check_plan(cache: ReferenceCache) -> None:
     redo = f"delete {cache.path / MANIFEST} and run the command that wrote it again: finished shards are kept"
     try:
         plan = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CacheMismatchError(f"{path} is unreadable ({error}); score again into another folder") from error
     said = asdict(cache.manifest)
     edited = [

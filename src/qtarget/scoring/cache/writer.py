@@ -186,7 +186,7 @@ def finished_shard(directory: Path, shard: PlannedShard) -> ShardRecord | None:
         return None
     try:
         record = ShardRecord(**json.loads(receipt.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         logger.warning("%s is unreadable (%s); scoring its shard again", receipt, error)
         return None
     whole = path.stat().st_size == record.bytes and digest_file(path) == record.blake2b

@@ -123,7 +123,8 @@ def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name
         mask = supervised(offsets, labels)
         checksums += [row_checksum(ids[a:b], mask[a:b]) for a, b in pairwise(offsets.tolist())]  # pyright: ignore[reportArgumentType]
     try:
-        found = dict(zip(dataset[ROW][:], cache.locate(checksums), strict=True))
+        numbers = dataset[ROW][:]  # rows of weight 0 are left out already, so places would name other rows
+        found = dict(zip(numbers, cache.locate(checksums, numbers), strict=True))
     except CacheMismatchError as error:
         raise CacheMismatchError(f"{role} cache, {dataset_name} data: {error}") from error
 
