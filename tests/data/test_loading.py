@@ -290,3 +290,11 @@ def test_rows_that_are_in_both_are_counted_by_content():
 def test_deep_json_is_no_traceback(tmp_path):
     with pytest.raises(DataError):
         load_rows(write(tmp_path / "a.jsonl", '{"text": "a", "note": ' + "[" * 100_000 + "]" * 100_000 + "}"))
+
+
+@pytest.mark.parametrize(("name", "around"), [("rows.jsonl", "%s\n"), ("rows.json", "[%s]")])
+@pytest.mark.parametrize("row", ['{"text": "a", "text": "b"}', '{"text": "a", "note": {"x": 1, "x": 2}}'])
+def test_a_key_that_stands_twice_is_refused(name, around, row, tmp_path):
+    (tmp_path / name).write_text(around % row)
+    with pytest.raises(DataError, match="stands twice in one object"):
+        load_rows(tmp_path / name)

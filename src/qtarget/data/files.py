@@ -190,7 +190,7 @@ def _json_lines(path: Path) -> Iterator[Located]:
             if not line.strip():
                 continue
             try:
-                place, value = Place(path, f"line {number}"), json.loads(line)
+                place, value = Place(path, f"line {number}"), json.loads(line, object_pairs_hook=_each_key_once)
             except json.JSONDecodeError as error:
                 is_array = line.strip() == "[" or (line.strip()[:2] == "[{" and number == 1)
                 hint = "the file is a JSON array, name it .json" if is_array else "expected one JSON object a line"
@@ -204,11 +204,20 @@ def _json_lines(path: Path) -> Iterator[Located]:
             yield place, value
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; Python's own reader keeps the last of two values of one key, and loses the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
 def _json_array(path: Path, text: str) -> Iterator[Located]:
     if not text.strip():
         return
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""

@@ -113,3 +113,47 @@ def test_many_rows_keep_their_order(tmp_path):
     found = tokenise(config(tmp_path), rows, make_tokenizer())
     assert [len(row["input_ids"]) for row in found.rows] == [2 + i % 7 for i in range(2500)]
     assert all(isinstance(row["labels"], np.ndarray) for row in found.rows)
+
+
+PAIR = {"prompt": "ab:", "completion": "xyz"}
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "check"),
+    [
+        ({"weight": -1.0}, {}, "unusable_weights"),
+        ({"weight": "high"}, {}, "unusable_weights"),
+        ({"weight_spans": [[0, 9, 0]]}, {}, "unusable_weights"),
+        ({"weight": 0}, {"weights_scale": "label"}, None),
+        ({"weight": 0}, {}, "weightless"),
+        ({"weight_spans": [[0, 1, 0]]}, {"max_length": 4}, "weightless"),
+        ({"weight_spans": [[0, 1, 0]]}, {}, None),
+    ],
+)
+def test_weights_are_errors_of_the_audit_exactly_where_training_stops(more, settings, check, tmp_path, make_trainer):
+    from qtarget.core.errors import DataError
+
+    rows = Dataset.from_list([{**PAIR, **more}])
+    found = tokenise(config(tmp_path, **settings), rows, make_tokenizer())
+    assert [one.check for one in found.findings if one.severity == "error"] == ([check] if check else [])
+    if check:
+        with pytest.raises(DataError):
+            make_trainer(data=rows, **settings)
+    else:
+        make_trainer(data=rows, **settings)
+
+
+def test_rows_of_weight_0_are_those_that_training_leaves_out(tmp_path, make_trainer):
+    rows = Dataset.from_list([{**PAIR, "weight": weight} for weight in (1.0, 0.0, 2.0, None)])
+    found = tokenise(config(tmp_path), rows, make_tokenizer()).findings
+    assert [one.rows for one in found if one.check == "weightless"] == [(1,)]
+    kept = {row["qtarget_row_ids"][0] for row in make_trainer(data=rows).train_dataset}
+    assert kept == {0, 2, 3}
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_masks_beside_tokens_are_read_as_in_training(mask, tmp_path, make_trainer):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 1], mask: [0, 0, 1, 1]}])
+    found = tokenise(config(tmp_path), rows, make_tokenizer())
+    assert found.rows[0]["labels"].tolist() == [-100, -100, 7, 1]
+    assert make_trainer(data=rows).train_dataset[0]["labels"] == [-100, -100, 7, 1]

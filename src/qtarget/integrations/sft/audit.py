@@ -15,10 +15,12 @@ from qtarget.core.errors import ConfigError
 from qtarget.data.checks.findings import Finding
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.columns import ROW
+from qtarget.integrations.sft.data.weight_findings import weight_findings
 from qtarget.integrations.sft.preparation import changed
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import TokenRow, render
 from qtarget.integrations.sft.rendering.shape import adopt
+from qtarget.integrations.sft.rendering.token_rows import MASKS
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
         )
     )
     try:
-        trainer = SFTTrainer(stand_in, whole, train_dataset=rows, processing_class=tokenizer)
+        # TRL 1.16 refuses masks without labels where it is told to prepare nothing; here it prepares below, as in training
+        masks = [] if "labels" in rows.column_names else [c for c in MASKS if c in rows.column_names]
+        trainer = SFTTrainer(stand_in, whole, train_dataset=rows.remove_columns(masks), processing_class=tokenizer)
     except ValueError as error:
         raise ConfigError(f"TRL refuses these rows with this configuration, and so would training: {error}") from error
     prepared: Any = trainer.processing_class
@@ -69,13 +73,13 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
         prepared, template, args.dataset_text_field, args.assistant_only_loss, trainer.completion_only_loss
     )
     rendered = render(rows, "train", trl=trainer._prepare_dataset, args=whole, renderer=renderer)
+    weighed = weight_findings(rows, rendered.tokens, prepared, template, args)
     found = dict(rendered.silent)
     if rendered.tokens is not None:
         found |= dict(_arrays(rendered.tokens))
     complete = len(found) == len(rows)
-    return TokenisedRows(
-        [found[i] for i in range(len(rows))] if complete else None, prepared, template, [*left_out, *rendered.findings]
-    )
+    tokens = [found[i] for i in range(len(rows))] if complete else None
+    return TokenisedRows(tokens, prepared, template, [*left_out, *rendered.findings, *weighed])
 
 
 def cut(row: TokenRow, args: QTargetConfig) -> TokenRow:

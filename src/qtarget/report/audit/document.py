@@ -10,6 +10,7 @@ from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.findings import Finding, in_order
 from qtarget.data.checks.text import check_texts
 from qtarget.data.checks.tokens import Vocabulary, check_roles, check_tokens
+from qtarget.data.checks.weights import check_weights
 from qtarget.report.audit.advice import Advice, facts_of, which_target
 from qtarget.report.audit.noise import check_noise
 from qtarget.report.audit.prior import check_prior
@@ -53,7 +54,9 @@ def audit_texts(raw: Sequence[Mapping[str, Any]], *, text_field: str = "text") -
         "--model_name_or_path MODEL"
     )
     unchecked = Finding("tokens_unchecked", "info", len(raw), (), message)
-    return _complete(len(raw), [*check_texts(raw, text_field=text_field), unchecked], teacher=False)
+    return _complete(
+        len(raw), [*check_texts(raw, text_field=text_field), *check_weights(raw), unchecked], teacher=False
+    )
 
 
 def audit_unrendered(

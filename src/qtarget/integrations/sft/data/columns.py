@@ -84,16 +84,21 @@ def trained_rows(dataset: Dataset, weights: TokenWeights, *, zero_masks: bool, n
     placed = ~np.isin(numbers, weights.numbers[weights.unplaced])
     kept = placed & (_weighs(dataset) if zero_masks else True)
     if not kept.any():
-        raise DataError(
-            f"every trained token of the {name} data has weight 0, so there is nothing to train on; check `weight`, "
-            "`loss_weights` and `weight_spans`"
-        )
+        raise DataError(nothing_weighs(name))
     if not kept.all():
         left_out = numbers[placed & ~kept]
         if len(left_out):
             logger.warning(f"{name} data: {len(left_out):,} rows of weight 0 are left out ({named(left_out.tolist())})")
         return dataset.select(np.flatnonzero(kept))
     return dataset
+
+
+def nothing_weighs(name: str) -> str:
+    """That no token of a data set is left to train on, in words."""
+    return (
+        f"every trained token of the {name} data has weight 0, so there is nothing to train on; check `weight`, "
+        "`loss_weights` and `weight_spans`"
+    )
 
 
 def _weighs(dataset: Dataset) -> np.ndarray:
