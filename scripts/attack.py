@@ -1,0 +1,119 @@
+"""Attack the command line: bad inputs, kills, full disks, read-only folders, and a server.
+
+``python scripts/attack.py --output FILE.json`` takes about 20 minutes on 2 cores, ``--quick`` under one. It prints a table, and ends
+with 1 where something did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attack_inputs import Case, Place, all_cases
+from attack_process import HUNG, Ended, import_everything, run_all, run_one
+
+SECONDS, MIB = 5.0, 1024.0
+"""Within which a bad input must be refused."""
+QUICK_EVERY = 40
+"""The quick form runs one bad input of so many."""
+PARTS = ("inputs", "kills", "disks", "server")
+
+
+def fault(case: Case, end: Ended) -> str | None:
+    """What is wrong with how a bad input ended; None: it was refused as it should be."""
+    if "Traceback (most recent call last)" in end.text:
+        return "traceback"
+    if end.code < 0 or end.seconds > HUNG:
+        return "died or hung"
+    if "did not foresee" in end.text:
+        return "not foreseen"
+    if end.code == 0:
+        return "wrongly silent"
+    if end.code not in case.codes:
+        return f"exit code {end.code}"
+    if end.seconds > SECONDS:
+        return "slow"
+    return "memory" if end.mib > MIB else None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def attack_inputs(folder: Path, quick: bool, only: str | None = None) -> dict[str, Any]:
+    """Every bad input; which of them were not refused as they should be."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    modules = folder / "modules"
+    modules.mkdir()
+    (modules / "raises_at_import.py").write_text("raise RuntimeError('no')\n")
+    (modules / "exits_at_import.py").write_text("raise SystemExit(0)\n")
+    sys.path.append(str(modules))
+    place = Place(folder, lambda command: run_one(command, scratch).code)
+    place.score_and_train()
+    before = digests(place.good)
+    cases = [case for case in all_cases(place) if only is None or only in " ".join((case.kind, case.name))]
+    cases = cases[::QUICK_EVERY] if quick else cases
+    found, slowest, largest = [], 0.0, 0.0
+    for number, end in run_all([case.command for case in cases], scratch):
+        case, what = cases[number], fault(cases[number], end)
+        slowest, largest = max(slowest, end.seconds), max(largest, end.mib)
+        if what is not None:
+            command = " ".join(case.command).replace(str(folder), "T")
+            found.append({"what": what, "case": f"{case.kind}: {case.name}", "command": command, "code": end.code,
+                          "seconds": end.seconds, "mib": end.mib, "text": end.text.replace(str(folder), "T")[-600:]})  # fmt: skip
+            print(f"  {what}: {case.kind}: {case.name}", file=sys.stderr, flush=True)
+    return {
+        "cases": len(cases),
+        "kinds": dict(Counter(case.kind for case in cases)),
+        "faults": dict(Counter(one["what"] for one in found)),
+        "found": found,
+        "slowest_seconds": slowest,
+        "largest_mib": largest,
+        "inputs_intact": digests(place.good) == before,
+        "held": not found and digests(place.good) == before,
+    }
+
+
+def main() -> int:
+    """0 when everything held."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--output", type=Path, help="write everything there, JSON")
+    parser.add_argument("--parts", default=",".join(PARTS), help="apart by commas; default: all")
+    parser.add_argument("--only", help="bad inputs whose kind or name holds this")
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120"}
+    makers: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "inputs": lambda folder: attack_inputs(folder, options.quick, options.only),
+    }
+    import_everything()
+    parts = {}
+    for name in options.parts.split(","):
+        if name not in makers:
+            continue
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            parts[name] = makers[name](Path(folder).resolve())
+        parts[name]["seconds"] = round(time.monotonic() - begin, 1)
+    from qtarget.benchmarks.machine import machine_facts, versions
+
+    result = {"machine": machine_facts(), "versions": versions(), "quick": options.quick, "parts": parts}
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if all(part["held"] for part in parts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
