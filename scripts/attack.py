@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attack_server
 from attack_inputs import Case, Place, all_cases
+from attack_kills import KILLS, LIMITS, attack_disks, attack_kills
 from attack_process import HUNG, Ended, import_everything, run_all, run_one
 
 SECONDS, MIB = 5.0, 1024.0
@@ -51,7 +53,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def attack_inputs(folder: Path, quick: bool, only: str | None = None) -> dict[str, Any]:
+def attack_inputs(folder: Path, every: int, at_once: int, only: str | None = None) -> dict[str, Any]:
     """Every bad input; which of them were not refused as they should be."""
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -64,15 +66,15 @@ def attack_inputs(folder: Path, quick: bool, only: str | None = None) -> dict[st
     place.score_and_train()
     before = digests(place.good)
     cases = [case for case in all_cases(place) if only is None or only in " ".join((case.kind, case.name))]
-    cases = cases[::QUICK_EVERY] if quick else cases
-    found, slowest, largest = [], 0.0, 0.0
-    for number, end in run_all([case.command for case in cases], scratch):
+    cases = cases[::every]
+    found, slowest, largest, cpu = [], 0.0, 0.0, 0.0
+    for number, end in run_all([case.command for case in cases], scratch, at_once):
         case, what = cases[number], fault(cases[number], end)
-        slowest, largest = max(slowest, end.seconds), max(largest, end.mib)
+        slowest, largest, cpu = max(slowest, end.seconds), max(largest, end.mib), cpu + end.cpu_seconds
         if what is not None:
             command = " ".join(case.command).replace(str(folder), "T")
             found.append({"what": what, "case": f"{case.kind}: {case.name}", "command": command, "code": end.code,
-                          "seconds": end.seconds, "mib": end.mib, "text": end.text.replace(str(folder), "T")[-600:]})  # fmt: skip
+                          "seconds": end.seconds, "cpu_seconds": end.cpu_seconds, "mib": end.mib, "text": end.text.replace(str(folder), "T")[-600:]})  # fmt: skip
             print(f"  {what}: {case.kind}: {case.name}", file=sys.stderr, flush=True)
     return {
         "cases": len(cases),
@@ -80,10 +82,31 @@ def attack_inputs(folder: Path, quick: bool, only: str | None = None) -> dict[st
         "faults": dict(Counter(one["what"] for one in found)),
         "found": found,
         "slowest_seconds": slowest,
+        "cpu_seconds": round(cpu, 1),
         "largest_mib": largest,
         "inputs_intact": digests(place.good) == before,
         "held": not found and digests(place.good) == before,
     }
+
+
+def table(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """What was attacked, how often, and what came of it: lines of Markdown."""
+    lines = ["| attack | tried | held | seconds |", "| --- | --- | --- | --- |"]
+    for name, part in parts.items():
+        if name == "inputs":
+            faults = ", ".join(f"{count} {what}" for what, count in part["faults"].items()) or "all refused"
+            tried, held = f"{part['cases']} bad command lines", faults
+        elif name == "kills":
+            tried = ", ".join(f"{part[verb]['kills']} of {verb}" for verb in ("train", "score"))
+            held = ", ".join(f"{verb}: {part[verb]['same_bytes']} bit for bit" for verb in ("train", "score"))
+        elif name == "disks":
+            tried = f"{part['tries']} writes of {part['verbs']} verbs; read-only: {part['read_only']}"
+            held = f"{len(part['found'])} faults"
+        else:
+            tried = f"{part['silent']} silent connections, {sum(part['garbage'].values())} damaged messages"
+            held = f"{part['answered']} of {part['asked']} answered, {part['wrong']} wrong"
+        lines.append(f"| {name} | {tried} | {held} | {part['seconds']:.0f} |")
+    return lines
 
 
 def main() -> int:
@@ -91,18 +114,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--output", type=Path, help="write everything there, JSON")
-    parser.add_argument("--parts", default=",".join(PARTS), help="apart by commas; default: all")
+    parser.add_argument("--parts", help=f"apart by commas; default: {','.join(PARTS)}, quick: without the server")
+    parser.add_argument("--kills", type=int, help="of each verb; default: 20, quick 1")
+    parser.add_argument("--at-once", type=int, default=2, help="bad inputs at a time")
+    parser.add_argument("--every", type=int, help="one bad input of so many; default: 1, quick 40")
     parser.add_argument("--only", help="bad inputs whose kind or name holds this")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "120"}
     makers: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "inputs": lambda folder: attack_inputs(folder, options.quick, options.only),
+        "inputs": lambda folder: attack_inputs(
+            folder, options.every or (QUICK_EVERY if options.quick else 1), options.at_once, options.only
+        ),
+        "kills": lambda folder: attack_kills(folder, options.kills or (1 if options.quick else KILLS)),
+        "disks": lambda folder: attack_disks(folder, LIMITS[3:4] if options.quick else LIMITS, options.quick),
+        "server": lambda _: attack_server.attack(attack_server.Plan()),
     }
     import_everything()
     parts = {}
-    for name in options.parts.split(","):
-        if name not in makers:
-            continue
+    names = options.parts.split(",") if options.parts else [name for name in makers if not options.quick or name != "server"]
+    for name in names:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             parts[name] = makers[name](Path(folder).resolve())
@@ -112,6 +142,7 @@ def main() -> int:
     result = {"machine": machine_facts(), "versions": versions(), "quick": options.quick, "parts": parts}
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n".join(table(parts)))
     return 0 if all(part["held"] for part in parts.values()) else 1
 
 
