@@ -18,6 +18,8 @@ from qtarget.data.embedded import base_model_path
 REFUSED = frozenset({2})
 FINDINGS = frozenset({1, 2})
 """``audit-data`` ends with 1 where it found errors in the rows."""
+SERVE_SECONDS = 20.0
+"""``serve`` loads its model in a fresh process, whose imports count."""
 Run = Callable[[Sequence[str]], int]
 
 
@@ -30,12 +32,14 @@ class Case:
         name: which one, with its verb.
         command: without the program's name.
         codes: exit codes that are a refusal.
+        seconds: within which it must be refused.
     """
 
     kind: str
     name: str
     command: tuple[str, ...]
     codes: frozenset[int] = REFUSED
+    seconds: float = 5.0
 
 
 def text_lines(*rows: Any) -> bytes:
@@ -87,13 +91,13 @@ ROWS: dict[str, bytes | None] = {
     "lone surrogate": b'{"prompt": "\\ud800", "completion": "b"}\n',
 }
 WEIGHTS: dict[str, bytes] = {
-    name: text_lines(*[GOOD_ROW | {"loss_weight": value}] * 4)
+    name: text_lines(*[GOOD_ROW | {"weight": value}] * 4)
     for name, value in (("negative", -1.0), ("NaN", float("nan")), ("infinite", float("inf")), ("text", "much"))
 } | {
     "a list too short": text_lines(*[GOOD_ROW | {"loss_weights": [1.0]}] * 4),
     "weights of text": text_lines(*[GOOD_ROW | {"loss_weights": "abc"}] * 4),
     "negative weights": text_lines(*[GOOD_ROW | {"loss_weights": [-1.0, 2.0]}] * 4),
-    "spans outside": text_lines(*[GOOD_ROW | {"noise_spans": "abc"}] * 4),
+    "spans of text": text_lines(*[GOOD_ROW | {"weight_spans": "abc"}] * 4),
 }
 OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "gz damaged": ("rows.jsonl.gz", b"\x1f\x8b\x08\0 and no more"),
@@ -106,7 +110,6 @@ OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "unknown ending": ("rows.xyz", b"hello"),
     "a zip": ("rows.zip", b"PK\x03\x04 and nothing else"),
 }
-CONVERTS = {"text null"}  # rows that a verb may take: it leaves columns that it does not read as they are
 
 
 class Place:
@@ -133,7 +136,14 @@ class Place:
 
     def _rows(self, name: str, start: int) -> Path:
         path = self.good / f"{name}.jsonl"
-        path.write_bytes(text_lines(*[{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": f"{i + 1}"} for i in range(start, start + 8)]))
+        path.write_bytes(
+            text_lines(
+                *[
+                    {"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "answer": f"{i + 1}"}
+                    for i in range(start, start + 8)
+                ]
+            )
+        )
         return path
 
     def write_config(self, name: str, folder: Path, **keys: Any) -> Path:
@@ -190,7 +200,10 @@ def row_cases(place: Place) -> list[Case]:
     for number, (name, file) in enumerate(files):
         for verb in ("train", ("score", "inspect")[number % 2], "audit-data"):
             words = [verb, str(place.config), "--train_file", str(file)]
-            words += ["--output_dir" if verb == "train" else "--json" if verb == "audit-data" else "--output", place.new("o.json")]
+            words += [
+                "--output_dir" if verb == "train" else "--json" if verb == "audit-data" else "--output",
+                place.new("o.json"),
+            ]
             out.append(Case("rows", f"{name}: {verb}", tuple(words), FINDINGS if verb == "audit-data" else REFUSED))
         out.append(Case("rows", f"{name}: convert", ("convert", str(file), place.new("o.jsonl"))))
         noise = ("noise", str(file), place.new("o.jsonl"), "--kind", "random_tokens", "--rate", "0.5")
@@ -234,7 +247,7 @@ def model_cases(place: Place) -> list[Case]:
         data = ("--data", str(place.rows), "--output", place.new("o.json"), "--limit", "2")
         if len(out) % 3:
             out.append(Case("models", f"{name}: evaluate", ("evaluate", model, *data)))
-        out.append(Case("models", f"{name}: serve", ("serve", model, "--port", "0", "--start-timeout", "20")))
+        out.append(Case("models", f"{name}: serve", ("serve", model, "--port", "0"), seconds=SERVE_SECONDS))
     return out
 
 
@@ -248,8 +261,20 @@ def cache_cases(place: Place) -> list[Case]:
         verify = ("cache", "verify", str(cache))
         export = ("cache", "export", str(cache), "verl", "--config", str(place.config), "--output", place.new("o"))
         merge = ("cache", "merge", str(cache), str(place.other_cache), "--output", place.new("o"))
-        train = ("train", str(place.config), "--target", "asft", "--reference_cache", str(cache), "--output_dir", place.new("o"))
-        out += [Case("caches", f"{name}: {' '.join(c[:2]) if c[0] == 'cache' else c[0]}", c) for c in (verify, export, merge, train)]
+        train = (
+            "train",
+            str(place.config),
+            "--target",
+            "asft",
+            "--reference_cache",
+            str(cache),
+            "--output_dir",
+            place.new("o"),
+        )
+        out += [
+            Case("caches", f"{name}: {' '.join(c[:2]) if c[0] == 'cache' else c[0]}", c)
+            for c in (verify, export, merge, train)
+        ]
     return out
 
 

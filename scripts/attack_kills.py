@@ -70,7 +70,9 @@ def attack_kills(folder: Path, count: int) -> dict[str, Any]:
         expected = content(place.out / f"{verb} whole")
         if whole.code or not expected:
             raise RuntimeError(f"the undisturbed run ended with {whole.code}:\n{whole.text}")
-        tries = [one_kill(verb, words, place.out / f"{verb} {n}", scratch, draw.uniform(0.05, seconds)) for n in range(count)]
+        tries = [
+            one_kill(verb, words, place.out / f"{verb} {n}", scratch, draw.uniform(0.05, seconds)) for n in range(count)
+        ]
         for number, tried in enumerate(tries):
             tried["same"] = content(place.out / f"{verb} {number}") == expected
         lost = [t for t in tries if not t["same"] or t["code"] or t["finished_lost"]]
@@ -216,7 +218,10 @@ def what_was_lost(earlier: dict[Path, str], end: Ended, refused: bool, mute: boo
 def may_unshare() -> bool:
     """Whether this machine lets us mount in a namespace of our own."""
     unshare = shutil.which("unshare")
-    return unshare is not None and not subprocess.run([unshare, "-rm", "true"], capture_output=True, check=False).returncode
+    return (
+        unshare is not None
+        and not subprocess.run([unshare, "-rm", "true"], capture_output=True, check=False).returncode
+    )
 
 
 def run_read_only(words: Sequence[str], output: Path, scratch: Path) -> Ended | None:
