@@ -100,7 +100,7 @@ def one_kill(verb: str, words: Sequence[str], output: Path, scratch: Path, after
         os.killpg(pid, signal.SIGKILL)
     killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     finished = finished_files(output, verb)
-    half = [path for path in output.rglob("*.tmp*")] if output.exists() else []
+    half = list(output.rglob("*.tmp*")) if output.exists() else []
     again = run_one([*words, str(output), *(["--resume", "true"] if verb == "train" else [])], scratch)
     if not killed and verb == "train":
         again = Ended(0, 0.0, 0.0, 0.0, "")  # it was over before: there was nothing to go on with
@@ -146,7 +146,7 @@ def writers(place: Place) -> dict[str, list[str]]:
         "noise": ["noise", rows, "OUT/rows.jsonl", "--kind", "random_tokens", "--rate", "0.5", "--overwrite"],
         "lens": ["lens", "sft", "--output", "OUT/lens.html", "--json", "OUT/lens.json"],
         "report": ["report", str(place.trained), "--output", "OUT/report.html", "--json", "OUT/report.json"],
-        "evaluate": ["evaluate", str(place.model), "--data", rows, "--limit", "2", "--output", "OUT/evaluation.json"],
+        "evaluate": ["evaluate", str(place.model), "--base", str(place.model), "--data", rows, "--limit", "2", "--output", "OUT/evaluation.json"],
         "cache merge": ["cache", "merge", str(place.cache), str(place.other_cache), "--output", "OUT"],
         "cache export": ["cache", "export", str(place.cache), "verl", "--config", config, "--output", "OUT"],
     }  # fmt: skip
@@ -174,17 +174,22 @@ def attack_disks(folder: Path, limits: Sequence[int] = LIMITS, quick: bool = Fal
             # standard output is a file here, and may not grow either: nothing can be said below a kilobyte
             bad = what_was_lost(earlier, end, refused=limit < 1000, mute=limit < 5000)
             if bad:
-                found.append({"verb": verb, "limit": limit, "what": bad, "code": end.code, "text": end.text[-400:]})
+                found.append(lost(verb, limit, bad, end))
         read_only = run_read_only(words, output, scratch)
         if read_only is not None:
             tries += 1
             bad = what_was_lost(earlier, read_only, refused=True, mute=False)
             if bad:
-                found.append({"verb": verb, "limit": "read-only", "what": bad, "code": read_only.code, "text": read_only.text[-400:]})  # fmt: skip
+                found.append(lost(verb, "read-only", bad, read_only))
     return {
         "verbs": len(verbs), "limits": list(limits), "read_only": "bind mount" if may_unshare() else "skipped: no unshare",
         "tries": tries, "found": found, "held": not found,
     }  # fmt: skip
+
+
+def lost(verb: str, limit: int | str, what: str, end: Ended) -> dict[str, Any]:
+    """A fault, for people."""
+    return {"verb": verb, "limit": limit, "what": what, "code": end.code, "text": end.text[-400:]}
 
 
 def into(words: Sequence[str], output: Path) -> list[str]:
