@@ -48,8 +48,10 @@ def fault(case: Case, end: Ended) -> str | None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    """SHA-256 of every file in a folder, without locks and what a cache derives from itself."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != ".lock" and ".decoded" not in path.parts
+    )
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
