@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -136,7 +137,7 @@ def file_limit(size: int) -> None:
 
 def writers(place: Place) -> dict[str, list[str]]:
     """Every verb that writes, with ``OUT`` for its output."""
-    config, rows = str(place.config), str(place.rows)
+    config, rows, model = str(place.config), str(place.rows), str(place.model)
     return {
         "train": ["train", config, "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "OUT"],
         "score": ["score", config, "--top-k", "4", "--output", "OUT"],
@@ -146,7 +147,7 @@ def writers(place: Place) -> dict[str, list[str]]:
         "noise": ["noise", rows, "OUT/rows.jsonl", "--kind", "random_tokens", "--rate", "0.5", "--overwrite"],
         "lens": ["lens", "sft", "--output", "OUT/lens.html", "--json", "OUT/lens.json"],
         "report": ["report", str(place.trained), "--output", "OUT/report.html", "--json", "OUT/report.json"],
-        "evaluate": ["evaluate", str(place.model), "--base", str(place.model), "--data", rows, "--limit", "2", "--output", "OUT/evaluation.json"],
+        "evaluate": ["evaluate", model, "--base", model, "--data", rows, "--limit", "2", "--output", "OUT/evaluation.json"],
         "cache merge": ["cache", "merge", str(place.cache), str(place.other_cache), "--output", "OUT"],
         "cache export": ["cache", "export", str(place.cache), "verl", "--config", config, "--output", "OUT"],
     }  # fmt: skip
@@ -215,7 +216,7 @@ def what_was_lost(earlier: dict[Path, str], end: Ended, refused: bool, mute: boo
         return "traceback"
     if end.code not in (0, 2) or (refused and end.code == 0):
         return f"exit code {end.code}"
-    if end.code and not mute and end.text.count("Error: ") + end.text.count(" stopped: ") != 1:
+    if end.code and not mute and len(re.findall(r"(?m)^(?:\w+Error: |`qtarget .* stopped)", end.text)) != 1:
         return "not one error"
     return None
 
