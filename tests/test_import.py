@@ -193,9 +193,10 @@ def test_the_trainer_is_imported_when_it_is_asked_for() -> None:
 import sys, qtarget
 assert {"QTargetConfig", "QTargetTrainer"} <= set(dir(qtarget)) and "trl" not in sys.modules
 from qtarget import QTargetConfig, QTargetTrainer
-print(QTargetTrainer.__mro__[1].__name__, QTargetConfig.__mro__[1].__name__)
+from trl import SFTConfig, SFTTrainer
+print(issubclass(QTargetTrainer, SFTTrainer), issubclass(QTargetConfig, SFTConfig))
 """
-    assert fresh(code).split() == ["SFTTrainer", "SFTConfig"]
+    assert fresh(code).split() == ["True", "True"]
 
 
 def test_without_the_extra_the_trainer_says_what_to_install() -> None:

@@ -52,13 +52,15 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
     """The object behind ``package.module:name`` (or ``package.module:Class.method``); runs that module's code.
 
     Raises:
-        UnknownTargetError: there is no such module, or nothing of that name in it.
+        UnknownTargetError: there is no such module, or nothing of that name in it, or its code raises or exits.
     """
     module_name, _, path = name.partition(":")
     try:
         return operator.attrgetter(path)(importlib.import_module(module_name))
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise UnknownTargetError(f"{what} {name!r} cannot be imported ({error}); expected {expected}") from error
+    except (Exception, SystemExit) as error:  # the module's own code runs here, and may raise anything
+        raise UnknownTargetError(
+            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); expected {expected}"
+        ) from error
 
 
 def _outside_class(name: str) -> type[Target]:

@@ -237,7 +237,7 @@ def _outside(metric: str) -> Callable[[str, str, str, Mapping[str, Any]], Any]:
     module, _, path = metric.partition(":")
     try:
         function = operator.attrgetter(path)(importlib.import_module(module))
-    except Exception as error:  # the module's own code runs here, and may raise anything
+    except (Exception, SystemExit) as error:  # the module's own code runs here, and may raise anything
         raise ConfigError(
             f"--metric {metric}: {type(error).__name__}: {error}; expected package.module:function, importable from the "
             "current folder"

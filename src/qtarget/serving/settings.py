@@ -32,6 +32,10 @@ RANGES: dict[str, tuple[float, float]] = {
 """What the numbers may be; NaN is in no range."""
 
 
+DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "xla")
+"""Kinds of devices that torch knows and a model can run on; the gateway loads no torch to ask."""
+
+
 @dataclass(frozen=True)
 class ServeSettings:
     """How to serve which model.
@@ -83,7 +87,7 @@ class ServeSettings:
             value = getattr(self, name)
             if not lowest <= value <= highest:
                 raise ConfigError(f"{name} is {value}; expected {lowest} to {highest}")
-        if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", self.device):
+        if not re.fullmatch(rf"({'|'.join(DEVICES)})(:[0-9]{{1,4}})?", self.device):
             raise ConfigError(f"device {self.device!r} is no device; expected one like cpu, cuda or cuda:1")
         known = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in known:

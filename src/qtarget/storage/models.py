@@ -60,7 +60,7 @@ def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **optio
     Raises:
         ConfigError: weights are missing, unknown or of another shape, or the folder is damaged.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     kept = {name: options[name] for name in ("revision", "trust_remote_code") if options.get(name) is not None}
@@ -69,6 +69,9 @@ def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **optio
         check_whole(key, base, allow_new_weights=allow_new_weights, **kept)
         return
     config = load_named(AutoConfig, key, name, **kept)
+    if (Path(name) / "generation_config.json").exists():
+        # from_pretrained makes up a new one where this is damaged, and says nothing (transformers 5.23)
+        load_named(GenerationConfig, key, name)
     if getattr(config, "quantization_config", None) is not None:
         return  # its weights have other names and shapes until the quantiser has read them
     verbosity = logging.get_verbosity()

@@ -125,6 +125,10 @@ class QTargetConfig(SFTConfig):
         self.teacher_url = place_teacher(self)
         if isinstance(self.target_kwargs, str):
             self.target_kwargs = json.loads(self.target_kwargs)
+        if not isinstance(self.target_kwargs, dict | None):
+            raise ConfigError(
+                f"target_kwargs={self.target_kwargs!r}; expected names and values, such as {{alpha: 0.5}}"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise ConfigError(
                 "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"

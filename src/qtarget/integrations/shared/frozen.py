@@ -49,14 +49,14 @@ def open_caches(
         ConfigError: there is no such key; or the teacher is a URL, which nobody has scored yet.
     """
     caches: dict[str, ReferenceCache] = {}
-    key = args.cache_verify_key
+    key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
     for role in ROLES:
         fields, path = getattr(target.needs, role), getattr(args, f"{role}_cache")
         if not fields:
             check_unused(args, target, role)
             continue
         if path is not None:
-            caches[role] = ReferenceCache.open(path, key=None if key is None else read_key(key))
+            caches[role] = ReferenceCache.open(path, key=key)
             check_plan(caches[role])
             check_columns(caches[role], target, role)
         elif role == "teacher" and args.teacher_url is not None:

@@ -299,8 +299,13 @@ def sample_changes(run: Run, first: int | None = None, last: int | None = None) 
         first, last: steps; the first and the last sampled ones by default.
 
     Raises:
-        DataError: nothing was sampled at that step.
+        DataError: nothing was sampled at that step, or a step is named and nothing at all was sampled.
     """
+    if not run.samples and (first is not None or last is not None):
+        raise DataError(
+            f"{run.name} has no token samples to compare at a step; train with eval_strategy and heatmap_rows, or name rows: "
+            "--rows FILE"
+        )
     out = []
     for name in dict.fromkeys(line["name"] for line in run.samples):
         rows = {line["step"]: line["rows"] for line in run.samples if line["name"] == name}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, QTargetError
 from qtarget.scoring.cache.columns import LOWEST
 from qtarget.scoring.cache.plan import tool_versions
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -90,6 +90,20 @@ def reader_of(name: str, path: str | Path) -> Callable[[Mapping[str, Any]], List
     raise ConfigError(f"format {name!r} is unknown; expected one of {', '.join(SHIFT)}")
 
 
+def named(read: Callable[[Mapping[str, Any]], Listed], project: str) -> Callable[[Mapping[str, Any]], Listed]:
+    """The same reader, whose rows of other types or shapes are a named error."""
+
+    def checked(raw: Mapping[str, Any]) -> Listed:
+        try:
+            return read(raw)
+        except (TypeError, ValueError, IndexError) as error:
+            if isinstance(error, QTargetError):
+                raise
+            raise DataError(f"a row is none of {project}: {error}; expected its numbers, [time, k] each") from error
+
+    return checked
+
+
 def column(raw: Mapping[str, Any], name: str, project: str) -> Any:
     """A column of a foreign row.
 
@@ -121,7 +135,7 @@ def read_axolotl(raw: Mapping[str, Any]) -> Listed:
     mask = np.asarray(column(raw, "target_mask", "axolotl"), bool)
     log_probs = np.asarray(column(raw, "target_logprobs", "axolotl"), np.float32)
     log_probs = np.where(mask, log_probs, -np.inf)
-    input_ids = np.asarray(raw["input_ids"], np.int64)
+    input_ids = np.asarray(column(raw, "input_ids", "axolotl"), np.int64)
     known = {"labels": raw.get("labels")}
     supervised = trained(known, len(input_ids)) if known["labels"] is not None else np.asarray(mask.any(1))
     return Listed(input_ids, supervised, ids, log_probs)
@@ -129,7 +143,7 @@ def read_axolotl(raw: Mapping[str, Any]) -> Listed:
 
 def read_verl(raw: Mapping[str, Any]) -> Listed:
     """``teacher_ids``, ``teacher_logprobs`` ``[time, k]``, padded like ``input_ids``; padding goes by ``attention_mask``."""
-    input_ids = np.asarray(raw["input_ids"], np.int64)
+    input_ids = np.asarray(column(raw, "input_ids", "verl"), np.int64)
     real = (
         np.asarray(raw["attention_mask"], bool)
         if raw.get("attention_mask") is not None
@@ -155,7 +169,7 @@ class DistillKit:
     config: Mapping[str, Any] | None
 
     def __call__(self, raw: Mapping[str, Any]) -> Listed:
-        input_ids = np.asarray(raw["input_ids"], np.int64)
+        input_ids = np.asarray(column(raw, "input_ids", "DistillKit"), np.int64)
         supervised = trained(raw, len(input_ids))
         if raw.get("token_ids") is not None:
             values = np.asarray(column(raw, "top_values", "DistillKit"), np.float32)
@@ -377,7 +391,7 @@ def import_rows(
         ConfigError: no such file or format, or a folder that is somebody else's.
     """
     check_folder(directory, CACHE, inputs=[path])
-    rows, read = open_rows(path), reader_of(name, path)
+    rows, read = open_rows(path), named(reader_of(name, path), name)
     source = ForeignSource(rows, read, check_shift(probe(rows, read), name, shift), vocab_size)
     files = sorted(Path(path).glob("*")) if Path(path).is_dir() else [Path(path)]
     provenance = Provenance(

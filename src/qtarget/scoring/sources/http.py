@@ -58,6 +58,10 @@ class Retries:
         self.sleep(min(seconds, self.longest))
 
 
+FIRST_CONTACT = 3
+"""Attempts at a server that refuses connections and has never answered: it is not there, or its URL is wrong."""
+
+
 class Endpoint:
     """One server, spoken to in JSON from several threads.
 
@@ -78,7 +82,7 @@ class Endpoint:
             raise ScoringServerError(f"{url!r} is no URL of a server; expected something like http://host:8000")
         key = key or os.environ.get(KEY_VARIABLE)
         self.url = url.rstrip("/")
-        self._retries = retries
+        self._retries, self._answered = retries, False
         self._client = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else None,
@@ -130,12 +134,15 @@ class Endpoint:
         Raises:
             ScoringServerError: the server still fails after the last attempt, answers too much, or ``parse`` raises it.
         """
-        reason, retry_after = "", None
+        reason, retry_after, refused, made = "", None, False, 0
         for attempt in range(self._retries.attempts):
+            if attempt == FIRST_CONTACT and not self._answered and refused:
+                break
             if attempt:
                 self._retries.wait(attempt, retry_after)
             try:
                 with self._deadline.within(self._timeout), self._client.stream(method, path, **request) as stream:
+                    self._answered = True
                     response = read_bounded(stream, most, self.url + path)
                 # 500 is not among them: ours says it of a request that cannot be scored, and would say it again
                 if response.status_code not in RETRIED:
@@ -146,8 +153,10 @@ class Endpoint:
                 )
             except (httpx2.TransportError, httpx2.DecodingError, Cut) as error:
                 reason, retry_after = f"{type(error).__name__} {error}".strip(), None
+                refused = isinstance(error, httpx2.ConnectError)
+            made += 1
         raise ScoringServerError(
-            f"{self.url}{path} failed {self._retries.attempts} times, at last with: {reason}; see that the server runs and is "
+            f"{self.url}{path} failed {made} times, at last with: {reason}; see that the server runs and is "
             "reachable, then run the same command again: finished shards are kept"
         )
 
