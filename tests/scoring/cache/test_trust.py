@@ -186,6 +186,13 @@ def test_columns_that_the_shards_do_not_have_are_named(cache):
 # -- signatures --------------------------------------------------------------------------------------------------
 
 
+def test_a_top_k_that_the_shards_do_not_have_is_named(cache):
+    edit(cache, top_k=9)
+    shutil.rmtree(cache / ".decoded", ignore_errors=True)
+    with pytest.raises(CacheMismatchError, match="3 ids a token, the manifest says top_k 9"):
+        numbers(cache)
+
+
 @pytest.fixture
 def key(tmp_path):
     path = tmp_path / "key"

@@ -62,6 +62,7 @@ def load_shard(directory: Path, shard: ShardRecord, manifest: Manifest) -> Loade
     for name in table.column_names:
         ends, flat = flat_lists(table, name)
         if name.startswith("topk"):
+            check_width(len(flat), table, manifest)
             flat, ends = flat.reshape(-1, manifest.top_k), ends // manifest.top_k
         columns[name] = flat
         if name == "sample_ids":
@@ -160,9 +161,24 @@ def decoded_table(table: pa.Table, manifest: Provenance, schema_version: int) ->
     columns = {name: table[name].combine_chunks() for name in table.column_names[1:]}
     if schema_version > 1 and manifest.log_probs_dtype == "float16" and "topk_log_probs" in columns:
         offsets, steps = flat_lists(table, "topk_log_probs")
+        check_width(len(steps), table, manifest)
         flat = from_half_steps(steps.astype(np.uint16).reshape(-1, manifest.top_k)).reshape(-1)
         columns["topk_log_probs"] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
     return pa.table(columns)
+
+
+def check_width(entries: int, table: pa.Table, manifest: Provenance | Manifest) -> None:
+    """Refuse listed ids of another number a token than the manifest says.
+
+    Raises:
+        CacheMismatchError: says both numbers.
+    """
+    tokens = len(flat_lists(table, "label_log_probs")[1])
+    if entries != tokens * manifest.top_k:
+        raise CacheMismatchError(
+            f"a shard lists {entries / max(1, tokens):g} ids a token, the manifest says top_k {manifest.top_k}; one was edited: "
+            "take the cache from where it was made, or score again into another folder"
+        )
 
 
 def decoded_digest(table: pa.Table) -> str:
