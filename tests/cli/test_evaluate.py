@@ -290,11 +290,6 @@ def test_refusals_are_one_block_and_leave_no_file(runs, tmp_path, capsys, monkey
     ]:
         assert part in refused(capsys, "evaluate", *arguments), arguments
         assert {path.name for path in tmp_path.iterdir()} <= {"bad_judges.py", "odd.jsonl", "__pycache__"}
-    parts = [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
-    listed = write_rows(
-        tmp_path / "parts.jsonl", [{"messages": [{**parts[0]}, {**parts[1], "content": parts[0]["content"]}]}]
-    )
-    assert "chat template" in refused(capsys, "evaluate", sft, "--data", listed)
     short = ("--limit", "2", "--no-nll", "--output")
     for metric, part in (("raises", "raised RuntimeError: no, at data.jsonl, row"), ("nothing", "returned None")):
         assert part in refused(

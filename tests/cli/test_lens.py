@@ -77,7 +77,7 @@ def test_the_notebook_example_prints_what_it_says(there):
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ("nowhere:loss", "loss 'nowhere:loss' cannot be imported (No module named 'nowhere')"),
+        ("nowhere:loss", "loss 'nowhere:loss' cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         ("my_losses:careless", "careless"),
         ("my_losses:F.pi", "cannot be imported"),
         ("sftt", "did you mean sft"),

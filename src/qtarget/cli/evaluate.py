@@ -77,7 +77,10 @@ def evaluate(
     records_file = output.with_suffix(ROWS_SUFFIX)
     inputs = [data, forgetting, *(path for one in contenders if (path := Path(one.model)).is_dir())]
     refuse_earlier(records_file, resume)
-    check_outputs({"--output": output, "--page": page, "the records": records_file}, inputs)
+    check_outputs({"--output": output, "--page": page}, inputs)
+    check_outputs(
+        {"the records": records_file}, inputs, replaces=True
+    )  # lines of ours, which a resumed run goes on with
     texts = [options.read("data", data, judges[0])]
     texts += [options.read("forgetting", forgetting, judges[1])] if forgetting is not None else []
     server = None if url is None else connect(url, engine, names, contenders)

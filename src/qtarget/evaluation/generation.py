@@ -13,7 +13,6 @@ import torch
 
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.evaluation.questions import Prompt
-from qtarget.integrations.shared.probes import left_padding_leak
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +110,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 def rows_at_once(model: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or 1 and a warning where padding on the left would change what the model writes."""
+    from qtarget.integrations.shared.probes import left_padding_leak  # transformers, only where a model is
+
     leak = left_padding_leak(model, tokenizer) if wanted > 1 else None
     if leak is None:
         return wanted

@@ -168,7 +168,9 @@ def foreign_names(path: Path, beside: Iterable[str | Path] = ()) -> list[str]:
     return sorted(
         found.name
         for found in path.iterdir()
-        if not any(fnmatch(found.name, pattern) for pattern in PASSED_OVER) and os.path.realpath(found) not in own
+        if not any(fnmatch(found.name, pattern) for pattern in PASSED_OVER)
+        and os.path.realpath(found) not in own
+        and not (found.is_dir() and kind_of(found) == CACHE)  # of a teacher that was scored before the run began
     )
 
 
