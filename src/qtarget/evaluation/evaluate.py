@@ -192,7 +192,8 @@ class Evaluation:
         self.facts[name]["max_new_tokens"][rows.name] = wanted
         prompts = [prompt_ids(tokenizer, q.prompt, q.template) for q in questions]
         size = self._choices.batch_size
-        if not self._is_served(loaded):
+        said = (self._records.get(("completion", rows.name, name, i)) for i in range(len(prompts)))
+        if not self._is_served(loaded) and any(line is None for line in said):  # else no model need be loaded
             size = rows_at_once(loaded.model, tokenizer, size)  # padding on the left disturbs some architectures
         for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
             keys = [("completion", rows.name, name, i) for i in chosen]
