@@ -12,6 +12,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from qtarget.core.errors import UnsupportedModelError
 from qtarget.integrations.sft.data.collator import TargetCollator
+from qtarget.integrations.sft.data.columns import ROW_IDS
 from qtarget.integrations.shared.heads import backbone_states, probe_head
 from qtarget.integrations.shared.probes import left_padding_leak, refuse_leaks
 from tests import ROOT
@@ -38,8 +39,8 @@ def verdict(model, trained=True) -> str:
 
 def logits(model, documents) -> torch.Tensor | None:
     """Of the last document, by the model's own forward with the keys of TRL's collator; None where it refuses them."""
-    inputs = COLLATOR.torch_call([{"input_ids": ids, "labels": ids, "row_ids": [0] * len(ids)} for ids in documents])
-    for name in ("labels", "row_ids"):
+    inputs = COLLATOR.torch_call([{"input_ids": ids, "labels": ids, ROW_IDS: [0] * len(ids)} for ids in documents])
+    for name in ("labels", "row_ids", "example_ids"):
         del inputs[name]
     try:
         with torch.no_grad():
