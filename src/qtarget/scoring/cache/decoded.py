@@ -173,7 +173,8 @@ def check_width(entries: int, table: pa.Table, manifest: Provenance | Manifest) 
     Raises:
         CacheMismatchError: says both numbers.
     """
-    tokens = len(flat_lists(table, "label_log_probs")[1])
+    counted = next((name for name in PER_TOKEN if name in table.column_names), None)
+    tokens = entries // manifest.top_k if counted is None else len(flat_lists(table, counted)[1])
     if entries != tokens * manifest.top_k:
         raise CacheMismatchError(
             f"a shard lists {entries / max(1, tokens):g} ids a token, the manifest says top_k {manifest.top_k}; one was edited: "

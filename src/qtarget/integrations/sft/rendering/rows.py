@@ -96,6 +96,8 @@ def render(
     except (QTargetError, MemoryError, OSError):  # no fault of a row
         raise
     except Exception as error:  # a template raises what it likes (jinja2.TemplateError, TypeError, KeyError)
+        if dataset.format["type"] == "custom":
+            raise  # TRL 1.16 refuses rows behind a transform, in its own words
         silent = without_assistant(dataset, renderer) if "assistant" in str(error) else {}
         if not silent:
             return Rendered(None, findings_of(why(dataset, name, trl, args, renderer, error), len(dataset)))
