@@ -158,7 +158,7 @@ def test_retries_end(engine, kind):
     engine.faults = [status(503)] * 9
     with (
         serving(engine) as url,
-        pytest.raises(ScoringServerError, match=r"failed 3 times.*503 try later.*same command"),
+        pytest.raises(ScoringServerError, match=r"failed 4 times.*503 try later.*same command"),
     ):
         connect(kind, url).score([ROW], 0)
     assert len(engine.faults) == 5
