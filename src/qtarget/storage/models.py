@@ -27,13 +27,12 @@ def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
         return loader.from_pretrained(name, **options)
 
 
-def load_whole(key: str, name: str, *, allow_new_weights: bool = False, auto_class: Any = None, **options: Any) -> Any:
+def load_whole(key: str, name: str, *, allow_new_weights: bool = False, **options: Any) -> Any:
     """A causal language model by name, whole (see ``check_whole``), its weights all finite.
 
     Args:
         key: what the user calls it, for errors: ``model_name_or_path``, ``teacher model``.
         allow_new_weights: see ``check_whole``.
-        auto_class: transformers' ``AutoModelForCausalLM`` by default.
         options: for ``from_pretrained``.
 
     Raises:
@@ -42,7 +41,7 @@ def load_whole(key: str, name: str, *, allow_new_weights: bool = False, auto_cla
     from transformers import AutoModelForCausalLM
 
     check_whole(key, name, allow_new_weights=allow_new_weights, **options)
-    model = load_named(auto_class or AutoModelForCausalLM, key, name, **options)
+    model = load_named(AutoModelForCausalLM, key, name, **options)
     check_finite(model, f"{key} {name}")
     return model
 
