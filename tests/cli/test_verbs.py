@@ -128,9 +128,10 @@ def test_noise_marks_what_it_touched_and_leaves_the_rest(tmp_path, tiny_model):
 
 def test_an_unknown_kind_and_a_bad_tokenizer_say_so(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "empty").mkdir()
     for extra, words in (
         (["--kind", "static"], "unknown noise kind 'static'; known kinds: random_tokens"),
-        (["--kind", "boilerplate", "--tokenizer", str(tmp_path)], "expected a folder or a hub name"),
+        (["--kind", "boilerplate", "--tokenizer", str(tmp_path / "empty")], "expected a folder or a hub name"),
     ):
         with pytest.raises(SystemExit) as ended:
             run(["noise", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--rate", "0.5", *extra])

@@ -38,7 +38,10 @@ def serve(
     start_timeout: Annotated[float, typer.Option(callback=finite, help="Seconds until it must be ready.")] = 600.0,
     max_restarts: Annotated[int, typer.Option(help="After crashes, within ten minutes.")] = 20,
     header_timeout: Annotated[
-        float, typer.Option(help="Seconds for a request's header; a connection that is silent longer is closed.")
+        float,
+        typer.Option(
+            callback=finite, help="Seconds for a request's header; a connection that is silent longer is closed."
+        ),
     ] = 10.0,
     max_connections: Annotated[int, typer.Option(help="At once; the longest silent one makes room.")] = 1024,
     allow_host: Annotated[
