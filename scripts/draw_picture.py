@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from qtarget.benchmarks.demo.bench import picture
-from qtarget.benchmarks.demo.figure import save_figure
+from qtarget.benchmarks.figure import save_figure
 
 ROOT = Path(__file__).parents[1]
 

@@ -94,7 +94,7 @@ def keys_page() -> str:
     from qtarget.integrations.sft.config import QTargetConfig
 
     seen: set[str] = set()
-    text = "# Keys of a config\n\nEvery key that `qtarget train` and its sisters read, with its default. `--key value` says it too.\n"
+    text = "# Keys of a config\n\nEvery key that a config may have, with its default. `--key value` says it too.\n"
     sections: list[tuple[str, type, type | None]] = [
         ("Rows", DataConfig, None),
         ("Target, reference, teacher, weights", QTargetConfig, SFTConfig),

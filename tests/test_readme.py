@@ -40,7 +40,9 @@ def test_numbers_in_the_text_are_those_of_the_raw_results():
     over = [g["ours"] - g["sft"] for g in noisy]
     assert (round(min(over), 1), round(max(over))) == (-0.1, 22)
     means = {
-        (cell["base"], cell["kind"], cell["rate"]): {n: m["accuracy_percent"]["mean"] for n, m in cell["methods"].items()}
+        (cell["base"], cell["kind"], cell["rate"]): {
+            n: m["accuracy_percent"]["mean"] for n, m in cell["methods"].items()
+        }
         for cell in noise["summary"]["cells"]
     }
     end = means["most", "random_tokens", 0.4]
@@ -53,7 +55,7 @@ def test_numbers_in_the_text_are_those_of_the_raw_results():
 def test_the_python_start_runs(tmp_path):
     [code] = blocks("python")
     assert len(code.splitlines()) <= 8
-    short = code.replace('bf16=False)', 'bf16=False, max_steps=3)')
+    short = code.replace("bf16=False)", "bf16=False, max_steps=3)")
     assert short != code
     done = subprocess.run([sys.executable, "-c", short], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

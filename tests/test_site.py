@@ -22,7 +22,9 @@ SMALL = {"train": ["--max_steps", "4"], "score": ["--shard-rows", "512"]}
 
 def commands(page: str) -> list[list[str]]:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    return [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [
+        shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from qtarget.benchmarks.demo.bench import TUNED, DemoConfig, quick, summarize
 from qtarget.benchmarks.demo.bench import finding as story
-from qtarget.benchmarks.demo.figure import regimes_figure, save_figure
+from qtarget.benchmarks.figure import regimes_figure, save_figure
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.seeds import Range, over_seeds, paired_difference
 from qtarget.core.errors import QTargetError, ShapeError

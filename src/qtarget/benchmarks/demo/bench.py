@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.demo.figure import regimes_figure, save_figure
+from qtarget.benchmarks.figure import regimes_figure, save_figure
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting
 from qtarget.benchmarks.pool import Progress, Workers, one_thread, quiet_libraries
