@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs lock sbom audit clean
+.PHONY: demo test check docs lock sbom audit release clean
 
 demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
 	@echo "the demo: about 3 minutes on 2 cores"
@@ -34,6 +34,12 @@ sbom: $(VENV)/release ## what a release is made of, as CycloneDX JSON
 
 audit: $(VENV)/release ## known vulnerabilities of the locked packages; asks the advisory database, so it needs the network
 	$(BIN)/pip-audit -r requirements/cuda.lock --disable-pip --no-deps
+
+release: sbom ## build, then check what a user would get: contents, the core alone, the demo from an empty folder
+	rm -f dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/python scripts/check_release.py dist
 
 $(VENV)/release: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[release]'

@@ -88,7 +88,8 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def keys_page() -> str:
     """Every key of a config file with its type and default: ours, then TRL's and transformers'."""
     from transformers import TrainingArguments
-    from trl import ModelConfig, SFTConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from qtarget.cli.options.config import DataConfig
     from qtarget.integrations.sft.config import QTargetConfig
