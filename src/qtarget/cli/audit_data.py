@@ -145,6 +145,8 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
     """Tokenizer, rows of the model's embeddings, and its end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    from qtarget.integrations.shared.ends import end_ids
+
     name, revision = str(config.model.model_name_or_path), config.model.model_revision
     keywords = {"revision": revision, "trust_remote_code": config.training.trust_remote_code}
     try:
@@ -156,10 +158,10 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
             "hub name"
         ) from error
     try:
-        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        generation = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # many models have no generation_config.json
-        ends = model.eos_token_id
-    return tokenizer, model.vocab_size, [ends] if isinstance(ends, int) else list(ends or [])
+        generation = None
+    return tokenizer, model.vocab_size, end_ids(generation, model)
 
 
 def open_cache(path: str | None, required: bool) -> ReferenceCache | None:
