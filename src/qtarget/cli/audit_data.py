@@ -112,6 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
+    from qtarget.integrations.shared.ends import turn_ends
     from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
@@ -129,7 +130,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         tokens.rows,
         [cut(row, training) for row in tokens.rows],
         tokenizer=tokens.tokenizer,
-        vocabulary=Vocabulary.of(tokens.tokenizer, size, ends),
+        vocabulary=Vocabulary.of(tokens.tokenizer, size, [*ends, *turn_ends(tokens.tokenizer)]),
         max_length=training.max_length,
         keep_end=training.truncation_mode == "keep_end",
         chat_template=tokens.chat_template,

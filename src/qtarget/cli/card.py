@@ -12,7 +12,9 @@ def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or a merged model of it.")],
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="JSON of an evaluation; default: those of this run in its folder and beside it."),
+        typer.Option(
+            metavar="FILE", help="JSON of an evaluation; default: those of this run in its folder and beside it."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model on the hub, user/name.")] = None,
 ) -> None:
@@ -25,4 +27,6 @@ def card(
     document = card_document(run, files)
     model = (name or "").split("/")[-1] or run.resolve().name
     text = card_text(document, model, tags=read_tags(run / CARD), hub_name=name, merged=kind_of(run) == MODEL)
-    typer.echo(f"{write_card(run, text)}: {len(document['evaluations'])} tables of {', '.join(map(str, files)) or 'no evaluation'}")
+    typer.echo(
+        f"{write_card(run, text)}: {len(document['evaluations'])} tables of {', '.join(map(str, files)) or 'no evaluation'}"
+    )

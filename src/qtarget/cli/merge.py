@@ -31,9 +31,13 @@ def merge(
     found = find_contender(adapter)
     recorded = adapter_base(found.model)
     if recorded is None:
-        raise ConfigError(f"{adapter} is no adapter: its weights are whole, so there is nothing to merge; use it as it is")
+        raise ConfigError(
+            f"{adapter} is no adapter: its weights are whole, so there is nothing to merge; use it as it is"
+        )
     place = base or recorded
-    refuse_missing(place, "--base" if base else f"{adapter} came from", "" if base else "if it has moved, pass --base MODEL; ")
+    refuse_missing(
+        place, "--base" if base else f"{adapter} came from", "" if base else "if it has moved, pass --base MODEL; "
+    )
     target = output or default_output(found.model)
     check_folder(target, MODEL, inputs=[place, found.model])
     if target.is_dir() and any(target.iterdir()):
@@ -56,8 +60,8 @@ def merge(
     for note in (*found.notes, *quantised_training(found), *merged.notes):
         typer.echo(f"note: {note}")
     typer.echo(
-        f"{target}: {merged.dtype}; the adapter moves a probe's logits by up to {merged.effect:.2g} of their standard deviation, the "
-        f"merged model is off by {merged.error:.1g}"
+        f"{target}: {merged.dtype}; on a probe the adapter moves the logits by up to {merged.effect:.2g} of their standard "
+        f"deviation, and the merged model is off by {merged.error:.1g}"
     )
 
 
@@ -93,4 +97,6 @@ def quantised_training(contender: Contender) -> list[str]:
     bits = next((bits for bits in (4, 8) if contender.settings.get(f"load_in_{bits}bit")), None)
     if bits is None:
         return []
-    return [f"the adapter was trained on the base in {bits} bits and is merged into the base's own weights, which differ a little"]
+    return [
+        f"the adapter was trained on the base in {bits} bits and is merged into the base's own weights, which differ a little"
+    ]

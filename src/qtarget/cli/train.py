@@ -283,4 +283,6 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console.print(table)
     for warning in summary["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
-    console.print(Text(f"saved to {output} (model, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True)
+    console.print(
+        Text(f"saved to {output} (model, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True
+    )

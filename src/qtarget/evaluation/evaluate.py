@@ -358,7 +358,9 @@ def load_contender(contender: Contender, trust_remote_code: bool = False) -> Any
     if recorded is None or contender.base in (None, recorded):
         model = load_whole(key, contender.model, **options)
     else:
-        model = load_whole("base", str(contender.base), **options)  # the recorded one was moved, or is another on purpose
+        model = load_whole(
+            "base", str(contender.base), **options
+        )  # the recorded one was moved, or is another on purpose
         with loading("adapter", contender.model):
             model.load_adapter(contender.model)
     if recorded is not None:

@@ -51,6 +51,17 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
+def turn_ends(tokenizer: Any) -> list[int]:
+    """``end_of_turn`` as a list; of a tokenizer without chat template none."""
+    turn = end_of_turn(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    return [] if turn is None else [turn]
+
+
+def known_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that model or chat template name as ends, also where one of them pads as well."""
+    return [*end_ids(model.generation_config, model.config), *turn_ends(tokenizer)]
+
+
 def add_end(model: Any, end: int) -> None:
     """Let a model's generation stop at one token more."""
     from transformers import GenerationConfig

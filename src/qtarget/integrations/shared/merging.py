@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,6 @@ from qtarget.core.shapes import Tensor
 from qtarget.integrations.shared.ends import adopt_saved, make_saveable
 from qtarget.storage.folders import whole_folder
 from qtarget.storage.models import load_whole, loading
-
-logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXACT, ROUNDINGS = 1e-4, 16.0
@@ -73,21 +73,38 @@ def merge_adapter(
     from peft import PeftConfig, PeftModel
 
     with loading("adapter", adapter):
-        refuse_unmergeable(adapter, PeftConfig.from_pretrained(adapter))
+        config = PeftConfig.from_pretrained(adapter)
+    refuse_unmergeable(adapter, config)
+    with quiet():
+        return _merge(PeftModel, adapter, base, tokenizer, output, dtype, finish, options)
+
+
+def _merge(
+    loader: Any,
+    adapter: str,
+    base: str,
+    tokenizer: Any,
+    output: Path,
+    dtype: str | None,
+    finish: Any,
+    options: dict[str, Any],
+) -> Merged:
     model, own, notes = load_base(base, **options)
     chosen = dtype or own
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # tokens that training added
         model.resize_token_embeddings(len(tokenizer))
     ids = probe_ids(model)
     with loading("adapter", adapter):
-        wrapped = PeftModel.from_pretrained(model, adapter)
+        wrapped = loader.from_pretrained(model, adapter)
     expected = logits_of(wrapped, ids)
     with wrapped.disable_adapter():
         before = logits_of(wrapped, ids)
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     except (ValueError, NotImplementedError, AttributeError) as error:
-        raise UnsupportedModelError(f"peft cannot merge {adapter} into {base}: {error}; use it as an adapter") from error
+        raise UnsupportedModelError(
+            f"peft cannot merge {adapter} into {base}: {error}; use it as an adapter"
+        ) from error
     adopt_saved(merged, adapter)
     make_saveable(merged.generation_config)
     with whole_folder(output) as beside:
@@ -102,6 +119,20 @@ def merge_adapter(
             f"rounding to {chosen} takes {error / effect:.0%} of what the adapter does; --dtype float32 keeps all of it"
         )
     return Merged(output, chosen, effect, error, tuple(notes))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars for each file, and its warning of a name that PEFT 0.21 reads (``is_gradient_checkpointing``)."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def refuse_unmergeable(name: str, config: Any) -> None:
@@ -140,7 +171,9 @@ def load_base(base: str, **options: Any) -> tuple[Any, str, list[str]]:
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:
         return load_whole("base", base, dtype=torch.float32, **options), own, []
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "unknown")
+    method = (
+        quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "unknown")
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **options).dequantize().to(torch.float32)
     except Exception as error:  # each quantiser has its own errors, ImportError among them
@@ -183,7 +216,7 @@ def refuse_difference(error: float, effect: float, dtype: str, output: Path) -> 
     bound = max(EXACT, 0.0 if dtype == "float32" else ROUNDINGS * torch.finfo(DTYPES[dtype]).eps)
     if not error <= bound:
         raise ConfigError(
-            f"the merged model computes other logits than the adapter: off by {error:.2g} of their standard deviation, and {bound:.2g} "
-            f"is what {dtype} explains (the adapter moves them by {effect:.2g}); {output} is not written: use the adapter as it "
-            "is, or pass --dtype float32"
+            f"the merged model computes other logits than the adapter: off by {error:.2g} of their standard deviation, and "
+            f"{dtype} explains {bound:.2g} (the adapter moves them by {effect:.2g}); {output} is not written: use the adapter as "
+            "it is, or pass --dtype float32"
         )

@@ -30,16 +30,19 @@ class PublishedTrainer(Trainer):
         if not (output / RUN_FILE).is_file():
             super().create_model_card(model_name, dataset_name, tags)  # pyright: ignore[reportArgumentType]
             return
-        keep_edited(output / CARD)
+        kept = keep_edited(output / CARD)
+        known = read_tags(kept or output / CARD)  # PEFT's among them
         super().create_model_card(model_name, dataset_name, tags)  # pyright: ignore[reportArgumentType]
-        tags = read_tags(output / CARD)
+        known += read_tags(output / CARD)
         (output / CARD).unlink()
-        write_card(output, self._card(output, tags))
+        write_card(output, self._card(output, known))
 
     def _card(self, output: Path, tags: list[str]) -> str:
         hub_name = getattr(self.args, "hub_model_id", None)
         name = hub_name.split("/")[-1] if hub_name else output.resolve().name
-        return card_text(card_document(output, peft=peft_config(self.model)), name, tags=sorted(tags), hub_name=hub_name)
+        return card_text(
+            card_document(output, peft=peft_config(self.model)), name, tags=sorted({*tags}), hub_name=hub_name
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Transformers', with a card, and for an adapter the generation config that PEFT does not save.

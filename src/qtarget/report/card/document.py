@@ -19,7 +19,16 @@ SETTINGS = (
     "assistant_only_loss", "completion_only_loss", "weights_scale", "prompt_weight", "bf16", "fp16", "seed",
 )  # fmt: skip
 """Of all settings those that a reader asks for; the others are in the run's own records."""
-ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules", "modules_to_save")
+ADAPTER_SETTINGS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "target_modules",
+    "modules_to_save",
+)
 METRICS = {"loss": "loss", "nll": "nll, nats a token", "mean_token_accuracy": "token accuracy"}
 
 
@@ -71,7 +80,9 @@ def is_hub_name(name: str) -> bool:
         >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("../models/base"), is_hub_name("")
         (True, False, False)
     """
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
+    )
 
 
 def public(name: str) -> str:
@@ -131,7 +142,9 @@ def _results(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ends = [line for line in log if any(key.endswith("_runtime") and key.startswith("eval_") for key in line)]
     evaluations: dict[str, dict[str, Any]] = {}
     for line in ends:  # later ones replace earlier ones
-        prefix = next(key.removesuffix("runtime") for key in line if key.startswith("eval_") and key.endswith("_runtime"))
+        prefix = next(
+            key.removesuffix("runtime") for key in line if key.startswith("eval_") and key.endswith("_runtime")
+        )
         evaluations[prefix.rstrip("_")] = {
             METRICS[name]: line[prefix + name] for name in METRICS if prefix + name in line
         } | {"step": line.get("step")}
@@ -190,7 +203,9 @@ def _evaluation(path: Path, folder: Path) -> list[dict[str, Any]]:
     mine = _mine(document, folder)
     if not mine:
         names = ", ".join(str(one["name"]) for one in document["contenders"])
-        raise DataError(f"{path} does not evaluate {folder}; its models are {names}: evaluate the run, or name another file")
+        raise DataError(
+            f"{path} does not evaluate {folder}; its models are {names}: evaluate the run, or name another file"
+        )
     return [
         {
             "set": name, "file": about.get("file"), "rows": about.get("rows"), "metric": about.get("metric"),

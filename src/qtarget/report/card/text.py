@@ -19,7 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def card_text(
-    document: Mapping[str, Any], name: str, *, tags: Sequence[str] = (), hub_name: str | None = None, merged: bool = False
+    document: Mapping[str, Any],
+    name: str,
+    *,
+    tags: Sequence[str] = (),
+    hub_name: str | None = None,
+    merged: bool = False,
 ) -> str:
     """The whole file, sealed.
 
@@ -39,7 +44,9 @@ def card_text(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         model_name=name,
-        tags=list(dict.fromkeys(["generated_from_trainer", *tags, *(f"arxiv:{i}" for i in document["target"]["arxiv"])])),
+        tags=list(
+            dict.fromkeys(["generated_from_trainer", *tags, *(f"arxiv:{i}" for i in document["target"]["arxiv"])])
+        ),
         eval_results=eval_results(document) or None,
     )
     template = files("qtarget.report").joinpath("templates/card.md").read_text(encoding="utf-8")

@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 from qtarget.data.checks.findings import Finding
 from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary, check_ends, check_known, check_runaway, end_marks, usual_end
-from qtarget.integrations.shared.ends import add_end, end_ids, end_of_turn, make_saveable
+from qtarget.integrations.shared.ends import add_end, end_ids, end_of_turn, known_ends, make_saveable
 
 
 def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> Vocabulary:
     """Rows of the embedding, and the end tokens of model and tokenizer; unknown and byte tokens are left to the audit."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    return Vocabulary(embedding_rows(model), end_marks(tokenizer, end_ids(model.generation_config, model.config)), None, frozenset(), tokenizer.decode)
+    return Vocabulary(
+        embedding_rows(model), end_marks(tokenizer, known_ends(model, tokenizer)), None, frozenset(), tokenizer.decode
+    )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -40,7 +42,9 @@ def name_end(model: PreTrainedModel, tokenizer: Any, rows: FlatRows | None, *, s
         saves_model: False for an adapter: its generation config lies beside it, and has to be named.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    end = end_of_turn(tokenizer) if rows is None else usual_end(rows, end_marks(tokenizer))
+    end = (
+        end_of_turn(tokenizer) if rows is None else usual_end(rows, end_marks(tokenizer, known_ends(model, tokenizer)))
+    )
     known = end_ids(model.generation_config, model.config)
     if end is None or end in known or end == tokenizer.eos_token_id:
         return []
