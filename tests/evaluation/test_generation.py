@@ -21,7 +21,7 @@ from qtarget.evaluation.generation import (
 )
 from qtarget.evaluation.judges import make_judge
 from qtarget.evaluation.questions import ask, split
-from qtarget.integrations.shared.ends import end_of_turn, stop_ids
+from qtarget.integrations.shared.saved.ends import end_of_turn, stop_ids
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
-    from qtarget.integrations.shared.ends import turn_ends
+    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
@@ -146,7 +146,7 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
     """Tokenizer, rows of the model's embeddings, and its end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from qtarget.integrations.shared.ends import end_ids
+    from qtarget.integrations.shared.saved.ends import end_ids
 
     name, revision = str(config.model.model_name_or_path), config.model.model_revision
     keywords = {"revision": revision, "trust_remote_code": config.training.trust_remote_code}

@@ -322,7 +322,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
     """The findings of ``qtarget audit-data`` on the same tokens."""
     from qtarget.cli.audit_data import cache_findings, open_cache
     from qtarget.data.checks.tokens import Vocabulary
-    from qtarget.integrations.shared.ends import turn_ends
+    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data
 
     training = config.training

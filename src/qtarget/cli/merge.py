@@ -45,7 +45,7 @@ def merge(
 
     from transformers import AutoTokenizer
 
-    from qtarget.integrations.shared.merging import merge_adapter
+    from qtarget.integrations.shared.saved.merging import merge_adapter
     from qtarget.storage.models import load_named
 
     options = {"trust_remote_code": True} if trust_remote_code else {}

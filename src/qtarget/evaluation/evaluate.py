@@ -24,7 +24,7 @@ from qtarget.evaluation.generation import (
 from qtarget.evaluation.judges import Judge, judged
 from qtarget.evaluation.questions import Question
 from qtarget.evaluation.records import Records
-from qtarget.integrations.shared.ends import adopt_saved, stop_ids
+from qtarget.integrations.shared.saved.ends import adopt_saved, stop_ids
 from qtarget.storage.files import digest
 from qtarget.storage.models import load_named, load_whole
 

@@ -24,10 +24,10 @@ from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
-from qtarget.integrations.shared.published import PublishedTrainer
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.saved.published import PublishedTrainer
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
 from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_vocabulary, check_whole

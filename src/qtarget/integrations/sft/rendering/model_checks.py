@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qtarget.data.checks.findings import Finding
 from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary, check_ends, check_known, check_runaway, end_marks, usual_end
-from qtarget.integrations.shared.ends import add_end, end_ids, end_of_turn, known_ends, make_saveable
+from qtarget.integrations.shared.saved.ends import add_end, end_ids, end_of_turn, known_ends, make_saveable
 
 
 def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> Vocabulary:

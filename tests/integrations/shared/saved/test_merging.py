@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtarget.core.errors import ConfigError, UnsupportedModelError
-from qtarget.integrations.shared.merging import merge_adapter
+from qtarget.integrations.shared.saved.merging import merge_adapter
 from tests.integrations.conftest import make_model, make_tokenizer
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from qtarget.core.errors import ConfigError, UnsupportedModelError
 from qtarget.core.shapes import Tensor
-from qtarget.integrations.shared.ends import adopt_saved, make_saveable
+from qtarget.integrations.shared.saved.ends import adopt_saved, make_saveable
 from qtarget.storage.folders import whole_folder
 from qtarget.storage.models import load_whole, loading
 
