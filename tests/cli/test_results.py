@@ -169,3 +169,23 @@ def test_the_commands_and_the_python_of_the_page_run(tmp_path, monkeypatch, caps
         document["sets"]["data"]["metric"]: pytest.approx(mine["completion"]["mean"], abs=1e-6),
     }
     assert document["finding"] in card.text
+
+
+def test_the_table_of_a_comparison_goes_into_the_card(chats, capsys):
+    line = {"name": "sft", "level": -1.25, "to_baseline": None}
+    other = {"name": "dft", "level": -1.5, "to_baseline": {"mean": -0.25, "low": -0.3, "high": -0.2}}
+    document = {
+        "kind": "qtarget comparison", "finding": "sft is best", "baseline": "sft", "measure": {"seeds": 3},
+        "sets": {"data": {"file": "own.jsonl", "rows": 1200, "metric": "nll"}},
+        "base": {"level": -2.0, "to_baseline": {"mean": -0.75, "low": -0.8, "high": -0.7}}, "contenders": [line, other],
+    }  # fmt: skip
+    (chats / "full-compare").mkdir()
+    (chats / "full-compare/comparison.json").write_text(json.dumps(document))
+    qtarget("card", chats / "full", "--name", "me/mine")
+    text = ModelCard.load(chats / "full/README.md").text
+    assert "### Compared with other targets: own.jsonl, 1,200 rows, 3 seeds\n\nsft is best." in text
+    assert "| **sft** | 1.250 |  |\n| dft | 1.500 | -0.250 (-0.300 .. -0.200) |" in text
+    assert 'place = "me/mine"' in text
+    (chats / "other.json").write_text("{}")
+    assert "is no evaluation" in refused(capsys, "card", chats / "full", "--evaluation", chats / "other.json")
+    assert "qtarget_run.json is missing" in refused(capsys, "card", chats / "base")

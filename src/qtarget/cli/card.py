@@ -13,13 +13,15 @@ def card(
     evaluation: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="JSON of an evaluation; default: those of this run in its folder and beside it."
+            metavar="FILE",
+            help="JSON of `evaluate` or `compare`; default: those of this run in its folder and beside it.",
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model on the hub, user/name.")] = None,
 ) -> None:
     """Write README.md anew: what was trained how, on what, how well it did. An edited card is kept beside it."""
-    from qtarget.report.card.document import card_document, find_evaluations
+    from qtarget.report.card.document import card_document
+    from qtarget.report.card.tables import find_evaluations
     from qtarget.report.card.text import CARD, card_text, read_tags, write_card
     from qtarget.storage.folders import MODEL, kind_of
 

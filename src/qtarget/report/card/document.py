@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import DataError
+from qtarget.report.card.tables import is_hub_name, public, read_object, tables
 from qtarget.report.runs.records import CONFIG_FILE, LOG_FILE, RUN_FILE, read_lines
 from qtarget.storage.models import adapter_base
 
@@ -40,14 +39,13 @@ def card_document(
     Args:
         run: its folder, with ``qtarget_run.json``.
         peft: settings of its adapter, for a run that has not saved it yet; default: what lies in its folder.
-        evaluations: JSON files of ``qtarget evaluate`` (or of any verb whose document has its shape) with this run among
-            their models.
+        evaluations: JSON files of ``qtarget evaluate`` with this run among their models, and of ``qtarget compare``.
 
     Raises:
         DataError: the folder has no record of a run, or a file is no evaluation of it.
     """
     folder = Path(run)
-    record, config = _read(folder / RUN_FILE), _read_config(folder / CONFIG_FILE)
+    record, config = read_object(folder / RUN_FILE), _read_config(folder / CONFIG_FILE)
     fingerprints, settings = record.get("fingerprints", {}), record["settings"]
     base = str(record["model"]["name"])
     return {
@@ -68,26 +66,9 @@ def card_document(
         "adapter": adapter_settings(peft or _saved_adapter(folder)),
         "chats": record.get("chats"),
         "results": _results(read_lines(folder / LOG_FILE)),
-        "evaluations": [found for path in evaluations for found in _evaluation(Path(path), folder)],
+        "evaluations": [table for path in evaluations for table in tables(Path(path), folder, record["target"])],
         "versions": record["versions"],
     }  # fmt: skip
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name is of the hub, and of no folder here.
-
-    Example:
-        >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("../models/base"), is_hub_name("")
-        (True, False, False)
-    """
-    return (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
-    )
-
-
-def public(name: str) -> str:
-    """A name that says nothing of this machine: a hub's name as it is, of a path the last part."""
-    return name if is_hub_name(name) else Path(name).name or name
 
 
 def arxiv_ids(paper: str) -> list[str]:
@@ -122,7 +103,7 @@ def _saved_adapter(folder: Path) -> dict[str, Any] | None:
         return None
     newest = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)[-1:]
     place = next((path for path in (folder, *newest) if adapter_base(str(path)) is not None), None)
-    return None if place is None else _read(place / "adapter_config.json")
+    return None if place is None else read_object(place / "adapter_config.json")
 
 
 def adapter_settings(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -160,75 +141,6 @@ def _results(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "first_step": lines[0].get("step") if lines else None, "last_step": lines[-1].get("step") if lines else None,
         "evaluations": evaluations,
     }  # fmt: skip
-
-
-# -- evaluations of other verbs ----------------------------------------------------------------------------------
-
-
-def find_evaluations(run: str | Path) -> list[Path]:
-    """Evaluations of this run that lie in its folder or beside it."""
-    folder = Path(run)
-    places = [*sorted(folder.glob("*.json")), *sorted(folder.resolve().parent.glob("*.json"))]
-    return [path for path in places if _names_run(path, folder)]
-
-
-def _names_run(path: Path, folder: Path) -> bool:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and _is_evaluation(document) and bool(_mine(document, folder))
-
-
-def _is_evaluation(document: Mapping[str, Any]) -> bool:
-    return str(document.get("kind", "")).startswith("qtarget ") and isinstance(document.get("contenders"), list)
-
-
-def _mine(document: Mapping[str, Any], folder: Path) -> list[str]:
-    """Names of the contenders that are this run, or one of its checkpoints."""
-    here = folder.resolve()
-    places = ((one["name"], Path(str(one.get("model", ""))).resolve()) for one in document["contenders"])
-    return [name for name, place in places if place == here or here in place.parents]
-
-
-def _evaluation(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """The tables of one file: for each set of rows the base's line and this run's.
-
-    Raises:
-        DataError: it is no evaluation, or this run is not in it.
-    """
-    document = _read(path)
-    if not _is_evaluation(document):
-        raise DataError(f"{path} is no evaluation; expected the JSON that `qtarget evaluate` writes")
-    mine = _mine(document, folder)
-    if not mine:
-        names = ", ".join(str(one["name"]) for one in document["contenders"])
-        raise DataError(
-            f"{path} does not evaluate {folder}; its models are {names}: evaluate the run, or name another file"
-        )
-    return [
-        {
-            "set": name, "file": about.get("file"), "rows": about.get("rows"), "metric": about.get("metric"),
-            "fingerprint": about.get("fingerprint"), "finding": document.get("finding") if name == "data" else None,
-            "lines": [
-                {"name": public(str(one["name"])), "mine": one["name"] in mine, **one["sets"][name]}
-                for one in document["contenders"] if name in one["sets"]
-            ],
-        }
-        for name, about in document["sets"].items()
-    ]  # fmt: skip
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; expected the output_dir of `qtarget train`") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); was it cut off?") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _read_config(path: Path) -> dict[str, Any]:

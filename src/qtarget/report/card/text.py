@@ -59,33 +59,23 @@ def card_text(
 
 def eval_results(document: Mapping[str, Any]) -> list[Any]:
     """Numbers of evaluations as the hub's model index has them; else those of the run's own validation rows."""
-    found = [
-        _result(str(table["file"]), kind, line[part]["mean"], label)
-        for table in document["evaluations"]
-        for line in table["lines"]
-        if line["mine"]
-        for part, kind, label in (
-            ("completion", str(table["metric"] or "accuracy"), "completed"),
-            ("nll", "nll", "nats a token"),
-        )
-        if line.get(part)
-    ]
+    found = [_result(*result) for table in document["evaluations"] for result in table["results"]]
     if found:
         return found
     names = {one["name"]: ", ".join(one["files"]) or one["name"] for one in document["data"]}
     return [
-        _result(names.get(name, name.removeprefix("eval_")), "nll", numbers["nll, nats a token"], "nats a token")
+        _result(names.get(name, name.removeprefix("eval_")), "nll", numbers["nll, nats a token"])
         for name, numbers in document["results"]["evaluations"].items()
         if "nll, nats a token" in numbers
     ]
 
 
-def _result(dataset: str, kind: str, value: float, label: str) -> Any:
+def _result(dataset: str, kind: str, value: float) -> Any:
     from huggingface_hub import EvalResult
 
     return EvalResult(
         task_type="text-generation", dataset_type="custom", dataset_name=dataset, metric_type=kind,
-        metric_value=round(float(value), 6), metric_name=label,
+        metric_value=round(float(value), 6), metric_name="nll, nats a token" if kind == "nll" else f"right answers ({kind})",
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ class PublishedTrainer(Trainer):
                 base.generation_config.save_pretrained(folder)
         if not (output / RUN_FILE).is_file():
             return
-        tags = list(self._tag_names)
+        tags = list(getattr(self, "_tag_names"))  # noqa: B009 - TRL's, unknown to transformers' Trainer
         if config is not None and (folder / CARD).is_file():
             tags += [tag for tag in read_tags(folder / CARD) if not tag.startswith("base_model:")]
             (folder / CARD).unlink()  # PEFT's: nobody has edited it yet
