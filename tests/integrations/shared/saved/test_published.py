@@ -73,6 +73,12 @@ def test_a_card_that_somebody_edited_is_kept(make_trainer, tmp_path, caplog):
     assert "Do not use" not in (out / "README.md").read_text()
     trainer.create_model_card(model_name="out")
     assert not (out / "README.kept-2.md").exists()
+    (out / "README.md").write_text("# Mine\n")
+    trainer.save_model()
+    assert (out / "README.kept-2.md").read_text() == "# Mine\n" and "# out" in (out / "README.md").read_text()
+    (out / "qtarget_config.yaml").write_text("{")
+    trainer.save_model()  # weights are saved all the same
+    assert "qtarget_config.yaml cannot be read" in caplog.text
 
 
 def test_a_base_of_the_hub_is_named_in_the_metadata(make_trainer, tmp_path):
@@ -108,5 +114,7 @@ def test_settings_that_could_not_be_saved_are_found_before_training(make_trainer
     assert GenerationConfig.from_pretrained(tmp_path / "out").temperature is None
     drawn = base(do_sample=True, temperature=0.6).generation_config
     assert make_saveable(drawn) == [] and drawn.temperature == 0.6
+    broken = make_model().generation_config
+    broken.max_new_tokens = -3
     with pytest.raises(ConfigError, match=r"generation_config\.json could not be saved"):
-        make_saveable(base(max_new_tokens=-3).generation_config)
+        make_saveable(broken)

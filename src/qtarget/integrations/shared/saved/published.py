@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.utils import logging
 
+from qtarget.core.errors import DataError
 from qtarget.report.card.document import card_document
 from qtarget.report.card.text import CARD, card_text, keep_edited, read_tags, write_card
 from qtarget.report.runs.records import RUN_FILE
@@ -33,16 +34,7 @@ class PublishedTrainer(Trainer):
         kept = keep_edited(output / CARD)
         known = read_tags(kept or output / CARD)  # PEFT's among them
         super().create_model_card(model_name, dataset_name, tags)  # pyright: ignore[reportArgumentType]
-        known += read_tags(output / CARD)
-        (output / CARD).unlink()
-        write_card(output, self._card(output, known))
-
-    def _card(self, output: Path, tags: list[str]) -> str:
-        hub_name = getattr(self.args, "hub_model_id", None)
-        name = hub_name.split("/")[-1] if hub_name else output.resolve().name
-        return card_text(
-            card_document(output, peft=peft_config(self.model)), name, tags=sorted({*tags}), hub_name=hub_name
-        )
+        self._write_card(output, [*known, *read_tags(output / CARD)])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Transformers', with a card, and for an adapter the generation config that PEFT does not save.
@@ -50,22 +42,34 @@ class PublishedTrainer(Trainer):
         PEFT writes an empty form as card, with the path of a local base in its metadata, which the hub refuses; ours takes its
         place, with PEFT's tags.
         """
+        output, folder = Path(str(self.args.output_dir)), Path(str(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            for place in (output, folder):
+                keep_edited(place / CARD)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        output, folder = Path(str(self.args.output_dir)), Path(str(output_dir or self.args.output_dir))
         config, model = peft_config(self.model), self.model
         if config is not None:
             base: Any = model.get_base_model()  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
             if base.generation_config is not None:
                 base.generation_config.save_pretrained(folder)
-        if not (output / RUN_FILE).is_file():
-            return
-        tags = list(getattr(self, "_tag_names"))  # noqa: B009 - TRL's, unknown to transformers' Trainer
-        if config is not None and (folder / CARD).is_file():
+        if (output / RUN_FILE).is_file():
+            tags = list(getattr(self, "_tag_names"))  # noqa: B009 - TRL's, unknown to transformers' Trainer
             tags += [tag for tag in read_tags(folder / CARD) if not tag.startswith("base_model:")]
-            (folder / CARD).unlink()  # PEFT's: nobody has edited it yet
-        write_card(folder, self._card(output, tags))
+            self._write_card(folder, tags)
+
+    def _write_card(self, folder: Path, tags: list[str]) -> None:
+        """In the place of what TRL or PEFT just wrote there; a record that cannot be read costs the card, and no weights."""
+        output, hub_name = Path(str(self.args.output_dir)), getattr(self.args, "hub_model_id", None)
+        name = hub_name.split("/")[-1] if hub_name else output.resolve().name
+        try:
+            document = card_document(output, peft=peft_config(self.model))
+        except DataError as error:
+            logger.warning(f"{folder / CARD} is not qtarget's: {error}")
+            return
+        (folder / CARD).unlink(missing_ok=True)
+        write_card(folder, card_text(document, name, tags=sorted({*tags}), hub_name=hub_name))
 
 
 def peft_config(model: Any) -> dict[str, Any] | None:
