@@ -9,7 +9,7 @@ import qtarget
 from qtarget.data.collate import collate
 from qtarget.data.embedded import base_model_path, load_demonstrations
 
-target = sys.argv[1] if len(sys.argv) > 1 else "dft+sft_kl"
+target = sys.argv[1] if len(sys.argv) > 1 else "sft_kl"
 seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 
 torch.manual_seed(seed)
