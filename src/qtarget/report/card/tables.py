@@ -17,15 +17,13 @@ COMPARED = "-compare"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is of the hub, and of no folder here.
+    """Whether a name is of the hub, ``user/name``, and of no folder here.
 
     Example:
         >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("../models/base"), is_hub_name("")
         (True, False, False)
     """
-    return (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
-    )
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not os.path.exists(name)
 
 
 def public(name: str) -> str:

@@ -57,7 +57,7 @@ def test_checkpoints_and_adapters_have_cards_too(make_trainer, tmp_path):
         assert card.data.library_name == "peft" and card.data.base_model is None and "lora" in card.data.tags
         assert "| adapter: r | 2 |" in card.text and "| adapter: target_modules | q_proj, v_proj |" in card.text
         assert "[More Information Needed]" not in card.text and str(tmp_path) not in card.content
-        assert "base, a folder" in card.text and "GenerationConfig.from_pretrained(place)" in card.text
+        assert "base, not on the hub" in card.text and "GenerationConfig.from_pretrained(place)" in card.text
         assert GenerationConfig.from_pretrained(folder).eos_token_id == 1
 
 
