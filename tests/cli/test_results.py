@@ -106,10 +106,11 @@ def test_a_saved_folder_has_what_servers_read(chats, name):
 
 def test_an_adapter_says_where_it_ends(chats, capsys):
     end = AutoTokenizer.from_pretrained(chats / "lora").convert_tokens_to_ids("<|end|>")
-    assert len(ids_said(chats / "lora")) == MOST  # transformers takes the base's generation config
+    assert end in ids_said(chats / "lora")[:-1]  # transformers takes the base's generation config, and goes on
     said = ids_said(chats / "lora", generation_config=GenerationConfig.from_pretrained(chats / "lora"))
     assert said[-1] == end and said == ids_said(chats / "lora-merged")
-    assert "qtarget merge" in json.loads((chats / "lora/train_summary.json").read_text())["warnings"][0]
+    warnings = json.loads((chats / "lora/train_summary.json").read_text())["warnings"]
+    assert any("rows end with '<|end|>'" in line and "qtarget merge" in line for line in warnings)
 
 
 def test_merged_it_is_evaluated_as_the_adapter_is(chats, tmp_path):
