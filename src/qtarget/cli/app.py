@@ -9,11 +9,13 @@ import typer
 from qtarget.cli import (
     audit_data,
     cache,
+    card,
     convert,
     demo,
     evaluate,
     inspect,
     lens,
+    merge,
     noise,
     report,
     score,
@@ -50,6 +52,8 @@ app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("card")(card.card)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
