@@ -116,13 +116,15 @@ def score_teacher(config: RunConfig) -> None:
     """Ask a teacher behind a URL once, before training: its numbers go into a cache under ``output_dir``.
 
     With ``teacher_model_name_or_path`` beside the URL that model is loaded, and the server must give its numbers; without,
-    the server is trusted. With ``cache_verify_key`` the cache is signed as soon as it is whole. An interrupted scoring goes on where it stopped; a finished one asks nobody.
+    the server is trusted. With ``cache_verify_key`` the cache is signed as soon as it is whole. An interrupted scoring goes
+    on where it stopped; a finished one asks nobody.
 
     Raises:
         ScoringServerError: the server fails, or is not what it should be.
     """
     from qtarget.cli.score import run_scoring
-    from qtarget.scoring.cache.signature import read_key, sign
+    from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.scoring.cache.signature import check_signature, read_key, sign
     from qtarget.scoring.sources.engines import EngineChoice, detect_engine
     from qtarget.storage.files import write_atomic
 
@@ -131,6 +133,8 @@ def score_teacher(config: RunConfig) -> None:
     folder = Path(str(training.output_dir)) / TEACHER_CACHE
     # one process in all asks and writes, whatever the number of machines; the others wait and read
     with training.main_process_first(local=False, desc="scoring the teacher"):
+        if key is not None and training.process_index == 0 and (folder / MANIFEST).is_file():
+            check_signature(folder, key)  # never signed here a second time: it may have been changed since
         if (
             training.process_index == 0
             and _needs_teacher(config)

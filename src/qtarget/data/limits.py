@@ -41,7 +41,7 @@ class Limits:
     template_seconds: float = 5.0
 
     @classmethod
-    def of(cls, given: Mapping[str, Any] | None) -> Limits:
+    def of(cls, given: Mapping[str, Any] | str | None) -> Limits:
         """The defaults with some of them changed.
 
         Raises:

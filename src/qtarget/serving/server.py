@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -16,7 +17,7 @@ from qtarget.scoring.sources.identity import Identity
 from qtarget.serving.connections import connections_within, raise_file_limit
 from qtarget.serving.gateway import Gateway
 from qtarget.serving.origin import is_loopback
-from qtarget.serving.settings import ServeSettings
+from qtarget.serving.settings import ServeSettings, check_device
 from qtarget.serving.supervisor import Supervisor
 
 
@@ -43,6 +44,8 @@ async def serve(
     check_address(host, token)
     if settings.loader == ServeSettings.loader:  # what another takes for a model is its own affair
         check_model(settings.model)
+        check_row_tokens(settings.limits.row_tokens, settings.model)
+        check_device(settings.device)
     if host.lower() not in settings.hosts:
         settings = replace(settings, hosts=(*settings.hosts, host.lower()))
     connections = connections_within(settings.max_connections, raise_file_limit())
@@ -133,6 +136,24 @@ def check_model(name: str) -> None:
         wrong = ""
     if wrong:
         raise ConfigError(f"model {name!r} {wrong}; expected a folder that transformers can load, or a hub name")
+
+
+def check_row_tokens(wanted: int, model: str) -> None:
+    """Refuse longer rows than a model in a folder has positions, by its config alone.
+
+    Raises:
+        ConfigError: says both numbers; or the config is broken.
+    """
+    path = Path(model).expanduser() / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        longest = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy the model again") from error
+    if isinstance(longest, int) and wanted > longest:
+        raise ConfigError(f"--max-row-tokens {wanted} exceeds the model's {longest} positions; allow at most that")
 
 
 def read_token(path: Path | None, variable: str | None) -> str | None:

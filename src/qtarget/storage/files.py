@@ -21,7 +21,15 @@ TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""
 NEXT_STEP = "free space or fix the folder, then run the same command again: what is finished is kept"
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-OF_STORAGE = OF_WRITING | {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE}
+STEPS = {
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another path, or change its permissions",
+    errno.EPERM: "choose another path, or change its permissions",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit: ulimit -n 65536",
+}
+"""What to do where freeing space does not help."""
+OF_STORAGE = OF_WRITING | STEPS.keys() | {errno.EIO, errno.ESTALE}
 """Numbers of an ``OSError`` that are about the disk, and about no mistake of the program's."""
 FOREIGN_WORDS = (
     "inline_container",
@@ -142,11 +150,12 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
     """
     if isinstance(error, QTargetError):
         return None
-    said, verb = str(error), "write"
+    said, verb, step = str(error), "write", NEXT_STEP
     if isinstance(error, OSError):
         if path is None and error.errno not in OF_STORAGE:
             return None
         verb = "write" if path or error.errno in OF_WRITING else "open"
+        step = STEPS.get(error.errno or 0, NEXT_STEP)
         path = path or error.filename
         reason = error.strerror or said
         if error.filename and str(error.filename).removesuffix(TEMPORARY) != str(path):
@@ -155,7 +164,7 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
         reason = f"{space_left(Path(path))}; {type(error).__name__}: {said.splitlines()[0]}"
     else:
         return None
-    return StorageError(f"cannot {verb} {path or 'a file'}: {reason}; {NEXT_STEP}")
+    return StorageError(f"cannot {verb} {path or 'a file'}: {reason}; {step}")
 
 
 def space_left(path: Path) -> str:

@@ -53,7 +53,7 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
         ConfigError: settings that TRL refuses (``assistant_only_loss`` for rows that are no conversations).
         DataError: columns that contradict the rows' shape, or a chat template that takes too long.
     """
-    with bounded_templates(Limits.of(args.limits).template_seconds):  # pyright: ignore[reportArgumentType]
+    with bounded_templates(Limits.of(args.limits).template_seconds):
         return _tokenise(args, dataset, tokenizer)
 
 

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from qtarget.core.shapes import Tensor
 from qtarget.data.limits import Limits
 from qtarget.data.templates import bounded_templates
-from qtarget.integrations.sft.arguments import own_config, refuse_arguments, text_datasets
+from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_unmarked, text_datasets
 from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.config import QTargetConfig
@@ -99,6 +99,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         if formatting_func is None:  # which reads the user's own columns
             train_dataset = self.preparation.adopt(train_dataset, "train", settings.dataset_text_field)
             eval_dataset = self.preparation.adopt(eval_dataset, "eval", settings.dataset_text_field)
+            refuse_unmarked(settings, train_dataset)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
             options: Any = settings.model_init_kwargs or {}
             check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
