@@ -18,6 +18,7 @@ from qtarget.data.formats.tools import read_tools
 from qtarget.data.limits import Limits
 from qtarget.data.nested import OBJECTS, as_written, is_struct, rows_to_dataset
 from qtarget.data.unpacking import read_table
+from qtarget.storage.files import read_small
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,7 +128,7 @@ def load_tools(path: str | Path) -> list[dict[str, Any]]:
         DataError: the file holds no list of schemas.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_small(path).decode("utf-8-sig")
         tools = read_tools(text, set())
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path}: {error}; expected a JSON list of tool schemas") from error

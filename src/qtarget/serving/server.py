@@ -19,6 +19,7 @@ from qtarget.serving.gateway import Gateway
 from qtarget.serving.origin import is_loopback
 from qtarget.serving.settings import ServeSettings, check_device
 from qtarget.serving.supervisor import Supervisor
+from qtarget.storage.files import read_small
 
 
 async def serve(
@@ -166,7 +167,7 @@ def read_token(path: Path | None, variable: str | None) -> str | None:
         token = variable
     else:
         try:
-            token = path.read_text(encoding="utf-8").strip()
+            token = read_small(path).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):

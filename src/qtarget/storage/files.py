@@ -20,6 +20,8 @@ from qtarget.core.errors import QTargetError, StorageError
 TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""
 NEXT_STEP = "free space or fix the folder, then run the same command again: what is finished is kept"
+SMALL = 2**26
+"""Bytes of a file that people write by hand."""
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 STEPS = {
     errno.EROFS: "choose another folder",
@@ -172,6 +174,19 @@ def space_left(path: Path) -> str:
     place = next((part for part in (path, *path.parents) if part.exists()), Path("/"))
     free = shutil.disk_usage(place).free
     return f"{free / 1e6:,.1f} MB are free" if free > 1e5 else "the disk is full"
+
+
+def read_small(path: str | Path) -> bytes:
+    """A config, template, key or other file that people write; a device or a wrong file that does not end is refused.
+
+    Raises:
+        OSError: it cannot be read, or holds more than ``SMALL`` bytes.
+    """
+    with open(path, "rb") as handle:
+        content = handle.read(SMALL + 1)
+    if len(content) > SMALL:
+        raise OSError(errno.EINVAL, f"more than {SMALL >> 20} MiB, which is no file of this sort", str(path))
+    return content
 
 
 def digest(content: bytes | memoryview) -> str:
