@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-ROW_KEYS = ("data_format", "null_content", "roles", "tools_file", "limits")
+ROW_KEYS = ("data_format", "null_content", "roles", "tools_file")
 """Keys of a config that say how rows are read."""
 
 LimitsOption = Annotated[
