@@ -79,6 +79,7 @@ def bounded_templates(seconds: float) -> Iterator[None]:
         return
     watch = _Watch(seconds)
     before: Any = signal.signal(signal.SIGVTALRM, watch.look)
+    signal.siginterrupt(signal.SIGVTALRM, False)  # libraries that wait in a system call go on waiting
     _watches.append(watch)
     watch.start()
     try:
