@@ -24,6 +24,7 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench import app as bench
+from qtarget.cli.options.outputs import one_writer
 
 
 def dashed(token: str) -> str:
@@ -51,7 +52,7 @@ app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
-app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate")(one_writer(evaluate.evaluate))
 app.command("merge")(merge.merge)
 app.command("card")(card.card)
 app.command("demo")(demo.demo)
