@@ -7,6 +7,7 @@ import importlib
 import inspect
 import operator
 import pkgutil
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,17 @@ def module_of(name: str) -> str:
         )
     package = targets if name in {m.name for m in pkgutil.iter_modules(targets.__path__)} else divergences
     return f"{package.__name__}.{name}"
+
+
+def check_names(name: str) -> None:
+    """Raise for a built-in name that is none, in ``name`` or ``weight+base``; nothing is imported.
+
+    Raises:
+        UnknownTargetError: with the nearest known names.
+    """
+    for part in name.split("+"):
+        if ":" not in part:
+            module_of(part)
 
 
 def load_outside(name: str, what: str = "target", expected: str = "package.module:Class") -> Any:
@@ -157,20 +169,34 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
         raise UnknownTargetError(f"{name!r} combines {len(classes)} targets; expected weight+base")
     chosen: list[dict[str, Any]] = [{} for _ in classes]
     for key, value in hyperparameters_.items():
-        owners = [i for i, cls in enumerate(classes) if key in hyperparameters(cls)]
-        if len(owners) != 1:
-            known = sorted({k for cls in classes for k in hyperparameters(cls)})
-            what = "belongs to both parts; build qtarget.Combined(weight, base)" if owners else "is unknown"
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near and not owners else ""
-            if not owners and any(key in getattr(cls, "__annotations__", {}) for cls in classes):
-                hint = "; it stands in the class, so write @dataclass(frozen=True) above the class"
-            raise HyperparameterError(
-                f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(known) or 'none'}"
-            )
-        chosen[owners[0]][key] = value
+        bare = any(key in getattr(cls, "__annotations__", {}) for cls in classes)
+        chosen[owner_of(key, name, [hyperparameters(cls) for cls in classes], bare=bare)][key] = value
     built = [_built(*made) for made in zip(name.split("+"), classes, chosen, strict=True)]
     return built[0] if len(built) == 1 else Combined(*built)
+
+
+def owner_of(key: str, name: str, known: Sequence[Collection[str]], *, bare: bool = False) -> int:
+    """Which part of a target a hyper-parameter belongs to.
+
+    Args:
+        known: names of each part's hyper-parameters.
+        bare: whether a part's class has such an annotation, which is no hyper-parameter unless a dataclass makes it one.
+
+    Raises:
+        HyperparameterError: to none, or to both.
+    """
+    owners = [i for i, part in enumerate(known) if key in part]
+    if len(owners) == 1:
+        return owners[0]
+    names = sorted({name for part in known for name in part})
+    what = "belongs to both parts; build qtarget.Combined(weight, base)" if owners else "is unknown"
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near and not owners else ""
+    if bare and not owners:
+        hint = "; it stands in the class, so write @dataclass(frozen=True) above the class"
+    raise HyperparameterError(
+        f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(names) or 'none'}"
+    )
 
 
 def _built(name: str, cls: type[Target], kwargs: dict[str, Any]) -> Target:

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.core.types import Needs
-from qtarget.registry import available_targets, get_target, hyperparameters, target_class
-
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from qtarget.core.types import Needs
 
 NARROW_WIDTH, PIPED_WIDTH = 130, 200  # characters
 
 
 def target_rows() -> list[dict[str, Any]]:
     """One row a target: ``name``, ``formula``, ``needs``, ``scope``, ``hyperparameters``, ``paper``."""
+    from qtarget.registry import available_targets, get_target, hyperparameters, target_class
+
     rows = []
     for name in available_targets():
         target = get_target(name)
@@ -38,6 +39,7 @@ def frozen_needs(needs: Needs) -> list[str]:
     """What a user must provide beyond the trained model itself.
 
     Example:
+        >>> from qtarget import Needs
         >>> frozen_needs(Needs(reference=frozenset({"label_log_probs"})))
         ['reference.label_log_probs']
     """

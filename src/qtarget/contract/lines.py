@@ -105,9 +105,7 @@ def check_weights(target: Target) -> None:
         terms, leaves = run(target, probe)
         for name, term in named(terms):
             if (moving := moves(name, term, leaves)) is not None:
-                raise broken(
-                    target, "weights", f"the weight of the {name} term follows {moving}", "a constant", step
-                )
+                raise broken(target, "weights", f"the weight of the {name} term follows {moving}", "a constant", step)
 
 
 def moves(name: str, term: Tensor, leaves: dict[str, Tensor]) -> str | None:

@@ -120,7 +120,9 @@ def run(target: Target, probe: Probe) -> tuple[Terms, dict[str, Tensor]]:
         came = f"losses raised {told(error, target)}"
         step = "correct it there"
         if target.scope != "token":
-            step += f" (label_weights of a {target.scope} sees label_log_probs, reference and sequence_ids, and no more)"
+            step += (
+                f" (label_weights of a {target.scope} sees label_log_probs, reference and sequence_ids, and no more)"
+            )
         if (lacking := lacks(target, probe)) is not None:
             step = f"it reads what it did not ask for: let needs return {lacking}"
         raise broken(target, "runs", came, "losses from what needs asks for", step) from error

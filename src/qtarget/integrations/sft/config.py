@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target, WeightsScale
+from qtarget.integrations.shared.loss_keys import check_loss_keys
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
@@ -129,10 +130,7 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 f"target_kwargs={self.target_kwargs!r}; expected names and values, such as {{alpha: 0.5}}"
             )
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise ConfigError(
-                "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
-            )
+        check_loss_keys(self)
         if self.loss_backend not in get_args(Backend):
             raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
         if self.weights_scale not in get_args(WeightsScale):
