@@ -1,4 +1,4 @@
-"""The door is light: what is loaded for ``--help`` and for errors in a config, and that the light check agrees with the full one."""
+"""The door is light: what is loaded for ``--help`` and errors in a config; the light check agrees with the full one."""
 
 from __future__ import annotations
 
@@ -143,26 +143,8 @@ def heavy_fields():
 
 
 VALUES = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2.5,
-    "text",
-    "auto",
-    "no",
-    "steps",
-    "yes",
-    "1e-4",
-    "{}",
-    '{"a": 1}',
-    [],
-    ["a"],
-    [1],
-    {},
-    {"a": 1},
+    *(None, True, False, 0, 1, -1, 2.5, "text", "auto", "no", "steps", "yes", "1e-4", "{}", '{"a": 1}'),
+    *([], ["a"], [1], {}, {"a": 1}),
 )
 """Of every kind; each is given to every field."""
 

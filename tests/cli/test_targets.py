@@ -81,7 +81,8 @@ def test_combinations_are_explained_by_their_parts(capsys):
     ("arguments", "words"),
     [
         (["dftt"], "did you mean dft"), (["new"], "qtarget targets new NAME"), (["dft", "sft"], "expected one NAME"),
-        (["new", "dft"], "my_dft"), (["new", "json"], "my_json"), (["new", "yaml"], "my_yaml"), (["new", "My-Target"], "small letters"),
+        (["new", "dft"], "my_dft"), (["new", "json"], "my_json"), (["new", "yaml"], "my_yaml"),
+        (["new", "My-Target"], "small letters"),
         (["new", "class"], "small letters"), (["new", "a/b"], "small letters"),
     ],
 )  # fmt: skip

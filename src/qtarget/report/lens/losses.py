@@ -222,7 +222,8 @@ def target_under_lens(target: Target, name: str | None = None) -> Loss:
         known = None
         if frozen is not None:
             known = Reference.from_logits(frozen, labels.masked_fill(labels == IGNORE, -1))
-            known = replace(known, entropy=entropy_of(known.log_probs), **dict.fromkeys(DATA_FIELDS, torch.full_like(known.label_log_probs, COUNTED)))  # pyright: ignore
+            counted = dict.fromkeys(DATA_FIELDS, torch.full_like(known.label_log_probs, COUNTED))  # pyright: ignore
+            known = replace(known, entropy=entropy_of(known.log_probs), **counted)  # pyright: ignore
         return target_loss(
             logits,
             labels,
