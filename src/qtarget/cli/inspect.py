@@ -79,6 +79,7 @@ def inspect(
     paths = tuple(part for part in (checkpoints or "").split(",") if part)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
     built = build_config(settings, config)
+    parse_targets(targets, built)  # names and contracts, before a model is run
     check_outputs({"--output": output, "--json": json_file}, [config, *built.inputs, *paths])
     found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))
