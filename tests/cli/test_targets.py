@@ -61,8 +61,8 @@ def test_the_measurements_are_the_result_files():
 
 
 def test_what_was_never_measured_says_so(capsys):
-    assert measured("talr") == {"to_sft": [], "flawed_prior": {}}
-    assert "never compared here" in said(capsys, "targets", "talr").out
+    assert measured("forward_kl") == {"to_sft": [], "flawed_prior": {}}
+    assert "never compared here" in said(capsys, "targets", "forward_kl").out
     assert "what the others are compared with" in said(capsys, "targets", "sft").out
 
 
