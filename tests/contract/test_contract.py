@@ -68,6 +68,13 @@ def needing(needs):
     return {"needs": property(lambda self: needs)}
 
 
+def as_it_is(made, **wrong):
+    """With values that the tests' type checker would refuse, and nothing refuses for a user."""
+    for name, value in wrong.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
 WHOLE = needing(Needs(teacher=frozenset({"distribution"}), log_probs=True))
 BROKEN = {
     "no name": (weight(lambda x: x.label_probs, name=None), "attributes", "name is None"),
@@ -77,9 +84,9 @@ BROKEN = {
     "batch without weights": (loss(lambda x: Terms(label=-x.label_log_probs), scope="batch"), "attributes", "LabelWeight"),
     "method": (weight(lambda x: x.label_probs, needs=lambda self: Needs()), "needs", "write @property"),
     "dictionary": (weight(lambda x: x.label_probs, **needing({"entropy": True})), "needs", "it is a dict"),
-    "text": (weight(lambda x: x.label_probs, **needing(Needs(reference="entropy"))), "needs", "write frozenset"),
+    "text": (weight(lambda x: x.label_probs, **needing(as_it_is(Needs(), reference="entropy"))), "needs", "write frozenset"),
     "typo": (weight(lambda x: x.label_probs, **needing(Needs(teacher=frozenset({"logits"})))), "needs", "asks for logits"),
-    "top_k": (weight(lambda x: x.label_probs, **needing(Needs(top_k=True))), "needs", "top_k is True"),
+    "top_k": (weight(lambda x: x.label_probs, **needing(as_it_is(Needs(), top_k=True))), "needs", "top_k is True"),
     "raising needs": (weight(lambda x: 0, needs=property(lambda self: 1 / 0)), "needs", "ZeroDivisionError"),
     "entropy": (weight(lambda x: x.entropy.exp()), "runs", "Needs(entropy=True)"),
     "top": (weight(lambda x: x.top_log_probs[:, 0].exp()), "runs", "Needs(top_k=8)"),
@@ -91,8 +98,8 @@ BROKEN = {
         loss(lambda x: Terms(residual=-(x.on_teacher.frozen.exp() * x.log_probs).sum(-1)), has_residual=True,
              has_label_term=False, **WHOLE), "runs", "must match"),
     "bare tensor": (loss(lambda x: -x.label_log_probs), "terms", "returned a Tensor"),
-    "mean": (loss(lambda x: Terms(label=-x.label_log_probs.mean())), "terms", "shape ()"),
-    "number": (loss(lambda x: Terms(label=1.0)), "terms", "is a float"),
+    "mean": (loss(lambda x: as_it_is(Terms(), label=-x.label_log_probs.mean())), "terms", "shape ()"),
+    "number": (loss(lambda x: as_it_is(Terms(), label=1.0)), "terms", "is a float"),
     "nothing": (loss(lambda x: Terms(), has_label_term=False), "terms", "neither term"),
     "undeclared": (loss(lambda x: Terms(-x.label_log_probs, -x.label_log_probs)), "terms", "set has_residual = True"),
     "missing": (loss(lambda x: Terms(residual=-x.label_log_probs), has_residual=True), "terms", "has_label_term = False"),
