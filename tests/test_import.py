@@ -177,6 +177,7 @@ def test_public_names_are_locked() -> None:
         "TokenReport",
         "TokenView",
         "available_targets",
+        "check_target",
         "explain_backend",
         "get_target",
         "induced_target",

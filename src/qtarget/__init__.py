@@ -1,25 +1,26 @@
 """qtarget: choose, per token, what distribution a language model is pulled towards.
 
-``QTargetTrainer`` and ``QTargetConfig`` are imported when they are asked for: the core needs torch and numpy only.
+Every public name is imported when it is asked for (PEP 562): ``import qtarget`` loads nothing, the core needs torch and
+numpy only, and ``QTargetTrainer`` and ``QTargetConfig`` need the ``train`` extra.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qtarget.api import explain_backend, label_weights, linear_target_loss, target_loss
-from qtarget.composed.combined import Combined
-from qtarget.composed.guarded import Guarded
-from qtarget.core.errors import QTargetError
-from qtarget.core.induced import InducedTarget, induced_target
-from qtarget.core.statistics import token_statistics
-from qtarget.core.types import FrozenHead, LabelWeight, Needs, Outcomes, Reference, Target, Terms, TokenView
-from qtarget.loss.backends import BackendChoice
-from qtarget.loss.result import TokenReport
-from qtarget.registry import available_targets, get_target
-
 if TYPE_CHECKING:
+    from qtarget.api import explain_backend, label_weights, linear_target_loss, target_loss
+    from qtarget.composed.combined import Combined
+    from qtarget.composed.guarded import Guarded
+    from qtarget.contract.check import check_target
+    from qtarget.core.errors import QTargetError
+    from qtarget.core.induced import InducedTarget, induced_target
+    from qtarget.core.statistics import token_statistics
+    from qtarget.core.types import FrozenHead, LabelWeight, Needs, Outcomes, Reference, Target, Terms, TokenView
     from qtarget.integrations.sft.config import QTargetConfig as QTargetConfig
     from qtarget.integrations.sft.trainer import QTargetTrainer as QTargetTrainer
+    from qtarget.loss.backends import BackendChoice
+    from qtarget.loss.result import TokenReport
+    from qtarget.registry import available_targets, get_target
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "TokenReport",
     "TokenView",
     "available_targets",
+    "check_target",
     "explain_backend",
     "get_target",
     "induced_target",
@@ -48,25 +50,40 @@ __all__ = [
     "token_statistics",
 ]
 
-_LAZY = {
-    "QTargetConfig": "qtarget.integrations.sft.config",
-    "QTargetTrainer": "qtarget.integrations.sft.trainer",
+_MODULES = {
+    "api": ("explain_backend", "label_weights", "linear_target_loss", "target_loss"),
+    "composed.combined": ("Combined",),
+    "composed.guarded": ("Guarded",),
+    "contract.check": ("check_target",),
+    "core.errors": ("QTargetError",),
+    "core.induced": ("InducedTarget", "induced_target"),
+    "core.statistics": ("token_statistics",),
+    "core.types": ("FrozenHead", "LabelWeight", "Needs", "Outcomes", "Reference", "Target", "Terms", "TokenView"),
+    "loss.backends": ("BackendChoice",),
+    "loss.result": ("TokenReport",),
+    "registry": ("available_targets", "get_target"),
+    "integrations.sft.config": ("QTargetConfig",),
+    "integrations.sft.trainer": ("QTargetTrainer",),
 }
-"""Public names that need the ``train`` extra, and where they live (PEP 562); no part of ``__all__``, so that a star
-import works without it."""
+"""Where public names live, as the imports above say it to type checkers; those of ``integrations`` are no part of
+``__all__``, so that a star import works without the extra."""
+_LAZY = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(_LAZY[name]), name)
+        value = getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing == __name__:  # a fault of ours, and nothing to install
             raise
-        raise ImportError(f"qtarget.{name} needs {missing}: pip install 'qtarget[train]'", name=missing) from error
+        package = "'qtarget[train]'" if name not in __all__ else missing
+        raise ImportError(f"{__name__}.{name} needs {missing}: pip install {package}", name=missing) from error
+    globals()[name] = value  # asked for once
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LAZY])
+    return sorted([*_LAZY, "__all__", "__version__"])

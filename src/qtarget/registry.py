@@ -7,13 +7,16 @@ import importlib
 import inspect
 import operator
 import pkgutil
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget import divergences, targets
-from qtarget.composed.combined import Combined
-from qtarget.core.errors import HyperparameterError, UnknownTargetError
-from qtarget.core.types import Target
+from qtarget.core.errors import HyperparameterError, QTargetError, UnknownTargetError
+
+# no torch here: the command line lists and refuses names before anything heavy is loaded
+if TYPE_CHECKING:
+    from qtarget.core.types import Target
 
 
 def available_targets() -> list[str]:
@@ -34,8 +37,25 @@ def target_class(name: str) -> type[Target]:
     Raises:
         UnknownTargetError: with the nearest known names.
     """
+    from qtarget.core.types import Target
+
     if ":" in name:
         return _outside_class(name)
+    module = importlib.import_module(module_of(name))
+    classes: list[type[Target]] = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, Target)]
+    return next(c for c in classes if getattr(c, "name", None) == name)
+
+
+def module_of(name: str) -> str:
+    """The module that holds a built-in target; nothing is imported.
+
+    Raises:
+        UnknownTargetError: with the nearest known names.
+
+    Example:
+        >>> module_of("dft")
+        'qtarget.targets.dft'
+    """
     if name not in available_targets():
         near = difflib.get_close_matches(name, available_targets(), n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -43,9 +63,18 @@ def target_class(name: str) -> type[Target]:
             f"target {name!r} is unknown; {hint}`qtarget targets` lists all; your own is given as package.module:Class"
         )
     package = targets if name in {m.name for m in pkgutil.iter_modules(targets.__path__)} else divergences
-    module = importlib.import_module(f"{package.__name__}.{name}")
-    classes: list[type[Target]] = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, Target)]
-    return next(c for c in classes if getattr(c, "name", None) == name)
+    return f"{package.__name__}.{name}"
+
+
+def check_names(name: str) -> None:
+    """Raise for a built-in name that is none, in ``name`` or ``weight+base``; nothing is imported.
+
+    Raises:
+        UnknownTargetError: with the nearest known names.
+    """
+    for part in name.split("+"):
+        if ":" not in part:
+            module_of(part)
 
 
 def load_outside(name: str, what: str = "target", expected: str = "package.module:Class") -> Any:
@@ -56,17 +85,56 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
     """
     module_name, _, path = name.partition(":")
     try:
-        return operator.attrgetter(path)(importlib.import_module(module_name))
+        module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module's own code runs here, and may raise anything
+        own = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.partition(".")[0])
+        hint = f"; is {own_file(module_name)} in the current folder?" if own else ""
         raise UnknownTargetError(
-            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); expected {expected}"
+            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); expected {expected}{hint}"
+        ) from error
+    try:
+        return operator.attrgetter(path)(module)
+    except AttributeError as error:
+        near = difflib.get_close_matches(path, [key for key in vars(module) if not key.startswith("_")], n=1)
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise UnknownTargetError(
+            f"{what} {name!r} cannot be imported: {getattr(module, '__file__', None) or module_name} has no {path!r}; expected "
+            f"{expected}{hint}"
         ) from error
 
 
+def own_file(module: str) -> str:
+    """The file that a module of the user's would be in.
+
+    Example:
+        >>> own_file("targets.mine"), own_file("mine.py")
+        ('targets/mine.py', 'mine.py (write mine:Class, without .py)')
+    """
+    if module.endswith(".py"):
+        return f"{module} (write {module.removesuffix('.py')}:Class, without .py)"
+    return module.replace(".", "/") + ".py"
+
+
 def _outside_class(name: str) -> type[Target]:
+    from qtarget.core.types import Target
+
     found = load_outside(name)
-    if not (inspect.isclass(found) and issubclass(found, Target)) or inspect.isabstract(found):
-        raise UnknownTargetError(f"{name!r} is not a concrete subclass of qtarget.Target")
+    if not inspect.isclass(found):
+        loss = f"; a loss function of (logits, labels) is drawn by `qtarget lens {name}`" if callable(found) else ""
+        raise UnknownTargetError(
+            f"{name!r} is a {type(found).__name__}, not a concrete subclass of qtarget.Target; write a class "
+            f"(`qtarget targets new NAME` starts one){loss}"
+        )
+    if not issubclass(found, Target):
+        bases = ", ".join(base.__name__ for base in found.__bases__)
+        raise UnknownTargetError(
+            f"{name!r} is not a concrete subclass of qtarget.Target but of {bases}; derive it from qtarget.LabelWeight (a weight "
+            "on the observed token) or qtarget.Target"
+        )
+    if missing := sorted(found.__abstractmethods__):
+        raise UnknownTargetError(
+            f"{name!r} is not a concrete subclass of qtarget.Target: it lacks {', '.join(missing)}; write the method"
+        )
     return found
 
 
@@ -85,6 +153,7 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
         UnknownTargetError: no such name.
         HyperparameterError: a hyper-parameter is unknown, ambiguous or out of range.
         IncompatibleError: the two parts have no meaning together.
+        ContractError: a target of the user's breaks the contract (``qtarget.check_target``).
 
     Example:
         >>> import qtarget
@@ -93,20 +162,54 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
         >>> qtarget.get_target("prior_surprise+label_smoothing", smoothing=0.2).name
         'prior_surprise+label_smoothing'
     """
+    from qtarget.composed.combined import Combined
+
     classes = [target_class(part) for part in name.split("+")]
     if len(classes) > 2:
         raise UnknownTargetError(f"{name!r} combines {len(classes)} targets; expected weight+base")
     chosen: list[dict[str, Any]] = [{} for _ in classes]
     for key, value in hyperparameters_.items():
-        owners = [i for i, cls in enumerate(classes) if key in hyperparameters(cls)]
-        if len(owners) != 1:
-            known = sorted({k for cls in classes for k in hyperparameters(cls)})
-            what = "belongs to both parts; build qtarget.Combined(weight, base)" if owners else "is unknown"
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near and not owners else ""
-            raise HyperparameterError(
-                f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(known) or 'none'}"
-            )
-        chosen[owners[0]][key] = value
-    built = [cls(**kwargs) for cls, kwargs in zip(classes, chosen, strict=True)]
+        bare = any(key in getattr(cls, "__annotations__", {}) for cls in classes)
+        chosen[owner_of(key, name, [hyperparameters(cls) for cls in classes], bare=bare)][key] = value
+    built = [_built(*made) for made in zip(name.split("+"), classes, chosen, strict=True)]
     return built[0] if len(built) == 1 else Combined(*built)
+
+
+def owner_of(key: str, name: str, known: Sequence[Collection[str]], *, bare: bool = False) -> int:
+    """Which part of a target a hyper-parameter belongs to.
+
+    Args:
+        known: names of each part's hyper-parameters.
+        bare: whether a part's class has such an annotation, which is no hyper-parameter unless a dataclass makes it one.
+
+    Raises:
+        HyperparameterError: to none, or to both.
+    """
+    owners = [i for i, part in enumerate(known) if key in part]
+    if len(owners) == 1:
+        return owners[0]
+    names = sorted({name for part in known for name in part})
+    what = "belongs to both parts; build qtarget.Combined(weight, base)" if owners else "is unknown"
+    near = difflib.get_close_matches(key, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near and not owners else ""
+    if bare and not owners:
+        hint = "; it stands in the class, so write @dataclass(frozen=True) above the class"
+    raise HyperparameterError(
+        f"hyper-parameter {key!r} {what} for target {name!r}{hint}; known: {', '.join(names) or 'none'}"
+    )
+
+
+def _built(name: str, cls: type[Target], kwargs: dict[str, Any]) -> Target:
+    """The target; one of the user's own is checked."""
+    from qtarget.contract.check import check_target
+
+    if ":" not in name:
+        return cls(**kwargs)
+    try:
+        target = cls(**kwargs)
+    except QTargetError:
+        raise
+    except Exception as error:  # the user's own code
+        raise HyperparameterError(f"target {name!r} refuses {kwargs or 'its defaults'}: {error}") from error
+    check_target(target)
+    return target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -23,7 +25,7 @@ from qtarget.cli import (
     targets,
     train,
 )
-from qtarget.cli.bench import app as bench
+from qtarget.cli.bench.lazy import Benchmarks
 from qtarget.cli.options.outputs import one_writer
 
 
@@ -56,12 +58,19 @@ app.command("evaluate")(one_writer(evaluate.evaluate))
 app.command("merge")(merge.merge)
 app.command("card")(card.card)
 app.command("demo")(demo.demo)
-app.add_typer(bench.app, name="bench")
+app.add_typer(
+    typer.Typer(cls=Benchmarks, no_args_is_help=True), name="bench", help="Measurements that anyone can repeat."
+)
 app.add_typer(cache.app, name="cache")
 
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False,
 ) -> None:
     """Choose, per token, what distribution a language model is pulled towards."""
+    # targets, losses and metrics of the user's lie there; last, so that no file of theirs hides an installed package
+    here = os.getcwd()
+    sys.path.append(here)
+    context.call_on_close(lambda: sys.path.remove(here) if here in sys.path else None)

@@ -69,6 +69,7 @@ def run_audit(
         CacheMismatchError: the command line names a cache that is none.
     """
     from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.early import check_settings
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.data.files import READABLE
@@ -81,6 +82,7 @@ def run_audit(
     if is_data:
         settings["train_file"] = Setting(str(source.absolute()), "the command line")
     settings |= {key: Setting(value, "audit-data") for key, value in HARDWARE.items()}
+    check_settings(settings, source)
     config = build_config(settings, source)
     check_outputs({"--json": json_file}, [source, *config.inputs])
     return audit_config(config, split, cache_required="reference_cache" in overrides)

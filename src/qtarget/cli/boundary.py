@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shlex
-import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -151,6 +150,8 @@ def first_line(error: BaseException) -> str:
 
 def keep_traceback(error: Exception) -> str:
     """Write the traceback into a file of its own, and say where; a full disk leaves it out."""
+    import tempfile  # not at each start of each verb
+
     try:
         handle, path = tempfile.mkstemp(prefix="qtarget-error-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:

@@ -74,14 +74,18 @@ def verify(
     verify_key: Annotated[Path | None, typer.Option(help="Key file that the cache must be signed with.")] = None,
 ) -> None:
     """Re-hash and decode every shard; with --model, score a random sample again. Exit code 2 when anything is wrong."""
-    from qtarget.scoring.cache.reader import ReferenceCache
-    from qtarget.scoring.cache.signature import read_key
-    from qtarget.scoring.cache.verify import check_counts, check_plan
+    from qtarget.cli.options.early import check_config
 
     if (model is None) != (config is None):
         raise ConfigError(
             "--model and --config go together: the config has the rows, a cache knows only their checksums"
         )
+    if config is not None:
+        check_config(config, context.args)
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.signature import read_key
+    from qtarget.scoring.cache.verify import check_counts, check_plan
+
     cache = ReferenceCache.open(directory, key=None if verify_key is None else read_key(verify_key))
     check_plan(cache)
     check_counts(cache)
@@ -220,6 +224,9 @@ def export(
 ) -> None:
     """Write a cache in the columns of another project."""
     from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.early import check_config
+
+    check_config(config, context.args)
     from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.exchange.export import export_rows
     from qtarget.storage.folders import EXPORT, check_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,7 +70,6 @@ def evaluate(
     from qtarget.evaluation.contenders import find_contenders
     from qtarget.evaluation.records import refuse_earlier
 
-    sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
     rows = row_options(limits=limits)
     options = Options(
         metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit, rows

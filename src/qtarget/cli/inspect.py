@@ -65,17 +65,21 @@ def inspect(
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.early import check_settings
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.cli.options.settings import Setting, read_settings
+
+    settings = read_settings(config, context.args)
+    settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
+    check_settings(settings, config)
     from qtarget.report.inspect.document import write_json
     from qtarget.report.inspect.page import pack, render_inspection
     from qtarget.storage.files import write_text
 
-    settings = read_settings(config, context.args)
-    settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
     paths = tuple(part for part in (checkpoints or "").split(",") if part)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
     built = build_config(settings, config)
+    parse_targets(targets, built)  # names and contracts, before a model is run
     check_outputs({"--output": output, "--json": json_file}, [config, *built.inputs, *paths])
     found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))

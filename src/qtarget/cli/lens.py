@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from qtarget.registry import available_targets
 
 
 def lens(
@@ -27,9 +23,10 @@ def lens(
 ) -> None:
     """Draw what losses teach: the update against p, the induced target, the (a, b, q) form, and faults of masks and scales.
 
-    `package.module:function` is imported, so its code runs; the current directory is searched after the installed packages.
+    `package.module:function` is imported, so its code runs.
     """
     from qtarget.cli.options.outputs import check_outputs
+    from qtarget.registry import available_targets
     from qtarget.report.lens.document import lens as look_through
     from qtarget.report.lens.losses import load_loss
     from qtarget.report.lens.page import lens_figure, lens_page, save_figure
@@ -37,11 +34,7 @@ def lens(
 
     check_outputs({"--output": output, "--json": as_json, "--png": png})
     losses = [name for text in losses for name in (available_targets() if text == "all" else [text])]
-    sys.path.append(os.getcwd())
-    try:
-        document = look_through([load_loss(text) for text in losses])
-    finally:
-        sys.path.remove(os.getcwd())
+    document = look_through([load_loss(text) for text in losses])
     for loss in document["losses"]:
         typer.echo(f"{loss['name']}\n" + "".join(f"  - {sentence}\n" for sentence in loss["verdict"]))
     write_text(output, lens_page(document))

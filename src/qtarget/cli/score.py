@@ -53,6 +53,9 @@ def score(
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.early import check_config
+
+    check_config(config, context.args)
     from qtarget.scoring.sources.engines import EngineChoice
     from qtarget.storage.folders import CACHE, check_folder
 

@@ -36,7 +36,9 @@ def train(
 ) -> None:
     """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.early import check_config
 
+    check_config(config, context.args)
     run_training(load_config(config, context.args), beside=[config])
 
 

@@ -80,6 +80,10 @@ class Combined(Target):
         return self.base.linear_in_frozen
 
     @property
+    def live_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.live_weights
+
+    @property
     def needs(self) -> Needs:
         return self.weight.needs | self.base.needs
 

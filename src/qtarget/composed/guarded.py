@@ -66,6 +66,10 @@ class Guarded(Target):
         return self.target.linear_in_frozen
 
     @property
+    def live_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.target.live_weights
+
+    @property
     def prior(self) -> str:
         """The role whose numbers hold the conflict: that of the frozen model which the target follows."""
         return "teacher" if self.target.needs.teacher else "reference"

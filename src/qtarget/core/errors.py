@@ -42,6 +42,10 @@ class ConfigError(QTargetError, ValueError):
     """The training configuration is wrong."""
 
 
+class ContractError(ConfigError):
+    """A target of the user's own does not keep what a target promises."""
+
+
 class ResumeError(ConfigError):
     """A checkpoint is damaged, or of another run than the one that is to go on from it."""
 

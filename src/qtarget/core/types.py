@@ -328,6 +328,7 @@ class Target(ABC):
         has_residual: whether it pulls towards a residual distribution.
         linear_in_frozen: whether its gradient is linear in the frozen distribution; only then does an unbiased sample of
             that distribution give an unbiased gradient.
+        live_weights: whether the weight of its label term is differentiated too, on purpose (psft's ratio).
     """
 
     name: ClassVar[str]
@@ -337,6 +338,7 @@ class Target(ABC):
     has_label_term: ClassVar[bool] = True
     has_residual: ClassVar[bool] = False
     linear_in_frozen: ClassVar[bool] = False
+    live_weights: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

@@ -30,6 +30,7 @@ class PPower(Target):
     name = "p_power"
     formula = "(1 - p_y^alpha) / alpha"
     paper = "2510.00526"
+    live_weights = True
 
     def __post_init__(self) -> None:
         in_range(self, "alpha", 0)

@@ -35,6 +35,7 @@ class PSFT(Target):
     name = "psft"
     formula = "-min(p_y / p_old(y), 1 + eps)"
     paper = "2508.17784"
+    live_weights = True
 
     def __post_init__(self) -> None:
         in_range(self, "clip_high", 0, open_low=True)

@@ -154,7 +154,28 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
 
     classes = (QTargetConfig, ModelConfig, DataConfig)
     # reversed: a key that two of them have is typed as the first has it
-    hints = {key: value for cls in reversed(classes) for key, value in _fields(cls).items()}
+    hints = {key: value for cls in reversed(classes) for key, value in field_types(cls).items()}
+    given = read_given(settings, hints, path)
+    training, model, data = (_build(cls, given, path) for cls in classes)
+    check_numbers(model)
+    if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
+        model.lora_target_modules = (
+            modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
+        )
+    training.build_target()  # its hyper-parameters, and the contract of one of the user's own
+    return RunConfig(training, model, data, given)
+
+
+def read_given(settings: Mapping[str, Setting], hints: Mapping[str, tuple[Any, Any]], path: Path) -> dict[str, Any]:
+    """The settings typed, with paths resolved, and our own defaults.
+
+    Args:
+        hints: type and choices of every known key (``field_types``).
+        path: the file that they belong to.
+
+    Raises:
+        ConfigError: unknown keys, values of another type, a path that is nowhere, or no model.
+    """
     refuse_unknown(settings, hints)
     given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
     for key in PATH_KEYS:
@@ -163,22 +184,21 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
             given[key] = find(key, given[key], path.parent)
     if not given.get("model_name_or_path"):
         raise ConfigError(f"{path}: model_name_or_path is missing; set it to a folder or a hub name")
-    training, model, data = (_build(cls, given, path) for cls in classes)
-    check_numbers(model)
-    if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
-        model.lora_target_modules = (
-            modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
-        )
-    return RunConfig(training, model, data, given)
+    return given
 
 
-def drop_other_targets_kwargs(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+def build_data(given: Mapping[str, Any], path: Path) -> DataConfig:
+    """Where the rows come from; light, as ``DataConfig`` is."""
+    return _build(DataConfig, given, path)
+
+
+def drop_other_targets_kwargs(settings: Mapping[str, Setting], *, say: bool = True) -> dict[str, Setting]:
     """Without the file's ``target_kwargs`` where the command line chose another target: they belong to the file's."""
     kept = dict(settings)
     chosen, kwargs = kept.get("target"), kept.get("target_kwargs")
     if chosen is not None and kwargs is not None and chosen.text is not None and kwargs.text is None:
         del kept["target_kwargs"]
-        if kwargs.value:
+        if kwargs.value and say:
             logger.warning("target %s: the file's target_kwargs %s are another target's", chosen.value, kwargs.value)
     return kept
 
@@ -209,12 +229,12 @@ def _hint(key: str, known: list[str], target: Setting | None) -> str:
 
 
 def _target_hyperparameters(target: Setting | None) -> set[str]:
-    from qtarget.registry import hyperparameters, target_class
+    from qtarget.cli.options.declared import UndeclaredError, declared_target
 
     try:
         parts = str(target.value).split("+") if target is not None else []
-        return {name for part in parts for name in hyperparameters(target_class(part))}
-    except QTargetError:
+        return {name for part in parts for name in declared_target(part)}
+    except (QTargetError, UndeclaredError):
         return set()
 
 
@@ -245,14 +265,14 @@ def find_files(key: str, value: str | list[str], folder: Path) -> str | list[str
     return find_path(key, value, folder)
 
 
-def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
+def field_types(cls: Any) -> dict[str, tuple[Any, Any]]:
     """Field name -> (type, choices)."""
     hints = typing.get_type_hints(cls)
     return {f.name: (hints[f.name], f.metadata.get("choices")) for f in fields(cls) if f.init}
 
 
 def _build(cls: Any, given: Mapping[str, Any], path: Path) -> Any:
-    mine = {key: value for key, value in given.items() if key in _fields(cls)}
+    mine = {key: value for key, value in given.items() if key in field_types(cls)}
     try:
         return cls(**mine)
     except QTargetError:

@@ -213,7 +213,7 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
     enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
     if enums:  # such fields are annotated `Enum | str`, and the text must still be one of the members
         text = setting.text if setting.text is not None else value
-        if text not in {member.value for option in enums for member in option}:
+        if not isinstance(text, str) or text not in {member.value for option in enums for member in option}:
             raise ValueError
         return text
     scalars = {bool, int, float, str} & set(options)

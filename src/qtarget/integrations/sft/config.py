@@ -14,6 +14,7 @@ from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target, WeightsScale
 from qtarget.data.limits import Limits
+from qtarget.integrations.shared.loss_keys import check_loss_keys
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
 from qtarget.loss.backends import Backend
@@ -137,10 +138,7 @@ class QTargetConfig(SFTConfig):
         if isinstance(self.limits, str):
             self.limits = json.loads(self.limits)
         Limits.of(self.limits)
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise ConfigError(
-                "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"
-            )
+        check_loss_keys(self)
         if self.loss_backend not in get_args(Backend):
             raise ConfigError(f"loss_backend={self.loss_backend!r}; expected one of {', '.join(get_args(Backend))}")
         if self.weights_scale not in get_args(WeightsScale):

@@ -27,6 +27,7 @@ import torch
 from qtarget.api import target_loss
 from qtarget.core.errors import LossUnderLensError, UnknownTargetError
 from qtarget.core.shapes import Float, Int, Tensor
+from qtarget.core.statistics import entropy_of
 from qtarget.core.types import DATA_FIELDS, Reference, Target
 from qtarget.registry import available_targets, get_target, load_outside
 
@@ -171,7 +172,7 @@ def load_loss(text: str) -> Loss:
         LossUnderLensError: what was found is not callable, or its signature cannot be served.
     """
     name, arguments = parse_arguments(text)
-    if ":" not in name:
+    if ":" not in name or "+" in name:
         if name not in available_targets() and "+" not in name:
             get_target(name)  # says which names are near
         return target_under_lens(get_target(name, **arguments), text)
@@ -221,7 +222,8 @@ def target_under_lens(target: Target, name: str | None = None) -> Loss:
         known = None
         if frozen is not None:
             known = Reference.from_logits(frozen, labels.masked_fill(labels == IGNORE, -1))
-            known = replace(known, **dict.fromkeys(DATA_FIELDS, torch.full_like(known.label_log_probs, COUNTED)))  # pyright: ignore
+            counted = dict.fromkeys(DATA_FIELDS, torch.full_like(known.label_log_probs, COUNTED))  # pyright: ignore
+            known = replace(known, entropy=entropy_of(known.log_probs), **counted)  # pyright: ignore
         return target_loss(
             logits,
             labels,

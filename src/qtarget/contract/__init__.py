@@ -1,0 +1,1 @@
+"""What a target promises, tried on a few made-up tokens."""
