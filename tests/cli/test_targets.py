@@ -14,6 +14,7 @@ pytest.importorskip("typer")
 import qtarget
 from qtarget.cli.main import run
 from qtarget.cli.new_target import write_target
+from qtarget.cli.options import declared
 from qtarget.cli.targets import explanation, explanation_lines, target_rows
 from qtarget.core.errors import ConfigError
 from qtarget.registry import available_targets, hyperparameters, target_class
@@ -97,6 +98,8 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("careful", "judge_here"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    for read in (declared._fields, declared._definition, declared._tree, declared._path):
+        read.cache_clear()  # of a process that lives as long as one command
     return tmp_path
 
 
