@@ -351,7 +351,7 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
         )
     if known.answers_alone is False:
         lines.append(
-            "the template marks no answers, so prompts are trained too; a chat_template_path with marks changes that"
+            "prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer loses them)"
         )
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")

@@ -70,13 +70,16 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
 def train_and_save(config: RunConfig) -> dict[str, Any]:
     """``run_training`` in a folder that is ours."""
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import score_missing
 
     # first: it refuses a folder in use before a server is asked or rows are read
     checkpoint = starting_point(config)
     if config.training.teacher_url is not None:
         score_teacher(config)
+    score_missing(config)
     train_rows, validation_rows = load_datasets(config)
     trainer = build_trainer(config, train_rows, validation_rows)
+    say_advice(trainer)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint, force_resume=config.data.resume == "force")
     seconds = time.perf_counter() - begin
@@ -90,7 +93,10 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 2),
         "resumed_from": checkpoint,
-        "warnings": [f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines],
+        "warnings": [
+            *(f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines),
+            *trainer.watch.said,
+        ],
     }
     if trainer.is_world_process_zero():
         write_records(output, config, summary)
@@ -98,6 +104,19 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         print_summary(summary, output)
     trainer.end()
     return summary
+
+
+def say_advice(trainer: Any) -> None:
+    """What `qtarget audit-data` would say of the chosen target, where the base's numbers are at hand."""
+    from qtarget.integrations.sft.advice import advice_for
+    from qtarget.report.audit.advice import about_target
+
+    cache = trainer.caches.get("reference")
+    if cache is None or not trainer.is_world_process_zero():
+        return
+    advice = advice_for(trainer, cache)
+    for line in about_target(advice, trainer.args.target) if advice is not None else ():
+        logger.warning("%s", line)
 
 
 def how_to_go_on(output: Path) -> str:
