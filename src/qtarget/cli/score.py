@@ -103,11 +103,13 @@ def run_scoring(
     tail_policy: Policy,
     role: Role = "reference",
     engine: EngineChoice | None = None,
+    rows: tuple[Any, Any] | None = None,
     **storage: Any,
 ) -> Manifest:
     """Score training and validation rows, tokenised exactly as training does.
 
     Args:
+        rows: the config's, training and validation; read where they are not given.
         storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows``, ``known`` and ``announce`` of
             ``qtarget.integrations.sft.score.score``.
 
@@ -123,7 +125,7 @@ def run_scoring(
     from qtarget.integrations.sft.score import score as score_config
     from qtarget.storage.models import check_whole
 
-    train_rows, validation_rows = load_datasets(config)
+    train_rows, validation_rows = load_datasets(config) if rows is None else rows
     set_model_arguments(config)
     student = str(config.model.model_name_or_path)
     named = getattr(config.training, f"{role}_model_name_or_path")

@@ -24,17 +24,22 @@ SETTINGS = ("unplaced_spans", "completion_only_loss", "dataset_kwargs")
 """Of a run, beside ``DATA_SETTINGS``, that decide which numbers are cached."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells its processes; whoever scores is no rank of a training."""
+Rows = tuple[Any, Any]
+"""Training and validation rows; the second may be None."""
 LOOKS = 1.0
 """Seconds between two looks of the ranks that wait."""
 
 logger = logging.getLogger(__name__)
 
 
-def score_missing(config: RunConfig) -> None:
+def score_missing(config: RunConfig, rows: Rows) -> None:
     """Score the frozen model that the target needs and no key names, or find what an earlier run scored.
 
     The cache lies beside ``output_dir``, under a name that its rows, model and settings decide: the next target finds it,
     and other rows find another. An interrupted scoring goes on; of several ranks one scores.
+
+    Args:
+        rows: the config's, training and validation.
 
     Raises:
         ConfigError: the place cannot be written, or another process writes it.
@@ -43,18 +48,18 @@ def score_missing(config: RunConfig) -> None:
     training = config.training
     target = training.build_target()
     if target.needs.teacher and training.teacher_url is None and training.teacher_cache is None:
-        training.teacher_cache = scored_teacher(config)
+        training.teacher_cache = scored_teacher(config, rows)
     if not target.needs.reference or training.reference == "live":
         return
     if training.reference_cache is not None or training.reference_model_name_or_path is not None:
         return
-    place = cache_place(config, "reference", training.reference_top_k)
+    place = cache_place(config, "reference", training.reference_top_k, rows)
     if is_finished(place):
         if training.process_index == 0:
             logger.warning("reference: %s is taken, which these rows and this model were scored into", shown(place))
     elif training.process_index == 0:
         check_place(place)
-        score_reference(config, place)
+        score_reference(config, place, rows)
     wait_for(place)
     training.reference_cache = str(place)
 
@@ -71,29 +76,32 @@ def found_reference(config: RunConfig) -> str | None:
     return str(place) if is_finished(place) else None
 
 
-def scored_teacher(config: RunConfig) -> str | None:
+def scored_teacher(config: RunConfig, rows: Rows) -> str | None:
     """The cache of a teacher that `qtarget score` wrote where training looks; None where there is none."""
     training = config.training
     parent = Path(os.path.abspath(str(training.output_dir))).parent
     if training.teacher_model_name_or_path is None or not any(parent.glob("teacher_cache-*")):
         return None
-    place = cache_place(config, "teacher", training.teacher_top_k)
+    place = cache_place(config, "teacher", training.teacher_top_k, rows)
     if not is_finished(place):
         return None
     logger.warning("teacher: %s is taken, where it was scored; nothing runs live", shown(place))
     return str(place)
 
 
-def cache_place(config: RunConfig, role: str, top_k: int) -> Path:
-    """Where the cache of these rows, this model and these settings lies: beside ``output_dir``."""
+def cache_place(config: RunConfig, role: str, top_k: int, rows: Rows | None = None) -> Path:
+    """Where the cache of these rows, this model and these settings lies: beside ``output_dir``.
+
+    Args:
+        rows: the config's; read where they are not given.
+    """
     from qtarget.cli.options.datasets import load_datasets
 
     parent = Path(os.path.abspath(str(config.training.output_dir))).parent
     parts: list[Any] = [role, top_k, *_settings(config), _model(config, role)]
-    rows = [
-        _fingerprint(part, config.training.dataset_text_field) for part in load_datasets(config) if part is not None
-    ]
-    text = json.dumps([*parts, *rows], sort_keys=True, default=str)
+    data = load_datasets(config) if rows is None else rows
+    named = [_fingerprint(part, config.training.dataset_text_field) for part in data if part is not None]
+    text = json.dumps([*parts, *named], sort_keys=True, default=str)
     return parent / f"{role}_cache-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
@@ -148,7 +156,7 @@ def check_place(place: Path) -> None:
         )
 
 
-def score_reference(config: RunConfig, place: Path) -> None:
+def score_reference(config: RunConfig, place: Path, rows: Rows) -> None:
     """Run the base over all rows, in this process, or in one of its own beside several ranks."""
     from qtarget.scoring.sources.engines import EngineChoice, detect_engine
 
@@ -165,7 +173,8 @@ def score_reference(config: RunConfig, place: Path) -> None:
     def announce(cost: Cost) -> None:
         logger.warning("%s", announcement(named, cost, place))
 
-    run_scoring(config, place, training.reference_top_k, "bucket", "reference", engine, announce=announce)
+    top_k = training.reference_top_k
+    run_scoring(config, place, top_k, "bucket", "reference", engine, rows=rows, announce=announce)
 
 
 def announcement(target: str, cost: Cost, place: Path) -> str:
