@@ -208,6 +208,10 @@ def print_audit(audit: DataAudit, console: Console) -> None:
 def _print_advice(advice: Advice, console: Console) -> None:
     from rich.text import Text
 
+    from qtarget.report.audit.advice import own_evidence
+
+    if own := own_evidence(advice.facts):
+        console.print(Text("Your rows: ", style="bold") + Text("; ".join(own)), soft_wrap=True)
     console.print(Text("Which target? ", style="bold") + Text(advice.summary, style=""), soft_wrap=True)
     lines = [(f"{i}. {', '.join(s.targets)}", s) for i, s in enumerate(advice.ranked, start=1)]
     lines += [(f"not {', '.join(s.targets)}", s) for s in advice.avoid]

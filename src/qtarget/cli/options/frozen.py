@@ -64,7 +64,7 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
     training.reference_cache = str(place)
 
 
-def found_reference(config: RunConfig) -> str | None:
+def found_reference(config: RunConfig, rows: Rows | None = None) -> str | None:
     """The base's cache that the config names, or one that lies where training would look; None without either."""
     training = config.training
     if training.reference_cache is not None or training.reference == "live":
@@ -72,7 +72,7 @@ def found_reference(config: RunConfig) -> str | None:
     parent = Path(os.path.abspath(str(training.output_dir))).parent
     if not any(parent.glob("reference_cache-*")):
         return None
-    place = cache_place(config, "reference", training.reference_top_k)
+    place = cache_place(config, "reference", training.reference_top_k, rows)
     return str(place) if is_finished(place) else None
 
 
@@ -161,7 +161,7 @@ def score_reference(config: RunConfig, place: Path, rows: Rows) -> None:
     from qtarget.scoring.sources.engines import EngineChoice, detect_engine
 
     training = config.training
-    if training.world_size > 1:
+    if training.world_size > 1 or training.deepspeed:
         score_apart(config, place)
         return
     from qtarget.cli.score import run_scoring

@@ -123,7 +123,7 @@ def about_target(advice: Advice, target: str) -> list[str]:
     Args:
         target: a registry name.
     """
-    lines = [f"your rows: {'; '.join(_own_evidence(advice.facts)) or 'nothing was measured'}"]
+    lines = [f"your rows: {'; '.join(own_evidence(advice.facts)) or 'nothing was measured'}"]
     named = [statement for statement in (*advice.ranked, *advice.avoid) if target in statement.targets]
     if advice.verdict != "suggestion":
         return [*lines, advice.summary]
@@ -138,7 +138,7 @@ def about_target(advice: Advice, target: str) -> list[str]:
     return [*lines, f"the synthetic map alone, no evidence of your rows: it {word}{own}"]
 
 
-def _own_evidence(facts: Mapping[str, Any]) -> list[str]:
+def own_evidence(facts: Mapping[str, Any]) -> list[str]:
     """What was measured on the user's rows, in words."""
     out = []
     if facts["favourite_share"] is not None:
