@@ -35,7 +35,8 @@ def advice_for(trainer: QTargetTrainer, cache: ReferenceCache) -> Advice | None:
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
     """Rows one by one, also out of packed ones."""
-    for row in dataset:
+    columns = ["input_ids", "labels", "seq_lengths"]
+    for row in dataset.select_columns([name for name in columns if name in dataset.column_names]):
         start = 0
         for length in row.get("seq_lengths") or [len(row["input_ids"])]:
             yield {key: row[key][start : start + length] for key in ("input_ids", "labels")}

@@ -38,7 +38,6 @@ class FrozenSettings(Protocol):
     vocab_padding: str
     allow_new_weights: bool
     cache_verify_key: str | None
-    model_init_kwargs: Any
 
 
 def open_caches(
@@ -62,7 +61,7 @@ def open_caches(
             caches[role] = ReferenceCache.open(path, key=key)
             check_plan(caches[role])
             check_columns(caches[role], target, role)
-        elif (url := getattr(args, f"{role}_url")) is not None:
+        elif (url := getattr(args, f"{role}_url", None)) is not None:
             raise ConfigError(
                 f"{role}: {url} is asked once, before training; `qtarget train` does that, from Python call "
                 f"qtarget.integrations.sft.score.score and set {role} to the folder"
@@ -78,6 +77,14 @@ def open_caches(
                 f"{'live' if role == 'reference' else 'MODEL'}"
             )
     return caches
+
+
+def same_source(args: Any) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that ``reference: live`` shares with the trained model."""
+    if getattr(args, "reference", None) != "live":
+        return {}
+    options = args.model_init_kwargs or {}
+    return {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key) is not None}
 
 
 def way_out(role: str) -> str:
@@ -175,8 +182,7 @@ def load_frozen(
             )
         if model is None:
             allowed = args.allow_new_weights
-            same: Any = (args.model_init_kwargs or {}) if role == "reference" and args.reference == "live" else {}
-            options = {key: same[key] for key in ("revision", "trust_remote_code") if same.get(key) is not None}
+            options = same_source(args) if role == "reference" else {}
             model = load_whole(f"{role} model", path, allow_new_weights=allowed, dtype=trained.dtype, **options)
         refuse_shared_weights(role, model, trained)
         model = without_wrapper(role, model).to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]

@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LINES = 5
-"""Log lines that are looked at together; less would be noise."""
+LINES, STEPS = 6, 30
+"""Log lines and optimizer steps before anything is said; less would be noise, or a warm-up."""
 FLAT = 0.02
-"""Share of the nll by which the last lines differ from the first, at most."""
+"""Share of the nll by which the mean of the later half of the lines is below that of the earlier half, at most."""
 TO_LEARN = 0.7
 """Nats a token below which a flat nll may be the end of learning: better than one in two."""
 LIGHT, FEW = 0.05, 0.1
@@ -41,6 +41,8 @@ class NotLearning(TrainerCallback):
         if self.said or not logs or "loss" not in logs or "nll" not in logs or not state.is_world_process_zero:
             return
         self._lines.append(logs)
+        if state.global_step < max(STEPS, 2 * args.get_warmup_steps(state.max_steps), 0.1 * state.max_steps):
+            return
         found = finding(self._lines, self._target, self._guarded, state.global_step)
         if found:
             self.said.append(found)
@@ -56,19 +58,20 @@ def finding(lines: Sequence[dict[str, float]], target: str, guarded: bool, step:
 
     Example:
         >>> line = {"nll": 6.4, "label_weight": 0.01, "effective_sample_size": 0.05}
-        >>> finding([line] * 5, "dft", False, 50).partition(":")[0]
+        >>> finding([line] * 6, "dft", False, 50).partition(":")[0]
         'not learning with target dft'
-        >>> finding([line | {"nll": 6.4 - i} for i in range(5)], "dft", False, 50)
+        >>> finding([line | {"nll": 6.4 - i} for i in range(6)], "dft", False, 50)
     """
     if len(lines) < LINES:
         return None
-    nll = [line["nll"] for line in lines]
-    last = sum(nll[-LINES:]) / LINES
-    # the whole run is flat, and its end alone: a run that stalls late has learned something
-    if last < TO_LEARN or max(abs(value - last) for value in nll[-LINES:]) > FLAT * last or nll[0] - last > FLAT * last:
+    half = len(lines) // 2
+    first, last = (sum(line["nll"] for line in part) / len(part) for part in (lines[:half], lines[half:]))
+    if last < TO_LEARN or first - last > FLAT * last:
         return None
-    weight = sum(line["label_weight"] for line in lines[-LINES:]) / LINES
-    effective = sum(line["effective_sample_size"] for line in lines[-LINES:]) / LINES
+    weight, effective = (
+        sum(line[name] for line in lines[half:]) / (len(lines) - half)
+        for name in ("label_weight", "effective_sample_size")
+    )
     what = f"not learning with target {target}: after {step} steps the nll is {last:.2f} nats a token, as at the start"
     if weight > LIGHT and effective > FEW:
         return f"{what}, though labels weigh {weight:.2g}; try another learning_rate (ten times this one, then a third)"
