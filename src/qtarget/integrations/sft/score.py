@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.types import TailPolicy
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.preparation import changed
+from qtarget.integrations.sft.preparation import logger as findings
 from qtarget.integrations.sft.trainer import QTargetTrainer
 from qtarget.integrations.shared.step import ROLES
 from qtarget.integrations.shared.teacher import compare_tokenizers
@@ -83,6 +86,17 @@ def training_rows(
     )
 
 
+@contextmanager
+def _untold(quiet: bool) -> Iterator[None]:
+    """Preparation's findings are not logged inside; errors are raised as ever."""
+    before = findings.level
+    findings.setLevel(logging.ERROR if quiet else before)
+    try:
+        yield
+    finally:
+        findings.setLevel(before)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a scoring takes, about.
@@ -147,7 +161,7 @@ def score(
         model_id: what the manifest calls the model; default: its name or path.
         engine: who scores; default: this process. A server that is trusted needs any model of its vocabulary here.
         shard_rows: rows a shard, and the most work a kill can lose.
-        announce: is told what it will take, before it begins.
+        announce: is told what it will take, before it begins; a training follows, which says what is wrong with the rows.
 
     Returns:
         The manifest of the finished cache.
@@ -157,7 +171,8 @@ def score(
         CacheMismatchError: the model named has another tokenizer than ``processing_class``.
         ScoringServerError: a server fails, or is not what it should be.
     """
-    job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
+    with _untold(announce is not None):
+        job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
     base, tokenizer = job.trainer._base_model(), job.trainer.processing_class
     name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
     options: Any = args.model_init_kwargs or {}

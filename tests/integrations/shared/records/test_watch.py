@@ -8,7 +8,6 @@ import pytest
 
 from qtarget.integrations.shared.records.watch import NotLearning, finding
 
-
 ARGS = SimpleNamespace(get_warmup_steps=lambda steps: 0)
 
 
