@@ -41,7 +41,9 @@ def init(
     from qtarget.cli.options.settings import parse_overrides
     from qtarget.starting.machine import this_machine
 
-    start = prepare(data, model, output, parse_overrides(context.args), validation, seed, this_machine())
+    overrides = parse_overrides(context.args)
+    machine = this_machine(cpu="use_cpu" in overrides and overrides["use_cpu"].value is True)
+    start = prepare(data, model, output, overrides, validation, seed, machine)
     write_start(start, output)
     for line in start.said:
         typer.echo(line)
@@ -109,9 +111,10 @@ def prepare(
 
     paths = expand(data)
     refuse_existing(output, paths)
-    settings = {key: setting.value for key, setting in overrides.items()}
     # before rows are read: a wrong key or model is told at once
     config = checked(overrides, {"model_name_or_path": model, "train_file": [str(path) for path in paths]}, output)
+    ours = (*HARDWARE, "output_dir")
+    settings = {key: said.value if key in ours else config.given[key] for key, said in overrides.items()}
     reading, originals, renamed = read(paths, row_options_of(config))
     known = look(config, reading, model, machine)
     training, validation = rows_apart(config, reading, share, seed)
@@ -172,8 +175,13 @@ def read(paths: Sequence[Path], options: Any) -> tuple[Reading, list[Any], dict[
     from qtarget.starting.columns import rename, renamed_columns
 
     first: list[Any] = []
+
+    def noted(value: Any) -> Any:
+        first.extend([] if first else [value])
+        return value
+
     try:
-        return *read_originals(paths, options, lambda value: first.append(value) or value if not first else value), {}
+        return *read_originals(paths, options, noted), {}
     except DataError:
         names = renamed_columns(first[0]) if first and isinstance(first[0], dict) else {}
         if not names or options.format != "auto":

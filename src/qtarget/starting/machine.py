@@ -25,15 +25,20 @@ class Machine:
     bf16: bool
 
 
-def this_machine() -> Machine:
-    """The device that training will take: an accelerator where there is one, else the processor."""
+def this_machine(*, cpu: bool = False) -> Machine:
+    """The device that training will take: an accelerator where there is one, else the processor.
+
+    Args:
+        cpu: take the processor all the same (``use_cpu``).
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not cpu:
         free, _ = torch.cuda.mem_get_info()
         # a card without such units computes it all the same, slower than float32
         return Machine(torch.cuda.get_device_name(), "cuda", free, torch.cuda.is_bf16_supported(False))
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # pyright: ignore[reportOptionalMemberAccess]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not cpu else None
+    kind = "cpu" if found is None else found.type
     return Machine(f"this machine's {'processor' if kind == 'cpu' else kind}", kind, free_memory(), False)
 
 
