@@ -54,7 +54,7 @@ def split_rows(prompts: Sequence[str], share: float, seed: int, most: int = MOST
 
     Example:
         >>> split_rows(["a", "b", "a", "c"], share=0.25, seed=0)
-        ([0, 2, 3], [1])
+        ([0, 1, 2], [3])
     """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
