@@ -45,7 +45,7 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
     (tmp_path / "consensus.yaml").write_text(config.replace("path/to/base", str(tiny_model)))
     (commands,) = blocks("sh")
     lines = [shlex.split(line) for line in commands.splitlines()]
-    assert [line[:2] for line in lines] == [["qtarget", "score"], ["qtarget", "train"], ["qtarget", "train"]]
+    assert [line[:2] for line in lines] == [["qtarget", "train"], ["qtarget", "train"]]
     for line in lines:
         assert called(*line[1:]) == 0
     for folder, name in (("runs/consensus", "consensus"), ("runs/guarded", "guarded asft")):
@@ -56,6 +56,7 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
         assert record["target"] == name
         saved = yaml.safe_load((tmp_path / folder / "qtarget_config.yaml").read_text())
         assert saved.get("guard", False) == (name == "guarded asft")
+    assert len(list((tmp_path / "runs").glob("reference_cache-*/manifest.json"))) == 1
     keys = yaml.safe_load(guard)
     assert (keys["target"], keys["guard"]) == ("asft", True)
 
@@ -65,9 +66,8 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
     [
         (["--target", "talr"], "'talr' weighs a whole batch"),
         (["--target", "distillation", "--teacher_cache", "cache"], "'distillation' never looks at the observed token"),
-        (["--target", "asft"], "set reference_cache and run"),
-        (["--target", "dft"], "'guarded dft' weighs what the rows agree on against the frozen reference's numbers"),
-        (["--target", "target_sft"], "set teacher_cache and run `qtarget score CONFIG.yaml --role teacher`"),
+        (["--target", "dft", "--reference", "live"], "'guarded dft' weighs what the rows agree on against the frozen"),
+        (["--target", "target_sft"], "run `qtarget score CONFIG.yaml --role teacher --output CACHE`"),
         (["--target", "asft", "--guard", "perhaps"], "guard"),
     ],
 )

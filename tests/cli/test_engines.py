@@ -143,7 +143,7 @@ def test_a_teacher_behind_a_url_is_asked_once(folder, servers, caplog):
     (command,) = (c for c in documented("train") if any(a.startswith("http") for a in c))
     asked = engines["8000"].asked
     asked.clear()
-    succeed([*pointed(command, urls), "--max_steps", "9"])
+    succeed([*pointed(command, urls), "--teacher_model_name_or_path", "teacher", "--max_steps", "9"])
     assert "asked once for all rows: its numbers go to out/teacher_cache" in caplog.text.replace(f"{folder}/", "")
     sent = [tuple(body["prompt"]) for path, body in asked if path == "/v1/completions"]
     assert len(sent) == 12 + 1  # the rows and the canary, in three epochs

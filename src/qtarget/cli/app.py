@@ -15,6 +15,7 @@ from qtarget.cli import (
     convert,
     demo,
     evaluate,
+    init,
     inspect,
     lens,
     merge,
@@ -44,6 +45,7 @@ app = typer.Typer(
 # Keys of a config are not listed one by one: `--learning_rate 1e-4` goes through to the config as it is.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+app.command("init", context_settings=PASS_ON)(init.init)
 app.command("targets")(targets.targets)
 app.command("train", context_settings=PASS_ON)(train.train)
 app.command("score", context_settings=PASS_ON)(score.score)

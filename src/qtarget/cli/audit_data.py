@@ -85,7 +85,7 @@ def run_audit(
     check_settings(settings, source)
     config = build_config(settings, source)
     check_outputs({"--json": json_file}, [source, *config.inputs])
-    return audit_config(config, split, cache_required="reference_cache" in overrides)
+    return audit_config(config, split, cache_required=not {"reference", "reference_cache"}.isdisjoint(overrides))
 
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
@@ -112,6 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
     """
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import found_reference
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.integrations.shared.saved.ends import turn_ends
@@ -126,7 +127,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     raw: Any = list(rows)
     if tokens.rows is None:
         return audit_unrendered(raw, tokens.findings, text_field=training.dataset_text_field)
-    cache = open_cache(training.reference_cache, cache_required)
+    cache = open_cache(found_reference(config), cache_required)
     return audit_data(
         raw,
         tokens.rows,
@@ -209,6 +210,10 @@ def print_audit(audit: DataAudit, console: Console) -> None:
 def _print_advice(advice: Advice, console: Console) -> None:
     from rich.text import Text
 
+    from qtarget.report.audit.advice import own_evidence
+
+    if own := own_evidence(advice.facts):
+        console.print(Text("Your rows: ", style="bold") + Text("; ".join(own)), soft_wrap=True)
     console.print(Text("Which target? ", style="bold") + Text(advice.summary, style=""), soft_wrap=True)
     lines = [(f"{i}. {', '.join(s.targets)}", s) for i, s in enumerate(advice.ranked, start=1)]
     lines += [(f"not {', '.join(s.targets)}", s) for s in advice.avoid]

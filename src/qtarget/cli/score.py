@@ -23,7 +23,10 @@ Engine = Literal["local", "ray", "mosec", "vllm", "sglang"]
 def score(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
-    top_k: Annotated[int, typer.Option(min=0, help="Log-probs a token; anchors and teachers need them.")] = 0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Log-probs a token; default: the config's {role}_top_k, or 0 with --output."),
+    ] = None,
     tail_policy: Annotated[Policy, typer.Option(help="What stands for the rest.")] = "bucket",
     sampled: Annotated[
         int, typer.Option(min=0, help="Draws a token instead of the top k, for linear targets alone; 50 is usual.")
@@ -33,10 +36,8 @@ def score(
         Literal["float16", "float32"], typer.Option(help="Of the stored top-k log-probs.")
     ] = "float16",
     known: Annotated[Path | None, typer.Option(help="A finished cache whose rows are left out.")] = None,
-    role: Annotated[
-        Role, typer.Option(help="Score the base into reference_cache, or the teacher into teacher_cache.")
-    ] = "reference",
-    output: Annotated[Path | None, typer.Option(help="Folder; default: the config's {role}_cache.")] = None,
+    role: Annotated[Role, typer.Option(help="Which frozen model: the base, or the config's teacher.")] = "reference",
+    output: Annotated[Path | None, typer.Option(help="Folder; default: where `qtarget train` looks.")] = None,
     engine: Annotated[Engine, typer.Option(help="Who runs the model.")] = "local",
     url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
@@ -67,21 +68,35 @@ def score(
 
     key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
-    directory = output or getattr(run.training, f"{role}_cache")
-    if directory is None:
-        raise ConfigError(f"where to write: set {role}_cache in the config, or pass --output DIR")
+    directory, top_k = place_and_width(run, output, top_k, sampled, role)
     own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
     check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
     # fmt: off
     manifest = run_scoring(
-        run, Path(directory), top_k, tail_policy, role, chosen, sampled=sampled, seed=seed,
+        run, directory, top_k, tail_policy, role, chosen, sampled=sampled, seed=seed,
         log_probs_dtype=log_probs_dtype, shard_rows=shard_rows, known=known,
     )
     # fmt: on
     if key is not None:
         sign_cache(directory, key)
-    print_scored(manifest, Path(directory), time.perf_counter() - begin)
+    print_scored(manifest, directory, time.perf_counter() - begin)
+
+
+def place_and_width(
+    config: RunConfig, output: Path | None, top_k: int | None, sampled: int, role: Role
+) -> tuple[Path, int]:
+    """Where to write, and how many log-probs a token: what the user said, else where training looks, and as it needs."""
+    from qtarget.cli.options.frozen import cache_place
+
+    named = output or getattr(config.training, f"{role}_cache")
+    if named is not None:
+        return Path(named), top_k or 0
+    width = getattr(config.training, f"{role}_top_k") if top_k is None and not sampled else top_k or 0
+    place = cache_place(config, role, width)
+    if width != getattr(config.training, f"{role}_top_k"):
+        typer.echo(f"to train from it, set {role}: {place}, or {role}_top_k: {width}")
+    return place, width
 
 
 def run_scoring(
@@ -91,12 +106,14 @@ def run_scoring(
     tail_policy: Policy,
     role: Role = "reference",
     engine: EngineChoice | None = None,
+    rows: tuple[Any, Any] | None = None,
     **storage: Any,
 ) -> Manifest:
     """Score training and validation rows, tokenised exactly as training does.
 
     Args:
-        storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows`` and ``known`` of
+        rows: the config's, training and validation; read where they are not given.
+        storage: ``sampled``, ``seed``, ``log_probs_dtype``, ``shard_rows``, ``known`` and ``announce`` of
             ``qtarget.integrations.sft.score.score``.
 
     Raises:
@@ -111,14 +128,14 @@ def run_scoring(
     from qtarget.integrations.sft.score import score as score_config
     from qtarget.storage.models import check_whole
 
-    train_rows, validation_rows = load_datasets(config)
+    train_rows, validation_rows = load_datasets(config) if rows is None else rows
     set_model_arguments(config)
     student = str(config.model.model_name_or_path)
     named = getattr(config.training, f"{role}_model_name_or_path")
     if engine is not None and engine.trust_server:
         named = None  # it is loaded nowhere; the rows need only a tokenizer and a model to hold it
     elif named is None and role == "teacher":
-        raise ConfigError("which teacher: set teacher_model_name_or_path in the config")
+        raise ConfigError("which teacher: set teacher: MODEL in the config")
     trust = config.training.trust_remote_code
     if named is not None:
         allowed = config.training.allow_new_weights

@@ -72,13 +72,16 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
 def train_and_save(config: RunConfig) -> dict[str, Any]:
     """``run_training`` in a folder that is ours."""
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import found_reference, score_missing
 
     # first: it refuses a folder in use before a server is asked or rows are read
     checkpoint = starting_point(config)
     if config.training.teacher_url is not None:
         score_teacher(config)
     train_rows, validation_rows = load_datasets(config)
+    score_missing(config, (train_rows, validation_rows))
     trainer = build_trainer(config, train_rows, validation_rows)
+    say_advice(trainer, found_reference(config, (train_rows, validation_rows)))
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint, force_resume=config.data.resume == "force")
     seconds = time.perf_counter() - begin
@@ -92,7 +95,10 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 2),
         "resumed_from": checkpoint,
-        "warnings": [f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines],
+        "warnings": [
+            *(f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines),
+            *trainer.watch.said,
+        ],
     }
     if trainer.is_world_process_zero():
         write_records(output, config, summary)
@@ -100,6 +106,24 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         print_summary(summary, output)
     trainer.end()
     return summary
+
+
+def say_advice(trainer: Any, path: str | None) -> None:
+    """What `qtarget audit-data` would say of the chosen target, where the base's numbers are at hand.
+
+    Args:
+        path: a cache of the base, which this target may not need; one that is not finished says nothing.
+    """
+    from qtarget.integrations.sft.advice import advice_for
+    from qtarget.report.audit.advice import about_target
+    from qtarget.scoring.cache.reader import ReferenceCache
+    from qtarget.scoring.cache.schema import MANIFEST
+
+    if path is None or not (Path(path) / MANIFEST).is_file() or not trainer.is_world_process_zero():
+        return
+    advice = advice_for(trainer, trainer.caches.get("reference") or ReferenceCache.open(path, verify=False))
+    for line in about_target(advice, trainer.args.target) if advice is not None else ():
+        logger.warning("%s", line)
 
 
 def how_to_go_on(output: Path) -> str:

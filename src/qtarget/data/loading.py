@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "read_dataset",
     "read_files",
     "read_given",
+    "read_originals",
     "rows_to_dataset",
 ]
 
@@ -40,13 +41,16 @@ ROLES_MARK = "qtarget roles: "
 logger = logging.getLogger(__name__)
 
 
-def read_files(files: Files, options: ReadOptions | None = None) -> Reading:
+def read_files(
+    files: Files, options: ReadOptions | None = None, through: Callable[[Place, Any], Any] | None = None
+) -> Reading:
     """The rows of one or several files, in any of the shapes of ``qtarget.data.formats``, made into TRL's.
 
     Args:
         files: a path, a list of paths, or patterns such as ``data/*.jsonl``; names end in ``.jsonl``, ``.json`` (an array of
             objects), ``.csv``, ``.tsv`` (each also with ``.gz`` or ``.zst``), ``.parquet`` or ``.arrow``.
         options: how rows are read.
+        through: makes a value of each place and what stands there, before it is read.
 
     Returns:
         Rows in the files' order, and what was read, changed and left out.
@@ -65,7 +69,7 @@ def read_files(files: Files, options: ReadOptions | None = None) -> Reading:
     paths = expand(files)
     warnings: list[str] = []
     options = options or ReadOptions()
-    reading = read_rows(_values(paths, warnings, options.limits), options)
+    reading = read_rows(_passed(_values(paths, warnings, options.limits), through), options)
     if not reading.rows:
         raise DataError(
             f"{', '.join(map(str, paths))} holds no rows{' that can be trained' if reading.announced else ''}; expected one "
@@ -77,6 +81,24 @@ def read_files(files: Files, options: ReadOptions | None = None) -> Reading:
         )
     reading.announced += warnings
     return reading
+
+
+def read_originals(
+    files: Files, options: ReadOptions | None = None, change: Callable[[Any], Any] | None = None
+) -> tuple[Reading, list[Row]]:
+    """``read_files``, and each row as it stands in its file; of an archive of sessions, the row that was made of it.
+
+    Args:
+        change: makes of each value the one that is read, and that is given back.
+    """
+    found: dict[Place, Row] = {}
+
+    def keep(place: Place, value: Any) -> Any:
+        found[place] = value if change is None else change(value)
+        return found[place]
+
+    reading = read_files(files, options, keep)
+    return reading, [found.get(place, row) for place, row in zip(reading.places, reading.rows, strict=True)]
 
 
 def load_rows(files: Files, *, text_field: str = "text", options: ReadOptions | None = None) -> list[Row]:
@@ -146,6 +168,10 @@ def announce(reading: Reading, source: str) -> None:
 
 def _name(files: Files) -> str:
     return ", ".join(map(str, [files] if isinstance(files, str | Path) else files))
+
+
+def _passed(values: Iterator[Located], through: Callable[[Place, Any], Any] | None) -> Iterator[Located]:
+    return values if through is None else ((place, through(place, value)) for place, value in values)
 
 
 def _values(paths: Sequence[Path], warnings: list[str], limits: Limits) -> Iterator[Located]:

@@ -25,6 +25,7 @@ PATH_KEYS = (
     "model_name_or_path",
     "reference_cache",
     "teacher_cache",
+    "reference",
     "teacher",
     "reference_model_name_or_path",
     "teacher_model_name_or_path",
@@ -122,6 +123,7 @@ class RunConfig:
         from qtarget.data.files import expand
 
         named = [self.given[key] for key in PATH_KEYS if key not in FILE_KEYS and self.given.get(key) is not None]
+        named = [name for name in named if name not in ("live", "auto")]
         files = [path for key in FILE_KEYS if self.given.get(key) for path in expand(self.given[key])]
         return [*map(str, files), *named]
 
@@ -146,7 +148,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     Args:
         path: the file that they belong to; relative paths start at its folder.
     """
-    settings = drop_other_targets_kwargs(settings)
+    settings = drop_other_caches(drop_other_targets_kwargs(settings))
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.sft.config import QTargetConfig
@@ -179,7 +181,7 @@ def read_given(settings: Mapping[str, Setting], hints: Mapping[str, tuple[Any, A
     refuse_unknown(settings, hints)
     given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
     for key in PATH_KEYS:
-        if given.get(key) is not None:
+        if given.get(key) is not None and not (key == "reference" and given[key] in ("live", "auto")):
             find = find_files if key in FILE_KEYS else find_path
             given[key] = find(key, given[key], path.parent)
     if not given.get("model_name_or_path"):
@@ -200,6 +202,22 @@ def drop_other_targets_kwargs(settings: Mapping[str, Setting], *, say: bool = Tr
         del kept["target_kwargs"]
         if kwargs.value and say:
             logger.warning("target %s: the file's target_kwargs %s are another target's", chosen.value, kwargs.value)
+    return kept
+
+
+def drop_other_caches(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Without the file's ``reference_cache`` where the command line says ``reference``, and the other way round."""
+    kept = dict(settings)
+    for role in ("reference", "teacher"):
+        for said, other in ((role, f"{role}_cache"), (f"{role}_cache", role)):
+            if said in kept and other in kept and kept[said].text is not None and kept[other].text is None:
+                del kept[other]
+        named, own = kept.get(f"{role}_model_name_or_path"), kept.get(role)
+        if named is None or own is None or named.text is None or own.text is not None:
+            continue
+        # a model in place of a model; beside a cache or a URL it says whose numbers they are
+        if not str(own.value).startswith("http") and not (Path(str(own.value)) / "manifest.json").is_file():
+            del kept[role]
     return kept
 
 
@@ -248,7 +266,7 @@ def find_path(key: str, value: str, folder: Path) -> str:
     found = next((c.resolve() for c in (folder / relative, relative) if c.exists()), None)
     if found is not None:
         return str(found)
-    is_model = key == "teacher" or key.endswith("model_name_or_path")
+    is_model = key in ("reference", "teacher") or key.endswith("model_name_or_path")
     is_path = value.startswith((".", "/", "~")) or (value.count("/") > 1 and "://" not in value)
     if is_model and is_path:
         raise ConfigError(f"{key}: {value} is neither in {folder.resolve()} nor in {Path.cwd()}; check the path")

@@ -121,7 +121,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> dict[str, Setting]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
-    """``--key value``, ``--key=value`` and bare ``--flag`` (true); values are YAML.
+    """``--key value``, ``--key=value``, ``--key several values`` (a list of settings) and bare ``--flag`` (true), as YAML.
 
     Raises:
         ConfigError: a value without a key, or a value that is not YAML.
@@ -140,12 +140,19 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
         if not equals:
             # one dash may begin a value: -1
             text = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
-        try:
-            value = parse_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name} {text!r} is not valid YAML ({error}); quote it for the shell") from error
-        settings[name.replace("-", "_")] = Setting(value, "the command line", text)
+        texts = [text]
+        while not equals and rest and not rest[0].startswith("--"):  # a list, as TRL takes it
+            texts.append(rest.pop(0))
+        items = [_override(name, item) for item in texts]
+        settings[name.replace("-", "_")] = items[0] if len(items) == 1 else Setting(items, "the command line")
     return settings
+
+
+def _override(name: str, text: str) -> Setting:
+    try:
+        return Setting(parse_yaml(text), "the command line", text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name} {text!r} is not valid YAML ({error}); quote it for the shell") from error
 
 
 def coerce(key: str, setting: Setting, hint: Any, choices: Sequence[Any] | None = None) -> Any:
@@ -159,6 +166,15 @@ def coerce(key: str, setting: Setting, hint: Any, choices: Sequence[Any] | None 
         ConfigError: the value does not fit.
     """
     options = _options(hint)
+    if isinstance(setting.value, list) and any(isinstance(item, Setting) for item in setting.value):
+        if not _lists(options):
+            found = " ".join(str(item.text) for item in setting.value)
+            raise ConfigError(f"--{key} {found}: {key} takes one value, expected {describe(hint)}")
+    elif setting.text is not None and _lists(options) and not {str, dict} & set(options):
+        # one value of a list, as TRL takes it; null and [a, b] are what they are
+        setting = (
+            setting if setting.value is None or isinstance(setting.value, list) else Setting([setting], setting.origin)
+        )
     try:
         value = _fit(setting, options)
     except ValueError as error:
@@ -202,6 +218,10 @@ def describe(hint: Any) -> str:
     return ", or ".join(sorted(described, key=lambda word: word == "null"))
 
 
+def _lists(options: tuple[Any, ...]) -> bool:
+    return any((typing.get_origin(option) or option) is list for option in options)
+
+
 def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -224,7 +244,8 @@ def _fit(setting: Setting, options: tuple[Any, ...]) -> Any:
             return value
         if isinstance(value, list) and (typing.get_origin(option) or option) is list:
             inner = (typing.get_args(option) or (Any,))[0]
-            return [_fit(Setting(item, setting.origin), _options(inner)) for item in value]
+            items = [item if isinstance(item, Setting) else Setting(item, setting.origin) for item in value]
+            return [_fit(item, _options(inner)) for item in items]
     if (
         isinstance(value, str)
         and any((typing.get_origin(o) or o) is dict for o in options)

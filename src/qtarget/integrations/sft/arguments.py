@@ -11,6 +11,7 @@ from trl.data_utils import is_conversational
 
 from qtarget.core.errors import ConfigError, DataError, UnsupportedModelError
 from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.shared.teacher import LIVE
 
 logger = logging.get_logger(__name__)
 
@@ -23,14 +24,31 @@ def own_config(args: TrainingArguments | None, model: Any) -> QTargetConfig:
     Raises:
         ConfigError: something else was given.
     """
+    name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if args is None:
-        name = model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "model")
-        return QTargetConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
+        return QTargetConfig(f"{(name or 'model').rstrip('/').split('/')[-1]}-SFT")
     if isinstance(args, QTargetConfig):
+        run_live(args, name)
         return args
     if isinstance(args, TrainingArguments):
         return QTargetConfig.from_trl(args)
     raise ConfigError(f"args is a {type(args).__name__}; expected qtarget.QTargetConfig, or TRL's SFTConfig")
+
+
+def run_live(args: QTargetConfig, name: str) -> None:
+    """``reference: live``: the frozen base is the model of that name, as it is before training.
+
+    Raises:
+        ConfigError: the model has no name, or a longer key is set too.
+    """
+    if args.reference != LIVE:
+        return
+    other = args.reference_cache or args.reference_model_name_or_path
+    if other is not None and other != name:
+        raise ConfigError(f"reference: live and {other} are both set; keep one of them")
+    if not name:
+        raise ConfigError("reference: live needs a model by name; pass reference_model, or name the model's folder")
+    args.reference_model_name_or_path = name
 
 
 def refuse_arguments(args: QTargetConfig, data_collator: Any, compute_loss_func: Any, processing_class: Any) -> None:
@@ -120,7 +138,7 @@ def _text_stream(dataset: IterableDataset, name: str, cached: bool) -> IterableD
     if cached:
         raise ConfigError(
             f"the {name} data is a stream, and a cache is looked up by whole data sets; load it whole (streaming=False), or "
-            "run the frozen model live (reference_model_name_or_path, teacher_model_name_or_path)"
+            "run the frozen model live (reference: live, teacher: MODEL)"
         )
     first = next(iter(dataset), None)
     if first is None:

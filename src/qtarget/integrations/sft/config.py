@@ -6,6 +6,7 @@ import json
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
@@ -16,7 +17,7 @@ from qtarget.core.types import Target, WeightsScale
 from qtarget.data.limits import Limits
 from qtarget.integrations.shared.loss_keys import check_loss_keys
 from qtarget.integrations.shared.numbers import check_numbers
-from qtarget.integrations.shared.teacher import place_teacher
+from qtarget.integrations.shared.teacher import place_frozen
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
 
@@ -31,14 +32,15 @@ class QTargetConfig(SFTConfig):
         target: name (``qtarget targets`` lists them), ``weight+base``, or ``package.module:Class``.
         target_kwargs: its hyper-parameters.
         guard: give labels their weight back where the rows agree against the frozen model (``qtarget.Guarded``).
-        reference_cache: folder written by ``qtarget score`` with the frozen base.
-        teacher_cache: folder written by ``qtarget score`` with the teacher.
+        reference: the frozen base: ``live`` (the model itself, run at each step), a cache folder, a model, or the URL of a
+            scoring server. Absent or ``auto``: `qtarget train` scores the model once, where the target needs it, beside
+            ``output_dir``.
+        teacher: a cache folder, a model (folder or hub name; run live), or the URL of a scoring server, which `qtarget train`
+            asks once, into ``output_dir/teacher_cache``.
         cache_verify_key: key file; caches must be signed with it (``qtarget cache sign``), and are refused else.
-        reference_model_name_or_path: a frozen base run live at each step; beside ``reference_cache``, the model that the
-            cache was made with, when it is not the model that is trained.
-        teacher_model_name_or_path: a teacher run live at each step; beside ``teacher_cache`` or a URL, whose numbers they are.
-        teacher: a cache folder, a model (folder or hub name), or the URL of a scoring server: one key for the other two.
-            `qtarget train` scores a URL's teacher once, into ``output_dir/teacher_cache``, and trains from that.
+        reference_cache, reference_model_name_or_path, teacher_cache, teacher_model_name_or_path: what ``reference`` and
+            ``teacher`` are read as; beside a cache or a URL the model says whose numbers they are.
+        reference_top_k: log-probs a token that `qtarget train` keeps of the base.
         teacher_top_k: log-probs a token that a URL's teacher is asked for.
         vocab_padding: what to do where teacher and model differ in padding rows of the vocabulary: ``refuse``, or
             ``truncate`` both to the shorter (see ``qtarget.scoring.vocabulary.shared_vocab``).
@@ -59,6 +61,9 @@ class QTargetConfig(SFTConfig):
         default=None, metadata={"help": "Hyper-parameters of the target, as a mapping or a JSON string."}
     )
     guard: bool = field(default=False, metadata={"help": "Guard the target against a flawed prior."})
+    reference: str | None = field(
+        default=None, metadata={"help": "The frozen base: live, a cache folder, a model, or a scoring server's URL."}
+    )
     reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     cache_verify_key: str | None = field(
@@ -67,6 +72,7 @@ class QTargetConfig(SFTConfig):
     reference_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen base, scored live."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, scored live."})
     teacher: str | None = field(default=None, metadata={"help": "A cache folder, a model, or a scoring server's URL."})
+    reference_top_k: int = field(default=32, metadata={"help": "Log-probs a token, of a base that train scores."})
     teacher_top_k: int = field(default=32, metadata={"help": "Log-probs a token, of a teacher behind a URL."})
     vocab_padding: str = field(
         default="refuse", metadata={"help": "Padding rows that differ.", "choices": ["refuse", "truncate"]}
@@ -124,11 +130,19 @@ class QTargetConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        # TRL 1.16 sets the name that transformers 5 warns of, in everybody's config
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = (
+                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+            )
         super().__post_init__()
         self._place_target()
 
     def _place_target(self) -> None:
-        self.teacher_url = place_teacher(self)
+        self.reference_url, self.teacher_url = (place_frozen(self, role) for role in ("reference", "teacher"))
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns of it where there is nothing to pin for
         if isinstance(self.target_kwargs, str):
             self.target_kwargs = json.loads(self.target_kwargs)
         if not isinstance(self.target_kwargs, dict | None):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
@@ -29,6 +29,8 @@ from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.records.terminal import ShortLines, ShortPrints
+from qtarget.integrations.shared.records.watch import NotLearning
 from qtarget.integrations.shared.saved.published import PublishedTrainer
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
 from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
@@ -165,6 +167,11 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         self._records = LiveRecords(self._samples, self.preparation.descriptions, callbacks, self._card_facts)
         callbacks.insert(0, self._records)  # before the trackers, see its docstring
         self.add_callback(SeenTokens())
+        self.watch = NotLearning(args.target_label, args.guard)
+        self.add_callback(self.watch)
+        for theirs, ours in ((ProgressCallback, ShortLines), (PrinterCallback, ShortPrints)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours)
 
     def _card_facts(self) -> dict[str, Any]:
         """What a model card says beside the settings."""

@@ -27,7 +27,9 @@ logger = logging.get_logger(__name__)
 class FrozenSettings(Protocol):
     """The keys about frozen models that any trainer's config has."""
 
+    reference: str | None
     teacher: str | None
+    reference_url: str | None
     teacher_url: str | None
     teacher_cache: str | None
     teacher_model_name_or_path: str | None
@@ -59,23 +61,36 @@ def open_caches(
             caches[role] = ReferenceCache.open(path, key=key)
             check_plan(caches[role])
             check_columns(caches[role], target, role)
-        elif role == "teacher" and args.teacher_url is not None:
+        elif (url := getattr(args, f"{role}_url", None)) is not None:
             raise ConfigError(
-                f"teacher: {args.teacher_url} is asked once, before training; `qtarget train` does that, from Python call "
-                "qtarget.integrations.sft.score.score and set teacher to the folder"
+                f"{role}: {url} is asked once, before training; `qtarget train` does that, from Python call "
+                f"qtarget.integrations.sft.score.score and set {role} to the folder"
             )
         elif fields & set(DATA_FIELDS):
             raise MissingStatisticError(
                 f"target {target.name!r} weighs what the rows agree on against the frozen {role}'s numbers, all of them before "
-                f"training: set {role}_cache and run `qtarget score CONFIG.yaml --role {role}` once"
+                f"training: {way_out(role)}"
             )
         elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
             raise MissingStatisticError(
-                f"target {target.name!r} needs a frozen {role}: set {role}_cache and run "
-                f"`qtarget score CONFIG.yaml --role {role}` once, "
-                f"or set {role}_model_name_or_path to run one live"
+                f"target {target.name!r} needs a frozen {role}: {way_out(role)}, or run one live: set {role}: "
+                f"{'live' if role == 'reference' else 'MODEL'}"
             )
     return caches
+
+
+def same_source(args: Any) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that ``reference: live`` shares with the trained model."""
+    if getattr(args, "reference", None) != "live":
+        return {}
+    options = args.model_init_kwargs or {}
+    return {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key) is not None}
+
+
+def way_out(role: str) -> str:
+    """How a cache comes about, in words."""
+    by_itself = "leave reference unset and `qtarget train` scores it once, or " if role == "reference" else ""
+    return f"{by_itself}run `qtarget score CONFIG.yaml --role {role} --output CACHE` and set {role}: CACHE"
 
 
 def check_unused(args: FrozenSettings, target: Target, role: str) -> None:
@@ -167,7 +182,8 @@ def load_frozen(
             )
         if model is None:
             allowed = args.allow_new_weights
-            model = load_whole(f"{role} model", path, allow_new_weights=allowed, dtype=trained.dtype)
+            options = same_source(args) if role == "reference" else {}
+            model = load_whole(f"{role} model", path, allow_new_weights=allowed, dtype=trained.dtype, **options)
         refuse_shared_weights(role, model, trained)
         model = without_wrapper(role, model).to(accelerator.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
         with accelerator.autocast():  # as in training: some attention kernels refuse float32

@@ -60,6 +60,7 @@ CONSTRAINTS: dict[str, Bounds] = {
     "neftune_noise_alpha": COUNT,
     "router_aux_loss_coef": COUNT,
     "prompt_weight": COUNT,
+    "reference_top_k": SOME,
     "teacher_top_k": SOME,
     "heatmap_rows": COUNT,
     "lora_r": SOME,

@@ -20,42 +20,42 @@ from qtarget.scoring.vocabulary import require_same_tokens, shared_vocab
 
 logger = logging.get_logger(__name__)
 
+LIVE, AUTO = "live", "auto"
+"""Values of ``reference`` that name no place: the model itself at each step, or a cache where `qtarget train` makes one."""
 
-def place_teacher(args: FrozenSettings) -> str | None:
-    """Read ``teacher`` for what it is, and set the key that says so; a URL is returned.
+
+def place_frozen(args: FrozenSettings, role: str) -> str | None:
+    """Read ``teacher`` or ``reference`` for what it is, and set the key that says so; a URL is returned.
 
     Raises:
         ConfigError: the longer key is set too, or a folder is neither cache nor model.
     """
-    value = args.teacher
-    if value is None:
+    value = getattr(args, role)
+    if value is None or (role == "reference" and value in (LIVE, AUTO)):
         return None
+    cache, model = getattr(args, f"{role}_cache"), getattr(args, f"{role}_model_name_or_path")
     if value.startswith(("http://", "https://")):
-        if args.teacher_cache is not None:
-            raise ConfigError(
-                f"teacher: {value} and teacher_cache: {args.teacher_cache} are both set; keep one of them"
-            )
+        if cache is not None:
+            raise ConfigError(f"{role}: {value} and {role}_cache: {cache} are both set; keep one of them")
         return value
     folder = Path(value)
     if (folder / MANIFEST).is_file():
-        key, kind = "teacher_cache", "a cache"
+        key, kind = f"{role}_cache", "a cache"
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
-            f"teacher: {value} has neither {MANIFEST} (a finished cache) nor config.json (a model); finish the cache with "
-            "`qtarget score CONFIG.yaml --role teacher`, or name a model"
+            f"{role}: {value} has neither {MANIFEST} (a finished cache) nor config.json (a model); finish the cache with "
+            f"`qtarget score CONFIG.yaml --role {role}`, or name a model"
         )
     else:
         named = "a model" if folder.is_dir() else "no folder here, so the hub name of a model"
-        key, kind = "teacher_model_name_or_path", f"{named}, run live at each step"
-    if (other := getattr(args, key)) is not None:
-        raise ConfigError(f"teacher: {value} is {kind}, and {key}: {other} is set too; keep one of them")
-    if key != "teacher_cache" and args.teacher_cache is not None:
-        raise ConfigError(
-            f"teacher: {value} is {kind}, and teacher_cache: {args.teacher_cache} is set too; keep one of them"
-        )
+        key, kind = f"{role}_model_name_or_path", f"{named}, run live at each step"
+    if (other := cache if key.endswith("cache") else model) is not None:
+        raise ConfigError(f"{role}: {value} is {kind}, and {key}: {other} is set too; keep one of them")
+    if not key.endswith("cache") and cache is not None:
+        raise ConfigError(f"{role}: {value} is {kind}, and {role}_cache: {cache} is set too; keep one of them")
     setattr(args, key, value)
     # a warning, because transformers' logger shows no information unless it is asked to
-    logger.warning(f"teacher: {value} is {kind}")
+    logger.warning(f"{role}: {value} is {kind}")
     return None
 
 

@@ -75,7 +75,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
     Args:
         findings: of the whole audit.
         rows: of the data.
-        teacher: whether a teacher is at hand (``teacher_cache`` or ``teacher_model_name_or_path``).
+        teacher: whether a teacher is at hand (``teacher``).
     """
     by_name = {found.check: found for found in findings}
 
@@ -117,13 +117,48 @@ def which_target(facts: Mapping[str, Any]) -> Advice:
     return Advice("suggestion", *_from_the_map(facts), notes=notes)
 
 
+def about_target(advice: Advice, target: str) -> list[str]:
+    """Advice on one target in two lines: what the user's own rows say, and what the synthetic map alone does.
+
+    Args:
+        target: a registry name.
+    """
+    lines = [f"your rows: {'; '.join(own_evidence(advice.facts)) or 'nothing was measured'}"]
+    named = [statement for statement in (*advice.ranked, *advice.avoid) if target in statement.targets]
+    if advice.verdict != "suggestion":
+        return [*lines, advice.summary]
+    best = advice.ranked[0].targets[0]
+    if any(statement in advice.avoid for statement in named):
+        word = f"advises against {target}: {named[0].reason.rstrip('.')}; it has {best} least behind"
+    elif named:
+        word = f"has {target} among the {len(advice.ranked)} that fall least behind the best one"
+    else:
+        word = f"has {best} least behind, and says little of {target}"
+    own = "; compare both on validation rows of yours: `qtarget compare`"
+    return [*lines, f"the synthetic map alone, no evidence of your rows: it {word}{own}"]
+
+
+def own_evidence(facts: Mapping[str, Any]) -> list[str]:
+    """What was measured on the user's rows, in words."""
+    out = []
+    if facts["favourite_share"] is not None:
+        out.append(f"{facts['favourite_share']:.0%} of the labels are the base's first choice")
+    if facts["mean_surprise"] is not None:
+        out.append(f"its surprise is {facts['mean_surprise']:.2f} nats a token")
+    if facts["suspected_share"]:
+        out.append(f"{facts['suspected_share']:.2%} of the labels look suspicious")
+    if facts["flawed_prior_share"]:
+        out.append(f"on {facts['flawed_prior_share']:.2%} rows agree against a sure base (`guard: true`)")
+    return out
+
+
 def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
     """Why nothing can be suggested, and the next step; None where something can."""
     favourite, scored_rows = facts["favourite_share"], facts["scored_rows"]
     if favourite is None:
         missing = "no cache with top-k" if facts["mean_surprise"] is not None else "no reference cache"
         return (
-            f"{missing}, so how much the base already knows is unmeasured. Run `qtarget score CONFIG.yaml --top_k 8` and "
+            f"{missing}, so how much the base already knows is unmeasured. Run `qtarget score CONFIG.yaml` and "
             "audit again."
         )
     if scored_rows < FEWEST_SCORED_ROWS:
@@ -177,8 +212,8 @@ def _from_the_map(
         for name in avoided
     )
     summary = (
-        f"Start with {ranked[0]}, and plain sft beside it. The map is of one synthetic family of tasks and a tiny base: "
-        "compare on clean held-out rows of yours."
+        f"No verdict on your rows yet. The synthetic map (one family of tasks, a tiny base) has {ranked[0]} least behind where "
+        "the base knows as much of its rows: compare it with plain sft on validation rows of yours, `qtarget compare`."
     )
     return summary, facts, best, avoid
 

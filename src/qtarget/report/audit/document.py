@@ -108,7 +108,9 @@ def audit_data(
         *(found for found in check_texts(raw, text_field=text_field) if found.check not in known),
     ]
     if cache is None:
-        message = "what the base finds surprising was not checked: no reference_cache; run `qtarget score CONFIG.yaml --top_k 8`"
+        message = (
+            "what the base finds surprising was not checked: no cache of the base; run `qtarget score CONFIG.yaml`"
+        )
         findings.append(Finding("base_unchecked", "info", len(raw), (), message))
     elif not any(found.check == "outside_vocabulary" for found in findings):
         scored, missing = score_from_cache(trained, cache)

@@ -128,7 +128,7 @@ def check_prior(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     if scored.top_ids is None:
         message = (
             "whether demonstrations agree against a confident base cannot be told: the cache holds the labels' "
-            "log-probs alone; run `qtarget score CONFIG.yaml --top_k 8`"
+            "log-probs alone; run `qtarget score CONFIG.yaml --top_k 32`"
         )
         return [Finding("flawed_prior_unchecked", "info", len(scored.numbers), (), message, {})]
     groups = flawed_prior(scored)

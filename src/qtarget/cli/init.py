@@ -1,0 +1,382 @@
+"""``qtarget init``: from a file of rows and a model to a config that trains."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.options.settings import Setting
+    from qtarget.data.formats import Reading
+    from qtarget.starting.choices import Fit, Size
+    from qtarget.starting.config_file import Line
+    from qtarget.starting.machine import Machine
+    from qtarget.starting.survey import Survey
+
+HARDWARE = {"use_cpu": True, "bf16": False, "fp16": False}
+"""Nothing is trained here; none of these decides a token."""
+COMPARED = "sft,consensus,dft"
+
+
+def init(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file of rows, or a pattern such as 'data/*.jsonl'.")],
+    model: Annotated[str, typer.Option(help="The base model: a folder, or a hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("run.yaml"),
+    validation: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of the rows to validate with, by prompt; 0 for none.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the choice of validation rows.")] = 0,
+) -> None:
+    """Write a config for DATA and a model, with validation rows split off; any key can be set by `--key value`."""
+    from qtarget.cli.options.settings import parse_overrides
+    from qtarget.starting.machine import this_machine
+
+    overrides = parse_overrides(context.args)
+    machine = this_machine(cpu="use_cpu" in overrides and overrides["use_cpu"].value is True)
+    start = prepare(data, model, output, overrides, validation, seed, machine)
+    write_start(start, output)
+    for line in start.said:
+        typer.echo(line)
+    typer.echo(f"wrote {output}{''.join(f', {path}' for path in start.files)}\n\nnext:")
+    typer.echo(f"  qtarget compare {output} --targets {COMPARED} --filters none,auto")
+    typer.echo(f"  qtarget train {output}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is to be written and said.
+
+    Attributes:
+        config: text of the YAML file.
+        files: what lies beside it.
+        said: lines about rows, model and choices.
+    """
+
+    config: str
+    files: Mapping[Path, bytes]
+    said: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Rows, model and machine, and what follows.
+
+    Attributes:
+        template: of a model that has none.
+        answers_alone: whether answers are trained without their prompts, or None where rows have no turns.
+    """
+
+    reading: Reading
+    size: Size
+    survey: Survey
+    machine: Machine
+    fit: Fit
+    template: str | None
+    answers_alone: bool | None
+    packing: bool | None
+
+
+def prepare(
+    data: str,
+    model: str,
+    output: Path,
+    overrides: Mapping[str, Setting],
+    share: float,
+    seed: int,
+    machine: Machine,
+) -> Start:
+    """Look at everything and decide; writes nothing.
+
+    Args:
+        overrides: keys of the config that the user sets.
+        share, seed: of the validation rows.
+
+    Raises:
+        ConfigError: no such model, a key that is unknown, or an output that is there already.
+        DataError: rows that training would refuse.
+        UnsupportedModelError: no causal language model.
+    """
+    from qtarget.data.files import expand
+    from qtarget.starting.config_file import config_text, with_given
+
+    paths = expand(data)
+    refuse_existing(output, paths)
+    # before rows are read: a wrong key or model is told at once
+    config = checked(overrides, {"model_name_or_path": model, "train_file": [str(path) for path in paths]}, output)
+    ours = (*HARDWARE, "output_dir")
+    settings = {key: said.value if key in ours else config.given[key] for key, said in overrides.items()}
+    reading, originals, renamed = read(paths, row_options_of(config))
+    known = look(config, reading, model, machine)
+    training, validation = rows_apart(config, reading, share, seed)
+    copied = {"train": training} if validation or renamed else {}
+    copied |= {"validation": validation} if validation else {}
+    files = {beside(output, f"{name}.jsonl"): lines_of([originals[i] for i in rows]) for name, rows in copied.items()}
+    if known.template is not None:
+        files[beside(output, "chat_template.jinja")] = known.template.encode()
+    lines = config_lines(known, model, output, paths, list(copied))
+    heading = f"{data}: {len(reading.rows):,} rows as {reading.shape}, for {model}. Keys are TRL's and qtarget's."
+    said = summary(known, data, len(training), len(validation), seed)
+    return Start(config_text(with_given(lines, settings), heading), files, said)
+
+
+def refuse_existing(output: Path, inputs: Sequence[Path]) -> None:
+    """Raise where the config is there already, or its place cannot be written."""
+    from qtarget.cli.options.outputs import check_outputs
+
+    if output.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"-o {output}: expected a name that ends in .yaml")
+    if output.exists():
+        raise ConfigError(f"{output} exists; choose another -o, or delete it")
+    check_outputs({"-o": output}, inputs)
+
+
+def checked(overrides: Mapping[str, Setting], settings: Mapping[str, Any], output: Path) -> RunConfig:
+    """The user's keys and ours as training would take them, on any machine."""
+    from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.settings import Setting
+
+    for key in ("train_file", "model_name_or_path", "dataset_name"):
+        if key in overrides:
+            raise ConfigError(f"--{key} is said by DATA and --model; leave it out")
+    mine = {key: Setting(value, "init") for key, value in {**settings, "output_dir": "runs", **HARDWARE}.items()}
+    return build_config({**overrides, **mine}, output)
+
+
+def row_options_of(config: RunConfig) -> Any:
+    """How rows are read."""
+    from qtarget.cli.options.datasets import row_options
+
+    data = config.data
+    return row_options(
+        data.data_format, data.null_content, data.roles, data.tools_file, text_field=config.training.dataset_text_field
+    )
+
+
+def read(paths: Sequence[Path], options: Any) -> tuple[Reading, list[Any], dict[str, str]]:
+    """Rows as training takes them, as they stand in their files, and the columns that were renamed for it.
+
+    Raises:
+        DataError: rows of no shape that is known.
+    """
+    from functools import partial
+
+    from qtarget.core.errors import DataError
+    from qtarget.data.loading import read_originals
+    from qtarget.starting.columns import rename, renamed_columns
+
+    first: list[Any] = []
+
+    def noted(value: Any) -> Any:
+        first.extend([] if first else [value])
+        return value
+
+    try:
+        return *read_originals(paths, options, noted), {}
+    except DataError:
+        names = renamed_columns(first[0]) if first and isinstance(first[0], dict) else {}
+        if not names or options.format != "auto":
+            raise
+    reading, rows = read_originals(paths, options, partial(rename, names=names))
+    words = ", ".join(f"{theirs} -> {ours}" for theirs, ours in names.items())
+    reading.announced.insert(0, f"columns {words}, in the copy that is written")
+    return reading, rows, names
+
+
+def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> Known:
+    """Model and rows, and what follows from them."""
+    from transformers import AutoTokenizer
+
+    from qtarget.data.loading import rows_to_dataset
+    from qtarget.starting.choices import fit, row_length
+    from qtarget.starting.model import size_of
+    from qtarget.starting.survey import answers_alone, chat_template, is_conversation, survey
+    from qtarget.storage.models import load_named
+
+    options = {"revision": config.model.model_revision, "trust_remote_code": config.training.trust_remote_code}
+    name = str(config.model.model_name_or_path)
+    size = size_of(name, **options)
+    tokenizer = load_named(AutoTokenizer, "--model", name, **options)
+    talks = is_conversation(reading.rows[0])
+    template = None
+    if talks and not tokenizer.chat_template and config.training.chat_template_path is None:
+        template = tokenizer.chat_template = chat_template()
+    rows = rows_to_dataset(reading.rows)
+    alone = None
+    if reading.rows[0].get("messages") is not None and "assistant_only_loss" not in config.given:
+        alone = answers_alone(config.training, rows, tokenizer)
+    found = alone or survey(config.training, rows, tokenizer)
+    length = config.given.get("max_length") or row_length(found.lengths, size.positions)
+    fits = fit(size, length, len(reading.rows), machine)
+    marked = (alone is not None) if reading.rows[0].get("messages") is not None else None
+    return Known(
+        reading, size, found, machine, fits, template, marked, packing(name, size, found, length, fits, options)
+    )
+
+
+def packing(name: str, size: Size, found: Survey, length: int, fits: Fit, options: Mapping[str, Any]) -> bool | None:
+    """True where packing pays and is safe, False where it pays and is not, None where it does not pay or was not tried."""
+    from qtarget.starting.choices import packing_pays
+    from qtarget.starting.model import keeps_packed_rows_apart
+
+    if not packing_pays(found.lengths, length, fits.batch):
+        return None
+    return keeps_packed_rows_apart(name, size, **options)
+
+
+def rows_apart(config: RunConfig, reading: Reading, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of training and validation rows; no validation rows where the user has a file of them."""
+    from qtarget.starting.split import prompt_of, split_rows
+
+    if config.data.validation_file is not None:
+        share = 0.0
+    prompts = [prompt_of(row, config.training.dataset_text_field) for row in reading.rows]
+    return split_rows(prompts, share, seed)
+
+
+def beside(output: Path, name: str) -> Path:
+    """``run.train.jsonl`` for ``run.yaml``."""
+    return output.with_name(f"{output.stem}.{name}")
+
+
+def lines_of(rows: Sequence[Any]) -> bytes:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+
+
+def config_lines(known: Known, model: str, output: Path, paths: Sequence[Path], copied: Sequence[str]) -> list[Line]:
+    """The config, a line a key.
+
+    Args:
+        copied: which of ``train`` and ``validation`` are files of ours.
+    """
+    from qtarget.starting.choices import epochs, learning_rate, row_length
+    from qtarget.starting.config_file import Line
+
+    fits, size, lengths = known.fit, known.size, known.survey.lengths
+    length, rows = row_length(lengths, size.positions), len(lengths)
+    sources = [relative(path, output) for path in paths]
+    own = beside(output, "train.jsonl").name
+    train = own if "train" in copied else sources[0] if len(sources) == 1 else sources
+    cut = sum(n > length for n in lengths)
+    lines = [
+        Line("model_name_or_path", relative(model, output), f"{size.parameters:,} parameters"),
+        Line("train_file", train),
+        *(
+            [Line("validation_file", beside(output, "validation.jsonl").name, "no prompt of the training rows")]
+            * ("validation" in copied)
+        ),
+        Line("target", "sft", "what each token is pulled towards: `qtarget targets`"),
+        Line("output_dir", f"runs/{output.stem}/sft", "another target, another folder beside it"),
+        Line("num_train_epochs", epochs(rows)),
+        Line(
+            "learning_rate", learning_rate(size.parameters, fits.adapter), "usual for this size; compare tries others"
+        ),
+        Line("per_device_train_batch_size", fits.batch, f"about {gigabytes(fits.needed)} of memory by estimate"),
+        *([Line("gradient_accumulation_steps", fits.accumulation)] * (fits.accumulation > 1)),
+        Line("max_length", length, f"rows: {_spread(lengths)}" + (f"; {cut:,} are cut" if cut else "")),
+        Line("bf16", known.machine.bf16, precision(known.machine)),
+        Line("activation_checkpointing", fits.checkpointing, "true saves memory and takes time"),
+    ]
+    if fits.adapter:
+        lines += [
+            Line("use_peft", True, "all weights with Adam's moments do not fit"),
+            Line("lora_target_modules", "all-linear"),
+        ]
+    if known.answers_alone:
+        lines.append(Line("assistant_only_loss", True, "answers are trained, prompts are not"))
+    if known.packing:
+        lines.append(Line("packing", True, "this architecture keeps packed rows apart"))
+    if known.template is not None:
+        lines.append(
+            Line("chat_template_path", beside(output, "chat_template.jinja").name, "the model has none: ChatML")
+        )
+    return lines
+
+
+def relative(path: str | Path, output: Path) -> str:
+    """A path as the config at ``output`` finds it; a hub name as it is."""
+    path = Path(path).expanduser() if Path(path).expanduser().exists() else path
+    if not isinstance(path, Path):
+        return path
+    return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    from qtarget.starting.survey import spread
+
+    return spread(lengths)
+
+
+def precision(machine: Machine) -> str:
+    """Why bfloat16, or why not."""
+    if machine.bf16:
+        return f"{machine.name} multiplies in bfloat16"
+    return f"float32: {machine.name} is not known to multiply in bfloat16"
+
+
+def gigabytes(count: int) -> str:
+    """Bytes in words.
+
+    Example:
+        >>> gigabytes(2_300_000_000)
+        '2.3 GB'
+    """
+    return f"{max(count / 1e9, 0.1):.1f} GB"
+
+
+def summary(known: Known, data: str, training: int, validation: int, seed: int) -> list[str]:
+    """What was found and chosen, a line each."""
+    lines = list(known.reading.announced)
+    lines += [f"warning: {note}" for note in known.survey.notes]
+    lines.append(
+        f"{data}: {training:,} rows to train, {validation:,} to validate (split by prompt, seed {seed})"
+        if validation
+        else f"{data}: {training:,} rows to train, none to validate"
+    )
+    lines.append(f"rows: {_spread(known.survey.lengths)}; {known.survey.trained:,} tokens are trained")
+    fits, free = known.fit, gigabytes(known.machine.free)
+    how = "an adapter (LoRA)" if fits.adapter else "all weights"
+    lines.append(
+        f"memory: {how}, {fits.batch} rows at once, about {gigabytes(fits.needed)} of {free} free on {known.machine.name}; "
+        "estimate: parameters, their gradients and moments, activations, logits"
+    )
+    if not fits.fits:
+        lines.append("warning: by this estimate it does not fit; take a smaller model, or a machine with more memory")
+    lines.append(f"precision: {precision(known.machine)}" if known.machine.bf16 else precision(known.machine))
+    if known.template is not None:
+        lines.append(
+            "chat template: the model has none, and the rows are conversations; ChatML is proposed, see the file"
+        )
+    if known.answers_alone is False:
+        lines.append(
+            "prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer loses them)"
+        )
+    if known.packing is False:
+        lines.append("packing would save padding, and this architecture would mix packed rows up: left out")
+    return lines
+
+
+def write_start(start: Start, output: Path) -> None:
+    """The files, the config last; nothing is written over, and a run that was stopped is finished.
+
+    Raises:
+        ConfigError: a file with another content is there.
+    """
+    from qtarget.storage.files import write_atomic
+
+    for path, content in start.files.items():
+        if path.exists() and path.read_bytes() != content:
+            raise ConfigError(f"{path} exists, with another content; choose another -o, or delete it")
+    for path, content in start.files.items():
+        write_atomic(path, content)
+    write_atomic(output, start.config.encode())

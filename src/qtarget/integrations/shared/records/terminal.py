@@ -1,0 +1,56 @@
+"""The training log on a terminal: a bar, and of each line what a user needs; the whole line is in the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+SHOWN = {
+    "loss": "loss",
+    "nll": "nll",
+    "label_weight": "label weight",
+    "effective_sample_size": "effective",
+    "mean_token_accuracy": "accuracy",
+    "aux_loss": "aux loss",
+    "learning_rate": "rate",
+}
+
+
+class ShortLines(ProgressCallback):
+    """Transformers' bar with short lines."""
+
+    def on_log(self, args: Any, state, control, logs=None, **kwargs) -> None:
+        """One line; none for the run's own summary, which `qtarget train` prints as a table."""
+        text = short_line(logs or {}, state.global_step)
+        if text and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(text)
+
+
+class ShortPrints(PrinterCallback):
+    """The same where bars are off (``disable_tqdm``)."""
+
+    def on_log(self, args: Any, state, control, logs=None, **kwargs) -> None:
+        """One line."""
+        text = short_line(logs or {}, state.global_step)
+        if text and state.is_local_process_zero:
+            print(text)
+
+
+def short_line(logs: Mapping[str, Any], step: int) -> str:
+    """What a user needs of a log line.
+
+    Example:
+        >>> short_line({"loss": 2.0, "nll": 2.5, "grad_norm": 1.0, "label_weight": 0.5, "epoch": 0.25}, 10)
+        'step 10: loss 2, nll 2.5, label weight 0.5'
+        >>> short_line({"eval_loss": 2.0, "eval_nll": 2.5, "eval_runtime": 1.0}, 10)
+        'step 10, eval: loss 2, nll 2.5'
+    """
+    prefix = next((key.removesuffix("loss") for key in logs if key.startswith("eval_") and key.endswith("loss")), "")
+    found = [f"{name} {logs[prefix + key]:.4g}" for key, name in SHOWN.items() if _is_number(logs.get(prefix + key))]
+    return f"step {step}{', ' + prefix.rstrip('_') if prefix else ''}: {', '.join(found)}" if found else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

@@ -1,0 +1,151 @@
+"""`qtarget init`: shapes of rows by the command line, and the config that it writes trains as it is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from qtarget.cli.main import run
+from qtarget.cli.options.config import load_config
+from qtarget.data.embedded import base_model_path, load_demonstrations
+from tests import SHARED
+
+BASE = str(base_model_path())
+STORIES = SHARED / "models" / "tinystories-656k"
+
+
+def called(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def asked(count: int = 60) -> list[tuple[str, str]]:
+    return [(row["prompt"], row["completion"]) for row in load_demonstrations("train")[:count]]
+
+
+def messages(q: str, a: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+
+
+SHAPES = {
+    "messages": lambda q, a: {"messages": messages(q, a), "note": "kept"},
+    "pairs": lambda q, a: {"prompt": q, "completion": a, "id": 7},
+    "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    "text": lambda q, a: {"text": q + a},
+    "qa": lambda q, a: {"question": q, "answer": a, "id": 7},
+}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_gets_a_config_and_loses_nothing(shape, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [SHAPES[shape](q, a) for q, a in asked()]
+    data = write(tmp_path / "rows.jsonl", rows)
+    before = data.read_bytes()
+    assert called("init", "rows.jsonl", "--model", BASE, "-o", "made/run.yaml", "--num_train_epochs", "1") == 0
+    said = capsys.readouterr().out
+    assert "qtarget train made/run.yaml" in said
+    assert "qtarget compare made/run.yaml" in said
+    config = load_config("made/run.yaml")
+    assert config.training.num_train_epochs == 1
+    assert config.training.assistant_only_loss == (shape in ("messages", "sharegpt"))
+    train, validation = (read(tmp_path / f"made/run.{name}.jsonl") for name in ("train", "validation"))
+    assert f"{len(train)} rows to train, {len(validation)} to validate" in said
+    assert 3 <= len(validation) <= 6
+    assert data.read_bytes() == before
+    names = {"question": "instruction", "answer": "output"} if shape == "qa" else {}
+    expected = [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    assert sorted(map(json.dumps, train + validation)) == sorted(map(json.dumps, expected))
+
+
+def test_what_it_writes_trains_and_it_writes_over_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [SHAPES["messages"](q, a) for q, a in asked()])
+    assert called("init", "rows.jsonl", "--model", BASE) == 0
+    assert called("train", "run.yaml", "--max_steps", "2") == 0
+    assert json.loads((tmp_path / "runs/run/sft/train_summary.json").read_text())["steps"] == 2
+    text = (tmp_path / "run.yaml").read_text()
+    assert called("init", "rows.jsonl", "--model", BASE) == 2
+    assert "run.yaml exists" in capsys.readouterr().err
+    (tmp_path / "run.yaml").unlink()
+    write(tmp_path / "run.train.jsonl", [{"text": "mine"}])
+    assert called("init", "rows.jsonl", "--model", BASE) == 2
+    assert "run.train.jsonl exists, with another content" in capsys.readouterr().err
+    assert not (tmp_path / "run.yaml").exists()
+    (tmp_path / "run.train.jsonl").unlink()
+    assert called("init", "rows.jsonl", "--model", BASE) == 0
+    assert (tmp_path / "run.yaml").read_text() == text
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the data folder beside the checkout")
+def test_a_model_without_a_template_gets_one_that_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "rain", "arguments": {"city": "Oslo"}}}
+    turns = [
+        {"role": "user", "content": "rain"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "no rain"},
+    ]
+    write(
+        tmp_path / "rows.jsonl",
+        [{"messages": [{**turns[0], "content": f"rain {i}"}, *turns[1:]], "tools": tools} for i in range(8)],
+    )
+    assert called("init", "rows.jsonl", "--model", STORIES) == 0
+    assert "ChatML is proposed" in capsys.readouterr().out
+    assert "chat_template_path: run.chat_template.jinja" in (tmp_path / "run.yaml").read_text()
+    assert called("train", "run.yaml", "--max_steps", "1") == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data folder beside the checkout")
+def test_real_rows_under_other_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with gzip.open(SHARED / "gsm8k/train.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(40), strict=False)]
+    write(tmp_path / "rows.jsonl", rows)
+    assert called("init", "rows.jsonl", "--model", BASE, "--max_length", "128") == 0
+    assert "columns question -> instruction, answer -> output" in capsys.readouterr().out
+    assert load_config("run.yaml").training.max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"score": 1}, [], "no usable columns; found score"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+            [],
+            "null_content: drop",
+        ),
+        ({"prompt": "a", "completion": "b"}, ["--learning_rat", "1"], "did you mean learning_rate"),
+        ({"prompt": "a", "completion": "b"}, ["--train_file", "x"], "--train_file is said by DATA"),
+        ({"prompt": "a", "completion": "b"}, ["--model", "./nowhere"], "check the path"),
+        ({"prompt": "a", "completion": "b"}, ["-o", "run.json"], "ends in .yaml"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_next_step(row, options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [row])
+    model = [] if "--model" in options else ["--model", BASE]
+    assert called("init", "rows.jsonl", *model, *options) == 2
+    error = capsys.readouterr().err
+    assert words in " ".join(error.split())
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
