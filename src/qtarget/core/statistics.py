@@ -27,7 +27,7 @@ from qtarget.core.types import (
 )
 
 
-def entropy_of(log_probs: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+def entropy_of(log_probs: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:
     """``-sum p log p`` in nats; tokens of probability zero count zero."""
     return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
 
