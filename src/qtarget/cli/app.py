@@ -9,6 +9,7 @@ import typer
 from qtarget.cli import (
     audit_data,
     cache,
+    compare,
     convert,
     demo,
     evaluate,
@@ -50,6 +51,7 @@ app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare", context_settings=PASS_ON)(compare.compare)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

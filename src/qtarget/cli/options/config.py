@@ -34,6 +34,8 @@ PATH_KEYS = (
 FILE_KEYS = ("train_file", "validation_file")
 """Paths that may be lists or patterns."""
 SECRET_KEYS = ("hub_token",)
+OTHER_VERBS = ("compare",)
+"""Keys that one verb reads, and that change nothing of a run."""
 COUNTED = {
     "include_num_input_tokens_seen": "non_padding"
 }  # the one default that is not TRL's: the summary states tokens
@@ -146,7 +148,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     Args:
         path: the file that they belong to; relative paths start at its folder.
     """
-    settings = drop_other_targets_kwargs(settings)
+    settings = drop_other_targets_kwargs({key: one for key, one in settings.items() if key not in OTHER_VERBS})
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.sft.config import QTargetConfig
