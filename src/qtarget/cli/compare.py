@@ -33,16 +33,21 @@ PIPED_WIDTH = 160
 
 def compare(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="As for `qtarget train`, with validation_file.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="As for `qtarget train`, with validation_file.")
+    ],
     targets: Annotated[
-        str | None, typer.Option(help=f"Names, name(key=value) or module:Class; default: {TARGETS} and the config's own.")
+        str | None,
+        typer.Option(help=f"Names, name(key=value) or module:Class; default: {TARGETS} and the config's own."),
     ] = None,
     filters: Annotated[str, typer.Option(help="none, auto, or both: none,auto.")] = "none",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender, at its tuned learning rate.")] = 3,
     rates: Annotated[str, typer.Option(help="Learning rates tried, as multiples of the config's.")] = RATES,
     metric: Annotated[
         str | None,
-        typer.Option(help="exact, regex, number, json, nll, or your module:function; default: exact, nll without answers."),
+        typer.Option(
+            help="exact, regex, number, json, nll, or your module:function; default: exact, nll without answers."
+        ),
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="For regex; its first group is the answer.")] = None,
     ignore_case: Annotated[bool, typer.Option("--ignore-case", help="For exact and regex.")] = False,
@@ -50,7 +55,9 @@ def compare(
     forgetting_metric: Annotated[str | None, typer.Option(help="As --metric; default: --metric's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default: the config's output_dir with -compare.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished runs there.")] = False,
-    budget: Annotated[str | None, typer.Option(help="90s, 30m, 2h: plans what fits, and says what it leaves out.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="90s, 30m, 2h: plans what fits, and says what it leaves out.")
+    ] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a GPU, else one a core.")] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Who runs the processes.")] = "local",
     ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine.")] = None,
@@ -62,7 +69,6 @@ def compare(
     from qtarget.cli.options.contenders import find_contenders, split_outside
     from qtarget.cli.options.settings import read_settings
     from qtarget.comparison.budget import Plan, parse_budget
-    from qtarget.comparison.sets import Metric
 
     begin = time.monotonic()
     sys.path.insert(0, str(Path.cwd()))  # a target or a metric of the user's lies in the current folder
@@ -79,7 +85,9 @@ def compare(
         raise ConfigError(
             f"{config}: validation_file is missing; a verdict needs rows with answers that no contender is trained on"
         )
-    folder = output or Path(str(run.training.output_dir)).with_name(Path(str(run.training.output_dir)).name + "-compare")
+    folder = output or Path(str(run.training.output_dir)).with_name(
+        Path(str(run.training.output_dir)).name + "-compare"
+    )
     request = Request(run, config, contenders, metrics, forgetting, folder, batch_size, max_new_tokens)
     learning_rates = tuple(float(run.training.learning_rate) * factor for factor in grid)
     plan = Plan(tuple(one.name for one in contenders), learning_rates, seeds)
@@ -118,7 +126,9 @@ def targets_of(text: str | None, listed: Any, config: Mapping[str, Any]) -> list
         return split_outside(text)
     if listed is not None:
         if not isinstance(listed, list) or not listed or not all(isinstance(one, str | dict) for one in listed):
-            raise ConfigError(f"{KEY} is {listed!r}; expected a list of targets: names, or keys such as {{target: dft}}")
+            raise ConfigError(
+                f"{KEY} is {listed!r}; expected a list of targets: names, or keys such as {{target: dft}}"
+            )
         return listed
     own = config.get("target")
     usual = TARGETS.split(",")
@@ -170,7 +180,9 @@ class Request:
             self._claim(resume, sets)
             recipe = self._recipe()
             contenders, left = self._able(recipe)
-            document = self._document(recipe, contenders, left, plan, sets, kept, seconds, at_once, engine, address, begin)
+            document = self._document(
+                recipe, contenders, left, plan, sets, kept, seconds, at_once, engine, address, begin
+            )
             save(document, self.folder)
         return document
 
@@ -362,7 +374,16 @@ def print_comparison(document: dict[str, Any], written: Sequence[Path]) -> None:
         box=box.SIMPLE, caption=f"{about['file']}, {about['rows']:,} rows by {about['metric']}; {measure.seeds} seeds; 95 % "
         "intervals that hold for all contenders together",
     )  # fmt: skip
-    for column in ("contender", "rate", "level", f"to {document['baseline']}", "nll", "forgetting", "s a run", "memory"):
+    for column in (
+        "contender",
+        "rate",
+        "level",
+        f"to {document['baseline']}",
+        "nll",
+        "forgetting",
+        "s a run",
+        "memory",
+    ):
         table.add_column(column, justify="left" if column == "contender" else "right", overflow="fold")
     for one in [document["base"], *document["contenders"]]:
         forgotten = one["forgetting"]["to_base"] if one["forgetting"] else None

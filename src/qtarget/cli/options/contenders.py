@@ -79,7 +79,9 @@ def find_contenders(
 
     found = [_entry(one, config) for one in targets]
     named = [Contender(_with(name, rule), keys | _rule(rule)) for rule in filters for name, keys in found]
-    plain = next((one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"}))
+    plain = next(
+        (one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"})
+    )
     named = [plain, *(one for one in named if one is not plain)]
     for one in named:
         if sum(other.name == one.name for other in named) > 1:

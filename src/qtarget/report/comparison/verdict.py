@@ -79,7 +79,6 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
     return Verdict(take, tuple(line.name for line in better), said + _untrained(take, untrained, measure))
 
 
-
 def _ahead(better: Sequence[Line], baseline: Line, measure: Measure) -> str:
     best = better[0]
     others = [f"{line.name} ({_change(line, measure)})" for line in better[1:]]
