@@ -39,7 +39,7 @@ POINTS = tuple(
         ("most", "random_tokens", 0.1), ("none", "random_tokens", 0.1),
     )
 )  # fmt: skip
-TRAINING_ROWS, JUDGED_ROWS, CLEAN_ROWS, STEPS = 600, 300, 600, 40
+TRAINING_ROWS, JUDGED_ROWS, CLEAN_ROWS, STEPS = 600, 600, 600, 40
 WITHIN = 1.0
 """Points below the best contender on the clean test that are still right."""
 
@@ -62,14 +62,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare(folder: Path, cell: Cell, draw: int, bases: Path) -> Path:
+def prepare(folder: Path, cell: Cell, draw: int, bases: Path, judged_rows: int) -> Path:
     """The rows and the config of a point."""
     start, task = Start(), embedded_tasks()
     base, taken = make_base(task, cell.base, bases, start), {row["prompt"] for row in task.warmup}
     Start().tokenizer().save_pretrained(base)
     tokenizer = start.tokenizer()
     train = demonstrations("train", TRAINING_ROWS, f"compare train {draw}", taken)
-    judged = demonstrations("train", JUDGED_ROWS, f"compare judged {draw}", taken)
+    judged = demonstrations("train", judged_rows, f"compare judged {draw}", taken)
     clean = demonstrations("test", CLEAN_ROWS, f"compare clean {draw}", taken)
     write_rows(folder / "train.jsonl", noisy_rows(train, cell, draw, tokenizer))
     write_rows(folder / "judged.jsonl", noisy_rows(judged, cell, draw + 1_000_003, tokenizer))
@@ -98,13 +98,13 @@ def compared(config: Path, at_once: int, filters: str) -> dict[str, Any]:
     return json.loads((folder / "compare" / "comparison.json").read_text(encoding="utf-8"))
 
 
-def point_result(cell: Cell, draw: int, document: dict[str, Any]) -> dict[str, Any]:
+def point_result(cell: Cell, draw: int, judged_rows: int, document: dict[str, Any]) -> dict[str, Any]:
     """What the verdict said, and what the clean test says of it."""
     clean = {one["name"]: round(100 * one["forgetting"]["level"], 3) for one in document["contenders"]}
     best = max(clean, key=lambda name: clean[name])
     behind = None if document["take"] is None else round(clean[best] - clean[document["take"]], 3)
     return {
-        "base": cell.base, "kind": cell.kind, "rate": cell.rate, "draw": draw,
+        "base": cell.base, "kind": cell.kind, "rate": cell.rate, "draw": draw, "validation_rows": judged_rows,
         "finding": document["finding"], "take": document["take"], "best_on_clean": best, "points_behind": behind,
         "right": behind is not None and behind <= WITHIN, "clean_percent": clean,
         "untrained_clean_percent": round(100 * document["base"]["forgetting"]["level"], 3),
@@ -130,6 +130,12 @@ def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def by_rows(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """A summary for each number of validation rows."""
+    counts = sorted({point["validation_rows"] for point in points})
+    return {str(count): summary([point for point in points if point["validation_rows"] == count]) for count in counts}
+
+
 def main() -> None:
     """Run the points in order; those in the output are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,24 +143,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/measure-compare"), help="rows, bases and comparisons")
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--filters", default="none")
+    parser.add_argument(
+        "--judged-rows", type=int, default=JUDGED_ROWS, help="validation rows, with noise as the others"
+    )
     parser.add_argument("--points", type=int, default=len(POINTS), help="the first so many")
     arguments = parser.parse_args()
     known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"points": []}
-    done = {(p["base"], p["kind"], p["rate"], p["draw"]): p for p in known["points"]}
+    done = {(p["base"], p["kind"], p["rate"], p["draw"], p["validation_rows"]): p for p in known["points"]}
     for cell, draw in POINTS[: arguments.points]:
-        key = (cell.base, cell.kind, cell.rate, draw)
+        key = (cell.base, cell.kind, cell.rate, draw, arguments.judged_rows)
         if key in done:
             continue
         folder = arguments.work / "-".join(map(str, key))
-        config = prepare(folder, cell, draw, arguments.work / "bases")
+        config = prepare(folder, cell, draw, arguments.work / "bases", arguments.judged_rows)
         begin = time.monotonic()
-        done[key] = point_result(cell, draw, compared(config, arguments.at_once, arguments.filters))
+        done[key] = point_result(
+            cell, draw, arguments.judged_rows, compared(config, arguments.at_once, arguments.filters)
+        )
         points = list(done.values())
         settings = {
             "targets": TARGETS, "rates": RATES, "seeds": 3, "steps": STEPS, "training_rows": TRAINING_ROWS,
-            "judged_rows": JUDGED_ROWS, "clean_rows": CLEAN_ROWS, "filters": arguments.filters, "within_points": WITHIN,
+            "clean_rows": CLEAN_ROWS, "filters": arguments.filters, "within_points": WITHIN,
         }  # fmt: skip
-        results = {"benchmark": "compare", "settings": settings, "summary": summary(points), "points": points}
+        results = {"benchmark": "compare", "settings": settings, "summary": by_rows(points), "points": points}
         write_atomic(arguments.output, (json.dumps(results, indent=1) + "\n").encode())
         print(
             f"{key}: {done[key]['finding']} [{done[key]['points_behind']} behind, {time.monotonic() - begin:.0f} s]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -14,10 +15,8 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
+    with suppress(OSError):  # elsewhere the peak is the process's own, which earlier runs may have set
         CLEAR.write_text("5")  # Linux: VmHWM starts again from what is held now
-    except OSError:
-        pass  # then the peak is the process's own, which earlier runs may have set
 
 
 def peak_bytes() -> int | None:
