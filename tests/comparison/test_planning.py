@@ -49,7 +49,9 @@ def test_halves_are_equal_keep_prompts_together_and_do_not_depend_on_order():
     assert sum(parts) == 30
     assert all(parts[i] == parts[i + 30] for i in range(30))
     assert halves(rows[::-1]) == parts[::-1]
-    chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ("ab", "ac")]
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ("ab", "ac")
+    ]
     assert prompt_groups(chats) == [0, 0]
 
 
@@ -72,7 +74,9 @@ class MadeUp:
             self.ran.append(job.key)
             why = self.fails(job)
             found = {"failed": why} if why else result(self.scores(job), self.seconds)
-            on_done(job, found if why else {**found, "texts": {"data": [job.key] * len(found["sets"]["data"]["scores"])}})
+            on_done(
+                job, found if why else {**found, "texts": {"data": [job.key] * len(found["sets"]["data"]["scores"])}}
+            )
 
 
 HALVES = [0, 1] * 4
@@ -80,9 +84,7 @@ HALVES = [0, 1] * 4
 
 def run(folder, pool, plan=PLAN, seconds=None, at_once=1):
     told = []
-    comparison = Comparison(
-        folder, pool, HALVES, at_once=at_once, seconds=seconds, advance=lambda *a: told.append(a)
-    )
+    comparison = Comparison(folder, pool, HALVES, at_once=at_once, seconds=seconds, advance=lambda *a: told.append(a))
     return comparison.run(plan), told
 
 
@@ -127,7 +129,9 @@ def test_finished_runs_are_never_run_again_and_more_seeds_go_on(tmp_path):
 
 
 def test_a_rate_that_fails_is_noted_and_a_contender_that_fails_is_left_out(tmp_path):
-    fails = lambda job: "loss is nan" if (job.contender, job.rate) == ("b", 3.0) or (job.contender, job.seed) == ("c", 1) else None  # noqa: E731
+    fails = lambda job: (
+        "loss is nan" if (job.contender, job.rate) == ("b", 3.0) or (job.contender, job.seed) == ("c", 1) else None
+    )  # noqa: E731
     found, _ = run(tmp_path, MadeUp(scores, fails))
     assert "rate 3 failed: loss is nan" in found.notes["b"] and "b" in found.plan.contenders
     assert found.left_out == ["c: seed 1 failed: loss is nan"] and "c" not in found.plan.contenders
@@ -135,7 +139,10 @@ def test_a_rate_that_fails_is_noted_and_a_contender_that_fails_is_left_out(tmp_p
     found, _ = run(tmp_path / "other", MadeUp(scores, every))
     assert found.left_out[0].startswith("a: rate 3 failed: no memory") or "no memory" in found.left_out[0]
     with pytest.raises(ConfigError, match="sft, which all are compared with, cannot be trained"):
-        run(tmp_path / "third", MadeUp(scores, lambda job: "x" if job.contender == "sft" and job.kind == "tune" else None))
+        run(
+            tmp_path / "third",
+            MadeUp(scores, lambda job: "x" if job.contender == "sft" and job.kind == "tune" else None),
+        )
 
 
 def test_a_budget_measures_the_first_run_and_plans(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,13 @@ def _fits(row: Mapping[str, Any], judge: Judge, where: str) -> bool:
     return bool(answer.strip())
 
 
-def row_texts(rows: RowSet) -> Sequence[Mapping[str, str]]:
-    """Prompt and reference a row; nothing where nothing is asked."""
-    return [{"prompt": q.text, "reference": q.reference} for q in rows.questions or []]
+def row_texts(rows: RowSet) -> list[dict[str, str]]:
+    """Prompt and reference a row; of a row without answers its text, or its columns."""
+    if rows.questions is not None:
+        return [{"prompt": q.text, "reference": q.reference} for q in rows.questions]
+    return [{"prompt": "", "reference": _text(row)} for row in rows.dataset.to_list()]
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    text = row.get("text")
+    return text if isinstance(text, str) else json.dumps(row, ensure_ascii=False, default=str)
