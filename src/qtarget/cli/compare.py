@@ -248,7 +248,7 @@ class Request:
         recipe = ConfigRecipe(self.path.resolve(), given, forgetting)
         needs = frozenset[str]()
         for one in self.contenders:
-            needs |= recipe.config(one.overrides | {"filter": "none"}).training.build_target().needs.reference
+            needs |= recipe.config({**one.overrides, "filter": "none"}).training.build_target().needs.reference
         if given.get("reference_cache") is not None or not (needs or any(one.filtered for one in self.contenders)):
             return recipe
         cache = (self.folder / REFERENCE).resolve()
@@ -261,16 +261,21 @@ class Request:
         Raises:
             MissingStatisticError: a contender needs what the config does not name.
         """
-        from qtarget.cli.options.filters import why_not_filtered
+        from qtarget.cli.options.recipe import why_not_filtered
         from qtarget.integrations.shared.frozen import open_caches
 
         for one in self.contenders:
-            training = recipe.config(one.overrides | {"filter": "none"}).training
+            training = recipe.config({**one.overrides, "filter": "none"}).training
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
-        reasons = {rule: why_not_filtered(recipe, rule) for one in self.contenders if one.filtered
-                   for rule in [one.overrides["filter"]]}  # fmt: skip
-        able = [one for one in self.contenders if not one.filtered or reasons[one.overrides["filter"]] is None]
-        left = [f"{one.name}: {reasons[one.overrides['filter']]}" for one in self.contenders if one not in able]
+        reasons: dict[str, str | None] = {}
+        able, left = [], []
+        for one in self.contenders:
+            rule = json.dumps(one.overrides.get("filter"))
+            if one.filtered and rule not in reasons:
+                reasons[rule] = why_not_filtered(recipe, one.overrides["filter"])
+            why = reasons.get(rule) if one.filtered else None
+            able += [one] if why is None else []
+            left += [] if why is None else [f"{one.name}: {why}"]
         for line in left:
             typer.echo(line)
         return able, left

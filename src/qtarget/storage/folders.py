@@ -20,7 +20,8 @@ from qtarget.storage.locks import LOCK, locked
 
 MARKER = ".qtarget"
 FORMAT = 1
-CACHE, RUN, MODEL, EXPORT, DEMO, COMPARISON = "cache", "run", "model", "export", "demo", "comparison"
+CACHE, RUN, MODEL, EXPORT, DEMO = "cache", "run", "model", "export", "demo"
+FILTER, COMPARISON = "filter", "comparison"
 KNOWN_BY: Mapping[str, tuple[str, ...]] = {
     CACHE: ("manifest.json", "plan.json"),
     RUN: ("train_summary.json", "qtarget_run.json", "checkpoint-*/qtarget_complete"),
@@ -34,6 +35,7 @@ NAMES = {
     MODEL: "a model",
     EXPORT: "an exported cache",
     DEMO: "a demo's results",
+    FILTER: "filtered rows",
     COMPARISON: "a comparison",
 }
 PASSED_OVER = (

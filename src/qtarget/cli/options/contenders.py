@@ -78,7 +78,9 @@ def find_contenders(
     from qtarget.comparison.jobs import Contender
 
     found = [_entry(one, config) for one in targets]
-    named = [Contender(_with(name, rule), keys | _rule(rule)) for rule in filters for name, keys in found]
+    own = [Contender(name, keys) for name, keys in found if "filter" in keys]
+    found = [(name, keys) for name, keys in found if "filter" not in keys]
+    named = [*(Contender(_with(name, rule), {**keys, "filter": rule}) for rule in filters for name, keys in found), *own]
     plain = next(
         (one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"})
     )
@@ -93,10 +95,6 @@ def find_contenders(
 
 def _with(name: str, rule: str) -> str:
     return name if rule == "none" else f"{name}, filtered" if rule == "auto" else f"{name}, filtered {rule}"
-
-
-def _rule(rule: str) -> dict[str, Any]:
-    return {"filter": rule}
 
 
 def _entry(one: str | Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from qtarget.cli.options.settings import Setting
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
 
-OWN = ("target", "target_kwargs", "guard")
+OWN = ("target", "target_kwargs", "guard", "filter")
 """Keys that each contender gives itself."""
 
 
@@ -39,7 +39,7 @@ class ConfigRecipe:
         from qtarget.cli.options.config import build_config
 
         keys = {key: value for key, value in self.given.items() if key not in OWN} | dict(overrides)
-        absent = {*(key for key in OWN if keys.get(key) is None), *(["filter"] if keys.get("filter") == "none" else [])}
+        absent = {key for key in OWN if keys.get(key) is None}
         return build_config({k: Setting(v, str(self.path)) for k, v in keys.items() if k not in absent}, self.path)
 
     def _plain(self) -> RunConfig:
@@ -68,3 +68,18 @@ class ConfigRecipe:
         from qtarget.cli.train import build_trainer
 
         return build_trainer(self.config(overrides), train_rows, validation_rows)
+
+
+def why_not_filtered(recipe: ConfigRecipe, rule: Any) -> str | None:
+    """Why a filtered contender would train on what the plain one trains on; None where the filter tells rows apart.
+
+    Args:
+        rule: as the config's ``filter``.
+
+    Raises:
+        ConfigError: there is no such filter.
+    """
+    from qtarget.cli.filter import decide_config
+
+    found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule).decision
+    return None if found.dropped or found.weights.min() < 1 else found.summary
