@@ -166,9 +166,8 @@ def test_refused_in_words(config, capsys, options, words):
 
 def test_contenders_as_people_write_them():
     own = {"target": "label_smoothing", "target_kwargs": {"smoothing": 0.3}, "guard": None}
-    found = find_contenders(
-        ["label_smoothing", "sft", "gem(temperature=0.8)", {"target": "sft", "neftune_noise_alpha": 5}], ["none"], own
-    )
+    wanted = ["label_smoothing", "sft", "gem(temperature=0.8)", {"target": "sft", "neftune_noise_alpha": 5}]
+    found = find_contenders(wanted, ["none"], own)
     assert [one.name for one in found] == [
         "sft",
         "label_smoothing",

@@ -24,7 +24,7 @@ def test_a_budget_drops_seeds_then_contenders_then_rates():
     one = fitting(PLAN, 11 * 10, 10, 1)
     assert (one.contenders, one.rates, one.seeds) == (("sft", "a", "b"), (1.0,), 3)
     assert fitting(PLAN, 4 * 10, 10, 1) == Plan(("sft", "a"), (1.0,), 2)
-    with pytest.raises(ConfigError, match="one run takes 10 s.*about 40 s"):
+    with pytest.raises(ConfigError, match=r"one run takes 10 s.*about 40 s"):
         fitting(PLAN, 39, 10, 1)
 
 
@@ -103,8 +103,6 @@ def test_rows_are_judged_at_the_rate_that_the_other_half_chose(tmp_path):
     assert found.chosen["a"] == (0.3, 3.0) and found.chosen["sft"] == (1.0, 1.0)
     entry = entry_of(found, Contender("a", {"target": "a"}), HALVES, tmp_path)
     assert entry.sets["data"].scores == [[0.0] * 8] * 3
-    tuned_and_judged_on_the_same = [max(s) for s in zip(*(scores(j) for j in ()), strict=True)]
-    assert tuned_and_judged_on_the_same == []
     assert any("halves of the rows chose different rates, 3 and 0.3" in note for note in entry.notes)
     assert entry.texts is not None and {text.split("|")[1] for text in entry.texts} == {"0.3", "3"}
     assert base_entry(found, "base", tmp_path).sets["data"].scores == [[0.0] * 8]
@@ -129,15 +127,15 @@ def test_finished_runs_are_never_run_again_and_more_seeds_go_on(tmp_path):
 
 
 def test_a_rate_that_fails_is_noted_and_a_contender_that_fails_is_left_out(tmp_path):
-    fails = lambda job: (
-        "loss is nan" if (job.contender, job.rate) == ("b", 3.0) or (job.contender, job.seed) == ("c", 1) else None
-    )  # noqa: E731
+    def fails(job):
+        broken = (job.contender, job.rate) == ("b", 3.0) or (job.contender, job.seed) == ("c", 1)
+        return "loss is nan" if broken else None
+
     found, _ = run(tmp_path, MadeUp(scores, fails))
     assert "rate 3 failed: loss is nan" in found.notes["b"] and "b" in found.plan.contenders
     assert found.left_out == ["c: seed 1 failed: loss is nan"] and "c" not in found.plan.contenders
-    every = lambda job: "no memory" if job.contender == "a" else None  # noqa: E731
-    found, _ = run(tmp_path / "other", MadeUp(scores, every))
-    assert found.left_out[0].startswith("a: rate 3 failed: no memory") or "no memory" in found.left_out[0]
+    found, _ = run(tmp_path / "other", MadeUp(scores, lambda job: "no memory" if job.contender == "a" else None))
+    assert found.left_out == ["a: rate 3 failed: no memory"]
     with pytest.raises(ConfigError, match="sft, which all are compared with, cannot be trained"):
         run(
             tmp_path / "third",

@@ -122,7 +122,7 @@ class Comparison:
         plan, steps = found.plan, found.base["steps"]
         if not plan.tuning:
             for name in plan.contenders:
-                found.chosen[name], found.best[name] = (plan.rates[0],) * 2, plan.rates[0]
+                found.chosen[name], found.best[name] = (plan.rates[0], plan.rates[0]), plan.rates[0]
             return
         jobs = [Job("tune", name, rate, TUNING_SEED, steps) for rate in plan.rates for name in plan.contenders]
         for job, result in zip(jobs, self._jobs(jobs), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -105,12 +106,10 @@ class RayPool:
         from qtarget.scoring.sources.distributed import connected
 
         self._held.enter_context(connected(self._address, self._count))
-        import ray
-
-        self._ray = ray
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self._ray: Any = importlib.import_module("ray")  # optional
+        gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
         # a killed actor starts again and is given the job again
-        actor = ray.remote(RayActor).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+        actor = self._ray.remote(RayActor).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
         self._actors = [actor.remote(self._setting) for _ in range(self._count)]
         return self
 

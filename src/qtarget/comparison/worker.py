@@ -19,7 +19,7 @@ from qtarget.comparison.memory import peak_bytes, reset_peak
 from qtarget.comparison.sets import Metric, measured_set
 from qtarget.core.errors import QTargetError
 from qtarget.evaluation import contenders as evaluated
-from qtarget.evaluation.evaluate import Choices, Evaluation, Loaded, RowSet
+from qtarget.evaluation.evaluate import Choices, Evaluation, Loaded, RowSet, SetName
 from qtarget.evaluation.generation import context_of
 from qtarget.evaluation.records import Records
 from qtarget.report.page import finite
@@ -59,7 +59,7 @@ class Setting:
 
     recipe: Recipe
     contenders: tuple[Contender, ...]
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[SetName, Metric]
     files: Mapping[str, str]
     choices: Choices = field(default_factory=Choices)
 

@@ -79,10 +79,14 @@ def line(name, level, low=None, high=None):
 @pytest.mark.parametrize(
     ("lines", "take", "words"),
     [
-        ([line("sft", 0.5), line("a", 0.55, 0.01, 0.09), line("b", 0.6, 0.02, 0.18)], "b", "b +10.0 points over sft (+2.0 .. +18.0); also better: a (+5.0 points); stop here"),
-        ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21)], "sft", "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-1.0 .. +21.0)): take sft"),
-        ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft", "sft is best (the next is a, -10.0 points over sft (-15.0 .. -5.0)): take sft"),
-        ([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], None, "no model answers one of 100 rows right by exact, so nothing can be told; choose another --metric, or nll"),
+        ([line("sft", 0.5), line("a", 0.55, 0.01, 0.09), line("b", 0.6, 0.02, 0.18)], "b",
+         "b +10.0 points over sft (+2.0 .. +18.0); also better: a (+5.0 points); stop here"),
+        ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21)], "sft",
+         "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-1.0 .. +21.0)): take sft"),
+        ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft",
+         "sft is best (the next is a, -10.0 points over sft (-15.0 .. -5.0)): take sft"),
+        ([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], None,
+         "no model answers one of 100 rows right by exact, so nothing can be told; choose another --metric, or nll"),
     ],
 )  # fmt: skip
 def test_verdicts(lines, take, words):
@@ -95,9 +99,7 @@ def test_one_seed_shows_nothing_and_the_base_may_be_better():
     one = verdict(lines, Measure("exact", 100, 1), {})
     assert one.take == "sft" and "one seed cannot show" in one.sentence and "--seeds" in one.sentence
     better = verdict(lines, EXACT, {"a": line("base", 0.9, 0.1, 0.3)})
-    assert better.sentence.endswith(
-        "the untrained base is better than that (+20.0 points (+10.0 .. +30.0)): these rows do not help it"
-    )
+    assert "the untrained base is better than that (+20.0 points (+10.0 .. +30.0))" in better.sentence
     assert "as well as that" in verdict(lines, EXACT, {"a": line("base", 0.7, -0.1, 0.1)}).sentence
 
 

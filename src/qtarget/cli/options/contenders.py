@@ -80,7 +80,10 @@ def find_contenders(
     found = [_entry(one, config) for one in targets]
     own = [Contender(name, keys) for name, keys in found if "filter" in keys]
     found = [(name, keys) for name, keys in found if "filter" not in keys]
-    named = [*(Contender(_with(name, rule), {**keys, "filter": rule}) for rule in filters for name, keys in found), *own]
+    named = [
+        *(Contender(_with(name, rule), {**keys, "filter": rule}) for rule in filters for name, keys in found),
+        *own,
+    ]
     plain = next(
         (one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"})
     )
