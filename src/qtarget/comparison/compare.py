@@ -143,7 +143,7 @@ class Comparison:
         found.chosen[name] = (best_rate(known, self._halves, 1), best_rate(known, self._halves, 0))
         found.best[name] = best_rate(known, self._halves, None)
         grid = sorted(found.plan.rates)
-        if len(grid) > 1 and found.best[name] in (grid[0], grid[-1]):
+        if len(grid) > 2 and found.best[name] in (grid[0], grid[-1]):
             which = "smallest" if found.best[name] == grid[0] else "largest"
             notes.append(f"its best learning rate, {found.best[name]:g}, is the {which} tried; --rates may go further")
 
