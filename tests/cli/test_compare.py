@@ -153,6 +153,7 @@ def test_with_ray_it_is_the_same(config, tmp_path):
         (["--targets", "sftt"], "did you mean"),
         (["--targets", "label_smoothing(0.2)"], "is no key=value"),
         (["--targets", "dft,dft"], "names dft twice"),
+        (["--filters", "none,magic"], "rule 'magic' is unknown"),
         (["--metric", "regex"], "pattern"),
         (["--forgetting-metric", "exact"], "--forgetting"),
         (["--validation_file", "null"], "validation_file is missing"),

@@ -115,7 +115,7 @@ class Request:
                 f"--output {self.folder} holds an earlier comparison; --resume goes on with its finished runs (more --seeds "
                 "and --targets are welcome), or choose another folder"
             )
-        varied = ("output_dir", "target", "target_kwargs", "guard", "learning_rate", "reference_cache", "compare")
+        varied = ("output_dir", "target", "target_kwargs", "guard", "filter", "learning_rate")
         model = str(self.config.model.model_name_or_path)
         rows = json.dumps(self.train_rows.to_list(), sort_keys=True, default=str).encode()
         now = {
@@ -126,9 +126,17 @@ class Request:
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
         }
-        if file.is_file():
-            check_plan(file, json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(now)))
-        write_json(file, now)
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        earlier = known.pop("contenders", {})
+        mine = json.loads(json.dumps({one.name: dict(one.overrides) for one in self.contenders}))
+        if known:
+            check_plan(file, known, json.loads(json.dumps(now)))
+        if changed := [name for name, keys in mine.items() if earlier.get(name, keys) != keys]:
+            raise ConfigError(
+                f"{file}: {', '.join(changed)} had other keys when the comparison began; give it another name under "
+                "`compare:`, or choose another --output"
+            )
+        write_json(file, now | {"contenders": earlier | mine})
 
     def _recipe(self) -> ConfigRecipe:
         """The config with one reference cache for all, scored here if it names none."""

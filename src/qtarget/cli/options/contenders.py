@@ -76,6 +76,7 @@ def find_contenders(
         UnknownTargetError, HyperparameterError: no such target, or not with these.
     """
     from qtarget.comparison.jobs import Contender
+    from qtarget.filtering import Filter
 
     found = [_entry(one, config) for one in targets]
     own = [Contender(name, keys) for name, keys in found if "filter" in keys]
@@ -84,6 +85,8 @@ def find_contenders(
         *(Contender(_with(name, rule), {**keys, "filter": rule}) for rule in filters for name, keys in found),
         *own,
     ]
+    for one in named:
+        Filter.of(one.overrides["filter"])  # before the base is scored for it
     plain = next(
         (one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"})
     )
