@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lock sbom audit clean
+.PHONY: demo test check docs lock sbom audit release clean
 
-demo: $(VENV)/installed ## train several targets on noisy rows, compare, draw a picture
+demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
+	@echo "the demo: about 3 minutes on 2 cores"
 	$(BIN)/qtarget demo --output runs/demo
 
 test: $(VENV)/installed ## all tests and doctests
+	@echo "all tests: about 13 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed ## formatting, lint, types, layers
@@ -18,6 +20,10 @@ check: $(VENV)/installed ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/installed ## the site, at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lock: $(VENV)/release ## requirements/*.lock, with hashes
 	scripts/lock.sh
@@ -29,11 +35,18 @@ sbom: $(VENV)/release ## what a release is made of, as CycloneDX JSON
 audit: $(VENV)/release ## known vulnerabilities of the locked packages; asks the advisory database, so it needs the network
 	$(BIN)/pip-audit -r requirements/cuda.lock --disable-pip --no-deps
 
+release: sbom ## build, then check what a user would get: contents, the core alone, the demo from an empty folder
+	rm -f dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/python scripts/check_release.py dist
+
 $(VENV)/release: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[release]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about 3 GB are installed from the package index, which takes some minutes; once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -16,7 +16,7 @@ train = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completi
 clean = Dataset.from_list(load_demonstrations("test")[:64])
 
 args = QTargetConfig(
-    target="asft",  # any name that `qtarget targets` lists, "weight+base", or "package.module:Class"
+    target="sft_kl",  # any name that `qtarget targets` lists, "weight+base", or "package.module:Class"
     reference_model_name_or_path=base,  # run live; `qtarget score` and reference_cache save its memory
     output_dir=tempfile.mkdtemp(),
     learning_rate=1e-3,

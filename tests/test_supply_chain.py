@@ -54,3 +54,14 @@ def test_build_requirements_are_pinned_and_trl_is_bounded() -> None:
     assert not trl.specifier.contains("1.17.0"), (
         "TRL moves what the trainer stands on from one minor version to the next"
     )
+
+
+def test_one_version_everywhere() -> None:
+    import yaml
+
+    import qtarget
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert qtarget.__version__ == PROJECT["project"]["version"] == cited
+    assert f"## {cited}" in changes

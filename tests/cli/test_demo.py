@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from qtarget.benchmarks.demo.bench import quick, summarize
-from qtarget.benchmarks.demo.runs import DemoConfig, sample_rows
-from qtarget.benchmarks.figure import comparison_figure, save_figure
+from qtarget.benchmarks.demo.bench import TUNED, DemoConfig, quick, summarize
+from qtarget.benchmarks.demo.bench import finding as story
+from qtarget.benchmarks.figure import regimes_figure, save_figure
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
-from qtarget.benchmarks.seeds import Range, finding, over_seeds, paired_difference
-from qtarget.core.errors import ConfigError, QTargetError, ShapeError
+from qtarget.benchmarks.seeds import Range, over_seeds, paired_difference
+from qtarget.core.errors import QTargetError, ShapeError
+from tests import ROOT
 
 
 def test_mean_range_and_paired_difference_by_hand():
@@ -23,63 +24,68 @@ def test_mean_range_and_paired_difference_by_hand():
             broken()
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "expected"),
-    [
-        ({"sft": [50.0, 60.0], "a": [51.0, 62.0], "b": [40.0, 40.0]},
-         "a is best: 56.5 % against 55.0 % for sft, ahead in each"),
-        ({"sft": [50.0, 60.0], "a": [45.0, 70.0]}, "a is best: 57.5 % against 55.0 % for sft, but the seeds disagree"),
-        ({"sft": [50.0, 60.0], "a": [45.0, 55.0]},
-         "beats sft: 55.0 % against 50.0 % for a, ahead in each of 2 seeds"),
-        ({"sft": [50.0], "a": [60.0]}, "ahead in the only seed"),
-        ({"sft": [50.0], "a": [50.0]}, "a tie"),
-        ({"sft": [50.0]}, "sft reaches 50.0 %"),
-    ],
-)  # fmt: skip
-def test_the_finding_says_what_the_numbers_say(accuracies, expected):
-    assert expected in finding(accuracies, "noise")
-
-
 def test_the_summary_pairs_seeds_with_sft():
-    def run(accuracy, kept, seconds):
-        return {"accuracy_percent": accuracy, "kept_percent": kept, "training_seconds": seconds}
+    def run(accuracy, kept):
+        return {"accuracy_percent": accuracy, "kept_percent": kept}
 
-    found = summarize(
-        {"sft": [run(10.0, 5.0, 1.0), run(20.0, 7.0, 3.0)], "dft": [run(15.0, 0.0, 1.0), run(21.0, 1.0, 1.0)]}
-    )
+    found = summarize({"sft": [run(10.0, 5.0), run(20.0, 7.0)], "dft": [run(15.0, 0.0), run(21.0, 1.0)]})
     assert found["dft"]["difference_to_sft_points"] == {"mean": 3.0, "low": 1.0, "high": 5.0, "count": 2}
     assert found["sft"]["kept_percent"] == {"mean": 6.0, "low": 5.0, "high": 7.0, "count": 2}
-    assert found["sft"]["training_seconds"] == 2.0
+
+
+def regime(untrained, **means):
+    rows = {
+        name.replace("_left_out", ", marks left out"): [{"accuracy_percent": v, "kept_percent": 0.0}]
+        for name, v in means.items()
+    }
+    return {"untrained": {"accuracy_percent": untrained}, "summary": summarize(rows)}
+
+
+def test_the_story_names_what_is_best_at_both_ends_and_no_oracle():
+    told = story(
+        {
+            "most": regime(63.0, sft=44.0, a=60.0, b=65.0, sft_left_out=99.0),
+            "none": regime(0.0, sft=20.0, a=18.0, b=1.0),
+        },
+        "noise",
+    )
+    assert told == (
+        "noise: sft takes a base from 63 to 44 %, b to 65 %; sft takes a base from 0 to 20 %. "
+        "a is within 5 points of the best for both"
+    )
 
 
 def test_the_figure_draws_every_seed_and_the_numbers_it_names(tmp_path):
-    accuracies = {"sft": [50.0, 54.0], "dft": [60.0, 70.0]}
-    figure = comparison_figure(accuracies, 3.0, "the finding", "what the points are")
-    axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["sft", "dft"]
-    drawn = [list(line.get_xdata()) for line in axes.lines]
-    for name, values in accuracies.items():
+    found = {"sft": [50.0, 54.0], "dft": [60.0, 70.0]}
+    panels = {"one base": (found, 3.0), "another": ({"sft": [1.0, 1.0], "dft": [0.0, 0.0]}, 0.0)}
+    figure = regimes_figure(panels, "the finding", "what the points are")
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["dft", "sft"]  # from below
+    drawn = [list(line.get_xdata()) for line in left.lines]
+    for name, values in found.items():
         assert values in drawn, name
-    assert {"52.0", "65.0", "untrained 3.0"} == {text.get_text() for text in axes.texts}
-    assert axes.get_title(loc="left") == "the finding"
-    assert "%" in axes.get_xlabel()
+    assert [text.get_text() for text in left.texts] == ["65", "52"]
+    assert (left.get_title(loc="left"), right.get_title(loc="left")) == ("one base", "another")
+    assert "%" in left.get_xlabel()
     save_figure(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_budgets_that_compare_nothing_are_refused():
-    for change in ({"seeds": 0}, {"targets": ("dft",)}, {"targets": ("sft", "sft")}, {"targets": ("sft", "dtf")}):
+    for change in ({"seeds": 0}, {"methods": ("consensus",)}, {"methods": ("sft", "dtf")}):
         with pytest.raises(QTargetError):
             DemoConfig(**change)
-    with pytest.raises(ConfigError, match="3 test rows asked for, 2 are embedded"):
-        sample_rows([{}, {}], 3, "test")
     assert quick(DemoConfig()).seeds == 1
 
 
-def test_every_seed_trains_on_the_same_rows_and_samples_do_not_repeat():
-    rows = [{"id": i} for i in range(10)]
-    assert sample_rows(rows, 6, "train") == sample_rows(rows, 6, "train")
-    assert len({row["id"] for row in sample_rows(rows, 10, "train")}) == 10
+def test_rates_are_those_that_the_benchmark_chose():
+    cells = json.loads((ROOT / "benchmarks/results/noise.json").read_text())["cells"]
+    config = DemoConfig()
+    for cell in cells:
+        if (cell["kind"], cell["rate"]) == (config.kind, config.rate) and cell["base"] in TUNED:
+            for name, (rate, value) in TUNED[cell["base"]].items():
+                assert cell["chosen"][name] == {"learning_rate": rate, "value": value}, (cell["base"], name)
+    assert config.steps == json.loads((ROOT / "benchmarks/results/noise.json").read_text())["config"]["steps"]
 
 
 def test_greedy_completions_are_those_of_one_prompt_at_a_time(tiny_model):
@@ -107,13 +113,13 @@ def test_the_quick_demo_runs_from_the_command_line(tmp_path, capsys):
         run(["demo", "--quick", "--output", str(tmp_path)])
     assert ended.value.code == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    config = quick(DemoConfig())
-    assert set(results["runs"]) == set(config.targets)
-    for runs in results["runs"].values():
-        assert [run["seed"] for run in runs] == [0]
-        assert runs[0]["steps"] == -(-config.train_rows // config.batch_size)
-    assert results["scoring"]["rows"] == config.train_rows
-    assert results["untrained"]["kept_percent"] > 50  # the base knows its skills, and not the instruction format
-    assert results["untrained"]["accuracy_percent"] < 30
-    assert results["finding"] in " ".join(capsys.readouterr().out.split())
+    assert set(results["regimes"]) == {"most", "none"}
+    for regime in results["regimes"].values():
+        assert set(regime["runs"]) == {"sft", "target_sft"}
+        assert all(len(runs) == 1 for runs in regime["runs"].values())
+    untrained = {base: regime["untrained"]["accuracy_percent"] for base, regime in results["regimes"].items()}
+    assert untrained["none"] < 5 < 50 < untrained["most"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert results["finding"] in said
+    assert "qtarget init" in said
     assert (tmp_path / "results.png").stat().st_size > 10_000

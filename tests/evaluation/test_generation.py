@@ -15,14 +15,13 @@ from qtarget.evaluation.generation import (
     Decoding,
     complete,
     context_of,
-    end_of_turn,
     new_tokens,
     prompt_ids,
     room,
-    stop_ids,
 )
 from qtarget.evaluation.judges import make_judge
 from qtarget.evaluation.questions import ask, split
+from qtarget.integrations.shared.saved.ends import end_of_turn, stop_ids
 
 
 @pytest.fixture(scope="module")

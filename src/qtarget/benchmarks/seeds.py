@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -122,35 +122,3 @@ def percentiles(draws: NDArray[Any]) -> tuple[float, float]:
     # nearest: between a number and an infinite draw there is nothing to interpolate
     low, high = np.percentile(draws, [below, 100 - below], method="nearest")
     return float(low), float(high)
-
-
-def finding(accuracies: Mapping[str, Sequence[float]], noise: str, baseline: str = "sft") -> str:
-    """One sentence: the best target, the baseline, and whether every seed agrees.
-
-    Args:
-        accuracies: target -> percent, one number a seed.
-        noise: words for the noise, such as "20 % random tokens".
-
-    Example:
-        >>> finding({"sft": [50.0, 52.0], "dft": [60.0, 61.0]}, "20 % random tokens")
-        'With 20 % random tokens, dft is best: 60.5 % against 51.0 % for sft, ahead in each of 2 seeds'
-        >>> finding({"sft": [50.0, 52.0], "dft": [51.0, 51.5]}, "20 % random tokens")
-        'With 20 % random tokens, dft is best: 51.2 % against 51.0 % for sft, but the seeds disagree'
-    """
-    means = {name: over_seeds(values).mean for name, values in accuracies.items()}
-    best = max(means, key=lambda name: means[name])
-    if best == baseline:
-        others = [name for name in means if name != baseline]
-        if not others:
-            return f"With {noise}, {baseline} reaches {means[baseline]:.1f} %"
-        second = max(others, key=lambda name: means[name])
-        return _sentence(noise, baseline, second, accuracies, "no other target beats " + baseline)
-    return _sentence(noise, best, baseline, accuracies, f"{best} is best")
-
-
-def _sentence(noise: str, first: str, second: str, accuracies: Mapping[str, Sequence[float]], claim: str) -> str:
-    ahead = paired_difference(accuracies[first], accuracies[second])
-    means = over_seeds(accuracies[first]).mean, over_seeds(accuracies[second]).mean
-    seeds = f"each of {ahead.count} seeds" if ahead.count > 1 else "the only seed"
-    agreement = f"ahead in {seeds}" if ahead.low > 0 else "but the seeds disagree" if ahead.high > 0 else "a tie"
-    return f"With {noise}, {claim}: {means[0]:.1f} % against {means[1]:.1f} % for {second}, {agreement}"

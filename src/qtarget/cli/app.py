@@ -9,6 +9,7 @@ import typer
 from qtarget.cli import (
     audit_data,
     cache,
+    card,
     compare,
     convert,
     demo,
@@ -16,6 +17,7 @@ from qtarget.cli import (
     filter,
     inspect,
     lens,
+    merge,
     noise,
     report,
     score,
@@ -54,6 +56,8 @@ app.command("lens")(lens.lens)
 app.command("report")(report.report)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare", context_settings=PASS_ON)(compare.compare)
+app.command("merge")(merge.merge)
+app.command("card")(card.card)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")

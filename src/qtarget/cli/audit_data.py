@@ -112,6 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
+    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
@@ -129,7 +130,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         tokens.rows,
         [cut(row, training) for row in tokens.rows],
         tokenizer=tokens.tokenizer,
-        vocabulary=Vocabulary.of(tokens.tokenizer, size, ends),
+        vocabulary=Vocabulary.of(tokens.tokenizer, size, [*ends, *turn_ends(tokens.tokenizer)]),
         max_length=training.max_length,
         keep_end=training.truncation_mode == "keep_end",
         chat_template=tokens.chat_template,
@@ -145,6 +146,8 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
     """Tokenizer, rows of the model's embeddings, and its end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    from qtarget.integrations.shared.saved.ends import end_ids
+
     name, revision = str(config.model.model_name_or_path), config.model.model_revision
     keywords = {"revision": revision, "trust_remote_code": config.training.trust_remote_code}
     try:
@@ -156,10 +159,10 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
             "hub name"
         ) from error
     try:
-        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        generation = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # many models have no generation_config.json
-        ends = model.eos_token_id
-    return tokenizer, model.vocab_size, [ends] if isinstance(ends, int) else list(ends or [])
+        generation = None
+    return tokenizer, model.vocab_size, end_ids(generation, model)
 
 
 def open_cache(path: str | None, required: bool) -> ReferenceCache | None:

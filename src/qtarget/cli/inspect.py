@@ -322,6 +322,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
     """The findings of ``qtarget audit-data`` on the same tokens."""
     from qtarget.cli.audit_data import cache_findings, open_cache
     from qtarget.data.checks.tokens import Vocabulary
+    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data
 
     training = config.training
@@ -332,7 +333,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
         tokens.rows,
         cut_rows,
         tokenizer=tokens.tokenizer,
-        vocabulary=Vocabulary.of(tokens.tokenizer, size, ends),
+        vocabulary=Vocabulary.of(tokens.tokenizer, size, [*ends, *turn_ends(tokens.tokenizer)]),
         max_length=training.max_length,
         keep_end=training.truncation_mode == "keep_end",
         chat_template=tokens.chat_template,

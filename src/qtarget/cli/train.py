@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.core.errors import ConfigError
+from qtarget.report.runs.records import CONFIG_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qtarget.cli.options.config import RunConfig
 
-CONFIG_FILE, SUMMARY_FILE = "qtarget_config.yaml", "train_summary.json"
+SUMMARY_FILE = "train_summary.json"
 TEACHER_CACHE = "teacher_cache"
 """Folder under ``output_dir`` for what a teacher behind a URL said."""
 TEACHER_URL = "teacher_url"
@@ -94,6 +95,7 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         write_records(output, config, summary)
+        trainer.create_model_card()  # once more: only the config names the files
         print_summary(summary, output)
     trainer.end()
     return summary
@@ -284,4 +286,6 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console.print(table)
     for warning in summary["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
-    console.print(Text(f"saved to {output} (model, tokenizer, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True)
+    console.print(
+        Text(f"saved to {output} (model, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True
+    )

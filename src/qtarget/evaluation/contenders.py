@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
+from qtarget.report.runs.records import CONFIG_FILE, RUN_FILE
 from qtarget.storage.files import digest
 from qtarget.storage.models import adapter_base
 
-CONFIG_FILE, RUN_FILE = "qtarget_config.yaml", "qtarget_run.json"
-"""What `qtarget train` leaves in a run's folder."""
 WHOLE, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", WHOLE, ADAPTER)
 
@@ -57,18 +56,18 @@ def find_contenders(names: Sequence[str], base: str | None = None) -> list[Conte
     Raises:
         ConfigError: there is no such run, one is named twice, or its base is unknown.
     """
-    trained = [_contender(name) for name in names]
+    trained = [find_contender(name) for name in names]
     places = [_place(one.model) for one in trained]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise ConfigError(f"{names[places.index(place)]} and {names[i]} are one model; name it once")
     if base is not None:
-        _refuse_missing(base, "--base")
+        refuse_missing(base, "--base")
         base = model_folder(base)
         trained = [replace(one, base=base, base_revision=None) for one in trained]
     for one in trained:
         if one.base is not None:
-            _refuse_missing(one.base, f"{one.name} came from", "if it has moved, pass --base MODEL; ")
+            refuse_missing(one.base, f"{one.name} came from", "if it has moved, pass --base MODEL; ")
     trained = [
         replace(one, base=None) if one.base and _place(one.base) == _place(one.model) else one for one in trained
     ]
@@ -97,7 +96,7 @@ def _bases(trained: Sequence[Contender], base: str | None) -> list[Contender]:
                 Path(one.base).name or one.base, one.base, one.tokenizer, None, one.settings, one.base_revision
             )
     if base is not None and not found:
-        found[_place(base)] = _contender(base)
+        found[_place(base)] = find_contender(base)
     return list(found.values())
 
 
@@ -114,8 +113,13 @@ def _place(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _contender(name: str) -> Contender:
-    _refuse_missing(name, "RUN_OR_MODEL")
+def find_contender(name: str) -> Contender:
+    """What a name stands for, with what its run recorded; nothing is loaded.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing in it.
+    """
+    refuse_missing(name, "RUN_OR_MODEL")
     path = Path(name)
     if not path.is_dir():
         return Contender(name, name, name)
@@ -154,7 +158,7 @@ def model_folder(name: str) -> str:
     return found
 
 
-def _refuse_missing(name: str, what: str, hint: str = "") -> None:
+def refuse_missing(name: str, what: str, hint: str = "") -> None:
     """Raise for what can only be a path and is nowhere; a name with one slash may be the hub's.
 
     Raises:

@@ -20,11 +20,11 @@ from qtarget.evaluation.generation import (
     prompt_ids,
     room,
     rows_at_once,
-    stop_ids,
 )
 from qtarget.evaluation.judges import Judge, judged
 from qtarget.evaluation.questions import Question
 from qtarget.evaluation.records import Records
+from qtarget.integrations.shared.saved.ends import adopt_saved, stop_ids
 from qtarget.storage.files import digest
 from qtarget.storage.models import load_named, load_whole
 
@@ -358,10 +358,15 @@ def load_contender(contender: Contender, trust_remote_code: bool = False) -> Any
     options, key = model_options(contender, trust_remote_code), "model"
     recorded = adapter_base(contender.model)
     if recorded is None or contender.base in (None, recorded):
-        return load_whole(key, contender.model, **options)
-    model = load_whole("base", str(contender.base), **options)  # the recorded one was moved, or is another on purpose
-    with loading("adapter", contender.model):
-        model.load_adapter(contender.model)
+        model = load_whole(key, contender.model, **options)
+    else:
+        model = load_whole(
+            "base", str(contender.base), **options
+        )  # the recorded one was moved, or is another on purpose
+        with loading("adapter", contender.model):
+            model.load_adapter(contender.model)
+    if recorded is not None:
+        adopt_saved(model, contender.model)
     return model
 
 

@@ -80,34 +80,6 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, arguments: Mapping[str, Any] | No
         raise ConfigError(f"the chat template of {tokenizer.name_or_path} refuses a prompt: {error}") from error
 
 
-def stop_ids(tokenizer: Any, generation_config: Any = None, *, chat: bool = False) -> list[int]:
-    """Tokens that end a completion: the model's, the tokenizer's, and the chat template's end of turn.
-
-    Args:
-        generation_config: the model's; its ``eos_token_id`` may be a list.
-        chat: whether prompts are messages, so that the end of the assistant's turn counts.
-    """
-    named = getattr(generation_config, "eos_token_id", None)
-    found = list(named) if isinstance(named, list | tuple) else [named]
-    found += [tokenizer.eos_token_id, end_of_turn(tokenizer) if chat else None]
-    return sorted({int(token) for token in found if token is not None})
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that a chat template puts after what the assistant said, or None where it puts none."""
-    mark = "qtargetanswer"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], tokenize=False
-        )
-    except Exception:  # a template that wants other roles; the model's own end of text is left
-        return None
-    ids = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    return ids[0] if ids and ids[0] in special else None
-
-
 def rows_at_once(model: Any, tokenizer: Any, wanted: int) -> int:
     """``wanted``, or 1 and a warning where padding on the left would change what the model writes."""
     from qtarget.integrations.shared.probes import left_padding_leak  # transformers, only where a model is

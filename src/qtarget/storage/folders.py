@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.storage.files import TEMPORARY, write_json
+from qtarget.storage.files import TEMPORARY, storage_errors, write_json
 from qtarget.storage.locks import LOCK, locked
 
 MARKER = ".qtarget"
@@ -112,6 +113,36 @@ def check_folder(
             "folder"
         )
     return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all: written beside its place, and renamed when the block ends without an error.
+
+    transformers writes config.json before the weights (``save_pretrained``, 5.23), so a folder with a config may have been
+    cut off; whoever takes its presence for "done" must get it by a rename. What a kill left beside is cleared.
+
+    Args:
+        path: the place; nothing, or an empty folder.
+
+    Raises:
+        ConfigError: another process writes there.
+        StorageError: the disk is full, or the folder cannot be written to.
+    """
+    beside = path.with_name(path.name + TEMPORARY)
+    make_folder(beside)
+    try:
+        with storage_errors(path), locked(beside):
+            for found in beside.iterdir():
+                if found.name != LOCK:
+                    shutil.rmtree(found) if found.is_dir() and not found.is_symlink() else found.unlink()
+            yield beside
+        with storage_errors(path):
+            os.replace(beside, path)
+    except BaseException:
+        if not (beside / LOCK).exists():  # else it is another process's
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def make_folder(path: Path, option: str = "--output") -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.storage.files import TEMPORARY
+from qtarget.storage.folders import whole_folder
 
 NAMED = 4
 """Weights that an error names; the others are counted."""
@@ -107,15 +105,9 @@ def check_whole(key: str, name: str, *, allow_new_weights: bool = False, **optio
 
 
 def save_whole(model: Any, path: Path) -> None:
-    """``model.save_pretrained`` into a folder that is there whole or not at all.
-
-    transformers writes config.json before the weights (``save_pretrained``, 5.23), so a folder with a config may have been
-    cut off; whoever takes its presence for "done" must get it by a rename.
-    """
-    beside = path.with_name(path.name + TEMPORARY)
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    os.replace(beside, path)
+    """``model.save_pretrained`` into a folder that is there whole or not at all."""
+    with whole_folder(path) as beside:
+        model.save_pretrained(beside)
 
 
 def adapter_base(name: str) -> str | None:

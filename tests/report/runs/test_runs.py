@@ -75,7 +75,9 @@ def test_numbers_by_hand(make_run):
         "effective_sample_size": [0.9, 0.9],
     }  # fmt: skip
     assert b["target"] == "dft"
-    assert report["finding"].startswith("Lowest nll on eval rows at the last evaluation: b with 3.000 nats a token")
+    assert report["finding"].startswith(
+        "Nll on eval rows at the last evaluation, nats a token: a 3.500, b 3.000 (no interval"
+    )
     assert {d["key"]: d["values"] for d in report["differences"]} == {"target": ["sft", "dft"]}
     change = report["tokens"][0]
     assert (change["nll_before"], change["nll_after"], change["token_count"]) == (2.0, 1.25, 2)

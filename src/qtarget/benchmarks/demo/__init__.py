@@ -1,1 +1,1 @@
-"""``qtarget demo``: several targets on the same noisy rows."""
+"""``qtarget demo``: one decision, where the base knows the task and where it does not."""

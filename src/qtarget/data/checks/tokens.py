@@ -62,9 +62,9 @@ class Vocabulary:
 
 
 def end_marks(tokenizer: Any, end_ids: Sequence[int] = ()) -> frozenset[int]:
-    """Tokens that can end an answer: special ones that begin, pad or replace nothing, and the model's own ends."""
+    """Tokens that can end an answer: special ones that begin, pad or replace nothing, and ends that somebody names."""
     starts = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    return frozenset({*tokenizer.all_special_ids, *end_ids} - starts)
+    return frozenset((set(tokenizer.all_special_ids) - starts) | set(end_ids))
 
 
 def usual_end(rows: Sequence[TokenRow] | FlatRows, marks: frozenset[int]) -> int | None:

@@ -28,7 +28,7 @@ from qtarget.integrations.sft.data.columns import (
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
 from qtarget.integrations.sft.filtering import RowFilter
-from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, vocabulary_of
+from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render
 from qtarget.integrations.sft.rendering.shape import adopt, is_prepared
@@ -67,17 +67,22 @@ class Preparation:
         rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
         return rows
 
-    def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool) -> None:
-        """Check the rows prepared so far, and all later ones, against the model.
+    def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool, chat_stream: bool = False) -> None:
+        """Check the rows prepared so far, and all later ones, against the model, whose generation will stop where they end.
 
         Args:
             model: without its adapter.
-            saves_model: whether its generation config is saved with it.
+            saves_model: whether it is saved as one model, and not as an adapter.
+            chat_stream: the training rows are a stream of chats, whose ends nobody has seen.
 
         Raises:
             DataError: token ids that the model has no embedding for.
+            ConfigError: a generation config that could not be saved.
         """
         self._vocabulary = vocabulary_of(model, tokenizer)
+        self._say("train", name_saveable(model))
+        if chat_stream:
+            self._say("train", name_end(model, tokenizer, None, saves_model=saves_model))
         for name, rows in list(self._unmet.items()):
             if name == "train":
                 self._say(name, name_end(model, tokenizer, rows, saves_model=saves_model))

@@ -8,6 +8,7 @@ import torch
 from datasets import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.shapes import Tensor
@@ -23,10 +24,11 @@ from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
 from qtarget.integrations.shared.heads import add_target_head, probe_head
-from qtarget.integrations.shared.hold import HeldTrainer
+from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.saved.published import PublishedTrainer
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
 from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_vocabulary, check_whole
@@ -34,7 +36,7 @@ from qtarget.storage.models import check_finite, check_vocabulary, check_whole
 logger = logging.get_logger(__name__)
 
 
-class QTargetTrainer(HeldTrainer, SFTTrainer):
+class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
     """TRL's ``SFTTrainer`` with the loss of a target; the arguments and their order are TRL's.
 
     Everything that can be refused is refused before the first row is tokenised.
@@ -116,6 +118,7 @@ class QTargetTrainer(HeldTrainer, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        self._chats = is_conversational(next(iter(self.train_dataset)))  # pyright: ignore[reportArgumentType]
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True
         self.data_collator = TargetCollator.instead_of(
@@ -126,7 +129,10 @@ class QTargetTrainer(HeldTrainer, SFTTrainer):
         self._may_prepare = True
         self._prepare_datasets()
         base = self._base_model()
-        self.preparation.meet(base, self.processing_class, saves_model=base is self.model)
+        stream = isinstance(self.train_dataset, IterableDataset)
+        self.preparation.meet(
+            base, self.processing_class, saves_model=base is self.model, chat_stream=stream and self._chats
+        )
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
@@ -155,9 +161,16 @@ class QTargetTrainer(HeldTrainer, SFTTrainer):
     def _set_up_records(self, args: QTargetConfig) -> None:
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         self._samples = RowSamples(args.heatmap_rows)
-        self._records = LiveRecords(self._samples, self.preparation.descriptions, self.callback_handler.callbacks)
-        self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
+        callbacks = self.callback_handler.callbacks
+        self._records = LiveRecords(self._samples, self.preparation.descriptions, callbacks, self._card_facts)
+        callbacks.insert(0, self._records)  # before the trackers, see its docstring
         self.add_callback(SeenTokens())
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What a model card says beside the settings."""
+        known = {name: value for name, value in (self._belongs or {}).items() if name not in SETTINGS}
+        return {"formula": self.target.formula, "paper": self.target.paper, "chats": self._chats,
+                "frozen": frozen_parts(self), "fingerprints": known}  # fmt: skip
 
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model

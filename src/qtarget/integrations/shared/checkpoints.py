@@ -61,8 +61,10 @@ def seal(folder: Path, belongs: Mapping[str, Any]) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint, by its path in it."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE_MARK)
+    """Bytes of every file of a checkpoint, by its path in it, but of its card, which people edit."""
+    files = (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (COMPLETE_MARK, "README.md")
+    )
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 

@@ -210,6 +210,20 @@ def run_fingerprint(trainer: Any) -> dict[str, Any]:
     return found
 
 
+def frozen_parts(trainer: Any) -> dict[str, dict[str, Any]]:
+    """The frozen models of a run by role, as records name them: what they are, of which model, and a fingerprint."""
+    found: dict[str, dict[str, Any]] = {}
+    for role, cache in trainer.caches.items():
+        manifest = cache.manifest
+        prints = digest(repr(sorted((s.name, s.blake2b) for s in manifest.shards)).encode())
+        what = f"a cache of {manifest.rows:,} rows, " + (f"top {manifest.top_k}" if manifest.top_k else "labels alone")
+        found[role] = {"what": what, "model": Path(manifest.model_id).name, "fingerprint": prints}
+    for role, (model, _) in trainer.frozen_models.items():
+        name = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
+        found[role] = {"what": "run live", "model": name, "fingerprint": model_entry("it", model).get("it")}
+    return found
+
+
 def model_entry(name: str, model: Any) -> dict[str, str]:
     """A model's fingerprint under its name; nothing where its weights are not here."""
     try:

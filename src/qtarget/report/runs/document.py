@@ -280,16 +280,24 @@ def finding(described: Sequence[Mapping[str, Any]]) -> str:
     name = common_evaluation(described)
     if name is None:
         return "No evaluation with a plain nll is common to all runs, so nothing is ranked"
-    last = sorted((one["clean_nll"][name]["last"]["nll"], one["name"]) for one in described)
+    last = [(one["name"], one["clean_nll"][name]["last"]["nll"]) for one in described]
     if len(last) == 1:
         first = described[0]["clean_nll"][name]["first"]
         return (
-            f"{last[0][1]}: nll on {name} rows {first['nll']:.3f} at step {first['step']}, {last[0][0]:.3f} at the end"
+            f"{last[0][0]}: nll on {name} rows {first['nll']:.3f} at step {first['step']}, {last[0][1]:.3f} at the end"
         )
-    return (
-        f"Lowest nll on {name} rows at the last evaluation: {last[0][1]} with {last[0][0]:.3f} nats a token, "
-        f"then {last[1][1]} with {last[1][0]:.3f}; highest: {last[-1][1]} with {last[-1][0]:.3f}"
-    )
+    return f"Nll on {name} rows at the last evaluation, nats a token: {in_order(last)}"
+
+
+def in_order(values: Sequence[tuple[str, float]]) -> str:
+    """Runs as they were named, unranked: a log has means alone, and no interval can be made of them.
+
+    Example:
+        >>> in_order([("a", 1.0), ("b", 0.9)])
+        'a 1.000, b 0.900 (no interval, so no ranking: qtarget evaluate gives both)'
+    """
+    said = ", ".join(f"{name} {value:.3f}" for name, value in values)
+    return f"{said} (no interval, so no ranking: qtarget evaluate gives both)"
 
 
 def sample_changes(run: Run, first: int | None = None, last: int | None = None) -> list[dict[str, Any]]:
@@ -344,6 +352,8 @@ def compare_runs(runs: Sequence[Run], changes: Sequence[Mapping[str, Any]], *, s
 
 
 def _rescored_finding(changes: Sequence[Mapping[str, Any]]) -> str:
-    last = sorted((one["nll_after"], one["run"], one["to_step"]) for one in changes)
-    parts = ", ".join(f"{name} {nll:.3f} (step {step})" for nll, name, step in last)
-    return f"Nll on the rows given, nats a token, lowest first: {parts}"
+    return f"Nll on the rows given, nats a token: {in_order([_ended(one) for one in changes])}"
+
+
+def _ended(change: Mapping[str, Any]) -> tuple[str, float]:
+    return f"{change['run']} (step {change['to_step']})", change["nll_after"]

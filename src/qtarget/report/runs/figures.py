@@ -47,10 +47,11 @@ def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
 
 def training_title(runs: Sequence[Mapping[str, Any]]) -> str:
     """What the training curves show, as a sentence."""
-    ends = [(values[-1], run["name"]) for run in runs if (values := _known(run["train"], "nll"))]
+    ends = [(run["name"], values[-1]) for run in runs if (values := _known(run["train"], "nll"))]
     if not ends:
         return "Training: no plain nll was logged"
-    return f"Training rows: {min(ends)[1]} ends lowest, at {min(ends)[0]:.3f} nats a token (plain nll, noise included)"
+    said = ", ".join(f"{name} ends at {value:.3f}" for name, value in ends)
+    return f"Training rows, plain nll with the noise in it, nats a token: {said}"
 
 
 def weights_title(runs: Sequence[Mapping[str, Any]]) -> str:

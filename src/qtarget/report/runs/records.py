@@ -16,6 +16,8 @@ from qtarget.core.errors import DataError
 from qtarget.storage.files import append_text, write_text
 
 RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
+CONFIG_FILE = "qtarget_config.yaml"
+"""The whole configuration, as `qtarget train` leaves it."""
 EARLIER = "earlier_records"
 SCHEMA_VERSION = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -61,10 +62,17 @@ class LiveRecords(TrainerCallback):
     Args:
         data: description of each data set, by name (``describe_rows``).
         callbacks: the trainer's list of callbacks, where the trackers are looked for.
+        more: what else the description holds, known when training begins.
     """
 
-    def __init__(self, samples: RowSamples, data: dict[str, Any], callbacks: list[TrainerCallback]) -> None:
-        self._samples, self._data, self._callbacks = samples, data, callbacks
+    def __init__(
+        self,
+        samples: RowSamples,
+        data: dict[str, Any],
+        callbacks: list[TrainerCallback],
+        more: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._samples, self._data, self._callbacks, self._more = samples, data, callbacks, more
         self._held: dict[str, list[dict[str, Any]]] = {LOG_FILE: [], SAMPLES_FILE: []}
         self._training = False
 
@@ -136,6 +144,7 @@ class LiveRecords(TrainerCallback):
                 "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
             },
             "data": self._data,
+            **self._more(),
             "settings": {k: v for k, v in plain(args.to_dict()).items() if k not in NOT_RECORDED}
             | {
                 name: getattr(args, name) for name in ("eos_token", "pad_token")

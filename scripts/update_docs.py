@@ -1,6 +1,8 @@
-"""Write README.md from docs/README.in: examples, the table of targets and measured numbers are put in, never typed.
+"""Write README.md, docs/targets.md and docs/performance.md from their ``.in`` files.
 
-python scripts/update_readme.py
+Examples, the table of targets and measured numbers are put in, never typed.
+
+python scripts/update_docs.py
 """
 
 from __future__ import annotations
@@ -21,22 +23,6 @@ def targets_table() -> str:
     for row in target_rows():
         formula = row["formula"].replace("|", "\\|")
         lines.append(f"| `{row['name']}` | `{formula}` | {', '.join(row['needs']) or '-'} | {row['paper']} |")
-    return "\n".join(lines)
-
-
-def demo_table() -> str:
-    """The demo's means and ranges over seeds, best first, from its raw results."""
-    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
-    lines = [
-        "| target | exact completion, % | smallest .. largest seed | base's other skills kept, % |",
-        "|---|---|---|---|",
-    ]
-    ranked = sorted(results["summary"].items(), key=lambda item: -item[1]["accuracy_percent"]["mean"])
-    for name, numbers in ranked:
-        done, kept = numbers["accuracy_percent"], numbers["kept_percent"]
-        lines.append(f"| {name} | {done['mean']:.1f} | {done['low']:.1f} .. {done['high']:.1f} | {kept['mean']:.0f} |")
-    untrained = results["untrained"]
-    lines.append(f"| (untrained) | {untrained['accuracy_percent']:.1f} | | {untrained['kept_percent']:.0f} |")
     return "\n".join(lines)
 
 
@@ -227,11 +213,14 @@ def other_data(name: str, words: str) -> str:
     return ""
 
 
-def render() -> str:
-    """README.md as it should be."""
-    parts = {
+PAGES = {"README.in": "README.md", "targets.in": "docs/targets.md", "performance.in": "docs/performance.md"}
+"""Source in ``docs/`` -> the page, from the root."""
+
+
+def parts() -> dict[str, str]:
+    """What stands in place of ``@@NAME@@``."""
+    return {
         "TABLE": targets_table(),
-        "DEMO": demo_table(),
         "PROOF": proof(),
         "REAL": real_table(),
         "SPEED": speed_table(),
@@ -239,14 +228,17 @@ def render() -> str:
         "MEMORY": memory_table(),
         "SLOW_PATHS": slow_paths(),
         "TRAINER": trainer_table(),
-        "EXAMPLE": (ROOT / "examples/train_with_trl.py").read_text().strip(),
-        "YAML": (ROOT / "examples/noisy.yaml").read_text().split("\n", 9)[-1].strip(),
     }
-    text = (ROOT / "docs/README.in").read_text()
-    for name, value in parts.items():
-        text = text.replace(f"@@{name}@@", value)
-    return text
+
+
+def render() -> dict[str, str]:
+    """Page -> its text as it should be."""
+    pages = {page: (ROOT / "docs" / source).read_text() for source, page in PAGES.items()}
+    for name, value in parts().items():
+        pages = {page: text.replace(f"@@{name}@@", value) for page, text in pages.items()}
+    return pages
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(render())
+    for page, text in render().items():
+        (ROOT / page).write_text(text)

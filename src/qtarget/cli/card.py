@@ -1,0 +1,34 @@
+"""``qtarget card``: a run's model card, with what evaluations found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or a merged model of it.")],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON of `evaluate` or `compare`; default: those of this run in its folder and beside it.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model on the hub, user/name.")] = None,
+) -> None:
+    """Write README.md anew: what was trained how, on what, how well it did. An edited card is kept beside it."""
+    from qtarget.report.card.document import card_document
+    from qtarget.report.card.tables import find_evaluations
+    from qtarget.report.card.text import CARD, card_text, read_tags, write_card
+    from qtarget.storage.folders import MODEL, kind_of
+
+    files = evaluation if evaluation is not None else find_evaluations(run)
+    document = card_document(run, files)
+    model = (name or "").split("/")[-1] or run.resolve().name
+    text = card_text(document, model, tags=read_tags(run / CARD), hub_name=name, merged=kind_of(run) == MODEL)
+    typer.echo(
+        f"{write_card(run, text)}: {len(document['evaluations'])} tables of {', '.join(map(str, files)) or 'no evaluation'}"
+    )

@@ -1,0 +1,51 @@
+"""Each recipe's commands run from its README, shortened, and do what the README says; each has the four parts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+
+from tests import ROOT
+from tests.cli.test_train import qtarget
+
+RECIPES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/README.md"))
+
+
+def commands(name: str) -> list[list[str]]:
+    text = (ROOT / "examples" / name / "README.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_goal_command_time_and_result(name):
+    text = (ROOT / "examples" / name / "README.md").read_text()
+    for part in ("Goal: ", "```bash\n", "Time: ", "Expected: ", " .. "):
+        assert part in text, part
+
+
+def test_lora_with_packing(tmp_path, monkeypatch):
+    for part in ("examples", "src"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    monkeypatch.chdir(tmp_path)
+    train, merge = commands("lora_packing")
+    qtarget(*train[1:], "--max_steps", "4", "--num_train_epochs", "1")
+    qtarget(*merge[1:])
+    assert (tmp_path / "runs/lora_packing-merged/model.safetensors").is_file()
+
+
+def test_a_plain_loop():
+    (line,) = commands("plain_pytorch")
+    done = subprocess.run(
+        [sys.executable, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    name, before, after = re.findall(r"^(\S+): held-out nll, nats a token: ([\d.]+) -> ([\d.]+)$", done.stdout, re.M)[0]
+    assert name == line[-1] and float(after) < float(before) / 3
