@@ -16,7 +16,7 @@ from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
-    from qtarget.cli.options.recipe import ConfigRecipe
+    from qtarget.cli.recipe import ConfigRecipe
     from qtarget.comparison.budget import Plan
     from qtarget.comparison.compare import Found
     from qtarget.comparison.jobs import Contender
@@ -140,7 +140,7 @@ class Request:
 
     def _recipe(self) -> ConfigRecipe:
         """The config with one reference cache for all, scored here if it names none."""
-        from qtarget.cli.options.recipe import ConfigRecipe
+        from qtarget.cli.recipe import ConfigRecipe
 
         given = dict(self.config.given)
         forgetting = None if self.forgetting is None else str(self.forgetting.resolve())
@@ -160,7 +160,7 @@ class Request:
         Raises:
             MissingStatisticError: a contender needs what the config does not name.
         """
-        from qtarget.cli.options.recipe import why_not_filtered
+        from qtarget.cli.recipe import why_not_filtered
         from qtarget.integrations.shared.frozen import open_caches
 
         for one in self.contenders:
