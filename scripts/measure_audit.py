@@ -33,7 +33,7 @@ from qtarget.integrations.sft.score import score
 from qtarget.report.audit.noise import row_means, suspected_rows, suspected_tokens, token_threshold
 from qtarget.report.audit.prior import agreed_labels, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, score_from_cache
-from qtarget.report.roc import roc_auc
+from qtarget.data.roc import roc_auc
 from qtarget.scoring.cache.reader import ReferenceCache
 
 INJECTED = (("random_tokens", 0.05), ("random_tokens", 0.2), ("wrong_answer", 0.2))
