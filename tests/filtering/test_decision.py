@@ -10,7 +10,9 @@ from qtarget.filtering import Filter, ScoredRows, decide
 from qtarget.filtering.prompts import told_by_prompt
 
 
-def rows_of(bad: np.ndarray, *, known: bool = True, task: bool = False, seed: int = 0, entropy: bool = True) -> ScoredRows:
+def rows_of(
+    bad: np.ndarray, *, known: bool = True, task: bool = False, seed: int = 0, entropy: bool = True
+) -> ScoredRows:
     """Rows of a calibrated base (tokens drawn from what it expects), the bad ones with two tokens that it never says.
 
     Args:

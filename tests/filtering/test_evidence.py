@@ -52,7 +52,9 @@ def test_gain_needs_the_answers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "log_probs"), [([False, True], [[-1.0, -2.0]]), ([False, False], [[]])], ids=["too many", "no trained token"]
+    ("mask", "log_probs"),
+    [([False, True], [[-1.0, -2.0]]), ([False, False], [[]])],
+    ids=["too many", "no trained token"],
 )
 def test_rows_and_numbers_must_fit(mask, log_probs) -> None:
     with pytest.raises(ShapeError, match="one each"):

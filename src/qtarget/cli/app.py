@@ -13,6 +13,7 @@ from qtarget.cli import (
     convert,
     demo,
     evaluate,
+    filter,
     inspect,
     lens,
     merge,
@@ -48,6 +49,7 @@ app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
 app.command("convert")(convert.convert)
 app.command("serve")(serve.serve)
 app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
+app.command("filter", context_settings=PASS_ON)(filter.filter_rows)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)

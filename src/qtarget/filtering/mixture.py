@@ -21,8 +21,6 @@ ROUNDS = 12
 """Of the fixed point that gives a component's two spreads."""
 NARROWEST = 0.5
 """Nats: no side of a component is narrower. What is finer says nothing of noise, and a spike is no kind of rows."""
-SHORTEST_TAIL = 1.0
-"""Nats: the spread of a tail that a calibrated base leaves by itself; no good component may have a shorter one."""
 TOLERANCE = 1e-7
 """Nats a row by which a step of the fit has to get better."""
 
@@ -105,7 +103,7 @@ def fit_component(x: np.ndarray, weights: np.ndarray, tail: Tail) -> Component:
         mass = HALF_NORMAL * a + scale * b
         a = np.maximum(np.cbrt(left * mass / (HALF_NORMAL * total)), NARROWEST)
         b = np.sqrt(right * mass / total) if exponential else np.cbrt(right * mass / (HALF_NORMAL * total))
-        b = np.maximum(b, SHORTEST_TAIL if exponential else NARROWEST)
+        b = np.maximum(b, NARROWEST)
     cost = right / b if exponential else right / (2 * b**2)
     best = int(np.argmin(total * np.log(HALF_NORMAL * a + scale * b) + left / (2 * a**2) + cost))
     return Component(float(x[best]), float(a[best]), float(b[best]), tail)

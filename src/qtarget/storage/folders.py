@@ -21,7 +21,7 @@ from qtarget.storage.locks import LOCK, locked
 
 MARKER = ".qtarget"
 FORMAT = 1
-CACHE, RUN, MODEL, EXPORT, DEMO = "cache", "run", "model", "export", "demo"
+CACHE, RUN, MODEL, EXPORT, DEMO, FILTER = "cache", "run", "model", "export", "demo", "filter"
 KNOWN_BY: Mapping[str, tuple[str, ...]] = {
     CACHE: ("manifest.json", "plan.json"),
     RUN: ("train_summary.json", "qtarget_run.json", "checkpoint-*/qtarget_complete"),
@@ -35,6 +35,7 @@ NAMES = {
     MODEL: "a model",
     EXPORT: "an exported cache",
     DEMO: "a demo's results",
+    FILTER: "filtered rows",
 }
 PASSED_OVER = (
     ".decoded", LOCK, f"{LOCK}.*", f"*{TEMPORARY}", "lost+found", ".DS_Store", ".gitkeep", ".gitignore", ".nfs*", ".snapshot",

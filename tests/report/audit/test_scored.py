@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtarget.data.roc import roc_auc
 from qtarget.report.audit.noise import check_noise, row_means, suspected_rows, suspected_tokens, token_threshold
 from qtarget.report.audit.prior import agreed_labels, check_prior, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, check_coverage, score_from_cache
-from qtarget.data.roc import roc_auc
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import ScoredRow
 from qtarget.scoring.cache.schema import Provenance
