@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qtarget.filtering.evidence import APART
 from qtarget.filtering.mixture import Component, Mixture, compare, fit_component
 
 GRID = np.linspace(-20, 60, 20001)
@@ -64,7 +65,7 @@ def test_one_skewed_component_is_no_two(shape, seed) -> None:
     found = compare(scores, seed)
     assert found is not None
     apart = found.mixture.bad.mean - found.mixture.good.mode
-    assert found.gain < max(5, 3 * found.error) or apart < 3
+    assert found.gain < max(5, 3 * found.error) or apart < APART
 
 
 def test_scores_that_are_alike_are_not_compared() -> None:
