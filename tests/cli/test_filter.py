@@ -41,12 +41,15 @@ def documented(tmp_path_factory) -> Path:
     """A folder in which the page's commands were run."""
     folder = tmp_path_factory.mktemp("filter")
     (block,) = blocks("bash")
+    written = blocks("yaml")[0].replace("path/to/base", str(base_model_path()))
+    (folder / "run.yaml").write_text(written + "use_cpu: true\nactivation_checkpointing: false\nreport_to: none\n")
     commands = [shlex.split(line)[1:] for line in block.splitlines()]
     with contextlib.chdir(folder):
         for command in commands:
             words = [str(ROOT / word) if word.startswith(("src/", "examples/")) else word for word in command]
             extra = ["--max_steps", "3", "--save_strategy", "no"] if words[0] == "train" else []
             assert called(*words, *extra) == 0
+    (folder / "noisy.jsonl").rename(folder / "runs/noisy.jsonl")
     return folder / "runs"
 
 
@@ -84,7 +87,7 @@ class TestPage:
     def test_every_form_of_the_key_is_one(self):
         from qtarget.filtering import Filter
 
-        (block,) = blocks("yaml")
+        block = blocks("yaml")[1]
         for line in block.splitlines():
             ((key, value),) = yaml.safe_load(line.removeprefix("# ")).items()
             assert key == "filter"
@@ -224,11 +227,21 @@ class TestTraining:
 
         reasons = [json.loads(line) for line in lines_of(documented / "filtered/reasons.jsonl")]
         kept = [line["row"] for line in reasons if line["kept"]]
-        run_config = load_config(config(filter="auto", target="consensus"))
+        run_config = load_config(config(filter="auto"))
         trainer = build_trainer(run_config, *load_datasets(run_config))
         assert [row[0] for row in trainer.train_dataset[ROW_IDS]] == kept
         assert trainer.preparation.filtered["left_out"] == 300 - len(kept)
         trainer.train()
+
+    def test_one_cache_serves_the_filter_and_a_target_that_reads_it(self, config, tmp_path):
+        path = config(reference_cache=None, target="consensus", filter="auto")
+        assert called("filter", path, "--output", tmp_path / "f") == 0
+        assert called("train", path, "--reference_cache", tmp_path / "f/reference_cache") == 0
+        summary = json.loads((tmp_path / "out/train_summary.json").read_text())
+        assert (summary["target"], summary["filter"]["left_out"]) == (
+            "consensus",
+            len(lines_of(tmp_path / "f/drop.jsonl")),
+        )
 
     def test_as_weight_every_token_of_a_row_has_its_rows_weight(self, documented, config):
         from qtarget.cli.options.config import load_config

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "none"]
 REFERENCE, ALONE = "reference_cache", "answers_alone"
 """Caches in the output folder: of the rows where the config names none, and of their answers without prompts."""
+TOP_K = 32
+"""Log-probs a token where the config's target trains from the same cache and reads a distribution."""
 SOURCES = ("source", "dataset", "origin", "category", "skill")
 """Columns by which rows are counted, where one is there and nobody names another."""
 COUNTED_ALWAYS = 200_000
@@ -102,7 +104,8 @@ def filter_config(config: RunConfig, wanted: Filter, folder: Path) -> Filtered:
 
         if not (scored / MANIFEST).is_file():
             typer.echo(f"scoring {config.model.model_name_or_path} once into {scored}; later calls read it")
-            run_scoring(config, scored, 0, "bucket")
+            wants_more = "distribution" in config.training.build_target().needs.reference
+            run_scoring(config, scored, TOP_K if wants_more else 0, "bucket")
     return decide_config(config, wanted, cache=path or scored, alone=folder / ALONE)
 
 
