@@ -129,6 +129,16 @@ class TestFiles:
 
 
 class TestVerb:
+    def test_a_rule_of_the_command_line_takes_no_share_from_the_config(self):
+        from qtarget.cli.filter import wish
+        from qtarget.filtering import Filter
+
+        named = Filter("surprise", 0.6, "weight")
+        assert wish(named, None, None) == named
+        assert wish(named, None, 0.7) == Filter("surprise", 0.7, "weight")
+        assert wish(named, "auto", None) == Filter("auto", None, "weight")
+        assert wish(Filter("none"), None, None) == Filter("auto")
+
     def test_clean_rows_are_all_kept(self, documented, config, tmp_path):
         rows = tmp_path / "clean.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:120]))

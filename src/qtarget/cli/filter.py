@@ -53,16 +53,28 @@ def filter_rows(
     from qtarget.storage.folders import FILTER, owned
 
     settings = read_settings(config, context.args)
-    for key, value in HARDWARE.items():  # nothing is trained; what the user says of the machine stands
-        settings.setdefault(key, Setting(value, "filter"))
+    if "reference_cache" in settings and rule != "gain":  # then no model runs, so the machine need not be able to
+        settings |= {key: Setting(value, "filter") for key, value in HARDWARE.items()}
     run = build_config(settings, config)
-    named = Filter.of(run.training.filter)
-    wanted = Filter(rule or (named.rule if named else "auto"), keep if keep is not None else named.keep, named.form)
+    wanted = wish(Filter.of(run.training.filter), rule, keep)
     read = [config, *run.inputs]
     with owned(output, FILTER, inputs=read):
         found = filter_config(run, wanted, output)
         document = write_filtered(run, found, output, group, mark)
     print_filtered(document, output)
+
+
+def wish(named: Filter, rule: str | None, keep: float | None) -> Filter:
+    """The config's filter, or another rule with a share of its own.
+
+    Raises:
+        ConfigError: no such share.
+    """
+    from qtarget.filtering import Filter
+
+    if rule is not None:
+        return Filter(rule, keep, named.form)
+    return Filter(named.rule if named else "auto", named.keep if keep is None else keep, named.form)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,8 @@ def decide_config(
     for finding in cache_findings(opened, tokens, size, len(data)):
         raise CacheMismatchError(finding.message)
     rows = [cut(row, training) for row in tokens.rows]
-    masks = [np.asarray(supervised_mask(row["labels"]), dtype=bool) for row in rows]
+    labels: list[Any] = [row["labels"] for row in rows]
+    masks = [np.asarray(supervised_mask(row), dtype=bool) for row in labels]
     raw: Any = list(data)
     judged = [i for i, mask in enumerate(masks) if mask.any() and raw[i].get("weight") != 0]
     if not judged:
@@ -185,7 +198,7 @@ def _answers_alone(
     model = load_whole(
         "model", name, allow_new_weights=training.allow_new_weights, revision=config.model.model_revision,
         dtype=config.model.dtype, trust_remote_code=training.trust_remote_code,
-    ).eval()  # fmt: skip
+    ).eval().to(training.device)  # fmt: skip
     with torch.no_grad():
         head = probe_head(model)
     return score_alone(model, ids, trained, folder, cache, logit_scale=head.scale, logit_softcap=head.softcap)
@@ -213,6 +226,7 @@ def write_filtered(
         marks=None if marks is None else marks[found.rows.numbers], groups=groups, counted=counted,
         decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False),
     )  # fmt: skip
+    (folder / "filter.json").unlink(missing_ok=True)  # while the files are of two calls, there is none
     write_rows(config, found, folder, document["scores"])
     del document["scores"]
     write_text(folder / "filter.html", filter_page(document))

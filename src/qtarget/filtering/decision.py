@@ -168,7 +168,7 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
     bad, threshold = int((~keep).sum()), float(score[keep].max())
     summary = (
         f"two kinds: {bad:,} of {count:,} rows look bad (P(bad) above {CERTAIN:g}; {rule} above {threshold:.1f} nats, on average "
-        f"{facts['bad_mean']:.1f} where most rows have {facts['good_mode']:.1f})"
+        f"{facts['bad_mean']:.1f} where most rows have {round(facts['good_mode'], 1) + 0.0:.1f})"
     )
     return Decision(keep, posterior, "two kinds", rule, threshold, score, summary, facts, mixture)
 

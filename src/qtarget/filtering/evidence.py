@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -54,11 +55,11 @@ class ScoredRows:
     @classmethod
     def of(
         cls,
-        ids: Sequence[np.ndarray],
-        trained: Sequence[np.ndarray],
-        log_probs: Sequence[np.ndarray],
-        entropy: Sequence[np.ndarray] | None = None,
-        alone: Sequence[np.ndarray] | None = None,
+        ids: Sequence[Any],
+        trained: Sequence[Any],
+        log_probs: Sequence[Any],
+        entropy: Sequence[Any] | None = None,
+        alone: Sequence[Any] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> ScoredRows:
         """From one array a row each.
@@ -71,7 +72,7 @@ class ScoredRows:
             [0, 2]
         """
 
-        def flat(parts: Sequence[np.ndarray] | None, dtype: type) -> np.ndarray | None:
+        def flat(parts: Sequence[Any] | None, dtype: type) -> np.ndarray | None:
             return None if parts is None else np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)

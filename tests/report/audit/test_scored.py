@@ -70,7 +70,10 @@ class TestNoise:
         ]
 
     def test_usual_rows_have_a_fact_alone_and_no_rows_have_nothing(self):
-        assert [f.check for f in check_noise(scored([[START, usual(), usual()]] * 30), decode)] == ["base_surprise"]
+        assert [f.check for f in check_noise(scored([[START, usual(), usual()]] * 30), decode)] == [
+            "base_surprise",
+            "row_kinds",
+        ]
         nothing = ScoredTokens(*(np.zeros(n, dtype=np.int64) for n in (0, 1, 0, 0)), np.zeros(0), np.zeros(0))
         assert check_noise(nothing, decode) == check_prior(nothing, decode) == []
 

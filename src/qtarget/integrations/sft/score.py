@@ -55,7 +55,7 @@ def training_rows(
         raise ConfigError("scoring runs no DeepSpeed engine: leave `deepspeed` out; the cache serves every training")
     frozen = {f"{role}_{key}": None for role in ROLES for key in ("cache", "model_name_or_path")}  # they are yet to be
     plain = changed(
-        args, target="sft", target_kwargs=None, packing=False, eval_packing=False, padding_free=False, report_to=[],
+        args, target="sft", target_kwargs=None, filter="none", packing=False, eval_packing=False, padding_free=False, report_to=[],
         weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
         **frozen,
     )  # fmt: skip
