@@ -33,6 +33,7 @@ from qtarget.data.noise import inject_noise
 from qtarget.data.roc import roc_auc
 from qtarget.filtering import WITNESSES, ScoredRows, decide
 from qtarget.filtering.alone import without_prompt
+from qtarget.filtering.prompts import told_by_prompt
 from qtarget.scoring.sources.local import LocalSource
 from qtarget.storage.models import load_whole
 
@@ -191,6 +192,9 @@ def large(rule: str = "surprise") -> dict[str, Any]:
         decision = decide(found, rule)
         seconds["evidence and decision"] = time.perf_counter() - begin
         begin = time.perf_counter()
+        told_by_prompt(found, rng.random(len(ids)) < 0.2)  # what only rows of two kinds are asked
+        seconds["prompts"] = time.perf_counter() - begin
+        begin = time.perf_counter()
         document = filter_document(
             decision, found, len(ids), title="synthetic", cache=str(folder), decode=str, counted=False
         )
@@ -217,12 +221,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bases", type=Path, help="Folder of the bases, made if absent; default: a temporary one.")
+    parser.add_argument("--only", choices=("points", "large"), help="Measure this part again, keep the other.")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    results: dict[str, Any] = json.loads(options.output.read_text()) if options.only else {}
+    results |= {
+        "benchmark": "filter",
+        "qtarget": qtarget.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    if options.only != "large":
+        results["points"] = all_points(options.data, options.bases)
+    if options.only != "points":
+        results["large"] = large()
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def all_points(data: Path, bases: Path | None) -> list[dict[str, Any]]:
+    """Every point, said as it is measured."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        bases = options.bases or Path(temporary)
-        for part in (small_tasks(options.data, bases), real_rows(options.data)):
+        for part in (small_tasks(data, bases or Path(temporary)), real_rows(data)):
             for point in part:
                 found.append(point)
                 line = point["rules"]["surprise"]
@@ -235,15 +255,7 @@ def main() -> None:
                     line.get("roc"),
                     flush=True,
                 )
-    results = {
-        "benchmark": "filter",
-        "qtarget": qtarget.__version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "points": found,
-        "large": large(),
-    }
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":
