@@ -106,7 +106,7 @@ def points(
     name: str, base: str, model: Any, tokenizer: Any, rows: list[Row], rates: tuple[float, ...]
 ) -> Iterator[dict[str, Any]]:
     """Clean rows, then each kind of noise at each rate."""
-    plain = {"rows": name, "base": base}
+    plain = {"data": name, "base": base}
     yield plain | {"kind": "clean", "rate": 0.0} | measured(*scored(model, tokenizer, rows))
     for rate in rates:
         kinds: dict[str, Callable[[], list[Row]]] = {
