@@ -27,12 +27,14 @@ import transformers
 import qtarget
 from qtarget.benchmarks.marked_data import load_story_tokenizer
 from qtarget.benchmarks.start import Start
-from qtarget.benchmarks.tasks import BASES, embedded_tasks, make_base, math_tasks, scan_tasks
+from qtarget.benchmarks.tasks import BASES, embedded_tasks, generated_demonstrations, make_base, math_tasks, scan_tasks
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import inject_noise
 from qtarget.data.roc import roc_auc
+from qtarget.data.tasks import DEMONSTRATED_SKILLS
 from qtarget.filtering import WITNESSES, ScoredRows, decide
 from qtarget.filtering.alone import without_prompt
+from qtarget.filtering.prompts import told_by_prompt
 from qtarget.scoring.sources.local import LocalSource
 from qtarget.storage.models import load_whole
 
@@ -40,6 +42,7 @@ Row = dict[str, Any]
 LONGEST = 512
 RATES = (0.05, 0.2, 0.4)
 SUBSETS = 3
+FRESH = 20
 LARGE_ROWS, LARGE_TOKENS = 100_000, 50
 AT_MOST_COUNTED = 60_000
 """Trained tokens up to which agreement is counted."""
@@ -105,7 +108,7 @@ def points(
     name: str, base: str, model: Any, tokenizer: Any, rows: list[Row], rates: tuple[float, ...]
 ) -> Iterator[dict[str, Any]]:
     """Clean rows, then each kind of noise at each rate."""
-    plain = {"rows": name, "base": base}
+    plain = {"data": name, "base": base}
     yield plain | {"kind": "clean", "rate": 0.0} | measured(*scored(model, tokenizer, rows))
     for rate in rates:
         kinds: dict[str, Callable[[], list[Row]]] = {
@@ -138,6 +141,26 @@ def small_tasks(data: Path, folder: Path) -> Iterator[dict[str, Any]]:
                     chosen = Random(seed).sample(skills, 3)
                     rows = [row for row in task.train if row["skill"] in chosen]
                     yield from points(f"embedded, {', '.join(chosen)}", base, model, tokenizer, rows, ())
+
+
+def fresh_clean_sets(folder: Path) -> list[dict[str, Any]]:
+    """Clean sets of other sizes, skills and problems than those that the constants were chosen beside."""
+    start, out = Start(), []
+    tokenizer, task = start.tokenizer(), embedded_tasks()
+    taken = {row["prompt"] for row in task.train}
+    for seed in range(FRESH):
+        random = Random(f"fresh-{seed}")
+        base, skills = (
+            random.choice(("half", "most")),
+            random.sample(DEMONSTRATED_SKILLS, random.randint(1, len(DEMONSTRATED_SKILLS))),
+        )
+        rows = [row for row in generated_demonstrations(3000, f"fresh-{seed}", taken) if row["skill"] in skills]
+        rows = rows[: random.choice((100, 200, 400, 800))]
+        model = load_whole("model", str(make_base(task, base, folder, start)), dtype=torch.float32).eval()
+        point = {"data": f"embedded, {len(skills)} skills, seed {seed}", "base": base, "kind": "clean", "rate": 0.0}
+        out.append(point | measured(*scored(model, tokenizer, rows)))
+        print(seed, base, len(rows), {name: line["verdict"] for name, line in out[-1]["rules"].items()}, flush=True)
+    return out
 
 
 def real_rows(data: Path) -> Iterator[dict[str, Any]]:
@@ -191,6 +214,9 @@ def large(rule: str = "surprise") -> dict[str, Any]:
         decision = decide(found, rule)
         seconds["evidence and decision"] = time.perf_counter() - begin
         begin = time.perf_counter()
+        told_by_prompt(found, rng.random(len(ids)) < 0.2)  # what only rows of two kinds are asked
+        seconds["prompts"] = time.perf_counter() - begin
+        begin = time.perf_counter()
         document = filter_document(
             decision, found, len(ids), title="synthetic", cache=str(folder), decode=str, counted=False
         )
@@ -211,39 +237,54 @@ def large(rule: str = "surprise") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(points: list[dict[str, Any]]) -> list[str]:
+    """Lines of docs/filter.md: a set, a base and a kind of noise each, `surprise` at every rate."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for point in points:
+        found = point["rules"]["surprise"]
+        if point["kind"] != "clean":
+            verdict = f"{found['dropped']}, {found['precision']:.2f}" if found["dropped"] else "cannot tell"
+            key = point["data"], point["base"], point["kind"].replace("_", " ")
+            lines.setdefault(key, []).append(f"{100 * point['rate']:g} %: {found['roc']:.2f} ({verdict})")
+    return [f"| {' | '.join(key)} | {'; '.join(values)} |" for key, values in lines.items()]
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bases", type=Path, help="Folder of the bases, made if absent; default: a temporary one.")
+    parser.add_argument("--only", choices=("points", "fresh", "large"), help="Measure this part again, keep the other.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        bases = options.bases or Path(temporary)
-        for part in (small_tasks(options.data, bases), real_rows(options.data)):
-            for point in part:
-                found.append(point)
-                line = point["rules"]["surprise"]
-                print(
-                    point["rows"],
-                    point["base"],
-                    point["kind"],
-                    point["rate"],
-                    line["verdict"],
-                    line.get("roc"),
-                    flush=True,
-                )
-    results = {
+    results: dict[str, Any] = json.loads(options.output.read_text()) if options.only else {}
+    results |= {
         "benchmark": "filter",
         "qtarget": qtarget.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "points": found,
-        "large": large(),
     }
+    with tempfile.TemporaryDirectory() as temporary:
+        bases = options.bases or Path(temporary)
+        parts = {
+            "points": lambda: all_points(options.data, bases), "fresh": lambda: fresh_clean_sets(bases), "large": large
+        }  # fmt: skip
+        results |= {name: measure() for name, measure in parts.items() if options.only in (None, name)}
     options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def all_points(data: Path, bases: Path) -> list[dict[str, Any]]:
+    """Every point, said as it is measured."""
+    found: list[dict[str, Any]] = []
+    for part in (small_tasks(data, bases), real_rows(data)):
+        for point in part:
+            found.append(point)
+            line = point["rules"]["surprise"]
+            print(
+                point["data"], point["base"], point["kind"], point["rate"], line["verdict"], line.get("roc"), flush=True
+            )
+    return found
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
@@ -34,6 +35,16 @@ def blocks(language: str) -> list[str]:
 
 def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
+
+
+def measure_filter():
+    """The script, as a module."""
+    spec = importlib.util.spec_from_file_location("measure_filter", ROOT / "scripts/measure_filter.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +103,27 @@ class TestPage:
             ((key, value),) = yaml.safe_load(line.removeprefix("# ")).items()
             assert key == "filter"
             assert Filter.of(value)
+
+
+class TestMeasurements:
+    RESULTS = json.loads((ROOT / "benchmarks/results/filter.json").read_text())
+
+    def test_the_table_is_the_result_file(self):
+        lines = measure_filter().table(self.RESULTS["points"])
+        assert len(lines) > 30
+        assert [line for line in PAGE.splitlines() if line.startswith("| ") and "%:" in line] == lines
+
+    def test_clean_rows_are_never_two_kinds(self):
+        clean = [point for point in self.RESULTS["points"] if point["kind"] == "clean"]
+        verdicts = [line["verdict"] for point in clean + self.RESULTS["fresh"] for line in point["rules"].values()]
+        assert set(verdicts) == {"cannot tell"}
+        assert f"{len(clean)} clean sets" in PAGE
+        assert f"{len(self.RESULTS['fresh'])} fresh ones" in PAGE
+
+    def test_size(self):
+        large = self.RESULTS["large"]
+        assert large["seconds_in_all"] < 120
+        assert f"{large['rows']:,} rows of 50 tokens took {large['seconds_in_all']:.0f} s" in PAGE
 
 
 class TestFiles:

@@ -39,6 +39,10 @@ def test_the_document_counts_and_is_json():
     assert fitted == pytest.approx(400, rel=0.1)
     assert document["roc"]["marked"] == 80
     assert document["roc"]["auc"]["surprise"] > 0.95
+    curve = np.array(document["roc"]["curve"])
+    assert (curve[0].tolist(), curve[-1].tolist()) == ([0, 0], [1, 1])
+    area = np.trapezoid(curve[:, 1], curve[:, 0])
+    assert area == pytest.approx(document["roc"]["auc"]["surprise"], abs=0.01)
     assert set(scores) == {"nll", "worst_nll", "surprise", "agreement", "combined"}
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
@@ -90,6 +94,7 @@ def test_the_page_in_a_browser(open_page, tmp_path, scheme):
     assert HOSTILE[0] in cells
     assert page.locator("#histogram polyline").count() == 3
     assert page.locator("#roc tbody tr").count() == 5
+    assert page.locator("#roc polyline").count() == 1
     cards = page.locator(".qt-case")
     assert cards.count() == BORDER_ROWS
     assert cards.first.locator("dd").first.inner_text() == HOSTILE[0]

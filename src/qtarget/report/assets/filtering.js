@@ -21,11 +21,12 @@
   function histogram() {
     const found = data.histogram;
     if (!found) { place("histogram").append(el("p", { class: "qt-note" }, "Nothing was scored.")); return; }
-    const line = (title, values) => ({ name: title, points: values.map((value, i) => [found.middles[i], value]) });
+    // most rows stand in a few bins, and a few bad rows in many
+    const line = (title, values) => ({ name: title, points: values.map((value, i) => [found.middles[i], Math.log10(1 + value)]) });
     const series = [line("rows", found.rows)];
     if (found.good) series.push(line("good, as fitted", found.good), line("bad, as fitted", found.bad));
     const caption = data.threshold === null ? "No row is dropped." : `Rows above ${data.threshold.toFixed(2)} are dropped.`;
-    place("histogram").append(lineChart({ title: `Rows by ${data.rule}`, x: data.witnesses[data.rule] || data.rule, y: "rows", series, caption }));
+    place("histogram").append(lineChart({ title: `Rows by ${data.rule}`, x: data.witnesses[data.rule] || data.rule, y: "log10 (1 + rows)", series, caption }));
   }
 
   function facts() {
@@ -33,6 +34,8 @@
     if (lines.length) place("facts").append(table("What the verdict rests on", ["", ""], lines));
     if (data.roc) place("roc").append(table(`Against the marks of ${number(data.roc.marked)} rows`, ["score", "ROC-AUC"],
       Object.entries(data.roc.auc).map(([key, value]) => [name(key), value === null ? NOTHING : value.toFixed(3)])));
+    if (data.roc && data.roc.curve) place("roc").append(lineChart({ title: `Marked rows found by ${data.rule}`, x: "share of the other rows above", y: "share of the marked rows above",
+      series: [{ name: data.rule, points: data.roc.curve }], range: [0, 1] }));
   }
 
   function card(row) {

@@ -15,6 +15,7 @@ SCHEMA_VERSION = 1
 BORDER_ROWS = 20
 """Rows of each kind that the document holds with their texts."""
 BINS = 60
+CURVE_POINTS = 101
 LONGEST_TEXT = 2000
 """Characters of a prompt or an answer that the document holds."""
 Decode = Callable[[list[int]], str]
@@ -63,7 +64,7 @@ def filter_document(
         "witnesses": {name: one.about for name, one in WITNESSES.items() if name in scores},
         "groups": None if groups is None else _counts(*groups, dropped),
         "histogram": histogram(decision),
-        "roc": None if marks is None else roc(scores, marks),
+        "roc": None if marks is None else roc(scores, marks, decision.rule),
         "borders": borders(decision, rows, scores, marks, decode),
         "scores": scores,
     }
@@ -104,9 +105,16 @@ def histogram(decision: Decision) -> dict[str, Any] | None:
     return out
 
 
-def roc(scores: Mapping[str, np.ndarray], marks: np.ndarray) -> dict[str, Any]:
-    """How well each score finds the marked rows."""
-    return {"marked": int(marks.sum()), "auc": {name: roc_auc(values, marks) for name, values in scores.items()}}
+def roc(scores: Mapping[str, np.ndarray], marks: np.ndarray, rule: str) -> dict[str, Any]:
+    """How well each score finds the marked rows, and the curve of the one that decided, if there are rows of both kinds."""
+    auc = {name: roc_auc(values, marks) for name, values in scores.items()}
+    curve = None
+    if rule in scores and 0 < marks.sum() < len(marks):
+        found = marks[np.argsort(-scores[rule], kind="stable")]
+        at = np.unique(np.linspace(0, len(found), CURVE_POINTS).astype(int))
+        hits = np.concatenate([[0], np.cumsum(found)])[at]
+        curve = np.stack([(at - hits) / (~marks).sum(), hits / marks.sum()], axis=1).round(4).tolist()
+    return {"marked": int(marks.sum()), "auc": auc, "curve": curve}
 
 
 def borders(
