@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.benchmarks.figure import save_figure
-
 from qtarget.benchmarks.distill.results import distill_figure, distill_table, needed_words, summarize
 from qtarget.benchmarks.distill.runs import METHODS
+from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
 from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
