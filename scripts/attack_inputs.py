@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from attack_models import MODELS, damaged_model
 from attack_options import CACHE_DAMAGES, EVALUATE, KEYS, OPTIONS, YAML
@@ -99,6 +103,27 @@ WEIGHTS: dict[str, bytes] = {
     "negative weights": text_lines(*[GOOD_ROW | {"loss_weights": [-1.0, 2.0]}] * 4),
     "spans of text": text_lines(*[GOOD_ROW | {"weight_spans": "abc"}] * 4),
 }
+MEGABYTES = 640
+"""That the packed files of a few kilobytes hold."""
+
+
+def shared_texts() -> bytes:
+    """A Parquet file of rows that all are one text of a megabyte, stored once."""
+    held = io.BytesIO()
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * MEGABYTES, pa.int32()), pa.array(["x" * 2**20]))
+    pq.write_table(pa.table({"text": texts}), held)
+    return held.getvalue()
+
+
+def packed_texts() -> bytes:
+    """The same texts in an Arrow file, packed."""
+    held, table = io.BytesIO(), pa.table({"text": pa.array(["x" * 2**20] * 16)})
+    with pa.ipc.new_file(held, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for _ in range(MEGABYTES // 16):
+            writer.write_table(table)
+    return held.getvalue()
+
+
 OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "gz damaged": ("rows.jsonl.gz", b"\x1f\x8b\x08\0 and no more"),
     "parquet damaged": ("rows.parquet", b"PAR1 and nothing else PAR1"),
@@ -108,6 +133,10 @@ OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "json of one number": ("rows.json", b"5"),
     "json cut off": ("rows.json", b'[{"prompt": "a"'),
     "unknown ending": ("rows.xyz", b"hello"),
+    "gz of 640 MB": ("rows.jsonl.gz", gzip.compress(b" " * 2**20) * MEGABYTES),
+    "zst of 640 MB": ("rows.jsonl.zst", pa.compress(b" " * 2**20, codec="zstd", asbytes=True) * MEGABYTES),
+    "parquet of 640 MB": ("rows.parquet", shared_texts()),
+    "arrow of 640 MB": ("rows.arrow", packed_texts()),
     "a zip": ("rows.zip", b"PK\x03\x04 and nothing else"),
 }
 

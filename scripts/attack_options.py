@@ -23,6 +23,9 @@ YAML: dict[str, bytes | None] = {
     "UTF-16": "target: sft\n".encode("utf-16"),
     "tag of Python": b"target: !!python/object/apply:os.system ['true']\n",
     "nested 100,000 deep": b"target: " + b"[" * 100_000 + b"]" * 100_000,
+    "aliases of aliases": b"target_kwargs:\n  a0: &a0 [x, x]\n"
+    + b"".join(b"  a%d: &a%d [*a%d, *a%d, *a%d]\n" % (i, i, i - 1, i - 1, i - 1) for i in range(1, 40))
+    + b"max_steps: *a39\n",
     "alias inside itself": b"target_kwargs: &a\n  b: *a\n",
     "integer of 5,000 digits": b"max_steps: " + b"9" * 5000 + b"\n",
     "unknown key": b"model_name_or_path: m\nlerning_rate: 1e-4\n",
@@ -61,6 +64,7 @@ WORDS = {
     "weights_scale": "nonsense",
     "unplaced_spans": "nonsense",
     "loss_backend": "nonsense",
+    "limits": "nonsense 5 [rows] {{rows:1}} {{nonsense:1}} {{rows:0}}",
     "data_format": "nonsense",
     "null_content": "nonsense",
     "roles": "nonsense [1]",
@@ -238,6 +242,10 @@ convert {rows} {out} --format sharegpt
 convert {rows} {out} --tools {good}/missing
 convert {rows} {out} --tools {rows}
 convert {rows} {out} --null-content nonsense
+convert {rows} {out} --limits nonsense
+convert {rows} {out} --limits {{rows:0}}
+convert {rows} {out} --limits {{rows:
+convert {rows} {out} --tools /dev/zero
 convert {rows} {out} --role nonsense
 convert {rows} /proc/nothing/rows.jsonl
 convert {rows}

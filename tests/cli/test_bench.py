@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qtarget.benchmarks.speed import losses as speed
 from qtarget.benchmarks.speed import memory, sweep
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError
+from qtarget.storage.locks import locked_file
 
 SMALL = ["bench", "speed", "--tokens", "12", "--width", "8", "--vocab", "256", "--rounds", "2", "--threads", "1"]
 
@@ -207,3 +209,14 @@ def test_scoring_is_timed_against_its_floor(tmp_path):
         ratios = sorted(a / b for a, b in zip(row["seconds"], results["rows"]["floor"]["seconds"]))
         assert [row["ratio"]["low"], row["ratio"]["high"]] == pytest.approx(ratios)
         assert name in result.output
+
+
+def test_two_benchmarks_do_not_write_one_file(tmp_path):
+    output = tmp_path / "s.json"
+    with locked_file(output):
+        # the same process, as another one that lives
+        result = CliRunner().invoke(app, [*SMALL, "--suite", "few", "--no-peers", "--output", str(output)])
+        assert isinstance(result.exception, ConfigError)
+        assert f"another process is writing {output}: process {os.getpid()} on" in str(result.exception)
+        assert not output.exists()
+    assert [path.name for path in tmp_path.iterdir()] == []

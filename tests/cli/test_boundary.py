@@ -93,11 +93,18 @@ def test_foreign_errors_are_one_block(name, tmp_path, capsys, monkeypatch) -> No
     assert "Traceback (most recent call last)" in Path(path).read_text()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_what_the_disk_refuses_is_a_storage_error(number, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.ENOSPC, "free space or fix the folder"),
+        (errno.EDQUOT, "free space or fix the folder"),
+        (errno.EROFS, "choose another folder"),
+    ],
+)
+def test_what_the_disk_refuses_is_a_storage_error(number, step, capsys, monkeypatch) -> None:
     text, code = stopped(raising(OSError(number, os.strerror(number), "runs/a")), capsys, monkeypatch)
     assert code == 2
-    assert text.startswith(f"StorageError: cannot write runs/a: {os.strerror(number)}; free space or fix the folder")
+    assert text.startswith(f"StorageError: cannot write runs/a: {os.strerror(number)}; {step}")
 
 
 def test_an_error_of_a_library_is_its_refusal(capsys, monkeypatch) -> None:

@@ -187,6 +187,33 @@ def test_a_finished_cache_of_a_url_is_enough(folder, teacher, caplog, capsys, mo
     assert f"asking {url} again" in caplog.text
 
 
+def test_a_key_signs_what_a_url_said_and_checks_it_when_the_run_goes_on(folder, servers, capsys):
+    urls, engines = servers
+    (folder / "key").write_text("k" * 64)
+    command = ["train", "run.yaml", "--target", "distillation", "--max_steps", "2", "--teacher", urls["8000"]]
+    command += [
+        "--cache_verify_key",
+        str(folder / "key"),
+        "--output_dir",
+        "signed",
+        "--resume",
+        "true",
+        "--teacher_top_k",
+        "4",
+    ]
+    succeed(command)
+    cache = folder / "signed" / "teacher_cache"
+    ReferenceCache.open(cache, key=b"k" * 64)
+    engines["8000"].asked.clear()
+    succeed(command)
+    assert engines["8000"].asked == []
+    (cache / "manifest.sig").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run(command)
+    assert ended.value.code == 2
+    assert "teacher_cache is not signed (no manifest.sig)" in capsys.readouterr().err
+
+
 def test_a_server_of_another_model_is_refused(folder, servers, capsys):
     urls, _ = servers
     command = pointed(next(c for c in documented("score") if "vllm" in c), urls)

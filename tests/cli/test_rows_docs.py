@@ -56,3 +56,12 @@ def test_the_keys_and_options_exist():
     assert {key for key, _ in keys} == set(ROW_KEYS) <= {f.name for f in fields(DataConfig)}
     parameters = {name.removesuffix("_name").replace("_", "-") for name in signature(convert).parameters}
     assert {option for _, option in keys} <= parameters
+
+
+def test_the_limits_and_their_defaults_are_the_codes():
+    from dataclasses import asdict
+
+    from qtarget.data.limits import Limits
+
+    found = re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", PAGE, flags=re.MULTILINE)
+    assert {name: float(value.replace(",", "")) for name, value in found} == asdict(Limits())

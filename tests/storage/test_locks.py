@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from qtarget.core.errors import ConfigError
 from qtarget.storage import locks
-from qtarget.storage.locks import LOCK, Owner, began, locked, read_owner
+from qtarget.storage.locks import LOCK, Owner, began, locked, locked_file, read_owner
 
 
 @pytest.fixture
@@ -130,3 +131,18 @@ def test_of_many_that_find_a_dead_owner_one_gets_in(tmp_path, mine):
     assert said[0] == "in"
     assert set(said[1:]) <= {"refused", "in"}  # one that starts after the first is done may come in
     assert "refused" in said
+
+
+def test_a_file_is_held_alone_and_others_beside_it_are_free(tmp_path):
+    """Another process is refused by number and machine; a second file in the folder is nobody's affair."""
+    code = "import sys; from qtarget.storage.locks import locked_file\nwith locked_file(sys.argv[1]): pass"
+    with locked_file(tmp_path / "a.json"), locked_file(tmp_path / "b.json"):
+        done = [
+            subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=False
+            )
+            for name in ("a.json", "c.json")
+        ]
+    assert f"is writing {tmp_path / 'a.json'}: process {os.getpid()} on {platform.node()}" in done[0].stderr
+    assert done[1].returncode == 0, done[1].stderr
+    assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench import app as bench
+from qtarget.cli.options.outputs import one_writer
 
 
 def dashed(token: str) -> str:
@@ -54,7 +55,7 @@ app.command("filter", context_settings=PASS_ON)(filter.filter_rows)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
-app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate")(one_writer(evaluate.evaluate))
 app.command("compare", context_settings=PASS_ON)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("card")(card.card)

@@ -91,7 +91,7 @@ def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> 
     from qtarget.data.loading import load_rows
     from qtarget.report.audit.document import audit_texts
 
-    unused = sorted(set(overrides) - {"dataset_text_field", *ROW_KEYS})
+    unused = sorted(set(overrides) - {"dataset_text_field", "limits", *ROW_KEYS})
     if unused or split != "train":
         raise ConfigError(
             f"{', '.join(f'--{key}' for key in unused) or '--split'} says nothing about {source} without a tokenizer; pass "

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qtarget.core.errors import QTargetError
+from qtarget.storage.files import NEXT_STEP
 
 KNOWN, UNKNOWN = 2, 1
 """Exit codes: something that the user can mend, and a fault of ours."""
 
-DISK_FULL = "free space or choose another folder, then run the same command again: what is finished is kept"
 MEMORY = "lower per_device_train_batch_size or max_length, or take a machine with more memory"
 HUB = "name a folder on this machine, or check the network and HF_HUB_OFFLINE"
 FILE = "copy or download the file again"
@@ -45,15 +45,8 @@ BY_CLASS: dict[str, tuple[str, str]] = {
         "install it: pip install 'qtarget[train]', or the package named",
     ),
 }
+# what is about the disk becomes a StorageError before it gets here
 BY_ERRNO: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("the disk is full", DISK_FULL),
-    errno.EDQUOT: ("the disk quota is used up", DISK_FULL),
-    errno.EFBIG: ("a file would grow beyond what is allowed here", DISK_FULL),
-    errno.EROFS: ("the folder is read-only", "choose another folder"),
-    errno.EACCES: ("permission is denied", "choose another path, or change its permissions"),
-    errno.EPERM: ("permission is denied", "choose another path, or change its permissions"),
-    errno.EMFILE: ("too many files are open", "raise the limit: ulimit -n 65536"),
-    errno.ENAMETOOLONG: ("a path is too long", "choose a shorter one"),
     errno.ENOENT: ("a file or folder is not there", "check the path"),
     errno.ENOTDIR: ("a path leads through a file", "check the path"),
     errno.EISDIR: ("a folder stands where a file was expected", "name a file"),
@@ -64,10 +57,10 @@ BY_WORDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("enforce fail at inline_container", "unexpected pos", "file write failed"),
         "a file could not be written",
-        DISK_FULL,
+        NEXT_STEP,
     ),
     (("not enough memory", "can't allocate memory", "out of memory"), "there is not enough memory", MEMORY),
-    (("No space left on device",), "the disk is full", DISK_FULL),
+    (("No space left on device",), "the disk is full", NEXT_STEP),
     (("Exceeds the limit", "integer string conversion"), "a number has thousands of digits", "shorten it, or quote it"),
 )
 LIBRARIES = (
@@ -81,8 +74,8 @@ def explain(error: BaseException) -> tuple[str, str] | None:
     """What is wrong, and the next step; None for an error that nobody foresaw.
 
     Example:
-        >>> explain(OSError(errno.ENOSPC, "No space left on device", "runs/a"))[0]
-        'the disk is full'
+        >>> explain(OSError(errno.ENOENT, "No such file or directory", "runs/a"))[0]
+        'a file or folder is not there'
     """
     if isinstance(error, OSError) and error.errno in BY_ERRNO:
         return BY_ERRNO[error.errno]

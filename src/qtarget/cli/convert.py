@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qtarget.cli.options.datasets import LimitsOption
 from qtarget.core.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ def convert(
     role: Annotated[list[str] | None, typer.Option(help="THEIRS=OURS, for a role that is not known.")] = None,
     text_field: Annotated[str, typer.Option("--dataset-text-field", help="Name of the text column.")] = "text",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
+    limits: LimitsOption = None,
 ) -> None:
     """Write the rows of FILE as `qtarget train` takes them, and say what was read, changed and left out."""
     from qtarget.cli.options.datasets import row_options
@@ -46,7 +48,12 @@ def convert(
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another OUT or pass --overwrite")
     options = row_options(
-        format_name, null_content, parse_roles(role or []), None if tools is None else str(tools), text_field=text_field
+        format_name,
+        null_content,
+        parse_roles(role or []),
+        None if tools is None else str(tools),
+        limits,
+        text_field=text_field,
     )
     reading = read_files(paths, options)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in reading.rows)

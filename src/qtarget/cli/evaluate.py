@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtarget.cli.options.datasets import LimitsOption
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qtarget.data.formats.shape import ReadOptions
     from qtarget.evaluation.contenders import Contender
     from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, Served
     from qtarget.evaluation.judges import Judge
@@ -60,14 +62,20 @@ def evaluate(
         list[str] | None, typer.Option(metavar="MODEL=ID", help="Which of the models is served under which id.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As transformers has it.")] = False,
+    limits: LimitsOption = None,
 ) -> None:
     """Compare trained models with their untrained base on rows with answers."""
+    from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import check_outputs, progress_bar
+    from qtarget.data.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders
     from qtarget.evaluation.records import refuse_earlier
 
     sys.path.insert(0, str(Path.cwd()))  # a metric of the user's lies in the current folder
-    options = Options(metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit)
+    rows = row_options(limits=limits)
+    options = Options(
+        metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit, rows
+    )
     if no_nll and no_generate:
         raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
     judges = options.judges(forgetting)
@@ -94,7 +102,7 @@ def evaluate(
     )
     sets = [part.with_dataset() for part in texts]
     records = Records(records_file, plan(contenders, sets, choices), resume=resume)
-    with progress_bar() as advance:
+    with bounded_templates(rows.limits.template_seconds), progress_bar() as advance:
         evaluation = Evaluation(contenders, sets, choices, records, advance)
         document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
     save(document, output, page)
@@ -113,6 +121,7 @@ class Options:
     temperature: float
     samples: int
     limit: int | None
+    rows: ReadOptions
 
     def judges(self, forgetting: Path | None) -> list[Judge | None]:
         """Of ``--data`` and of ``--forgetting``; None where nothing is completed.
@@ -149,12 +158,17 @@ class Options:
         from qtarget.data.loading import load_rows
         from qtarget.evaluation.questions import ask, has_answers
 
-        rows = load_rows(path)[: self.limit]
+        rows = load_rows(path, options=self.rows)[: self.limit]
         asked = judge is not None and (has_answers(rows) or (name == "data" and self.metric is not None))
         if judge is not None and not asked:
             typer.echo(f"{path}: rows without answers; their likelihood is scored, and nothing is completed")
         return Rows(
-            name, path, len(rows), ask(rows, judge, path.name) if asked and judge else None, judge if asked else None
+            name,
+            path,
+            len(rows),
+            self.rows,
+            ask(rows, judge, path.name) if asked and judge else None,
+            judge if asked else None,
         )
 
 
@@ -165,6 +179,7 @@ class Rows:
     name: Literal["data", "forgetting"]
     path: Path
     count: int
+    options: ReadOptions
     questions: Any
     judge: Judge | None
 
@@ -173,7 +188,7 @@ class Rows:
         from qtarget.data.loading import load_dataset_file
         from qtarget.evaluation.evaluate import RowSet
 
-        dataset = load_dataset_file(self.path).select(range(self.count))
+        dataset = load_dataset_file(self.path, options=self.options).select(range(self.count))
         return RowSet(self.name, self.path.name, dataset, self.questions, self.judge)
 
 

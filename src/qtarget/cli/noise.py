@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.numbers import finite
 from qtarget.core.errors import ConfigError
 
@@ -24,8 +25,10 @@ def noise(
         str | None, typer.Option(help="Folder or hub name; random_tokens then replaces its tokens, else words.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT.")] = False,
+    limits: LimitsOption = None,
 ) -> None:
     """Inject noise of one kind; every touched character is marked in `noise_spans`."""
+    from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.data.loading import load_rows
     from qtarget.data.noise import inject_noise
@@ -34,7 +37,7 @@ def noise(
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
     check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
-    rows = load_rows(source)
+    rows = load_rows(source, options=row_options(limits=limits))
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
     with writing(destination, text=True) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)

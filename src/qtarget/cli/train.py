@@ -117,23 +117,29 @@ def score_teacher(config: RunConfig) -> None:
     """Ask a teacher behind a URL once, before training: its numbers go into a cache under ``output_dir``.
 
     With ``teacher_model_name_or_path`` beside the URL that model is loaded, and the server must give its numbers; without,
-    the server is trusted. An interrupted scoring goes on where it stopped; a finished one asks nobody.
+    the server is trusted. With ``cache_verify_key`` the cache is signed as soon as it is whole. An interrupted scoring goes
+    on where it stopped; a finished one asks nobody.
 
     Raises:
         ScoringServerError: the server fails, or is not what it should be.
     """
     from qtarget.cli.score import run_scoring
+    from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.scoring.cache.signature import check_signature, read_key, sign
     from qtarget.scoring.sources.engines import EngineChoice, detect_engine
     from qtarget.storage.files import write_atomic
 
     training, url = config.training, str(config.training.teacher_url)
+    key = None if training.cache_verify_key is None else read_key(training.cache_verify_key)
     folder = Path(str(training.output_dir)) / TEACHER_CACHE
     # one process in all asks and writes, whatever the number of machines; the others wait and read
     with training.main_process_first(local=False, desc="scoring the teacher"):
+        if key is not None and training.process_index == 0 and (folder / MANIFEST).is_file():
+            check_signature(folder, key)  # never signed here a second time: it may have been changed since
         if (
             training.process_index == 0
             and _needs_teacher(config)
-            and not has_said_all(folder, url, training.teacher_top_k)
+            and not has_said_all(folder, url, training.teacher_top_k, key)
         ):
             engine = EngineChoice(detect_engine(url), url, trust_server=training.teacher_model_name_or_path is None)
             # a warning, so that it is seen: nobody has set a level for this logger
@@ -141,12 +147,14 @@ def score_teacher(config: RunConfig) -> None:
                 "teacher: %s is a %s server, asked once for all rows: its numbers go to %s", url, engine.name, folder
             )
             run_scoring(config, folder, training.teacher_top_k, "bucket", "teacher", engine)
+            if key is not None:  # what this run wrote itself is whole when it is read, and when the run is resumed
+                sign(folder, key)
             write_atomic(folder / TEACHER_URL, url.encode())
     training.teacher_cache = str(folder)
 
 
-def has_said_all(folder: Path, url: str, top_k: int) -> bool:
-    """Whether a folder is a whole cache of this URL's answers; the log says so, or what is wrong with it."""
+def has_said_all(folder: Path, url: str, top_k: int, key: bytes | None = None) -> bool:
+    """Whether a folder is a whole cache of this URL's answers, signed where there is a key; the log says what is wrong with it."""
     from qtarget.core.errors import CacheMismatchError
     from qtarget.scoring.cache.reader import ReferenceCache
 
@@ -154,7 +162,7 @@ def has_said_all(folder: Path, url: str, top_k: int) -> bool:
     if not asked.is_file() or asked.read_text(encoding="utf-8") != url:
         return False
     try:
-        cache = ReferenceCache.open(folder)
+        cache = ReferenceCache.open(folder, key=key)
     except CacheMismatchError as error:
         logger.warning("%s; asking %s again", error, url)
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import glob
-import gzip
 import io
 import json
 import math
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qtarget.core.errors import DataError
+from qtarget.data.limits import Limits
+from qtarget.data.unpacking import check_text, open_text
 
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]
@@ -100,14 +101,18 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} is not a file; {hint}Check train_file and validation_file.")
 
 
-def located_values(path: Path) -> Iterator[Located]:
+def located_values(path: Path, limits: Limits | None = None) -> Iterator[Located]:
     """Each row of a text file as it stands there.
 
+    Args:
+        limits: on the file's size; rows are the caller's to count.
+
     Raises:
-        DataError: another encoding than UTF-8, or what does not parse.
+        DataError: another encoding than UTF-8, what does not parse, or a file beyond the limits.
     """
     kind = _kind_of_file(path.name.lower())
     try:
+        check_text(path, limits or Limits())
         if kind in (".csv", ".tsv"):
             yield from _table(path, "".join(text for _, text in _lines(path)), "," if kind == ".csv" else "\t")
         elif kind == ".json":
@@ -129,22 +134,9 @@ def _siblings(path: Path) -> list[str]:
     return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
-def _open(path: Path) -> Any:
-    name = path.name.lower()
-    if path.stat().st_size == 0:
-        return path.open("rb")
-    if name.endswith(".gz"):
-        return gzip.open(path)
-    if name.endswith(".zst"):
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-    return path.open("rb")
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their ends, decoded one by one."""
-    with _open(path) as stream:
+    with open_text(path) as stream:
         offset = 0
         _refuse_wide_encoding(path, stream)
         for number, raw in enumerate(stream, start=1):

@@ -26,7 +26,10 @@ from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
 from qtarget.data.formats.messages import ROLES
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.formats.tools import read_tools
+from qtarget.data.limits import Limits
 from qtarget.data.nested import OBJECTS, as_written, is_struct, rows_to_dataset
+from qtarget.data.unpacking import read_table
+from qtarget.storage.files import read_small
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +76,8 @@ def read_files(files: Files, options: ReadOptions | None = None) -> Reading:
     """
     paths = expand(files)
     warnings: list[str] = []
-    reading = read_rows(_values(paths, warnings), options or ReadOptions())
+    options = options or ReadOptions()
+    reading = read_rows(_values(paths, warnings, options.limits), options)
     if not reading.rows:
         raise DataError(
             f"{', '.join(map(str, paths))} holds no rows{' that can be trained' if reading.announced else ''}; expected one "
@@ -164,7 +168,7 @@ def load_tools(path: str | Path) -> list[dict[str, Any]]:
         DataError: the file holds no list of schemas.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_small(path).decode("utf-8-sig")
         tools = read_tools(text, set())
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path}: {error}; expected a JSON list of tool schemas") from error
@@ -184,23 +188,25 @@ def _name(files: Files) -> str:
     return ", ".join(map(str, [files] if isinstance(files, str | Path) else files))
 
 
-def _values(paths: Sequence[Path], warnings: list[str]) -> Iterator[Located]:
+def _values(paths: Sequence[Path], warnings: list[str], limits: Limits) -> Iterator[Located]:
+    rows = 0
     for path in paths:
         check_file(path)
-        if path.name.lower().endswith(TABLE_KINDS):
-            yield from _columns(path, warnings)
-            continue
-        yield from located_values(path)
+        is_table = path.name.lower().endswith(TABLE_KINDS)
+        for value in _columns(path, warnings, limits) if is_table else located_values(path, limits):
+            rows += 1
+            limits.check_rows(path, rows)
+            yield value
 
 
-def _columns(path: Path, warnings: list[str]) -> Iterator[Located]:
+def _columns(path: Path, warnings: list[str], limits: Limits) -> Iterator[Located]:
     """Rows of a Parquet or Arrow file, without the nulls that its structs forced."""
     import pyarrow as pa
     from datasets import Dataset
 
     kind = path.suffix.lower().lstrip(".").capitalize()
     try:
-        table = _arrow_table(path)
+        table = read_table(path, limits)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable {kind} file ({error}); write it again") from error
     try:
@@ -215,20 +221,6 @@ def _columns(path: Path, warnings: list[str]) -> Iterator[Located]:
         rows, found = table.to_pylist(maps_as_pydicts="strict"), []
     warnings += [f"{path}: {line}" for line in found]
     yield from ((Place(path, f"row {number}"), row) for number, row in enumerate(rows, start=1))
-
-
-def _arrow_table(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path.suffix.lower() == ".parquet":
-        return pq.read_table(path)
-    with pa.memory_map(str(path)) as source:
-        try:
-            return pa.ipc.open_file(source).read_all()
-        except pa.ArrowInvalid:  # datasets writes streams
-            source.seek(0)
-            return pa.ipc.open_stream(source).read_all()
 
 
 def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "train data") -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.errors import ConfigError, UnsupportedModelError
+from qtarget.core.errors import UnsupportedModelError
 from qtarget.scoring.cache.plan import tool_versions
 from qtarget.scoring.cache.rows import Source
 from qtarget.scoring.cache.schema import fingerprint_chat_template, fingerprint_model, fingerprint_tokenizer
 from qtarget.scoring.sources.canary import CANARY, CANARY_TOKENS
 from qtarget.scoring.sources.identity import Identity, Limits
 from qtarget.scoring.sources.local import LocalSource
-from qtarget.serving.settings import ServeSettings
+from qtarget.serving.settings import ServeSettings, check_device
 from qtarget.storage.models import check_vocabulary, load_named, load_whole
 
 
@@ -81,20 +81,6 @@ def load(settings: ServeSettings) -> Loaded:
         canary_log_probs=canary.label_log_probs.tolist(),
     )
     return Loaded(identity, source)
-
-
-def check_device(device: str) -> None:
-    """Refuse a GPU that is not there, before minutes are spent on loading a model for it.
-
-    Raises:
-        ConfigError: this machine has fewer.
-    """
-    import torch
-
-    kind, _, number = device.partition(":")
-    # counted without a CUDA context, which would not survive the fork into workers
-    if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(f"device {device}: this machine has {count} CUDA devices; name one of them, or cpu")
 
 
 def _model_id(name: str) -> str:

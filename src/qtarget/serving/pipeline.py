@@ -50,7 +50,10 @@ def load(settings: ServeSettings, folder: Path) -> Loaded:
     try:
         return loader(settings)
     except (QTargetError, OSError, ValueError) as error:
-        text = f"model {settings.model!r} cannot be served: {error}; expected a folder that transformers can load, or a hub name"
+        step = (
+            "" if isinstance(error, QTargetError) else "; expected a folder that transformers can load, or a hub name"
+        )
+        text = f"model {settings.model!r} cannot be served: {error}{step}"
         (folder / FAILURE).write_text(text, encoding="utf-8")
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import tempfile
 from collections.abc import Callable, Coroutine
@@ -16,8 +17,9 @@ from qtarget.scoring.sources.identity import Identity
 from qtarget.serving.connections import connections_within, raise_file_limit
 from qtarget.serving.gateway import Gateway
 from qtarget.serving.origin import is_loopback
-from qtarget.serving.settings import ServeSettings
+from qtarget.serving.settings import ServeSettings, check_device
 from qtarget.serving.supervisor import Supervisor
+from qtarget.storage.files import read_small
 
 
 async def serve(
@@ -43,6 +45,8 @@ async def serve(
     check_address(host, token)
     if settings.loader == ServeSettings.loader:  # what another takes for a model is its own affair
         check_model(settings.model)
+        check_row_tokens(settings.limits.row_tokens, settings.model)
+        check_device(settings.device)
     if host.lower() not in settings.hosts:
         settings = replace(settings, hosts=(*settings.hosts, host.lower()))
     connections = connections_within(settings.max_connections, raise_file_limit())
@@ -135,6 +139,24 @@ def check_model(name: str) -> None:
         raise ConfigError(f"model {name!r} {wrong}; expected a folder that transformers can load, or a hub name")
 
 
+def check_row_tokens(wanted: int, model: str) -> None:
+    """Refuse longer rows than a model in a folder has positions, by its config alone.
+
+    Raises:
+        ConfigError: says both numbers; or the config is broken.
+    """
+    path = Path(model).expanduser() / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        longest = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); copy the model again") from error
+    if isinstance(longest, int) and wanted > longest:
+        raise ConfigError(f"--max-row-tokens {wanted} exceeds the model's {longest} positions; allow at most that")
+
+
 def read_token(path: Path | None, variable: str | None) -> str | None:
     """The token from a file, else from the value of an environment variable, else none.
 
@@ -145,7 +167,7 @@ def read_token(path: Path | None, variable: str | None) -> str | None:
         token = variable
     else:
         try:
-            token = path.read_text(encoding="utf-8").strip()
+            token = read_small(path).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):

@@ -107,3 +107,17 @@ class ServeSettings:
         """What ``write`` wrote."""
         value = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**value, "limits": Limits(**value["limits"]), "hosts": tuple(value["hosts"])})
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there, before minutes are spent on loading a model for it.
+
+    Raises:
+        ConfigError: this machine has fewer.
+    """
+    import torch
+
+    # counted without a CUDA context, which would not survive the fork into workers
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {device}: this machine has {count} CUDA devices; name one of them, or cpu")

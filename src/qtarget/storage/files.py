@@ -20,8 +20,18 @@ from qtarget.core.errors import QTargetError, StorageError
 TEMPORARY = ".tmp"
 """Suffix of a file under construction; whatever carries it may be deleted."""
 NEXT_STEP = "free space or fix the folder, then run the same command again: what is finished is kept"
+SMALL = 2**26
+"""Bytes of a file that people write by hand."""
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-OF_STORAGE = OF_WRITING | {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE}
+STEPS = {
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another path, or change its permissions",
+    errno.EPERM: "choose another path, or change its permissions",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit: ulimit -n 65536",
+}
+"""What to do where freeing space does not help."""
+OF_STORAGE = OF_WRITING | STEPS.keys() | {errno.EIO, errno.ESTALE}
 """Numbers of an ``OSError`` that are about the disk, and about no mistake of the program's."""
 FOREIGN_WORDS = (
     "inline_container",
@@ -142,11 +152,12 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
     """
     if isinstance(error, QTargetError):
         return None
-    said, verb = str(error), "write"
+    said, verb, step = str(error), "write", NEXT_STEP
     if isinstance(error, OSError):
         if path is None and error.errno not in OF_STORAGE:
             return None
         verb = "write" if path or error.errno in OF_WRITING else "open"
+        step = STEPS.get(error.errno or 0, NEXT_STEP)
         path = path or error.filename
         reason = error.strerror or said
         if error.filename and str(error.filename).removesuffix(TEMPORARY) != str(path):
@@ -155,7 +166,7 @@ def as_storage_error(error: BaseException, path: str | Path | None = None) -> St
         reason = f"{space_left(Path(path))}; {type(error).__name__}: {said.splitlines()[0]}"
     else:
         return None
-    return StorageError(f"cannot {verb} {path or 'a file'}: {reason}; {NEXT_STEP}")
+    return StorageError(f"cannot {verb} {path or 'a file'}: {reason}; {step}")
 
 
 def space_left(path: Path) -> str:
@@ -163,6 +174,19 @@ def space_left(path: Path) -> str:
     place = next((part for part in (path, *path.parents) if part.exists()), Path("/"))
     free = shutil.disk_usage(place).free
     return f"{free / 1e6:,.1f} MB are free" if free > 1e5 else "the disk is full"
+
+
+def read_small(path: str | Path) -> bytes:
+    """A config, template, key or other file that people write; a device or a wrong file that does not end is refused.
+
+    Raises:
+        OSError: it cannot be read, or holds more than ``SMALL`` bytes.
+    """
+    with open(path, "rb") as handle:
+        content = handle.read(SMALL + 1)
+    if len(content) > SMALL:
+        raise OSError(errno.EINVAL, f"more than {SMALL >> 20} MiB, which is no file of this sort", str(path))
+    return content
 
 
 def digest(content: bytes | memoryview) -> str:

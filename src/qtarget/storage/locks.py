@@ -1,4 +1,4 @@
-"""One writer a folder: a lock file that says who holds it, and that the next process takes over from a dead one.
+"""One writer a folder, or a file: a lock file that says who holds it, and that the next process takes over from a dead one.
 
 The file is made with ``O_EXCL``, which every file system has that ``flock`` has not. It names the process (number, and the
 moment it began, for numbers are given out again) and the machine. On the machine itself the process is looked for. From
@@ -66,7 +66,25 @@ def locked(folder: str | Path, *, again: bool = False) -> Iterator[None]:
         ConfigError: another process or thread holds it.
         StorageError: the folder cannot be written to.
     """
-    path = Path(folder).resolve() / LOCK
+    with _holding(Path(folder).resolve() / LOCK, again=again):
+        yield
+
+
+@contextmanager
+def locked_file(output: str | Path) -> Iterator[None]:
+    """Hold one file of results, and what is written beside it; others in the folder are free.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: its folder cannot be written to.
+    """
+    path = Path(output).resolve()
+    with _holding(path.with_name(f"{LOCK}.{path.name}")):
+        yield
+
+
+@contextmanager
+def _holding(path: Path, *, again: bool = False) -> Iterator[None]:
     mine = (str(path), threading.get_ident())
     if again and mine in _held:
         yield
@@ -104,11 +122,16 @@ def acquire(path: Path) -> Owner:
         found = _watch(path)
         if isinstance(found, Owner):
             raise ConfigError(
-                f"another process is writing {path.parent}: {found}; expected one at a time; wait for it, or choose "
-                "another folder"
+                f"another process is writing {_held_by(path)}: {found}; expected one at a time; wait for it, or choose "
+                f"another {'folder' if path.name == LOCK else 'file'}"
             )
         if found is not None:
             _remove(path, found)
+
+
+def _held_by(path: Path) -> Path:
+    """The folder or file that a lock is of."""
+    return path.parent if path.name == LOCK else path.with_name(path.name.removeprefix(f"{LOCK}."))
 
 
 def _create(path: Path, owner: Owner) -> bool:

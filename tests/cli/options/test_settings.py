@@ -121,3 +121,22 @@ def test_overrides_win_and_a_misplaced_config_is_explained(tmp_path):
     assert {key: setting.value for key, setting in settings.items()} == {"a": 1, "b": 3}
     with pytest.raises(ConfigError, match="the config comes first"):
         read_settings(tmp_path / "1e-4", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a0: &a0 [x,x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1},*a{i - 1}]\n" for i in range(1, 40)), "aliases"),
+        ("a: &a {b: *a}\n", "lies in itself"),
+        ("a: " + "[" * 5000 + "]" * 5000, "recursion"),
+    ],
+)
+def test_yaml_that_grows_without_end_is_refused(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"is not valid YAML.*{words}"):
+        read_settings(tmp_path / "c.yaml", [])
+
+
+def test_yaml_may_use_aliases(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\n")
+    assert read_settings(tmp_path / "c.yaml", [])["b"].value == [[1, 2], [1, 2]]

@@ -53,6 +53,12 @@ def test_ids_that_the_model_does_not_have_are_an_error():
     assert check_known([GOOD, row([10, 11, 49])], WORDS) == []
 
 
+def test_a_masked_id_is_named_and_its_place_explained():
+    (found,) = check_known([GOOD, row([10, -100, 49])], WORDS)
+    assert "row 1 holds -100" in found.message
+    assert "-100 masks labels, and stands in no input_ids" in found.message
+
+
 def test_unknown_tokens_are_counted_and_shown():
     (found,) = check_known([GOOD, row([10, 11, UNKNOWN, UNKNOWN, END])], WORDS)
     assert (found.check, found.count, found.rows) == ("unknown_tokens", 1, (1,))

@@ -32,6 +32,22 @@ def build(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"text": ["ab"]}, "these rows are text; leave it out, and give messages"),
+        (
+            {"input_ids": [[2, 3]]},
+            "these rows are token ids; leave it out, and mask them with labels or assistant_masks",
+        ),
+    ],
+)
+def test_assistant_only_loss_needs_messages(build, tmp_path, rows, words):
+    args = QTargetConfig(str(tmp_path), **{**SETTINGS, "assistant_only_loss": True})
+    with pytest.raises(ConfigError, match=words):
+        build(args=args, train_dataset=Dataset.from_dict(rows))
+
+
 def pictures(values):
     return Dataset.from_dict({"text": ["ab"] * len(values), "images": values})
 

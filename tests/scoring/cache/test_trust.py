@@ -287,3 +287,8 @@ def test_training_wants_the_signature_and_the_plan(cache, key):
     args.cache_verify_key = None
     with pytest.raises(CacheMismatchError, match=r"was edited: seed is 7 in manifest.json, 0 in plan.json"):
         open_caches(args, target, models)
+
+
+def test_a_key_file_that_does_not_end_is_refused():
+    with pytest.raises(ConfigError, match="the key file /dev/zero cannot be read: more than 64 MiB"):
+        read_key("/dev/zero")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from qtarget.cli.bench import proof, scoring, speed
+from qtarget.cli.options.outputs import one_writer
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
 for command in (
@@ -12,7 +13,7 @@ for command in (
     *(scoring.score, scoring.serve, scoring.cache, scoring.reading),
     *(proof.noise, proof.distill, proof.prior),
 ):
-    app.command(command.__name__)(command)
+    app.command(command.__name__)(one_writer(command))
 
 
 @app.callback()

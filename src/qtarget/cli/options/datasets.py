@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
 
 from qtarget.cli.options.config import RunConfig
+from qtarget.cli.options.settings import parse_yaml
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.files import Files, expand
 from qtarget.data.formats.shape import ReadOptions
+from qtarget.data.limits import Limits
 from qtarget.data.loading import load_dataset_file, load_tools, read_dataset
 from qtarget.data.overlap import shared_rows
 
@@ -20,6 +25,10 @@ if TYPE_CHECKING:
 ROW_KEYS = ("data_format", "null_content", "roles", "tools_file")
 """Keys of a config that say how rows are read."""
 
+LimitsOption = Annotated[
+    str | None, typer.Option("--limits", help="What is refused beyond: '{rows: 20000000, gigabytes: 200}'.")
+]
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,13 +37,14 @@ def row_options(
     null_content: str = "refuse",
     roles: Mapping[str, str] | None = None,
     tools_file: str | None = None,
+    limits: Mapping[str, Any] | str | None = None,
     *,
     text_field: str = "text",
 ) -> ReadOptions:
     """How rows are read, from the keys of a config.
 
     Raises:
-        ConfigError: roles that are no mapping of names.
+        ConfigError: roles that are no mapping of names, or limits that are none.
         DataError: a tools file that holds no schemas.
     """
     if roles is not None and not all(
@@ -42,7 +52,25 @@ def row_options(
     ):
         raise ConfigError(f"roles is {roles!r}; expected names of roles, theirs to the template's: {{narrator: user}}")
     tools = load_tools(tools_file) if tools_file is not None else []
-    return ReadOptions(text_field, data_format, null_content, dict(roles or {}), tools)
+    return ReadOptions(text_field, data_format, null_content, dict(roles or {}), tools, read_limits(limits))
+
+
+def read_limits(given: Mapping[str, Any] | str | None) -> Limits:
+    """The limits of a config, or of ``--limits``, which is YAML.
+
+    Raises:
+        ConfigError: no mapping of known limits.
+
+    Example:
+        >>> read_limits("{rows: 20000000}").rows
+        20000000
+    """
+    if isinstance(given, str):
+        try:
+            given = parse_yaml(given)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--limits {given!r} is not valid YAML ({error}); write '{{rows: 20000000}}'") from error
+    return Limits.of(given)
 
 
 def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
@@ -57,7 +85,9 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     data, training = config.data, config.training
     evaluates = training.eval_strategy != "no"
     text_field = training.dataset_text_field
-    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, text_field=text_field)
+    options = row_options(
+        data.data_format, data.null_content, data.roles, data.tools_file, training.limits, text_field=text_field
+    )
     if data.train_file is None:
         if evaluates and data.dataset_train_split == data.dataset_test_split:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ import typer
 from qtarget.core.errors import ConfigError
 from qtarget.storage.files import write_atomic
 from qtarget.storage.folders import CACHE, MODEL, NAMES, RUN, kind_of, refuse_overlap
+from qtarget.storage.locks import locked_file
 
 RUN_FILES = ("config.json", "*.safetensors", "tokenizer*.json", "qtarget_*", "train_summary.json", "training_args.bin")
 """What a training run leaves in its folder; a page may lie beside it."""
@@ -48,6 +50,22 @@ def check_outputs(
             raise ConfigError(f"{taken[name]} and {option} are both {output}; choose two paths")
         taken[name] = option
         check_writable(output, option, replaces=replaces)
+
+
+def one_writer(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that holds its ``output``, and the records beside it, while it runs: a second one is refused.
+
+    Raises:
+        ConfigError: another process writes there, or see ``check_writable``.
+    """
+
+    @functools.wraps(verb)
+    def alone(*args: Any, output: Path, **options: Any) -> None:
+        check_writable(output)
+        with locked_file(output):
+            verb(*args, output=output, **options)
+
+    return alone
 
 
 def check_writable(output: Path, option: str = "--output", *, replaces: bool = False) -> None:

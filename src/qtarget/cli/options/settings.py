@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from qtarget.core.errors import ConfigError
+from qtarget.storage.files import read_small
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,17 @@ class Setting:
     text: str | None = None
 
 
+MOST_VALUES = 1_000_000
+"""In one YAML text; aliases of aliases make billions out of a few lines."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: ``1e-4`` is a number and ``no`` is text (YAML 1.1 has it the other way); no key twice."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        _count(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -40,6 +50,26 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: Any, known: dict[int, int | None]) -> int:
+    """Values below a node, each alias counted as what it stands for.
+
+    Raises:
+        ConstructorError: there are too many, or a value lies in itself.
+    """
+    children = getattr(node, "value", None)
+    if not isinstance(children, list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = None  # being counted
+        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    count = known[id(node)]
+    if count is None or count > MOST_VALUES:
+        what = "a value lies in itself" if count is None else f"aliases (*name) make more than {MOST_VALUES:,} values"
+        raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+    return count
 
 
 # without 1.1's words for these; dates stay text, as 1.2 has none
@@ -80,10 +110,10 @@ def read_settings(path: Path, overrides: Sequence[str]) -> dict[str, Setting]:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; the config comes first: qtarget train CONFIG.yaml --key value")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(read_small(path).decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); expected a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, expected `key: value` lines such as `target: sft`")

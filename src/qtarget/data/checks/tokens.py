@@ -132,12 +132,14 @@ def check_known(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> 
     in_byte = inside & np.isin(flat.ids, list(vocabulary.byte_ids)) if vocabulary.byte_ids else np.zeros_like(inside)
     in_bytes = np.flatnonzero(flat.count(in_byte) > BYTE_SHARE * flat.lengths).tolist()
     largest = int(flat.ids[beyond].max()) if outside else 0
-    first = f"; row {outside[0]} holds {int(flat.ids[flat.row(outside[0])].max())}" if outside else ""
+    first = f"; row {outside[0]} holds {int(flat.ids[beyond & (flat.rows == outside[0])][0])}" if outside else ""
+    masked = bool(outside) and bool((flat.ids[beyond] == IGNORE_INDEX).all())
     found = finding(
         "outside_vocabulary", "error", outside, len(flat),
         f"hold token ids outside the model's vocabulary (0 to {vocabulary.size - 1}, the rows of its embedding; the largest is "
         f"{largest}{first})",
-        "use the model's own tokenizer, or resize its embeddings", largest_id=largest, vocabulary=vocabulary.size,
+        "-100 masks labels, and stands in no input_ids: give the token's id there" if masked
+        else "use the model's own tokenizer, or resize its embeddings", largest_id=largest, vocabulary=vocabulary.size,
     )  # fmt: skip
     found += finding(
         "unknown_tokens", "warning", unknown, len(flat),

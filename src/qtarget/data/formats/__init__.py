@@ -321,7 +321,7 @@ def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
         (shape,) = candidates
         raise DataError(
             f"{place}: not a row of format {shape.name}, which has {words(shape.columns)}; found "
-            f"{', '.join(row) or 'no columns'}"
+            f"{', '.join(row) or 'no columns'}.{_empty(row, shape.columns)}"
         )
     wanted = "; ".join(words(shape.columns) for shape in candidates)
     known = [name for shape in candidates for name in shape.columns if shape is not OPENVIKING]
@@ -330,11 +330,18 @@ def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
     )
 
 
+def _empty(row: Row, known: Iterable[str]) -> str:
+    """The advice for a row whose columns are the right ones, and which has nothing in one of them."""
+    empty = ", ".join(repr(name) for name in dict.fromkeys(known) if name in row and row[name] is None)
+    return f" Next: {empty} is there but holds no value: fill it in, or remove the row." if empty else ""
+
+
 def _hint(row: Row, known: list[str]) -> str:
     if set(row) >= {"role", "content"}:
         return ' Next: these are single messages; put each conversation into one row, {"messages": [...]}.'
-    empty = [name for name in known if name in row and row[name] is None]
-    hints = [f"{name!r} is there but holds no value" for name in empty]
+    if hint := _empty(row, known):
+        return hint
+    hints: list[str] = []
     for name in row:
         if name in known:
             continue

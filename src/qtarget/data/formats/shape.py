@@ -9,6 +9,7 @@ from typing import Any
 from qtarget.core.errors import DataError
 from qtarget.data.files import names_of
 from qtarget.data.formats.messages import Message, Said, parts_text
+from qtarget.data.limits import Limits
 
 Row = dict[str, Any]
 
@@ -44,6 +45,7 @@ class ReadOptions:
         null_content: ``refuse`` a row with a message that says nothing, or ``drop`` it and count.
         roles: the user's names for roles: theirs -> the template's.
         tools: schemas for rows without their own.
+        limits: how much is taken.
     """
 
     text_field: str = "text"
@@ -51,6 +53,7 @@ class ReadOptions:
     null_content: str = "refuse"
     roles: Mapping[str, str] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
+    limits: Limits = field(default_factory=Limits)
 
 
 def with_system(messages: list[Message], system: Any, said: Said) -> list[Message]:

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin, TrainingArguments
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 
 from qtarget.core.errors import ConfigError, DataError, UnsupportedModelError
 from qtarget.integrations.sft.config import QTargetConfig
@@ -77,6 +78,24 @@ def text_datasets(args: QTargetConfig, train: Any, evals: Any, cached: bool) -> 
     if isinstance(evals, dict):
         return checked, {name: _text_dataset(dataset, name, cached) for name, dataset in evals.items()}
     return checked, None if evals is None else _text_dataset(evals, "eval", cached)
+
+
+def refuse_unmarked(args: QTargetConfig, dataset: Any) -> None:
+    """Refuse ``assistant_only_loss`` for rows without messages, which TRL would do in its own words.
+
+    Raises:
+        ConfigError: the first row holds text or tokens.
+    """
+    first = next(iter(dataset), None) if args.assistant_only_loss else None
+    if first is None or is_conversational(first):
+        return
+    held, step = "text", "give messages instead"
+    if "input_ids" in first:
+        held, step = "token ids", "mask them with labels or assistant_masks, which are read without it"
+    raise ConfigError(
+        f"assistant_only_loss: true trains what a chat template marks as the assistant's, and these rows are {held}; leave "
+        f"it out, and {step}"
+    )
 
 
 def _text_dataset(dataset: Any, name: str, cached: bool) -> Any:

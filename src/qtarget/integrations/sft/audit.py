@@ -13,6 +13,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.errors import ConfigError
 from qtarget.data.checks.findings import Finding
+from qtarget.data.limits import Limits
+from qtarget.data.templates import bounded_templates
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.data.weight_findings import weight_findings
@@ -49,8 +51,13 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
 
     Raises:
         ConfigError: settings that TRL refuses (``assistant_only_loss`` for rows that are no conversations).
-        DataError: columns that contradict the rows' shape.
+        DataError: columns that contradict the rows' shape, or a chat template that takes too long.
     """
+    with bounded_templates(Limits.of(args.limits).template_seconds):
+        return _tokenise(args, dataset, tokenizer)
+
+
+def _tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> TokenisedRows:
     rows, left_out = adopt(dataset, "train", text_field=args.dataset_text_field)
     whole = changed(
         args, max_length=None, shuffle_dataset=False, packing=False, eval_packing=False, padding_free=False,

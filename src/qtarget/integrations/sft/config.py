@@ -13,6 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target, WeightsScale
+from qtarget.data.limits import Limits
 from qtarget.filtering.decision import Filter
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_teacher
@@ -52,6 +53,7 @@ class QTargetConfig(SFTConfig):
             rows, another rule of ``qtarget.filtering.RULES``, or a mapping ``{rule: surprise, keep: 0.6, as: weight}``. Needs a
             ``reference_cache``, whatever the target.
         allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
+        limits: how much is taken, where more than usual is right: ``{rows: 20000000}`` (``qtarget.data.limits.Limits``).
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
     """
 
@@ -88,6 +90,9 @@ class QTargetConfig(SFTConfig):
     )
     allow_new_weights: bool = field(
         default=False, metadata={"help": "Take a model with missing or unknown weights; missing ones start at random."}
+    )
+    limits: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Limits on rows, files and templates to raise, as a mapping or a JSON string."}
     )
     heatmap_rows: int = field(default=4, metadata={"help": "Evaluation rows shown token by token; 0 for none."})
 
@@ -136,6 +141,9 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 f"target_kwargs={self.target_kwargs!r}; expected names and values, such as {{alpha: 0.5}}"
             )
+        if isinstance(self.limits, str):
+            self.limits = json.loads(self.limits)
+        Limits.of(self.limits)
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise ConfigError(
                 "the loss is chosen by `target` (dft, label_smoothing, ...); leave loss_type and label_smoothing_factor unset"

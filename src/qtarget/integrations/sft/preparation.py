@@ -18,6 +18,8 @@ from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary
+from qtarget.data.limits import Limits
+from qtarget.data.templates import bounded_templates
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
@@ -138,7 +140,8 @@ class Preparation:
         renderer = Renderer(
             tokenizer, chat_template, args.dataset_text_field, args.assistant_only_loss, completion_only
         )
-        rendered = render(dataset, name, trl=trl, args=whole, renderer=renderer, formatting_func=formatting_func)
+        with bounded_templates(Limits.of(args.limits).template_seconds):
+            rendered = render(dataset, name, trl=trl, args=whole, renderer=renderer, formatting_func=formatting_func)
         found = [*self._adopted.pop(name, []), *rendered.findings]
         self._say(name, [finding for finding in found if finding.severity != "error"])
         rendered.raise_errors(name)

@@ -12,7 +12,9 @@ from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.shapes import Tensor
-from qtarget.integrations.sft.arguments import own_config, refuse_arguments, text_datasets
+from qtarget.data.limits import Limits
+from qtarget.data.templates import bounded_templates
+from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_unmarked, text_datasets
 from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.config import QTargetConfig
@@ -100,24 +102,26 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         if formatting_func is None:  # which reads the user's own columns
             train_dataset = self.preparation.adopt(train_dataset, "train", settings.dataset_text_field)
             eval_dataset = self.preparation.adopt(eval_dataset, "eval", settings.dataset_text_field)
+            refuse_unmarked(settings, train_dataset)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
             options: Any = settings.model_init_kwargs or {}
             check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
-        super().__init__(
-            model=model,
-            args=settings,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        with bounded_templates(Limits.of(settings.limits).template_seconds):  # TRL renders one row to look at
+            super().__init__(
+                model=model,
+                args=settings,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         self._chats = is_conversational(next(iter(self.train_dataset)))  # pyright: ignore[reportArgumentType]
         # compute_loss divides by num_items_in_batch whatever the model's forward takes
         self.model_accepts_loss_kwargs = True

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qtarget.core.errors import CacheMismatchError, ConfigError
 from qtarget.scoring.cache.schema import MANIFEST
-from qtarget.storage.files import write_json
+from qtarget.storage.files import read_small, write_json
 
 SIGNATURE = "manifest.sig"
 ALGORITHM = "hmac-sha256"
@@ -29,7 +29,7 @@ def read_key(path: str | Path) -> bytes:
         ConfigError: the file cannot be read, or holds fewer than 32 bytes.
     """
     try:
-        key = Path(path).read_bytes().strip()
+        key = read_small(path).strip()
     except OSError as error:
         raise ConfigError(f"the key file {path} cannot be read: {error.strerror or error}") from error
     if len(key) < SHORTEST_KEY:
