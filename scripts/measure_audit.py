@@ -28,12 +28,12 @@ from qtarget import QTargetConfig
 from qtarget.benchmarks.marked_data import MARKED_DATA, load_story_tokenizer
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.data.noise import inject_noise, noise_token_mask
+from qtarget.data.roc import roc_auc
 from qtarget.integrations.sft.audit import cut, tokenise
 from qtarget.integrations.sft.score import score
 from qtarget.report.audit.noise import row_means, suspected_rows, suspected_tokens, token_threshold
 from qtarget.report.audit.prior import agreed_labels, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, score_from_cache
-from qtarget.report.roc import roc_auc
 from qtarget.scoring.cache.reader import ReferenceCache
 
 INJECTED = (("random_tokens", 0.05), ("random_tokens", 0.2), ("wrong_answer", 0.2))

@@ -12,9 +12,11 @@ from qtarget.cli import (
     audit_data,
     cache,
     card,
+    compare,
     convert,
     demo,
     evaluate,
+    filter,
     init,
     inspect,
     lens,
@@ -53,10 +55,12 @@ app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
 app.command("convert")(convert.convert)
 app.command("serve")(serve.serve)
 app.command("inspect", context_settings=PASS_ON)(inspect.inspect)
+app.command("filter", context_settings=PASS_ON)(filter.filter_rows)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
 app.command("evaluate")(one_writer(evaluate.evaluate))
+app.command("compare", context_settings=PASS_ON)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("card")(card.card)
 app.command("demo")(demo.demo)

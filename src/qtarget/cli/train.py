@@ -95,6 +95,7 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 2),
         "resumed_from": checkpoint,
+        "filter": trainer.preparation.filtered,
         "warnings": [
             *(f"{name} data: {line}" for name, lines in trainer.preparation.audits.items() for line in lines),
             *trainer.watch.said,
@@ -313,6 +314,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
         value = summary.get(key)
         if value is not None:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    if (filtered := summary.get("filter")) is not None:
+        table.add_row("rows left out by the filter", f"{filtered['left_out']:,} of {filtered['rows']:,}")
     console = Console()
     console.print(table)
     for warning in summary["warnings"]:

@@ -175,25 +175,33 @@ def _conversion(path: Path, encoding: str) -> str:
     return f"`{tool} {path} | iconv -f {encoding} -t UTF-8 > {plain.with_stem(plain.stem + '_utf8')}`"
 
 
-def _json_lines(path: Path) -> Iterator[Located]:
+def is_json_lines(path: Path) -> bool:
+    """Whether a file holds a JSON value a line, by its name."""
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".ndjson"))
+
+
+def json_lines(path: Path) -> Iterator[tuple[Place, str]]:
+    """The lines of a file that hold something, as text."""
     for number, text in _lines(path):
         # JSON strings hold no bare carriage return, so one within a line is an old line end
-        for line in text.split("\r"):
-            if not line.strip():
-                continue
-            try:
-                place, value = Place(path, f"line {number}"), json.loads(line, object_pairs_hook=_each_key_once)
-            except json.JSONDecodeError as error:
-                is_array = line.strip() == "[" or (line.strip()[:2] == "[{" and number == 1)
-                hint = "the file is a JSON array, name it .json" if is_array else "expected one JSON object a line"
-                raise DataError(
-                    f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}): {excerpt(line)}; {hint}"
-                ) from error
-            except (RecursionError, ValueError) as error:
-                raise DataError(f"{path}, line {number}: JSON that cannot be read ({error}); remove the row") from error
-            if SURROGATE.search(line):
-                _check_unicode(place, value)
-            yield place, value
+        yield from ((Place(path, f"line {number}"), line) for line in text.split("\r") if line.strip())
+
+
+def _json_lines(path: Path) -> Iterator[Located]:
+    for place, line in json_lines(path):
+        try:
+            value = json.loads(line, object_pairs_hook=_each_key_once)
+        except json.JSONDecodeError as error:
+            is_array = line.strip() == "[" or (line.strip()[:2] == "[{" and place.where == "line 1")
+            hint = "the file is a JSON array, name it .json" if is_array else "expected one JSON object a line"
+            raise DataError(
+                f"{place}, column {error.colno}: not valid JSON ({error.msg}): {excerpt(line)}; {hint}"
+            ) from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{place}: JSON that cannot be read ({error}); remove the row") from error
+        if SURROGATE.search(line):
+            _check_unicode(place, value)
+        yield place, value
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

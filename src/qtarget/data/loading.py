@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError
-from qtarget.data.files import TABLE_KINDS, Files, Located, Place, Row, check_file, expand, located_values
+from qtarget.data.files import (
+    TABLE_KINDS,
+    Files,
+    Located,
+    Place,
+    Row,
+    check_file,
+    expand,
+    is_json_lines,
+    json_lines,
+    located_values,
+)
 from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
 from qtarget.data.formats.messages import ROLES
 from qtarget.data.formats.shape import ReadOptions
@@ -27,6 +38,7 @@ __all__ = [
     "load_dataset_file",
     "load_rows",
     "load_tools",
+    "original_texts",
     "read_dataset",
     "read_files",
     "read_given",
@@ -125,6 +137,34 @@ def load_rows(files: Files, *, text_field: str = "text", options: ReadOptions | 
     reading = read_files(files, replace(options or ReadOptions(), text_field=text_field))
     announce(reading, _name(files))
     return reading.rows
+
+
+def original_texts(files: Files, options: ReadOptions | None = None) -> list[str]:
+    """The JSON text of each row of ``read_files`` as it came in: of JSON lines the line itself, of other kinds its object.
+
+    Raises:
+        DataError: as ``read_files``.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"prompt":  "2+2=", "completion": "4"}')
+        >>> original_texts(path)
+        ['{"prompt":  "2+2=", "completion": "4"}']
+    """
+    paths = expand(files)
+    wanted: list[Any] = list(read_files(files, options).places)
+    texts: list[str] = []
+    for path in paths:
+        lines = json_lines(path) if is_json_lines(path) else _values([path], [])
+        for place, value in lines:
+            if len(texts) < len(wanted) and place == wanted[len(texts)]:  # rows that were left out have no place
+                texts.append(value.strip() if is_json_lines(path) else _as_json(value))
+    return texts
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOptions | None = None) -> Dataset:

@@ -149,10 +149,11 @@ class Evaluation:
         """
         with one_bar():
             for contender in self._contenders:
-                self._evaluate(Loaded(contender, self._choices.trust_remote_code))
-        return {(rows.name, one.name): self._results(rows, one) for rows in self._sets for one in self._contenders}
+                self.evaluate(Loaded(contender, self._choices.trust_remote_code))
+        return {(rows.name, one.name): self.results_of(rows, one) for rows in self._sets for one in self._contenders}
 
-    def _evaluate(self, loaded: Loaded) -> None:
+    def evaluate(self, loaded: Loaded) -> None:
+        """Find out what is not known yet of one contender."""
         contender = loaded.contender
         self.facts[contender.name] = {"notes": [*contender.notes, *loaded.notes], "max_new_tokens": {}}
         for rows in self._sets:
@@ -239,7 +240,8 @@ class Evaluation:
             for text in line["completions"]
         ]
 
-    def _results(self, rows: RowSet, contender: Contender) -> dict[str, Any]:
+    def results_of(self, rows: RowSet, contender: Contender) -> dict[str, Any]:
+        """What ``run`` gives for one set and one contender that was evaluated."""
         count, name = range(len(rows.dataset)), contender.name
         nll = [self._records.get(("nll", rows.name, name, i)) for i in count] if self._choices.nll else None
         said = None

@@ -22,6 +22,7 @@ from qtarget.storage.locks import LOCK, locked
 MARKER = ".qtarget"
 FORMAT = 1
 CACHE, RUN, MODEL, EXPORT, DEMO = "cache", "run", "model", "export", "demo"
+FILTER, COMPARISON = "filter", "comparison"
 KNOWN_BY: Mapping[str, tuple[str, ...]] = {
     CACHE: ("manifest.json", "plan.json"),
     RUN: ("train_summary.json", "qtarget_run.json", "checkpoint-*/qtarget_complete"),
@@ -35,6 +36,8 @@ NAMES = {
     MODEL: "a model",
     EXPORT: "an exported cache",
     DEMO: "a demo's results",
+    FILTER: "filtered rows",
+    COMPARISON: "a comparison",
 }
 PASSED_OVER = (
     ".decoded", LOCK, f"{LOCK}.*", f"*{TEMPORARY}", "lost+found", ".DS_Store", ".gitkeep", ".gitignore", ".nfs*", ".snapshot",
@@ -55,7 +58,7 @@ def owned(
     """Hold a folder of one kind for writing: checked, made, locked and marked.
 
     Args:
-        kind: ``cache``, ``run``, ``export`` or ``demo``.
+        kind: ``cache``, ``run``, ``export``, ``demo`` or ``comparison``.
         option: what names the folder, for messages.
         inputs: files and folders that are read.
         beside: files that may lie in it, as a run's config.

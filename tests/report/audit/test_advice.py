@@ -122,7 +122,7 @@ def test_facts_are_taken_from_the_findings():
     found = facts_of(findings, rows=10, teacher=True)
     assert found == surprise | {
         "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
-        "rows": 10, "scored_rows": 10, "teacher": True,
+        "bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True,
     }  # fmt: skip
     unscored = facts_of(findings[2:], rows=10, teacher=False)
     assert [unscored[name] for name in ("mean_surprise", "suspected_share", "flawed_prior_share")] == [None] * 3

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtarget.data.roc import roc_auc
 from qtarget.report.audit.noise import check_noise, row_means, suspected_rows, suspected_tokens, token_threshold
 from qtarget.report.audit.prior import agreed_labels, check_prior, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, check_coverage, score_from_cache
-from qtarget.report.roc import roc_auc
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import ScoredRow
 from qtarget.scoring.cache.schema import Provenance
@@ -70,7 +70,10 @@ class TestNoise:
         ]
 
     def test_usual_rows_have_a_fact_alone_and_no_rows_have_nothing(self):
-        assert [f.check for f in check_noise(scored([[START, usual(), usual()]] * 30), decode)] == ["base_surprise"]
+        assert [f.check for f in check_noise(scored([[START, usual(), usual()]] * 30), decode)] == [
+            "base_surprise",
+            "row_kinds",
+        ]
         nothing = ScoredTokens(*(np.zeros(n, dtype=np.int64) for n in (0, 1, 0, 0)), np.zeros(0), np.zeros(0))
         assert check_noise(nothing, decode) == check_prior(nothing, decode) == []
 
@@ -98,11 +101,17 @@ class TestNoise:
         assert not suspected_rows(alike).any()  # 0.4 nats above rows that are all equal
         assert row_means(data, -data.log_probs)[[0, 40]].tolist() == [1.0, 8.0]
 
-    def test_a_base_that_knows_nothing_is_said_to_be_no_judge(self):
-        lost = scored([[START, odd(9), odd(8)]] * 30)
-        knows = scored([[START, usual(), usual()]] * 30)
-        assert "knows too little" in check_noise(lost, decode)[0].message
-        assert "knows too little" not in check_noise(knows, decode)[0].message
+    def test_whether_surprise_tells_bad_rows_is_judged_on_the_rows(self):
+        lost = scored([[START, odd(9), odd(8)]] * 60)
+        knows = scored([[START, usual(), usual()]] * 60)
+        mixed = scored([[START, usual(), odd(9) if i % 5 == 0 else usual()] for i in range(100)])
+        for data, said in ((lost, "all rows score alike"), (knows, "all rows score alike")):
+            found = {f.check: f for f in check_noise(data, decode)}["row_kinds"]
+            assert (found.severity, found.count) == ("info", 0)
+            assert said in found.message
+        found = {f.check: f for f in check_noise(mixed, decode)}["row_kinds"]
+        assert (found.severity, found.count, found.rows[:2]) == ("warning", 20, (100, 105))
+        assert "two kinds: 20 of 100 rows look bad" in found.message
         without = check_noise(scored([[START, odd(9)]] * 30, top=False), decode)[0]
         assert without.evidence["favourite_share"] is None
 

@@ -35,6 +35,8 @@ PATH_KEYS = (
 FILE_KEYS = ("train_file", "validation_file")
 """Paths that may be lists or patterns."""
 SECRET_KEYS = ("hub_token",)
+OTHER_VERBS = ("compare",)
+"""Keys that one verb reads, and that change nothing of a run."""
 COUNTED = {
     "include_num_input_tokens_seen": "non_padding"
 }  # the one default that is not TRL's: the summary states tokens
@@ -148,7 +150,7 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     Args:
         path: the file that they belong to; relative paths start at its folder.
     """
-    settings = drop_other_caches(drop_other_targets_kwargs(settings))
+    settings = drop_other_caches(drop_other_targets_kwargs(without_other_verbs(settings)))
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
 
     from qtarget.integrations.sft.config import QTargetConfig
@@ -192,6 +194,11 @@ def read_given(settings: Mapping[str, Setting], hints: Mapping[str, tuple[Any, A
 def build_data(given: Mapping[str, Any], path: Path) -> DataConfig:
     """Where the rows come from; light, as ``DataConfig`` is."""
     return _build(DataConfig, given, path)
+
+
+def without_other_verbs(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Without the keys that one other verb reads."""
+    return {key: setting for key, setting in settings.items() if key not in OTHER_VERBS}
 
 
 def drop_other_targets_kwargs(settings: Mapping[str, Setting], *, say: bool = True) -> dict[str, Setting]:

@@ -11,7 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qtarget.cli.options.config import DataConfig, build_data, drop_other_targets_kwargs, field_types, read_given
+from qtarget.cli.options.config import (
+    DataConfig,
+    build_data,
+    drop_other_targets_kwargs,
+    field_types,
+    read_given,
+    without_other_verbs,
+)
 from qtarget.cli.options.declared import UndeclaredError, declared_fields, declared_target
 from qtarget.cli.options.settings import Setting, read_settings
 from qtarget.core.errors import ConfigError
@@ -40,7 +47,9 @@ def check_settings(settings: Mapping[str, Setting], path: Path) -> None:
     except UndeclaredError:  # a package is not installed, or its classes moved: the full check says what is wrong
         return
     hints = {key: (field.hint, field.choices) for known in reversed(fields) for key, field in known.items()}
-    given = read_given(drop_other_targets_kwargs(settings, say=False), field_types(DataConfig) | hints, path)
+    given = read_given(
+        drop_other_targets_kwargs(without_other_verbs(settings), say=False), field_types(DataConfig) | hints, path
+    )
     data = build_data(given, path)
     check_numbers(SimpleNamespace(**given))
     defaults = {"loss_type": "nll", "label_smoothing_factor": 0.0}

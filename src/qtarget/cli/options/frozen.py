@@ -45,14 +45,27 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
         ConfigError: the place cannot be written, or another process writes it.
         ScoringServerError: the base is a URL, and its server fails.
     """
+    from qtarget.filtering.decision import Filter
+
     training = config.training
     target = training.build_target()
     if target.needs.teacher and training.teacher_url is None and training.teacher_cache is None:
         training.teacher_cache = scored_teacher(config, rows)
-    if not target.needs.reference or training.reference == "live":
+    if training.reference_model_name_or_path is not None or training.reference == "live":
         return
-    if training.reference_cache is not None or training.reference_model_name_or_path is not None:
-        return
+    if target.needs.reference or Filter.of(training.filter):
+        training.reference_cache = reference_for(config, rows)
+
+
+def reference_for(config: RunConfig, rows: Rows) -> str:
+    """The base's cache: the one that the config names, the one that an earlier run scored, or a new one.
+
+    Raises:
+        ConfigError: the place cannot be written, or another process writes it.
+    """
+    training = config.training
+    if training.reference_cache is not None:
+        return training.reference_cache
     place = cache_place(config, "reference", training.reference_top_k, rows)
     if is_finished(place):
         if training.process_index == 0:
@@ -61,7 +74,7 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
         check_place(place)
         score_reference(config, place, rows)
     wait_for(place)
-    training.reference_cache = str(place)
+    return str(place)
 
 
 def found_reference(config: RunConfig, rows: Rows | None = None) -> str | None:

@@ -15,6 +15,7 @@ from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Target, WeightsScale
 from qtarget.data.limits import Limits
+from qtarget.filtering.decision import Filter
 from qtarget.integrations.shared.loss_keys import check_loss_keys
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_frozen
@@ -51,6 +52,9 @@ class QTargetConfig(SFTConfig):
             ``leave_out`` the rows.
         loss_backend: how the loss is computed, as in ``qtarget.linear_target_loss``; ``compiled`` fuses what a live
             teacher needs.
+        filter: leave out rows that look bad (`qtarget.filtering`): ``none``, ``auto`` where the base's numbers show two kinds of
+            rows, another rule of ``qtarget.filtering.RULES``, or a mapping ``{rule: surprise, keep: 0.6, as: weight}``. Needs a
+            ``reference_cache``, whatever the target.
         allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
         limits: how much is taken, where more than usual is right: ``{rows: 20000000}`` (``qtarget.data.limits.Limits``).
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
@@ -84,6 +88,9 @@ class QTargetConfig(SFTConfig):
     unplaced_spans: str = field(
         default="refuse",
         metadata={"help": "Rows whose weight_spans are not found in their tokens.", "choices": ["refuse", "leave_out"]},
+    )
+    filter: dict[str, Any] | str | None = field(
+        default="none", metadata={"help": "Rows to leave out: none, auto, a rule, or {rule, keep, as}."}
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}
@@ -159,6 +166,8 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 f"weights_scale={self.weights_scale!r}; expected one of {', '.join(get_args(WeightsScale))}"
             )
+        if Filter.of(self.filter) and self.prompt_weight is not None:
+            raise ConfigError("filter judges answers, and prompt_weight trains prompts too; leave one of them out")
         if self.unplaced_spans not in ("refuse", "leave_out"):
             raise ConfigError(f"unplaced_spans={self.unplaced_spans!r}; expected refuse or leave_out")
 

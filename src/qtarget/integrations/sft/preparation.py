@@ -29,6 +29,7 @@ from qtarget.integrations.sft.data.columns import (
 )
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
+from qtarget.integrations.sft.filtering import RowFilter
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render
@@ -49,10 +50,12 @@ class Preparation:
     Attributes:
         audits: messages about each data set, by its name.
         descriptions: each data set as records name it (``describe_rows``).
+        filtered: what the filter decided of the training rows, or None without one.
     """
 
-    def __init__(self, target: Target, caches: dict[str, ReferenceCache]) -> None:
-        self._target, self._caches = target, caches
+    def __init__(self, target: Target, caches: dict[str, ReferenceCache], row_filter: RowFilter | None = None) -> None:
+        self._target, self._caches, self._filter = target, caches, row_filter
+        self.filtered: dict[str, Any] | None = None
         self.audits: dict[str, list[str]] = {}
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
@@ -158,6 +161,8 @@ class Preparation:
         zero_masks = args.weights_scale == "all"
         if weights is not None:
             tokens = trained_rows(tokens, weights, zero_masks=zero_masks, name=name)
+        if self._filter is not None and name == "train":
+            tokens, self.filtered = self._filter.apply(tokens)
         self.descriptions[name] = describe_rows(tokens)
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks)
         return packed(tokens, args) if packing else tokens

@@ -20,6 +20,7 @@ from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weig
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.collator import TargetCollator
 from qtarget.integrations.sft.data.columns import TOKEN_COLUMNS
+from qtarget.integrations.sft.filtering import open_filter
 from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
@@ -89,7 +90,9 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         self.target = settings.build_target()
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(settings, self.target, given)
-        self.preparation, self._may_prepare = Preparation(self.target, self.caches), False
+        self._row_filter = open_filter(settings, self.caches, train_dataset)
+        self.preparation = Preparation(self.target, self.caches, self._row_filter)
+        self._may_prepare = False
         self._shared_rows = shared_rows_key(settings, eval_dataset)
         read: Any = {
             role: m
@@ -148,7 +151,8 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             self.head_spec = probe_head(base)
         add_target_head(base, self.head_spec)
-        check_caches(args, self.caches, base)
+        filtering = {} if self._row_filter is None else {"reference": self._row_filter.cache}
+        check_caches(args, {**filtering, **self.caches}, base)
         self.frozen_models = load_frozen(args, self.target, self.caches, given, base, self.accelerator)
         frozen = [model for model, _ in self.frozen_models.values()]
         wrapped = args.packing and not self.padding_free

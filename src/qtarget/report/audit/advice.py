@@ -92,6 +92,7 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
     return {name: surprise.get(name) for name in names} | {
         "suspected_share": suspected if scored else None,
         "flawed_prior_share": flawed if checked else None,
+        "bad_rows": by_name["row_kinds"].count if "row_kinds" in by_name else None,
         "duplicate_share": share("duplicates"),
         "contradictory_share": share("contradictory_duplicates"),
         "rows": rows,
@@ -264,6 +265,11 @@ def _notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
             f"on {facts['flawed_prior_share']:.2%} of the labels demonstrations agree against a confident base: a weight or "
             "anchor from this base (dft, p_power, asft, sft_kl, target_sft with the base as teacher) pulls least there: set "
             "`guard: true` (docs/benchmarks.md, `qtarget bench prior`)."
+        )
+    if facts.get("bad_rows"):
+        notes.append(
+            f"{facts['bad_rows']:,} rows look bad to the base, and the evidence shows two kinds of rows: `qtarget filter` shows "
+            "them, and `filter: auto` leaves them out of any target's training."
         )
     if facts["suspected_share"]:
         notes.append(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.data.checks.findings import ROWS_NAMED, Finding
+from qtarget.filtering import ScoredRows, decide
 from qtarget.report.audit.scored import Decode, ScoredTokens
 
 DEVIATIONS = 4.0
@@ -22,9 +23,6 @@ LEAST_ROW_SURPRISE = 0.5
 """Nats a token: an outlier row also stands this far above the median row, however alike the others are."""
 MAD_TO_DEVIATION = 1.4826
 """Of a normal distribution."""
-KNOWS_TOO_LITTLE = 0.35
-"""Labels that are the base's first choice, as a share, below which surprise does not tell noise from what is new: at up to
-0.27 it found marked rows no better than an ROC-AUC of 0.58, at 0.65 and above with 1.00; nothing between was measured."""
 FEWEST_ROWS = 20
 """Below this, "usual on this data" means nothing for rows."""
 
@@ -61,7 +59,7 @@ def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     """How surprised the base is, and where it is surprised beyond that."""
     if not len(scored.places):
         return []
-    return [_surprise(scored), *_tokens(scored, decode), *_rows(scored, decode)]
+    return [_surprise(scored), *_kinds(scored), *_tokens(scored, decode), *_rows(scored, decode)]
 
 
 def _surprise(scored: ScoredTokens) -> Finding:
@@ -74,13 +72,33 @@ def _surprise(scored: ScoredTokens) -> Finding:
         "favourite_share": None if scored.ranks is None else round(float((scored.ranks == 1).mean()), 4),
     }
     favourite = "" if scored.ranks is None else f"; {evidence['favourite_share']:.0%} of labels are its first choice"
-    if scored.ranks is not None and (scored.ranks == 1).mean() < KNOWS_TOO_LITTLE:
-        favourite += "; it knows too little of this data for its surprise to tell noise (docs/audit.md)"
     message = (
         f"the base's surprise at the labels is {evidence['mean_surprise']:.2f} nats a token (median "
         f"{evidence['median_surprise']:.2f}), its entropy there {evidence['mean_entropy']:.2f}{favourite}"
     )
     return Finding("base_surprise", "info", len(scored.numbers), (), message, evidence)
+
+
+def _kinds(scored: ScoredTokens) -> list[Finding]:
+    """Whether surprise tells good rows from bad ones at all, by the judgement of ``filter: auto``."""
+    decision = decide(scored_rows(scored))
+    bad = scored.numbers[~decision.keep]
+    found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
+    if not len(bad):
+        return [Finding("row_kinds", "info", 0, (), decision.summary, found)]
+    named = tuple(int(row) for row in bad[:ROWS_NAMED])
+    message = f"{decision.summary}: rows {', '.join(map(str, named))}; `qtarget filter` shows them, `filter: auto` leaves them out"
+    return [Finding("row_kinds", "warning", len(bad), named, message, found)]
+
+
+def scored_rows(scored: ScoredTokens) -> ScoredRows:
+    """The same rows as the filter takes them."""
+    trained = np.zeros(len(scored.ids), dtype=bool)
+    trained[scored.places] = True
+    return ScoredRows(
+        scored.numbers, scored.ids, scored.offsets, trained,
+        scored.log_probs.astype(np.float64), scored.entropy.astype(np.float64),
+    )  # fmt: skip
 
 
 def _tokens(scored: ScoredTokens, decode: Decode) -> list[Finding]:

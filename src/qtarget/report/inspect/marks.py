@@ -11,7 +11,7 @@ import numpy as np
 
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.noise import noise_token_mask, response_text
-from qtarget.report.roc import roc_auc
+from qtarget.data.roc import roc_auc
 
 UNPLACED = 2
 """Mark of a token whose row has spans that could not be found in it: neither noise nor clean."""

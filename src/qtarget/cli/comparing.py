@@ -1,0 +1,253 @@
+"""One comparison as the user asked for it: from a config to a document, in a folder that is held meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.recipe import ConfigRecipe
+    from qtarget.comparison.budget import Plan
+    from qtarget.comparison.compare import Found
+    from qtarget.comparison.jobs import Contender
+    from qtarget.comparison.pools import Engine
+    from qtarget.comparison.sets import Metric
+    from qtarget.evaluation.evaluate import RowSet, SetName
+
+PLAN, DOCUMENT, PAGE = "plan.json", "comparison.json", "comparison.html"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on.
+
+    Attributes:
+        seconds: of the budget, or None.
+        at_once: processes; None: one a GPU, else one a core.
+        address: of a Ray cluster.
+        begin: when the command began, by the monotonic clock.
+    """
+
+    seconds: float | None
+    at_once: int | None
+    engine: Engine
+    address: str | None
+    begin: float
+
+
+class Request:
+    """One comparison as the user asked for it, from a config to a document."""
+
+    def __init__(
+        self, run: RunConfig, path: Path, contenders: Sequence[Contender], metrics: Mapping[SetName, Metric],
+        forgetting: Path | None, folder: Path, batch_size: int, max_new_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.config, self.path, self.contenders, self.metrics = run, path, contenders, metrics
+        self.forgetting, self.folder = forgetting, folder
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.about: dict[str, dict[str, Any]] = {}
+
+    def run(self, plan: Plan, machine: Machine, *, resume: bool) -> dict[str, Any]:
+        """Hold the folder, run what is missing, write document and page."""
+        from qtarget.cli.options.interrupts import on_interrupt
+        from qtarget.storage.folders import COMPARISON, owned
+
+        read = [*self.config.inputs, self.forgetting, self.path]
+        words = "finished runs are kept, those under way are not: the same command with --resume goes on"
+        with ExitStack() as stack:
+            stack.enter_context(owned(self.folder, COMPARISON, inputs=read))
+            stack.enter_context(on_interrupt(lambda: words))
+            sets = self._sets()
+            self._claim(resume, sets)
+            recipe = self._recipe()
+            contenders, left = self._able(recipe)
+            document = self._document(recipe, contenders, left, plan, sets, machine)
+            save(document, self.folder)
+        return document
+
+    def _sets(self) -> list[RowSet]:
+        """The sets; what is said of them in the document is in ``about``."""
+        from qtarget.cli.options.datasets import load_datasets
+        from qtarget.comparison.sets import measured_set
+        from qtarget.data.loading import load_dataset_file
+
+        self.train_rows, validation = load_datasets(self.config)
+        assert validation is not None, "a config without validation rows was refused"
+        data: dict[Any, Any] = {"data": (self.config.data.validation_file or self.config.data.dataset_name, validation)}
+        if self.forgetting is not None:
+            data["forgetting"] = (str(self.forgetting), load_dataset_file(self.forgetting))
+        sets = []
+        for name, (file, dataset) in data.items():
+            shown = Path(file[0] if isinstance(file, list) else str(file)).name
+            rows, kept = measured_set(name, shown, dataset, self.metrics[name])
+            sets.append(rows)
+            self.about[name] = {
+                "file": shown, "rows": len(kept), "not_judged": len(dataset) - len(kept), "fingerprint": rows.fingerprint,
+                "metric": rows.judge.name if rows.judge else "nll",
+            }  # fmt: skip
+            if len(dataset) > len(kept):
+                typer.echo(f"{shown}: {len(dataset) - len(kept)} of {len(dataset)} rows have no answer that "
+                           f"--metric {self.metrics[name].name} can judge, and are not measured")  # fmt: skip
+        return sets
+
+    def _claim(self, resume: bool, sets: Sequence[RowSet]) -> None:
+        """Leave the plan in the folder, or see that it is the same."""
+        from qtarget.comparison.compare import RUNS
+        from qtarget.evaluation.contenders import Contender, weights_digest
+        from qtarget.evaluation.records import check_plan
+        from qtarget.storage.files import digest, write_json
+
+        file = self.folder / PLAN
+        if (self.folder / RUNS).is_file() and not resume:
+            raise ConfigError(
+                f"--output {self.folder} holds an earlier comparison; --resume goes on with its finished runs (more --seeds "
+                "and --targets are welcome), or choose another folder"
+            )
+        varied = ("output_dir", "target", "target_kwargs", "guard", "filter", "learning_rate")
+        model = str(self.config.model.model_name_or_path)
+        rows = json.dumps(self.train_rows.to_list(), sort_keys=True, default=str).encode()
+        now = {
+            "settings": {key: str(value) for key, value in self.config.given.items() if key not in varied},
+            "model": weights_digest(Contender(model, model, model)),
+            "rows": {"train": digest(rows)} | {one.name: one.fingerprint for one in sets},
+            "metrics": {name: vars(metric) for name, metric in self.metrics.items()},
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        earlier = known.pop("contenders", {})
+        mine = json.loads(json.dumps({one.name: dict(one.overrides) for one in self.contenders}))
+        if known:
+            check_plan(file, known, json.loads(json.dumps(now)))
+        if changed := [name for name, keys in mine.items() if earlier.get(name, keys) != keys]:
+            raise ConfigError(
+                f"{file}: {', '.join(changed)} had other keys when the comparison began; give it another name under "
+                "`compare:`, or choose another --output"
+            )
+        write_json(file, now | {"contenders": earlier | mine})
+
+    def _recipe(self) -> ConfigRecipe:
+        """The config with one reference cache for all, scored here if it names none."""
+        from qtarget.cli.options.frozen import reference_for
+        from qtarget.cli.recipe import ConfigRecipe
+
+        given = dict(self.config.given)
+        forgetting = None if self.forgetting is None else str(self.forgetting.resolve())
+        recipe = ConfigRecipe(self.path.resolve(), given, forgetting)
+        needs = frozenset[str]()
+        for one in self.contenders:
+            needs |= recipe.config({**one.overrides, "filter": "none"}).training.build_target().needs.reference
+        config = recipe.config({"target": "sft", "target_kwargs": None})
+        asked = config.training
+        is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
+        if is_live or not (needs or any(one.filtered for one in self.contenders)):
+            return recipe
+        cache = os.path.abspath(reference_for(config, recipe.rows()))
+        return ConfigRecipe(recipe.path, {**without(given, "reference_cache"), "reference": cache}, forgetting)
+
+    def _able(self, recipe: ConfigRecipe) -> tuple[list[Contender], list[str]]:
+        """Contenders whose frozen models are there, and whose filter can tell rows apart; and who is left out, why.
+
+        Raises:
+            MissingStatisticError: a contender needs what the config does not name.
+        """
+        from qtarget.cli.recipe import why_not_filtered
+        from qtarget.integrations.shared.frozen import open_caches
+
+        for one in self.contenders:
+            training = recipe.config({**one.overrides, "filter": "none"}).training
+            open_caches(training, training.build_target(), {"reference": None, "teacher": None})
+        reasons: dict[str, str | None] = {}
+        able, left = [], []
+        for one in self.contenders:
+            rule = json.dumps(one.overrides.get("filter"))
+            if one.filtered and rule not in reasons:
+                reasons[rule] = why_not_filtered(recipe, one.overrides["filter"])
+            why = reasons.get(rule) if one.filtered else None
+            able += [one] if why is None else []
+            left += [] if why is None else [f"{one.name}: {why}"]
+        for line in left:
+            typer.echo(line)
+        return able, left
+
+    def _document(
+        self, recipe: ConfigRecipe, contenders: Sequence[Contender], left: list[str], plan: Plan, sets: Sequence[RowSet],
+        machine: Machine,
+    ) -> dict[str, Any]:  # fmt: skip
+        from dataclasses import replace
+
+        from qtarget.cli.options.outputs import progress_bar
+        from qtarget.comparison.compare import Comparison
+        from qtarget.comparison.halves import halves, prompt_groups
+        from qtarget.comparison.pools import at_once_here, pool, visible_gpus
+        from qtarget.comparison.worker import Setting
+        from qtarget.evaluation.evaluate import Choices
+
+        gpus = [] if self.config.training.use_cpu else visible_gpus()
+        count = machine.at_once or at_once_here(gpus)
+        choices = Choices(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        files = {name: str(one["file"]) for name, one in self.about.items()}
+        setting = Setting(recipe, tuple(contenders), dict(self.metrics), files, choices)
+        rows = sets[0].dataset.to_list()
+        parts = halves(rows)
+        left_seconds = None if machine.seconds is None else machine.seconds - (time.monotonic() - machine.begin)
+        plan = replace(plan, contenders=tuple(one.name for one in contenders))
+        with progress_bar() as advance, pool(machine.engine, count, gpus, setting, machine.address) as workers:
+            comparison = Comparison(self.folder, workers, parts, at_once=count, seconds=left_seconds, advance=advance)
+            found = comparison.run(plan)
+        found.left_out[:0] = left
+        cost = {
+            "seconds": round(time.monotonic() - machine.begin, 1),
+            "at_once": count,
+            "engine": machine.engine,
+            "gpus": len(gpus),
+        }
+        return self._write_up(found, contenders, parts, prompt_groups(rows), sets, cost)
+
+    def _write_up(
+        self, found: Found, contenders: Sequence[Contender], parts: Sequence[int], groups: Sequence[int],
+        sets: Sequence[RowSet], cost: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        from qtarget.comparison.assemble import base_entry, entry_of
+        from qtarget.comparison.sets import row_texts
+        from qtarget.report.comparison.document import comparison_document
+
+        model = Path(str(self.config.model.model_name_or_path)).name
+        entries = [entry_of(found, one, parts, self.folder) for one in contenders if one.name in found.plan.contenders]
+        runs = [*(r for rates in found.tuning.values() for r in rates.values()), *found.final.values(), found.base]
+        cost |= {"runs": len(runs), "run_seconds": round(sum(r["seconds"] for r in runs), 1),
+                 "cpu_seconds": round(sum(r["cpu_seconds"] for r in runs), 1)}  # fmt: skip
+        settings = {
+            "config": self.path.name, "model": str(self.config.model.model_name_or_path), "steps": found.base["steps"],
+            "training rows": len(self.train_rows), "learning rates tried": sorted(found.plan.rates),
+            "seeds": found.plan.seeds, "batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens,
+        }  # fmt: skip
+        return comparison_document(
+            base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
+            settings=settings, rows=row_texts(sets[0]), left_out=found.left_out, cost=cost,
+        )  # fmt: skip
+
+
+def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The keys but one."""
+    return {name: value for name, value in given.items() if name != key}
+
+
+def save(document: dict[str, Any], folder: Path) -> None:
+    """Write document and page, each whole or not at all."""
+    from qtarget.report.comparison.page import comparison_page
+    from qtarget.storage.files import write_atomic
+
+    write_atomic(folder / DOCUMENT, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(folder / PAGE, comparison_page(document).encode(errors="replace"))

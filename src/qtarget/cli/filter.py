@@ -1,0 +1,309 @@
+"""``qtarget filter``: which rows of a config look bad to the frozen base, and files of what to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.filtering import Decision, Filter, ScoredRows
+    from qtarget.scoring.cache.reader import ReferenceCache
+
+Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "none"]
+ALONE = "answers_alone"
+"""Cache in the output folder, of the rows' answers without their prompts."""
+SOURCES = ("source", "dataset", "origin", "category", "skill")
+"""Columns by which rows are counted, where one is there and nobody names another."""
+COUNTED_ALWAYS = 200_000
+"""Trained tokens up to which agreement is counted whatever the rule; it takes seconds a hundred thousand tokens."""
+
+
+def filter_rows(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config that `qtarget train` will get.")],
+    rule: Annotated[
+        Rule | None, typer.Option(help="What judges the rows; default: the config's filter, else auto.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the rows to keep, whatever the evidence looks like.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the rows, the reasons and the page.")] = Path("filtered"),
+    group: Annotated[str | None, typer.Option("--group_by", help="Column to count by; default: source, ...")] = None,
+    mark: Annotated[
+        str | None, typer.Option(help="Known noise for the ROC: COLUMN=VALUE; default: rows with noise_spans.")
+    ] = None,
+) -> None:
+    """Split the training rows into those to keep and those to drop; any key of CONFIG.yaml can be set by `--key value`."""
+    from qtarget.cli.audit_data import HARDWARE
+    from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.early import check_config
+    from qtarget.cli.options.settings import Setting, read_settings
+    from qtarget.filtering.decision import Filter
+    from qtarget.storage.folders import FILTER, owned
+
+    check_config(config, context.args)
+    settings = read_settings(config, context.args)
+    if "reference_cache" in settings and rule != "gain":  # then no model runs, so the machine need not be able to
+        settings |= {key: Setting(value, "filter") for key, value in HARDWARE.items()}
+    run = build_config(settings, config)
+    wanted = wish(Filter.of(run.training.filter), rule, keep)
+    read = [config, *run.inputs]
+    with owned(output, FILTER, inputs=read):
+        found = filter_config(run, wanted, output)
+        document = write_filtered(run, found, output, group, mark)
+    print_filtered(document, output)
+
+
+def wish(named: Filter, rule: str | None, keep: float | None) -> Filter:
+    """The config's filter, or another rule with a share of its own.
+
+    Raises:
+        ConfigError: no such share.
+    """
+    from qtarget.filtering import Filter
+
+    if rule is not None:
+        return Filter(rule, keep, named.form)
+    return Filter(named.rule if named else "auto", named.keep if keep is None else keep, named.form)
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A verdict on the training rows of a config.
+
+    Attributes:
+        decision: of ``rows``, in their order.
+        rows: the judged rows; ``rows.numbers`` are their places in the training data set.
+        count: rows of the training data set; those that are not judged train on nothing.
+        raw: the rows themselves.
+        tokenizer: which made the tokens.
+        cache: what judged.
+    """
+
+    decision: Decision
+    rows: ScoredRows
+    count: int
+    raw: Sequence[Mapping[str, Any]]
+    tokenizer: Any
+    cache: Path
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Numbers of the rows to train on, for ``dataset.select``; those that train on nothing are among them."""
+        import numpy as np
+
+        keep = np.ones(self.count, dtype=bool)
+        keep[self.rows.numbers[~self.decision.keep]] = False
+        return np.flatnonzero(keep)
+
+
+def filter_config(config: RunConfig, wanted: Filter, folder: Path) -> Filtered:
+    """``decide_config`` where the base may have to be scored first; training takes the same cache."""
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import reference_for
+
+    cache = reference_for(config, load_datasets(config))
+    return decide_config(config, wanted, cache=cache, alone=folder / ALONE)
+
+
+def decide_config(
+    config: RunConfig,
+    wanted: str | Mapping[str, Any] | Filter | None = None,
+    *,
+    cache: str | Path | None = None,
+    alone: str | Path | None = None,
+) -> Filtered:
+    """Judge the training rows of a config, tokenised as training does.
+
+    Args:
+        wanted: a rule or a filter; default: the config's.
+        cache: of the base; default: the config's ``reference_cache``.
+        alone: folder of the answers without prompts, for ``gain``; default: beside the cache.
+
+    Raises:
+        ConfigError: there is no cache, or ``wanted`` is nothing known.
+        CacheMismatchError: the cache is of other rows or of another tokenizer.
+        DataError: the rows are unusable.
+    """
+    import numpy as np
+
+    from qtarget.cli.audit_data import cache_findings, load_tokenizer, open_cache
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.core.errors import CacheMismatchError, DataError
+    from qtarget.filtering import Filter, decide
+    from qtarget.filtering.lookup import rows_in_cache
+    from qtarget.integrations.sft.audit import cut, tokenise
+    from qtarget.integrations.sft.filtering import alone_folder
+    from qtarget.scoring.cache.schema import supervised_mask
+
+    training = config.training
+    asked = Filter.of(training.filter if wanted is None else wanted)
+    opened = open_cache(str(cache) if cache else training.reference_cache, True)
+    if opened is None:
+        raise ConfigError(
+            "the filter reads what the base says of each row: set reference_cache and run `qtarget score`"
+        )
+    data = load_datasets(config)[0]
+    tokenizer, size, _ = load_tokenizer(config)
+    tokens = tokenise(training, data, tokenizer)
+    if tokens.rows is None:
+        raise DataError("\n".join(found.message for found in tokens.findings if found.severity == "error"))
+    for finding in cache_findings(opened, tokens, size, len(data)):
+        raise CacheMismatchError(finding.message)
+    rows = [cut(row, training) for row in tokens.rows]
+    labels: list[Any] = [row["labels"] for row in rows]
+    masks = [np.asarray(supervised_mask(row), dtype=bool) for row in labels]
+    raw: Any = list(data)
+    judged = [i for i, mask in enumerate(masks) if mask.any() and raw[i].get("weight") != 0]
+    if not judged:
+        raise DataError("no row trains on anything; `qtarget audit-data` says why")
+    ids, trained = [rows[i]["input_ids"] for i in judged], [masks[i] for i in judged]
+    answers = None
+    if asked.rule == "gain":
+        answers = _answers_alone(config, ids, trained, opened, Path(alone or alone_folder(opened.path)))
+    scored = rows_in_cache(opened, ids, trained, judged, answers)
+    return Filtered(decide(scored, asked), scored, len(rows), raw, tokens.tokenizer, opened.path)
+
+
+def _answers_alone(
+    config: RunConfig, ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], cache: ReferenceCache, folder: Path
+) -> list[np.ndarray]:
+    """From the folder where it is finished; else the base is loaded and scores the answers into it."""
+    import torch
+
+    from qtarget.filtering.alone import read_alone, score_alone, without_prompt
+    from qtarget.integrations.shared.heads import probe_head
+    from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.storage.models import load_whole
+
+    if (folder / MANIFEST).is_file():
+        return read_alone([without_prompt(*row) for row in zip(ids, trained, strict=True)], folder)
+    name, training = str(config.model.model_name_or_path), config.training
+    typer.echo(f"scoring the answers without their prompts into {folder}; later calls read it")
+    model = load_whole(
+        "model", name, allow_new_weights=training.allow_new_weights, revision=config.model.model_revision,
+        dtype=config.model.dtype, trust_remote_code=training.trust_remote_code,
+    ).eval().to(training.device)  # fmt: skip
+    with torch.no_grad():
+        head = probe_head(model)
+    return score_alone(model, ids, trained, folder, cache, logit_scale=head.scale, logit_softcap=head.softcap)
+
+
+def write_filtered(
+    config: RunConfig, found: Filtered, folder: Path, group: str | None, mark: str | None
+) -> dict[str, Any]:
+    """Write rows, reasons, numbers and page, ``filter.json`` last; returns the document.
+
+    Raises:
+        ConfigError: no such column.
+    """
+    from qtarget.report.filtering.document import filter_document
+    from qtarget.report.filtering.page import filter_page
+    from qtarget.report.inspect.marks import check_marks, row_marks
+    from qtarget.storage.files import write_text
+
+    marks = row_marks(found.raw, mark)
+    check_marks(mark, marks)
+    groups = _groups(found.raw, group)
+    counted = len(found.rows.log_probs) <= COUNTED_ALWAYS
+    document = filter_document(
+        found.decision, found.rows, found.count, title=config.data.name, cache=str(found.cache),
+        marks=None if marks is None else marks[found.rows.numbers], groups=groups, counted=counted,
+        decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False),
+    )  # fmt: skip
+    (folder / "filter.json").unlink(missing_ok=True)  # while the files are of two calls, there is none
+    write_rows(config, found, folder, document["scores"])
+    del document["scores"]
+    write_text(folder / "filter.html", filter_page(document))
+    write_text(folder / "filter.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return document
+
+
+def write_rows(config: RunConfig, found: Filtered, folder: Path, scores: Mapping[str, np.ndarray]) -> None:
+    """``keep.jsonl``, ``drop.jsonl``, ``weights.jsonl`` and ``reasons.jsonl``."""
+    from qtarget.storage.files import writing
+
+    texts, decision = originals(config, found.raw), found.decision
+    places = dict(zip(found.rows.numbers.tolist(), range(len(found.rows)), strict=True))
+    columns = {name: values.tolist() for name, values in scores.items()}
+    with (
+        writing(folder / "keep.jsonl", text=True) as keep,
+        writing(folder / "drop.jsonl", text=True) as drop,
+        writing(folder / "weights.jsonl", text=True) as weights,
+        writing(folder / "reasons.jsonl", text=True) as reasons,
+    ):
+        for number, text in enumerate(texts):
+            place = places.get(number)
+            kept = place is None or bool(decision.keep[place])
+            (keep if kept else drop).write(text + "\n")
+            factor = 1.0 if place is None else float(decision.weights[place])
+            weights.write(_weighted(text, factor) + "\n")
+            line: dict[str, Any] = {"row": number, "kept": kept}
+            if place is None:
+                line["reason"] = "kept: not judged, it trains on nothing"
+            else:
+                line |= {"posterior": round(float(decision.posterior[place]), 6)}
+                line |= {"scores": {name: round(values[place], 4) for name, values in columns.items()}}
+                line["reason"] = decision.reason(place)
+            reasons.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def originals(config: RunConfig, raw: Sequence[Mapping[str, Any]]) -> list[str]:
+    """JSON text of each row as it came in: a JSONL file's own lines."""
+    from qtarget.cli.options.datasets import row_options
+    from qtarget.data.loading import original_texts
+
+    data = config.data
+    if data.train_file is None:
+        return [json.dumps(dict(row), ensure_ascii=False, default=str) for row in raw]
+    options = row_options(
+        data.data_format, data.null_content, data.roles, data.tools_file, text_field=config.training.dataset_text_field
+    )
+    return original_texts(data.train_file, options)
+
+
+def _weighted(text: str, factor: float) -> str:
+    """A row with its weight times ``factor``."""
+    row = json.loads(text)
+    own = row.get("weight")
+    return json.dumps(row | {"weight": round((1.0 if own is None else float(own)) * factor, 6)}, ensure_ascii=False)
+
+
+def _groups(raw: Sequence[Mapping[str, Any]], column: str | None) -> tuple[str, list[str]] | None:
+    """The column to count by, and each row's value."""
+    if column is not None and column not in raw[0]:
+        raise ConfigError(f"--group_by {column}: the data has no such column; columns: {', '.join(raw[0])}")
+    name = column or next((c for c in SOURCES if isinstance(raw[0].get(c), str)), None)
+    return None if name is None else (name, [str(row.get(name)) for row in raw])
+
+
+def print_filtered(document: Mapping[str, Any], folder: Path) -> None:
+    """The verdict, counts by source, and where the files are."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if (groups := document["groups"]) is not None:
+        table = Table("", "rows", "dropped", title=f"by {groups['column']}")
+        for line in groups["rows"]:
+            table.add_row(Text(line["value"]), f"{line['rows']:,}", f"{line['dropped']:,}")
+        console.print(table)
+    console.print(Text(document["summary"]), soft_wrap=True)
+    if (roc := document["roc"]) is not None:
+        said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
+        console.print(Text(f"ROC-AUC against the marks of {roc['marked']:,} rows: {said}"), soft_wrap=True)
+    if document["not_judged"]:
+        console.print(Text(f"{document['not_judged']:,} rows train on nothing and were not judged"), soft_wrap=True)
+    names = "keep.jsonl, drop.jsonl, weights.jsonl, reasons.jsonl, filter.html, filter.json"
+    console.print(Text(f"{folder}: {names}"), soft_wrap=True)

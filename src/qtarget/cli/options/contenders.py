@@ -1,0 +1,127 @@
+"""Contenders as people write them: ``dft``, ``label_smoothing(smoothing=0.2)``, ``mine:Target``, or keys of a config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qtarget.cli.options.settings import parse_yaml
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.comparison.jobs import Contender
+
+BASELINE = "sft"
+OPEN, CLOSE = "([{", ")]}"
+FORM = re.compile(r"(?P<target>[^()]+?)\s*(?:\((?P<keys>.*)\))?")
+OWN_KEYS = ("guard",)
+"""Keys in parentheses that are the config's and no hyper-parameter."""
+
+
+def split_outside(text: str) -> list[str]:
+    """Parts between commas, those inside brackets left alone.
+
+    Example:
+        >>> split_outside("sft, gem(temperature=0.7, top_k=3),dft")
+        ['sft', 'gem(temperature=0.7, top_k=3)', 'dft']
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in OPEN) - (character in CLOSE)
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_target(text: str) -> dict[str, Any]:
+    """The keys of a config that a contender's text stands for.
+
+    Raises:
+        ConfigError: not of this form.
+
+    Example:
+        >>> parse_target("label_smoothing(smoothing=0.2)")
+        {'target': 'label_smoothing', 'target_kwargs': {'smoothing': 0.2}}
+        >>> parse_target("dft(guard=true)")
+        {'target': 'dft', 'guard': True}
+    """
+    match = FORM.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--targets {text!r}: expected a name, or a name with keys: label_smoothing(smoothing=0.2)")
+    keys: dict[str, Any] = {}
+    for part in split_outside(match["keys"] or ""):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ConfigError(f"--targets {text!r}: {part!r} is no key=value")
+        keys[name.strip()] = parse_yaml(value)
+    own = {name: keys.pop(name) for name in OWN_KEYS if name in keys}
+    return {"target": match["target"]} | ({"target_kwargs": keys} if keys else {}) | own
+
+
+def find_contenders(
+    targets: Sequence[str | Mapping[str, Any]], filters: Sequence[str], config: Mapping[str, Any]
+) -> list[Contender]:
+    """The baseline first, then what was named, each with each filter.
+
+    Args:
+        targets: texts, or keys of a config with an optional ``name``.
+        filters: ``none``, ``auto``, or another rule.
+        config: the file's keys: the hyper-parameters of its own target are that target's here, too.
+
+    Raises:
+        ConfigError: a text that is none, an entry without a target, or two of one name.
+        UnknownTargetError, HyperparameterError: no such target, or not with these.
+    """
+    from qtarget.comparison.jobs import Contender
+    from qtarget.filtering import Filter
+
+    found = [_entry(one, config) for one in targets]
+    own = [Contender(name, keys) for name, keys in found if "filter" in keys]
+    found = [(name, keys) for name, keys in found if "filter" not in keys]
+    named = [
+        *(Contender(_with(name, rule), {**keys, "filter": rule}) for rule in filters for name, keys in found),
+        *own,
+    ]
+    for one in named:
+        Filter.of(one.overrides["filter"])  # before the base is scored for it
+    plain = next(
+        (one for one in named if one.name == BASELINE), Contender(BASELINE, {"target": "sft", "filter": "none"})
+    )
+    named = [plain, *(one for one in named if one is not plain)]
+    for one in named:
+        if sum(other.name == one.name for other in named) > 1:
+            raise ConfigError(f"--targets names {one.name} twice; give an entry under `compare:` a `name` of its own")
+        if any(one.overrides == other.overrides for other in named if other is not one):
+            raise ConfigError(f"{one.name} is trained twice, under two names; leave one out")
+    return named
+
+
+def _with(name: str, rule: str) -> str:
+    return name if rule == "none" else f"{name}, filtered" if rule == "auto" else f"{name}, filtered {rule}"
+
+
+def _entry(one: str | Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    from qtarget.registry import get_target
+
+    if isinstance(one, Mapping):
+        keys = dict(one)
+        name = str(keys.pop("name", "") or _described(keys))
+    else:
+        name, keys = one, parse_target(one)
+    if "target" not in keys and not config.get("target"):
+        raise ConfigError(f"compare: {one} names no target")
+    keys = {"target": config.get("target")} | keys
+    same = keys["target"] == config.get("target")
+    for key in ("target_kwargs", "guard"):  # of the file's own target, unless this one says otherwise
+        keys.setdefault(key, config.get(key) if same else None)
+    keys["guard"] = bool(keys["guard"])
+    get_target(str(keys["target"]), **(keys["target_kwargs"] or {}))
+    return name, keys
+
+
+def _described(keys: Mapping[str, Any]) -> str:
+    others = [f"{key}={value}" for key, value in keys.items() if key != "target"]
+    return str(keys.get("target", "")) + (f" ({', '.join(others)})" if others else "")

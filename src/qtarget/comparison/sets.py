@@ -1,0 +1,79 @@
+"""The rows on which contenders are measured, and those of them that the metric can judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qtarget.core.errors import DataError
+from qtarget.evaluation.evaluate import RowSet, SetName
+from qtarget.evaluation.judges import Judge, UnfitReference, make_judge
+from qtarget.evaluation.questions import ask, has_answers, split
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How answers are judged, in words that travel to a worker.
+
+    Attributes:
+        name: see ``make_judge``; ``nll`` for the likelihood alone.
+        asked: whether the user named it, so that rows without answers are an error.
+    """
+
+    name: str = "exact"
+    pattern: str | None = None
+    ignore_case: bool = False
+    asked: bool = False
+
+    def judge(self) -> Judge | None:
+        """The judge, or None where likelihood is all.
+
+        Raises:
+            ConfigError: see ``make_judge``.
+        """
+        return None if self.name == "nll" else make_judge(self.name, pattern=self.pattern, ignore_case=self.ignore_case)
+
+
+def measured_set(name: SetName, file: str, dataset: Any, metric: Metric) -> tuple[RowSet, list[int]]:
+    """A set of the rows that the metric can judge, and the numbers of those rows in the file.
+
+    Raises:
+        DataError: the metric was asked for, and the rows have no answers; or it can judge none of them.
+    """
+    judge, rows = metric.judge(), dataset.to_list()
+    if not rows:
+        raise DataError(f"{file} holds no rows; expected rows with answers that no model is trained on")
+    if judge is None or not (has_answers(rows) or metric.asked):
+        return RowSet(name, file, dataset, None, None), list(range(len(rows)))
+    if not has_answers(rows):
+        ask(rows, judge, file)  # which says what is missing
+    kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {i}")]
+    if not kept:
+        raise DataError(
+            f"{file}: --metric {judge.name} can judge the answer of none of its {len(rows)} rows; choose another metric"
+        )
+    chosen = dataset.select(kept)
+    return RowSet(name, file, chosen, ask([rows[i] for i in kept], judge, file), judge), kept
+
+
+def _fits(row: Mapping[str, Any], judge: Judge, where: str) -> bool:
+    _, answer = split(row, where)
+    try:
+        judge.fit(answer)
+    except UnfitReference:
+        return False
+    return bool(answer.strip())
+
+
+def row_texts(rows: RowSet) -> list[dict[str, str]]:
+    """Prompt and reference a row; of a row without answers its text, or its columns."""
+    if rows.questions is not None:
+        return [{"prompt": q.text, "reference": q.reference} for q in rows.questions]
+    return [{"prompt": "", "reference": _text(row)} for row in rows.dataset.to_list()]
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    text = row.get("text")
+    return text if isinstance(text, str) else json.dumps(row, ensure_ascii=False, default=str)

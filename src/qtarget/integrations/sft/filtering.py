@@ -1,0 +1,123 @@
+"""``filter:`` of a training config: rows leave after a cache is attached, so one cache serves filtered and unfiltered runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers.utils import logging
+
+from qtarget.core.errors import ConfigError, MissingStatisticError
+from qtarget.data.checks.findings import named
+from qtarget.filtering import Decision, Filter, decide
+from qtarget.filtering.alone import read_alone, without_prompt
+from qtarget.filtering.lookup import rows_in_cache
+from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
+from qtarget.integrations.sft.data.columns import supervised
+from qtarget.integrations.sft.data.weights import ROW
+from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.signature import read_key
+
+logger = logging.get_logger(__name__)
+
+ALONE = "-alone"
+"""Ends the name of the folder beside a cache that holds the answers without their prompts."""
+
+
+def alone_folder(cache: str | Path) -> Path:
+    """Where the answers of a cache's rows are scored without their prompts."""
+    path = Path(cache)
+    return path.with_name(path.name + ALONE)
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """A filter and the cache that it asks."""
+
+    wanted: Filter
+    cache: ReferenceCache
+
+    def apply(self, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
+        """The rows that stay, weighted where that is asked for, and what was decided.
+
+        Args:
+            dataset: tokenised and numbered rows, cut as training cuts them, not packed yet.
+
+        Raises:
+            CacheMismatchError: a row was never scored.
+            ConfigError: no row would be left.
+        """
+        ids, masks = [], []
+        for offsets, tokens, labels in list_batches(dataset, "input_ids", "labels"):
+            mask = supervised(offsets, labels)
+            ids += [tokens[a:b] for a, b in pairwise(offsets.tolist())]
+            masks += [mask[a:b] for a, b in pairwise(offsets.tolist())]
+        numbers = np.asarray(dataset[ROW][:])
+        alone = None
+        if self.wanted.rule == "gain":
+            answers = [without_prompt(*row) for row in zip(ids, masks, strict=True)]
+            alone = read_alone(answers, alone_folder(self.cache.path))
+        decision = decide(rows_in_cache(self.cache, ids, masks, numbers, alone), self.wanted)
+        weighs = self.wanted.form == "weight"
+        kept = decision.weights > 0 if weighs else decision.keep
+        self._say(decision, numbers[~kept])
+        if not kept.any():
+            raise ConfigError("filter: no row is left; raise keep, or leave filter out")
+        record = {
+            "rule": decision.rule, "as": self.wanted.form, "verdict": decision.verdict, "rows": len(kept),
+            "left_out": int((~kept).sum()), "threshold": decision.threshold, "summary": decision.summary,
+        }  # fmt: skip
+        if weighs:
+            record["mean_weight"] = float(decision.weights.mean())
+            dataset = _weighted(dataset, dict(zip(numbers.tolist(), decision.weights.tolist(), strict=True)))
+        return dataset.select(np.flatnonzero(kept)) if not kept.all() else dataset, record
+
+    def _say(self, decision: Decision, left_out: np.ndarray) -> None:
+        which = f"; left out: {named(left_out.tolist())}" if len(left_out) else ""
+        logger.warning(f"train data: filter: {decision.summary}{which}")
+
+
+def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset: Any) -> RowFilter | None:
+    """The filter of a config, or None where it asks for none.
+
+    Args:
+        caches: those that the target has open.
+        dataset: the training data, which must have rows that can be counted.
+
+    Raises:
+        MissingStatisticError: there is no ``reference_cache``.
+        ConfigError: a stream of rows.
+        CacheMismatchError: the cache is damaged.
+    """
+    wanted = Filter.of(args.filter)
+    if not wanted:
+        return None
+    if dataset is not None and not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            "filter compares all rows before training, and a stream has no end; load the rows, or leave it out"
+        )
+    if args.reference_cache is None:
+        raise MissingStatisticError(
+            "filter reads what the frozen base says of each row: set reference_cache and run `qtarget score CONFIG.yaml` once"
+        )
+    key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
+    return RowFilter(wanted, caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key))
+
+
+def _weighted(dataset: Dataset, weights: dict[int, float]) -> Dataset:
+    """The same rows, each token's weight times its row's."""
+
+    def columns(table: pa.Table) -> pa.Table:
+        lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        found = np.repeat([weights[number] for number in table[ROW].to_pylist()], lengths).astype(np.float32)
+        if "loss_weights" in table.column_names:
+            found *= table["loss_weights"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return pa.table({"loss_weights": list_array(np.concatenate([[0], np.cumsum(lengths)]), found)})
+
+    return with_columns(dataset, columns, "Weighing rows")

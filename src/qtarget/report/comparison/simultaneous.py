@@ -1,0 +1,124 @@
+"""Differences to a baseline that hold together: over rows, over seeds of training, and for all contenders at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qtarget.core.errors import ShapeError
+
+DRAWS = 4000
+COVERAGE = 95.0
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Each contender minus the first, larger is better.
+
+    Attributes:
+        levels: ``[contenders]`` means over seeds and rows.
+        means, lows, highs: ``[contenders - 1]``; the 95 % intervals hold for all of them together.
+        seed_deviations: ``[contenders]`` standard deviations between seeds of a contender's mean; 0 for one seed.
+    """
+
+    levels: NDArray[np.float64]
+    means: NDArray[np.float64]
+    lows: NDArray[np.float64]
+    highs: NDArray[np.float64]
+    seed_deviations: NDArray[np.float64]
+
+
+def simultaneous_differences(
+    scores: ArrayLike, weights: ArrayLike | None = None, groups: Sequence[int] | None = None, seed: int = 0
+) -> Differences:
+    """Means of every contender minus the first one's, with simultaneous 95 % intervals.
+
+    Two things vary. Rows: groups of them are drawn again and again, the same for all contenders and seeds, so that
+    differences are paired. Seeds of training: three values cannot be resampled, so their variance is estimated (pooled
+    over the contenders, or a contender's own where that is larger) and drawn from a t distribution. The factor that
+    widens all intervals is the 95 % quantile of the largest deviation among the contenders, in standard errors
+    (max-t; Westfall and Young 1993): the best of many is not called better because there were many.
+
+    Args:
+        scores: ``[contenders, seeds, rows]``, the baseline first.
+        weights: ``[rows]``, as tokens for nats a token; default: 1.
+        groups: ``[rows]``, equal for rows that are drawn together, as those of one prompt; default: each its own.
+        seed: of the draws.
+
+    Raises:
+        ShapeError: fewer than two contenders, no seeds or rows, or lengths that differ.
+
+    Example:
+        >>> found = simultaneous_differences([[[0.0, 0.0]] * 3, [[1.0, 1.0]] * 3])
+        >>> found.means.tolist(), found.lows.tolist()
+        ([1.0], [1.0])
+    """
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 3 or len(values) < 2 or not values.size:
+        raise ShapeError(f"scores have the shape {values.shape}; expected [contenders >= 2, seeds, rows]")
+    sums, shares = _grouped(values, weights, groups)
+    levels = sums.sum(-1) / shares.sum()
+    means = levels.mean(-1)
+    random = np.random.default_rng(seed)
+    by_rows = _row_draws(sums.mean(1), shares, random) - means[:, None]
+    deviations = _seed_deviations(sums / shares.sum(), levels)
+    draws = by_rows + _seed_draws(deviations, values.shape[1], random)
+    found, moved = means[1:] - means[0], draws[1:] - draws[0]
+    errors = moved.std(-1)
+    safe = np.where(errors > 0, errors, 1.0)
+    factor = np.percentile(np.abs(moved / safe[:, None]).max(0), COVERAGE)
+    return Differences(means, found, found - factor * errors, found + factor * errors, deviations)
+
+
+def _grouped(
+    values: NDArray[np.float64], weights: ArrayLike | None, groups: Sequence[int] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted sums ``[contenders, seeds, groups]`` and the weights' own, ``[groups]``."""
+    rows = values.shape[-1]
+    weight = np.ones(rows) if weights is None else np.asarray(weights, np.float64)
+    names = np.arange(rows) if groups is None else np.asarray(groups)
+    if weight.shape != (rows,) or names.shape != (rows,):
+        raise ShapeError(f"{rows} rows, weights {weight.shape}, groups {names.shape}; expected one a row")
+    _, places = np.unique(names, return_inverse=True)
+    count = int(places.max()) + 1
+    belongs = np.zeros((rows, count))
+    belongs[np.arange(rows), places] = 1.0
+    return (values * weight) @ belongs, weight @ belongs
+
+
+def _seed_deviations(parts: NDArray[np.float64], levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[contenders]``: between seeds, without what the rows drawn here add to it (two-way random effects).
+
+    Args:
+        parts: ``[contenders, seeds, groups]`` that sum to the levels.
+        levels: ``[contenders, seeds]``.
+    """
+    seeds, groups = parts.shape[1:]
+    if seeds < 2 or groups < 2:
+        return np.zeros(len(parts))
+    centred = parts - parts.mean(1, keepdims=True)
+    rest = centred - centred.mean(2, keepdims=True)
+    noise = groups * (rest**2).sum((1, 2)) / ((seeds - 1) * (groups - 1))
+    between = levels.var(-1, ddof=1) - noise
+    return np.sqrt(np.maximum(between, 0.0))
+
+
+def _row_draws(sums: NDArray[np.float64], shares: NDArray[np.float64], random: np.random.Generator) -> NDArray:
+    """``[contenders, DRAWS]``: means over groups of rows drawn anew."""
+    counts = random.multinomial(len(shares), np.full(len(shares), 1 / len(shares)), DRAWS).astype(np.float64)
+    total = counts @ shares
+    return np.divide(counts @ sums.T, total[:, None], where=total[:, None] > 0, out=np.zeros((DRAWS, len(sums)))).T
+
+
+def _seed_draws(deviations: NDArray[np.float64], seeds: int, random: np.random.Generator) -> NDArray:
+    """``[contenders, DRAWS]``: what other seeds of training would move the means by."""
+    if seeds < 2:
+        return np.zeros((len(deviations), DRAWS))
+    freedom = len(deviations) * (seeds - 1)
+    pooled = np.sqrt(np.mean(deviations**2))
+    scale = np.maximum(deviations, pooled) / np.sqrt(seeds)
+    widened = np.sqrt(freedom / random.chisquare(freedom, DRAWS))
+    return scale[:, None] * random.standard_normal((len(deviations), DRAWS)) * widened

@@ -1,0 +1,128 @@
+"""The verdict in one sentence: who is better than the baseline by more than rows, seeds and the choice of many explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared.
+
+    Attributes:
+        metric: a judge's name, or ``nll``.
+        rows, seeds: how many.
+    """
+
+    metric: str
+    rows: int
+    seeds: int
+
+    @property
+    def is_nll(self) -> bool:
+        return self.metric == "nll"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender's numbers, larger is better.
+
+    Attributes:
+        level: mean over seeds and rows.
+        difference: ``mean``, ``low`` and ``high`` to the baseline; None for the baseline itself.
+        deviation: between seeds.
+    """
+
+    name: str
+    level: float
+    difference: Mapping[str, float] | None
+    deviation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do.
+
+    Attributes:
+        take: the contender; None where nothing could be told.
+        better: all that are better than the baseline, the best first.
+    """
+
+    take: str | None
+    better: tuple[str, ...]
+    sentence: str
+
+
+def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Line]) -> Verdict:
+    """The best contender whose interval lies above the baseline; the baseline where there is none.
+
+    Args:
+        lines: the baseline first.
+        untrained: contender -> the untrained base minus it.
+
+    Example:
+        >>> lines = [Line("sft", 0.5, None), Line("dft", 0.6, {"mean": 0.1, "low": 0.02, "high": 0.18})]
+        >>> verdict(lines, Measure("exact", 100, 3), {}).sentence
+        'dft +10.0 points over sft (+2.0 .. +18.0); stop here'
+    """
+    baseline, others = lines[0], [line for line in lines if line.difference is not None]
+    if not measure.is_nll and not any(line.level for line in (*lines, *untrained.values())):
+        return Verdict(None, (), f"no model answers one of {measure.rows} rows right by {measure.metric}, so nothing can be "
+                       "told; choose another --metric, or nll")  # fmt: skip
+    better = [line for line in others if line.difference and line.difference["low"] > 0]
+    better.sort(key=lambda line: -line.level)
+    if better and measure.seeds > 1:
+        take, said = better[0].name, _ahead(better, baseline, measure)
+    else:
+        take, said = baseline.name, _not_ahead(others, baseline, measure)
+    return Verdict(take, tuple(line.name for line in better), said + _untrained(take, untrained, measure))
+
+
+def _ahead(better: Sequence[Line], baseline: Line, measure: Measure) -> str:
+    best = better[0]
+    others = [f"{line.name} ({_change(line, measure)})" for line in better[1:]]
+    more = f"; also better: {', '.join(others)}" if others else ""
+    return f"{best.name} {_change(best, measure, to=baseline.name)}{more}; stop here"
+
+
+def _not_ahead(others: Sequence[Line], baseline: Line, measure: Measure) -> str:
+    take = f"take {baseline.name}"
+    if not others:
+        return f"nothing to compare {baseline.name} with: {take}"
+    best = max(others, key=lambda line: line.level)
+    said = f"the next is {best.name}, {_change(best, measure, to=baseline.name)}"
+    if measure.seeds < 2:
+        return f"one seed cannot show a difference, for its luck is unknown ({said}): {take}, or run more --seeds"
+    if all(line.difference and line.difference["high"] < 0 for line in others):
+        return f"{baseline.name} is best ({said}): {take}"
+    return f"no difference that {measure.seeds} seeds and {measure.rows} rows can show ({said}): {take}"
+
+
+def _untrained(take: str, untrained: Mapping[str, Line], measure: Measure) -> str:
+    line = untrained.get(take)
+    if line is None or line.difference is None or line.difference["mean"] < 0:
+        return ""
+    if line.difference["low"] > 0:
+        return f"; but the untrained base is better than that ({amount(line.difference, measure)}): these rows do not help it"
+    return "; the untrained base does as well as that"
+
+
+def _change(line: Line, measure: Measure, *, to: str | None = None) -> str:
+    assert line.difference is not None
+    return amount(line.difference, measure, ends=to is not None, to=f" over {to}" if to else "")
+
+
+def amount(difference: Mapping[str, float], measure: Measure, *, ends: bool = True, to: str = "") -> str:
+    """A difference in words, larger is better: points, or nats a token with the sign that nll has.
+
+    Example:
+        >>> amount({"mean": 0.041, "low": 0.012, "high": 0.07}, Measure("exact", 10, 3))
+        '+4.1 points (+1.2 .. +7.0)'
+        >>> amount({"mean": 0.041, "low": 0.012, "high": 0.07}, Measure("nll", 10, 3))
+        '-0.041 nats a token (-0.070 .. -0.012)'
+    """
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    if measure.is_nll:
+        return f"{-mean:+.3f} nats a token{to}" + (f" ({-high:+.3f} .. {-low:+.3f})" if ends else "")
+    return f"{100 * mean:+.1f} points{to}" + (f" ({100 * low:+.1f} .. {100 * high:+.1f})" if ends else "")

@@ -1,0 +1,1 @@
+"""The page of ``qtarget filter``: one document, one page."""

@@ -1,0 +1,185 @@
+"""`qtarget compare` end to end on the embedded base: numbers by another way, a kill, a budget, Ray, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from qtarget.cli.options.contenders import find_contenders
+from qtarget.core.errors import ConfigError, QTargetError
+from qtarget.data.embedded import base_model_path, load_demonstrations
+from tests import ROOT
+from tests.cli.test_train import qtarget, refused
+
+BRACKETS = ("--metric", "regex", "--pattern", r"\[(.*?)\]")
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """48 rows, 16 validation rows of which one has no answer in brackets, 3 steps."""
+    rows = load_demonstrations("train")
+    held_out = [*load_demonstrations("test")[:15], {**load_demonstrations("test")[15], "completion": "no answer"}]
+    settings = {
+        "model_name_or_path": str(base_model_path()),
+        "train_file": str(write_rows(tmp_path / "train.jsonl", rows[:48])),
+        "validation_file": str(write_rows(tmp_path / "held_out.jsonl", held_out)),
+        "target": "sft", "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 8, "max_steps": 3,
+        "learning_rate": 0.002, "report_to": "none", "bf16": False, "use_cpu": True, "activation_checkpointing": False,
+        "dataloader_pin_memory": False, "save_strategy": "no", "compare": ["sft", {"target": "dft", "name": "mine"}],
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    write_rows(tmp_path / "kept.jsonl", load_demonstrations("heldout_skills_test")[:6])
+    return tmp_path / "run.yaml"
+
+
+def document_in(folder: Path) -> dict:
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def test_its_numbers_are_those_of_train_and_evaluate(config, tmp_path, capsys):
+    qtarget("compare", config, "--targets", "sft,consensus", "--rates", "1,2", "--seeds", "2", "--at-once", "1", *BRACKETS,
+            "--forgetting", tmp_path / "kept.jsonl", "--forgetting-metric", "nll")  # fmt: skip
+    document, printed = document_in(tmp_path / "run-compare"), capsys.readouterr().out
+    assert document["finding"] in printed and "comparison.html" in printed
+    assert "1 of 16 rows have no answer" in printed and document["sets"]["data"]["rows"] == 15
+    assert [one["name"] for one in document["contenders"]] == ["sft", "consensus"]
+    assert (tmp_path / "run-compare/reference/manifest.json").is_file(), "consensus reads a reference, scored once"
+    assert document["settings"]["steps"] == 3 and document["cost"]["runs"] == len(
+        (tmp_path / "run-compare/runs.jsonl").read_text().splitlines())  # fmt: skip
+    # the same by another way: train with the seed and rate of a run, evaluate what was saved
+    write_rows(tmp_path / "judged.jsonl", load_demonstrations("test")[:15])
+    runs = {
+        line.pop("key"): line
+        for line in map(json.loads, (tmp_path / "run-compare/runs.jsonl").read_text().splitlines())
+    }
+    key = next(key for key in runs if key.startswith("consensus|") and key.endswith("|1"))
+    rate = key.split("|")[1]
+    qtarget("train", config, "--target", "consensus", "--learning_rate", rate, "--seed", "1", "--output_dir", tmp_path / "again",
+            "--reference_cache", tmp_path / "run-compare/reference")  # fmt: skip
+    qtarget("evaluate", tmp_path / "again", "--data", tmp_path / "judged.jsonl", *BRACKETS, "--forgetting", tmp_path / "kept.jsonl",
+            "--forgetting-metric", "none", "--output", tmp_path / "e.json")  # fmt: skip
+    base, again = json.loads((tmp_path / "e.json").read_text())["contenders"]
+    for found, run in ((base, runs["base"]), (again, runs[key])):
+        for name in ("data", "forgetting"):
+            nats, tokens = (sum(column) for column in zip(*run["sets"][name]["nll"], strict=True))
+            assert nats / tokens == pytest.approx(found["sets"][name]["nll"]["mean"], rel=1e-4)
+        assert sum(run["sets"]["data"]["scores"]) / 15 == pytest.approx(found["sets"]["data"]["completion"]["mean"])
+    assert runs[key]["sets"]["forgetting"]["scores"] is None and runs[key]["validation"]
+    assert runs[key]["memory_bytes"] is None or runs[key]["memory_bytes"] > 10**8
+
+
+def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp_path, capsys):
+    folder = tmp_path / "out"
+    command = ("compare", config, "--rates", "1", "--seeds", "3", "--output", folder, "--at-once", "2", *BRACKETS)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "qtarget.cli.main", *map(str, command)], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    log, deadline = folder / "runs.jsonl", time.monotonic() + 180
+    while not log.is_file() or log.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = log.read_text()[: log.read_text().rindex("\n") + 1]
+    assert not (folder / "comparison.json").exists()
+    assert "--resume goes on" in refused(capsys, *command)
+    (tmp_path / "train.jsonl").write_text(
+        (tmp_path / "train.jsonl").read_text() + (tmp_path / "held_out.jsonl").read_text()
+    )
+    assert "is of another evaluation: rows differ" in refused(capsys, *command, "--resume")
+    write_rows(tmp_path / "train.jsonl", load_demonstrations("train")[:48])
+    qtarget(*command[:6], "--output", folder, "--at-once", "1", *BRACKETS, "--resume")
+    assert log.read_text().startswith(finished) and len(log.read_text().splitlines()) == 7
+    document = document_in(folder)
+    assert [one["name"] for one in document["contenders"]] == ["sft", "mine"], "the config's own list"
+    assert document["contenders"][1]["tuning"] == [] and len(document["contenders"][1]["by_seed"]) == 3
+    assert not list(folder.glob("**/checkpoint-*"))
+
+
+def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
+    texts = [{"text": row["prompt"] + row["completion"]} for row in load_demonstrations("train")[:30]]
+    write_rows(tmp_path / "train.jsonl", texts[:20])
+    write_rows(tmp_path / "held_out.jsonl", texts[20:])
+    qtarget("compare", config, "--targets", "dft,gem(temperature=0.8)", "--rates", "1", "--seeds", "2", "--at-once", "1",
+            "--budget", "5m")  # fmt: skip
+    document = document_in(tmp_path / "run-compare")
+    assert document["measure"] == {"metric": "nll", "rows": 10, "seeds": 2} and document["left_out"] == []
+    assert [one["name"] for one in document["contenders"]] == ["sft", "dft", "gem(temperature=0.8)"]
+    assert "nats a token over sft" in document["finding"] and "nats a token" in capsys.readouterr().out
+    assert "one run takes" in refused(
+        capsys, "compare", config, "--budget", "1s", "--output", tmp_path / "b", "--at-once", "1"
+    )
+
+
+@pytest.mark.slow
+def test_with_ray_it_is_the_same(config, tmp_path):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    write_rows(tmp_path / "held_out.jsonl", load_demonstrations("test")[:8])
+    common = ("compare", config, "--rates", "1", "--seeds", "1", *BRACKETS)
+    qtarget(*common, "--output", tmp_path / "local", "--at-once", "1")
+    os.environ["PYTHONPATH"] = f"{ROOT / 'src'}"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    try:
+        qtarget(*common, "--output", tmp_path / "ray", "--at-once", "2", "--engine", "ray")
+    finally:
+        ray.shutdown()
+    one, other = (document_in(tmp_path / name) for name in ("local", "ray"))
+    for a, b in zip(one["contenders"], other["contenders"], strict=True):
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-5) and a["level"] == b["level"]
+    assert other["cost"]["engine"] == "ray"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rates", "1,-2"], "multiples of the config's learning rate"),
+        (["--budget", "later"], "is no time"),
+        (["--targets", "sftt"], "did you mean"),
+        (["--targets", "label_smoothing(0.2)"], "is no key=value"),
+        (["--targets", "dft,dft"], "names dft twice"),
+        (["--filters", "none,magic"], "rule 'magic' is unknown"),
+        (["--metric", "regex"], "pattern"),
+        (["--forgetting-metric", "exact"], "--forgetting"),
+        (["--validation_file", "null"], "validation_file is missing"),
+        (["--targets", "distillation"], "needs a frozen teacher"),
+        (["--pattern", "no group", "--metric", "regex"], "group"),
+    ],
+)
+def test_refused_in_words(config, capsys, options, words):
+    assert words in refused(capsys, "compare", config, *options)
+
+
+def test_contenders_as_people_write_them():
+    own = {"target": "label_smoothing", "target_kwargs": {"smoothing": 0.3}, "guard": None}
+    wanted = ["label_smoothing", "sft", "gem(temperature=0.8)", {"target": "sft", "neftune_noise_alpha": 5}]
+    found = find_contenders(wanted, ["none"], own)
+    assert [one.name for one in found] == [
+        "sft",
+        "label_smoothing",
+        "gem(temperature=0.8)",
+        "sft (neftune_noise_alpha=5)",
+    ]
+    assert found[1].overrides["target_kwargs"] == {"smoothing": 0.3}, "the file's own, for the file's own target"
+    assert found[0].overrides["target_kwargs"] is None
+    names = [one.name for one in find_contenders(["dft"], ["none", "auto"], {})]
+    assert names == ["sft", "dft", "dft, filtered"]
+    with pytest.raises(ConfigError, match="trained twice"):
+        find_contenders(["dft", {"target": "dft", "name": "other"}], ["none"], {})
+    with pytest.raises(QTargetError, match="is unknown"):
+        find_contenders(["dft(smoothing=1)"], ["none"], {})

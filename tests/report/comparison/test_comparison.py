@@ -1,0 +1,171 @@
+"""Intervals against known truths, the verdict in words, the document by hand, and its page in a browser."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qtarget.core.errors import ShapeError
+from qtarget.report.comparison.document import Entry, Scored, comparison_document
+from qtarget.report.comparison.page import comparison_page
+from qtarget.report.comparison.simultaneous import simultaneous_differences
+from qtarget.report.comparison.verdict import Line, Measure, verdict
+from qtarget.storage.files import write_text
+from tests.report.hostile import HOSTILE
+
+EXACT = Measure("exact", 100, 3)
+
+
+def drawn(random, contenders, seeds, rows, *, luck, effects=None):
+    """Right or wrong: rows of different difficulty, a luck of each training run, and coins."""
+    hard = random.normal(0, 1.2, rows)
+    out = np.empty((contenders, seeds, rows))
+    for k in range(contenders):
+        for s in range(seeds):
+            logit = hard + random.normal(0, luck) + (0 if effects is None else effects[k])
+            out[k, s] = random.random(rows) < 1 / (1 + np.exp(-logit))
+    return out
+
+
+def test_all_intervals_together_hold_the_truth_and_seeds_count():
+    random = np.random.default_rng(0)
+    held, naive = 0, 0
+    for trial in range(80):
+        scores = drawn(random, 5, 3, 150, luck=0.4)
+        found = simultaneous_differences(scores, seed=trial)
+        held += bool(((found.lows <= 0) & (found.highs >= 0)).all())
+        rows_alone = simultaneous_differences(scores.mean(1, keepdims=True), seed=trial)
+        naive += bool(((rows_alone.lows <= 0) & (rows_alone.highs >= 0)).all())
+    assert held >= 70  # 95 % of 80 is 76; 70 is three standard errors below
+    assert naive < 60, "the luck of three seeds would be left out"
+
+
+def test_a_large_difference_is_found_and_means_are_plain_means():
+    scores = drawn(np.random.default_rng(1), 3, 3, 300, luck=0.05, effects=[0, 2.0, 0])
+    found = simultaneous_differences(scores)
+    assert found.lows[0] > 0 and found.lows[1] < 0 < found.highs[1]
+    assert found.means == pytest.approx((scores.mean((1, 2)) - scores[0].mean())[1:])
+
+
+def test_rows_of_one_prompt_are_drawn_together():
+    scores = drawn(np.random.default_rng(2), 2, 1, 40, luck=0.1)
+    copies = np.repeat(scores, 10, axis=-1)
+    alone, together = (
+        simultaneous_differences(scores),
+        simultaneous_differences(copies, groups=[i // 10 for i in range(400)]),
+    )
+    apart = simultaneous_differences(copies)
+    width = [float(found.highs[0] - found.lows[0]) for found in (alone, together, apart)]
+    assert width[1] == pytest.approx(width[0], rel=0.1) and width[2] < 0.7 * width[0]
+
+
+def test_weights_make_nats_a_token():
+    found = simultaneous_differences([[[0.0, 0.0]] * 2, [[1.0, 4.0]] * 2], weights=[1, 3])
+    assert found.means.tolist() == [(1 + 12) / 4]
+
+
+@pytest.mark.parametrize("scores", [np.zeros((1, 3, 4)), np.zeros((2, 3)), np.zeros((2, 3, 0))])
+def test_shapes(scores):
+    with pytest.raises(ShapeError, match="expected"):
+        simultaneous_differences(scores)
+
+
+def line(name, level, low=None, high=None):
+    return Line(name, level, None if low is None else {"mean": (low + high) / 2, "low": low, "high": high})
+
+
+@pytest.mark.parametrize(
+    ("lines", "take", "words"),
+    [
+        ([line("sft", 0.5), line("a", 0.55, 0.01, 0.09), line("b", 0.6, 0.02, 0.18)], "b",
+         "b +10.0 points over sft (+2.0 .. +18.0); also better: a (+5.0 points); stop here"),
+        ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21)], "sft",
+         "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-1.0 .. +21.0)): take sft"),
+        ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft",
+         "sft is best (the next is a, -10.0 points over sft (-15.0 .. -5.0)): take sft"),
+        ([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], None,
+         "no model answers one of 100 rows right by exact, so nothing can be told; choose another --metric, or nll"),
+    ],
+)  # fmt: skip
+def test_verdicts(lines, take, words):
+    found = verdict(lines, EXACT, {})
+    assert (found.take, found.sentence) == (take, words)
+
+
+def test_one_seed_shows_nothing_and_the_base_may_be_better():
+    lines = [line("sft", 0.5), line("a", 0.7, 0.1, 0.3)]
+    one = verdict(lines, Measure("exact", 100, 1), {})
+    assert one.take == "sft" and "one seed cannot show" in one.sentence and "--seeds" in one.sentence
+    better = verdict(lines, EXACT, {"a": line("base", 0.9, 0.1, 0.3)})
+    assert "the untrained base is better than that (+20.0 points (+10.0 .. +30.0))" in better.sentence
+    assert "as well as that" in verdict(lines, EXACT, {"a": line("base", 0.7, -0.1, 0.1)}).sentence
+
+
+def entry(name, scores, **changes):
+    sets = {"data": Scored(scores, [1.0] * len(scores[0]), [1.0] * len(scores))}
+    return Entry(name, sets, **({"best": 1e-3, "rates": (1e-3, 1e-3), "seconds": [2.0, 4.0], "memory_bytes": 10**9,
+                                 "texts": [f"{name} {i}" for i in range(len(scores[0]))]} | changes))  # fmt: skip
+
+
+def document_of(entries, base=None, rows=None, **changes):
+    count = len(entries[0].sets["data"].weights)
+    base = base or entry("base", [[0.0] * count], best=None, rates=())
+    about = {"data": {"file": "v.jsonl", "rows": count, "not_judged": 2, "metric": "exact"}} | changes.pop("sets", {})
+    rows = rows or [{"prompt": f"p{i}", "reference": f"r{i}"} for i in range(count)]
+    return comparison_document(base, entries, groups=list(range(count)), sets=about, settings={"steps": 4}, rows=rows,
+                               cost={"seconds": 3.0}, **changes)  # fmt: skip
+
+
+def two():
+    sft = entry("sft", [[1, 0, 0, 0, 1, 0] * 10] * 3, curve=[[1, 2.0], [2, 1.0]])
+    tuning = [{"rate": r, "level": 0.5, "halves": [0.5, 0.5]} for r in (1e-3, 3e-3)]
+    better = entry("dft", [[1, 1, 0, 1, 1, 0] * 10] * 3, curve=[[1, 2.0], [2, 0.5]], tuning=tuning, notes=["a note"],
+                   validation=[[1, 2.0], [2, 1.5]])  # fmt: skip
+    return [sft, better]
+
+
+def test_the_document_by_hand():
+    document = document_of(two(), left_out=["iw_sft: no room"])
+    json.dumps(document, allow_nan=False)
+    sft, dft = document["contenders"]
+    assert (document["take"], sft["to_baseline"]) == ("dft", None)
+    assert dft["to_baseline"]["mean"] == pytest.approx(2 / 6) and dft["level"] == pytest.approx(4 / 6)
+    assert document["base"]["to_baseline"]["mean"] == pytest.approx(-2 / 6)
+    assert document["finding"].startswith("dft +33.3 points over sft (")
+    assert document["rows"]["differing"] == 20 and document["rows"]["models"] == ["dft", "sft"]
+    shown = document["rows"]["shown"][0]
+    assert shown["row"] == 1 and [one["score"] for one in shown["answers"]] == [1.0, 0.0]
+    assert shown["answers"][0]["completion"] == "dft 1"
+
+
+def test_page_in_a_browser(open_page, tmp_path):
+    forgetting = {"forgetting": {"file": "old.jsonl", "rows": 4, "metric": "exact"}}
+    kept = Scored([[1.0, 0.0, 1.0, 1.0]] * 3, [1.0] * 4)
+    entries = [Entry(**{**vars(one), "sets": {**one.sets, "forgetting": kept}}) for one in two()]
+    base = entry("base", [[0.0] * 60], best=None, rates=())
+    base = Entry(**{**vars(base), "sets": {**base.sets, "forgetting": Scored([[1.0] * 4], [1.0] * 4)}})
+    document = document_of(entries, base, left_out=["iw_sft: no room"], sets=forgetting)
+    write_text(tmp_path / "page.html", comparison_page(document))
+    for scheme in ("light", "dark"):
+        page = open_page(tmp_path / "page.html", scheme=scheme)
+        assert page.text_content("#finding").strip() == document["finding"] + "."
+        assert "+33.3 (" in page.text_content("#summary") and "-25.0 (" in page.text_content("#summary")
+        assert page.text_content("#summary tr.qt-taken th") == "dft"
+        assert "a note" in page.text_content("#notes") and "iw_sft: no room" in page.text_content("#notes")
+        assert page.locator("#curves svg polyline").count() == 3
+        assert page.locator("#rows article").count() == 20
+        assert "0.003" in page.text_content("#rates")
+    page.select_option("#better", "1")
+    assert page.locator("#rows article").count() == 0
+
+
+@pytest.mark.parametrize("text", HOSTILE[:6] if isinstance(HOSTILE, list) else list(HOSTILE)[:6])
+def test_hostile_text_stays_text(open_page, tmp_path, text):
+    rows = [{"prompt": text, "reference": text}] * 60
+    sft, dft = two()
+    dft = Entry(**{**vars(dft), "name": text[:40] or "x", "texts": [text] * 60, "notes": [text]})
+    write_text(tmp_path / "page.html", comparison_page(document_of([sft, dft], rows=rows)))
+    page = open_page(tmp_path / "page.html")
+    assert page.locator("#rows article").count() == 20 and page.locator("#qt-problem[hidden]").count() == 1
