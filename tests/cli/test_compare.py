@@ -58,7 +58,7 @@ def test_its_numbers_are_those_of_train_and_evaluate(config, tmp_path, capsys):
     assert document["finding"] in printed and "comparison.html" in printed
     assert "1 of 16 rows have no answer" in printed and document["sets"]["data"]["rows"] == 15
     assert [one["name"] for one in document["contenders"]] == ["sft", "consensus"]
-    assert (tmp_path / "run-compare/reference/manifest.json").is_file(), "consensus reads a reference, scored once"
+    [cache] = tmp_path.glob("reference_cache-*")  # consensus reads a reference, scored once
     assert document["settings"]["steps"] == 3 and document["cost"]["runs"] == len(
         (tmp_path / "run-compare/runs.jsonl").read_text().splitlines())  # fmt: skip
     # the same by another way: train with the seed and rate of a run, evaluate what was saved
@@ -69,8 +69,19 @@ def test_its_numbers_are_those_of_train_and_evaluate(config, tmp_path, capsys):
     }
     key = next(key for key in runs if key.startswith("consensus|") and key.endswith("|1"))
     rate = key.split("|")[1]
-    qtarget("train", config, "--target", "consensus", "--learning_rate", rate, "--seed", "1", "--output_dir", tmp_path / "again",
-            "--reference_cache", tmp_path / "run-compare/reference")  # fmt: skip
+    qtarget(
+        "train",
+        config,
+        "--target",
+        "consensus",
+        "--learning_rate",
+        rate,
+        "--seed",
+        "1",
+        "--output_dir",
+        tmp_path / "again",
+    )
+    assert [cache] == list(tmp_path.glob("reference_cache-*")), "train takes what compare has scored"
     qtarget("evaluate", tmp_path / "again", "--data", tmp_path / "judged.jsonl", *BRACKETS, "--forgetting", tmp_path / "kept.jsonl",
             "--forgetting-metric", "none", "--output", tmp_path / "e.json")  # fmt: skip
     base, again = json.loads((tmp_path / "e.json").read_text())["contenders"]

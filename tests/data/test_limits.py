@@ -16,9 +16,9 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.embedded import base_model_path
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.limits import SPARED, Limits
+from qtarget.data.limits.templates import bounded_templates
+from qtarget.data.limits.unpacking import decoded_bytes
 from qtarget.data.loading import read_files
-from qtarget.data.templates import bounded_templates
-from qtarget.data.unpacking import decoded_bytes
 
 ROWS = [{"prompt": "a", "completion": "b"}] * 12
 BIG = "y" * 10**6

@@ -139,7 +139,7 @@ class Request:
 
     def _recipe(self) -> ConfigRecipe:
         """The config with one reference cache for all, scored here if it names none."""
-        from qtarget.cli.options.frozen import reference_for
+        from qtarget.cli.missing import reference_for
         from qtarget.cli.recipe import ConfigRecipe
 
         given = dict(self.config.given)

@@ -66,7 +66,7 @@ def evaluate(
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import check_outputs, progress_bar
-    from qtarget.data.templates import bounded_templates
+    from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders
     from qtarget.evaluation.records import refuse_earlier
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from qtarget.scoring.cache.reader import ReferenceCache
 
 Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "none"]
-ALONE = "answers_alone"
-"""Cache in the output folder, of the rows' answers without their prompts."""
 SOURCES = ("source", "dataset", "origin", "category", "skill")
 """Columns by which rows are counted, where one is there and nobody names another."""
 COUNTED_ALWAYS = 200_000
@@ -59,7 +57,7 @@ def filter_rows(
     wanted = wish(Filter.of(run.training.filter), rule, keep)
     read = [config, *run.inputs]
     with owned(output, FILTER, inputs=read):
-        found = filter_config(run, wanted, output)
+        found = filter_config(run, wanted)
         document = write_filtered(run, found, output, group, mark)
     print_filtered(document, output)
 
@@ -107,13 +105,13 @@ class Filtered:
         return np.flatnonzero(keep)
 
 
-def filter_config(config: RunConfig, wanted: Filter, folder: Path) -> Filtered:
+def filter_config(config: RunConfig, wanted: Filter) -> Filtered:
     """``decide_config`` where the base may have to be scored first; training takes the same cache."""
+    from qtarget.cli.missing import reference_for
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import reference_for
 
     cache = reference_for(config, load_datasets(config))
-    return decide_config(config, wanted, cache=cache, alone=folder / ALONE)
+    return decide_config(config, wanted, cache=cache)
 
 
 def decide_config(
@@ -143,7 +141,7 @@ def decide_config(
     from qtarget.filtering import Filter, decide
     from qtarget.filtering.lookup import rows_in_cache
     from qtarget.integrations.sft.audit import cut, tokenise
-    from qtarget.integrations.sft.filtering import alone_folder
+    from qtarget.integrations.sft.data.filtering import alone_folder
     from qtarget.scoring.cache.schema import supervised_mask
 
     training = config.training

@@ -71,8 +71,9 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
 
 def train_and_save(config: RunConfig) -> dict[str, Any]:
     """``run_training`` in a folder that is ours."""
+    from qtarget.cli.missing import score_missing
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import found_reference, score_missing
+    from qtarget.cli.options.frozen import found_reference
 
     # first: it refuses a folder in use before a server is asked or rows are read
     checkpoint = starting_point(config)

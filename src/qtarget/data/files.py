@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qtarget.core.errors import DataError
 from qtarget.data.limits import Limits
-from qtarget.data.unpacking import check_text, open_text
+from qtarget.data.limits.unpacking import check_text, open_text
 
 Row = dict[str, Any]
 Files = str | Path | Sequence[str | Path]

@@ -27,8 +27,8 @@ from qtarget.data.formats.messages import ROLES
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.formats.tools import read_tools
 from qtarget.data.limits import Limits
+from qtarget.data.limits.unpacking import read_table
 from qtarget.data.nested import OBJECTS, as_written, is_struct, rows_to_dataset
-from qtarget.data.unpacking import read_table
 from qtarget.storage.files import read_small
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from qtarget.core.errors import ConfigError
 from qtarget.data.checks.findings import Finding
 from qtarget.data.limits import Limits
-from qtarget.data.templates import bounded_templates
+from qtarget.data.limits.templates import bounded_templates
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.columns import ROW
 from qtarget.integrations.sft.data.weight_findings import weight_findings

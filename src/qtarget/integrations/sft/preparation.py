@@ -19,7 +19,7 @@ from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary
 from qtarget.data.limits import Limits
-from qtarget.data.templates import bounded_templates
+from qtarget.data.limits.templates import bounded_templates
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     add_data_columns,
@@ -27,9 +27,9 @@ from qtarget.integrations.sft.data.columns import (
     trained_rows,
     with_token_columns,
 )
+from qtarget.integrations.sft.data.filtering import RowFilter
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
-from qtarget.integrations.sft.filtering import RowFilter
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render

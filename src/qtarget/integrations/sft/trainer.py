@@ -13,14 +13,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qtarget.core.shapes import Tensor
 from qtarget.data.limits import Limits
-from qtarget.data.templates import bounded_templates
+from qtarget.data.limits.templates import bounded_templates
 from qtarget.integrations.sft.arguments import own_config, refuse_arguments, refuse_unmarked, text_datasets
 from qtarget.integrations.sft.batch import split_batch
 from qtarget.integrations.sft.batch_weights import Statistics, attach_label_weights, statistics_of_step
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.collator import TargetCollator
 from qtarget.integrations.sft.data.columns import TOKEN_COLUMNS
-from qtarget.integrations.sft.filtering import open_filter
+from qtarget.integrations.sft.data.filtering import open_filter
 from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
