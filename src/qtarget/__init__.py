@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qtarget.api import explain_backend, label_weights, linear_target_loss, target_loss
     from qtarget.composed.combined import Combined
     from qtarget.composed.guarded import Guarded
+    from qtarget.composed.regularised import Regularised
     from qtarget.contract.check import check_target
     from qtarget.core.errors import QTargetError
     from qtarget.core.induced import InducedTarget, induced_target
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from qtarget.integrations.sft.trainer import QTargetTrainer as QTargetTrainer
     from qtarget.loss.backends import BackendChoice
     from qtarget.loss.result import TokenReport
-    from qtarget.registry import available_targets, get_target
+    from qtarget.registry import available_targets, available_trust_regions, get_target
 
 __version__ = "0.1.0"
 
@@ -35,11 +36,13 @@ __all__ = [
     "Outcomes",
     "QTargetError",
     "Reference",
+    "Regularised",
     "Target",
     "Terms",
     "TokenReport",
     "TokenView",
     "available_targets",
+    "available_trust_regions",
     "check_target",
     "explain_backend",
     "get_target",
@@ -54,6 +57,7 @@ _MODULES = {
     "api": ("explain_backend", "label_weights", "linear_target_loss", "target_loss"),
     "composed.combined": ("Combined",),
     "composed.guarded": ("Guarded",),
+    "composed.regularised": ("Regularised",),
     "contract.check": ("check_target",),
     "core.errors": ("QTargetError",),
     "core.induced": ("InducedTarget", "induced_target"),
@@ -61,7 +65,7 @@ _MODULES = {
     "core.types": ("FrozenHead", "LabelWeight", "Needs", "Outcomes", "Reference", "Target", "Terms", "TokenView"),
     "loss.backends": ("BackendChoice",),
     "loss.result": ("TokenReport",),
-    "registry": ("available_targets", "get_target"),
+    "registry": ("available_targets", "available_trust_regions", "get_target"),
     "integrations.sft.config": ("QTargetConfig",),
     "integrations.sft.trainer": ("QTargetTrainer",),
 }
