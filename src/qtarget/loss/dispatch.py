@@ -86,16 +86,17 @@ def build_request(
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
-    models = [None if m is None else m.flatten(leading) for m in (reference, teacher, rollout)]
+    models: dict[str, Any] = {"reference": reference, "teacher": teacher, "rollout": rollout}
+    models = {role: None if m is None else m.flatten(leading) for role, m in models.items()}
     if len(kept) < len(flat_labels):  # else a copy of k numbers a token
-        models = [None if m is None else m.rows(kept) for m in models]
+        models = {role: None if m is None else m.rows(kept) for role, m in models.items()}
     # after the cut: masked positions may list no token, trained ones must
-    for model in models:
+    for model in models.values():
         check_outcomes(model, vocab)
     request = LossRequest(
         target,
         trained,
-        *models,
+        **models,
         advantages=select("advantages", advantages),
         sequence_ids=select("sequence_ids", sequence_ids),
         label_weights=select("label_weights", label_weights),
