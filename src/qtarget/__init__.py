@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qtarget.core.induced import InducedTarget, induced_target
     from qtarget.core.statistics import token_statistics
     from qtarget.core.types import FrozenHead, LabelWeight, Needs, Outcomes, Reference, Target, Terms, TokenView
+    from qtarget.integrations.rl.config import QTargetGRPOConfig as QTargetGRPOConfig
+    from qtarget.integrations.rl.trainer import QTargetGRPOTrainer as QTargetGRPOTrainer
     from qtarget.integrations.sft.config import QTargetConfig as QTargetConfig
     from qtarget.integrations.sft.trainer import QTargetTrainer as QTargetTrainer
     from qtarget.loss.backends import BackendChoice
@@ -66,6 +68,8 @@ _MODULES = {
     "loss.backends": ("BackendChoice",),
     "loss.result": ("TokenReport",),
     "registry": ("available_targets", "available_trust_regions", "get_target"),
+    "integrations.rl.config": ("QTargetGRPOConfig",),
+    "integrations.rl.trainer": ("QTargetGRPOTrainer",),
     "integrations.sft.config": ("QTargetConfig",),
     "integrations.sft.trainer": ("QTargetTrainer",),
 }
