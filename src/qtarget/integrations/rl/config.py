@@ -92,8 +92,11 @@ class QTargetGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "TRL's own correction for vLLM; by default only with anchor: old."}
     )
 
-    teacher_url = teacher_cache = reference_cache = cache_verify_key = None
-    """No cache knows samples that are yet to be drawn."""
+    # no cache knows samples that are yet to be drawn
+    teacher_url: str | None = field(default=None, init=False)
+    teacher_cache: str | None = field(default=None, init=False)
+    reference_cache: str | None = field(default=None, init=False)
+    cache_verify_key: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_numbers(self)

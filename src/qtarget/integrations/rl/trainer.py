@@ -143,9 +143,14 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         if args.privileged_column is None:
             return output
         # still in the order of ``inputs``: TRL 1.16 shuffles what this returns
-        column, template, pad_id = args.privileged_column, args.privileged_template, self._tokenizer.pad_token_id
+        tokenizer: Any = self._tokenizer
         return output | teacher_prompts(
-            inputs, column, template, self._tokenize_prompts, pad_id, output["prompt_ids"].device
+            inputs,
+            args.privileged_column,
+            args.privileged_template,
+            self._tokenize_prompts,
+            tokenizer.pad_token_id,
+            output["prompt_ids"].device,
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -160,7 +165,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             processes=self.accelerator.num_processes,
             accumulation=accumulation,
             share=accumulation / args.steps_per_generation if training else 1.0,
-            horizon=self.max_completion_length,
+            horizon=args.max_completion_length,
         )
         step = self._step_of(samples, divide_by, inputs)
         output: TargetOutput = model(input_ids=samples.ids, attention_mask=samples.attention_mask, target_loss=step)

@@ -93,7 +93,7 @@ class TargetStep:
             reference=shifted(self.frozen.get("reference")),
             teacher=shifted(self.frozen.get("teacher")),
             advantages=_tail(self.advantages),
-            rollout=shifted(self.rollout),
+            rollout=None if self.rollout is None else self.rollout.map_tensors(lambda _, value: value[:, 1:]),
             sequence_ids=_tail(self.sequence_ids),
             loss_weights=_tail(self.loss_weights),
             weights_scale=self.weights_scale,
