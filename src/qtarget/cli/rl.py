@@ -124,7 +124,7 @@ def load_prompt_sets(config: RunConfig) -> tuple[Any, Any]:
     data = config.data
     if data.train_file is None:
         raise ConfigError("dataset_name is not read here yet; download the rows and set train_file")
-    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file)
+    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, data.limits)
     if data.validation_file is None:
         if config.training.eval_strategy != "no":
             raise ConfigError(

@@ -184,14 +184,18 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
         raise DataError(f"{_name(files)}, {error}") from error
 
 
-def raw_rows(files: Files) -> Iterator[Located]:
+def raw_rows(files: Files, options: ReadOptions | None = None) -> Iterator[Located]:
     """The rows of files as they are written, each with its place, whatever their shape.
+
+    Args:
+        files: as ``read_files``.
+        options: of which the limits count.
 
     Raises:
         DataError: no such file, an unknown suffix, another encoding than UTF-8, or a line that does not parse.
     """
     warnings: list[str] = []
-    yield from _values(expand(files), warnings)
+    yield from _values(expand(files), warnings, (options or ReadOptions()).limits)
     for line in warnings:
         logger.warning(line)
 

@@ -33,7 +33,7 @@ def load_prompts(files: Files, options: ReadOptions | None = None) -> Dataset:
     Raises:
         DataError: as ``read_files``; a prompt that is neither text nor messages; a conversation without a question.
     """
-    located = list(raw_rows(files))
+    located = list(raw_rows(files, options))
     bare = [
         row for _, row in located if isinstance(row, dict) and row.get("prompt") is not None and "completion" not in row
     ]
@@ -65,7 +65,7 @@ def check_prompt(prompt: Any, place: str) -> None:
         raise DataError(
             f"{place}: prompt is {str(prompt)[:60]!r}; expected text, or a list of messages with role and content"
         )
-    if prompt[-1]["role"] == "assistant":
+    if prompt[-1]["role"] == "assistant":  # pyright: ignore[reportArgumentType, reportCallIssue]
         raise DataError(f"{place}: the prompt ends with the assistant; expected the user or a tool: the model answers")
 
 

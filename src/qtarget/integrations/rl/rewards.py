@@ -48,26 +48,31 @@ def _checked(function: Any, alone: bool, columns: Iterable[str] | None) -> Any:
         )
     name = get_callable_name(function)
     _refuse_absent_columns(function, name, columns)
-    if is_async_callable(function):
-
-        async def scored(*args: Any, **kwargs: Any) -> list[float | None]:
-            try:
-                found = await function(*args, **kwargs)
-            except Exception as error:
-                raise _raised(name, error) from error
-            return numbers(name, found, len(kwargs["completions"]), alone)
-
-    else:
-
-        def scored(*args: Any, **kwargs: Any) -> list[float | None]:
-            try:
-                found = function(*args, **kwargs)
-            except Exception as error:
-                raise _raised(name, error) from error
-            return numbers(name, found, len(kwargs["completions"]), alone)
-
-    scored = functools.update_wrapper(scored, function, updated=())
+    scored = (_scored_later if is_async_callable(function) else _scored)(function, name, alone)
+    functools.update_wrapper(scored, function, updated=())
     scored.__name__ = name  # TRL names the reward's metrics by it
+    return scored
+
+
+def _scored(function: Any, name: str, alone: bool) -> Any:
+    def scored(*args: Any, **kwargs: Any) -> list[float | None]:
+        try:
+            found = function(*args, **kwargs)
+        except Exception as error:
+            raise _raised(name, error) from error
+        return numbers(name, found, len(kwargs["completions"]), alone)
+
+    return scored
+
+
+def _scored_later(function: Any, name: str, alone: bool) -> Any:
+    async def scored(*args: Any, **kwargs: Any) -> list[float | None]:
+        try:
+            found = await function(*args, **kwargs)
+        except Exception as error:
+            raise _raised(name, error) from error
+        return numbers(name, found, len(kwargs["completions"]), alone)
+
     return scored
 
 

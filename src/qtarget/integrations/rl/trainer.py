@@ -90,10 +90,9 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         rewards = _rewards(settings, reward_funcs, train_dataset, environments)
         if settings.anchor != "old" and (settings.use_vllm or kwargs.get("rollout_func") is not None):
             refuse_truncated_sampling(settings)
-        if isinstance(model, str):
-            check_whole(
-                "model", model, allow_new_weights=settings.allow_new_weights, **(settings.model_init_kwargs or {})
-            )  # pyright: ignore[reportCallIssue]
+        if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
+            options: Any = settings.model_init_kwargs or {}
+            check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
         super().__init__(model, rewards, settings, train_dataset, eval_dataset, *positional, **kwargs)
         self._sums = {"train": PolicySums(), "eval": PolicySums()}
         self._sampled_at = 0
