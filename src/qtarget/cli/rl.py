@@ -35,12 +35,14 @@ class RolloutConfig:
         tools: functions that the model may call.
         environment_factory: makes the environment of a sample.
         rollout_func: draws the samples in place of TRL.
+        limits: what of a file of rows is refused beyond (docs/rows.md).
     """
 
     reward_funcs: str | list[str] | None = None
     tools: list[str] | None = None
     environment_factory: str | None = None
     rollout_func: str | None = None
+    limits: dict[str, Any] | None = None
 
 
 def rl(
@@ -119,12 +121,12 @@ def load_prompt_sets(config: RunConfig) -> tuple[Any, Any]:
         ConfigError: a data set of the hub, a file that is in both, or ``eval_strategy`` without validation prompts.
     """
     from qtarget.cli.options.datasets import refuse_same_files, row_options
-    from qtarget.data.prompts import load_prompts
+    from qtarget.integrations.rl.reading import load_prompts
 
     data = config.data
     if data.train_file is None:
         raise ConfigError("dataset_name is not read here yet; download the rows and set train_file")
-    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, data.limits)
+    options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, config.parts[0].limits)
     if data.validation_file is None:
         if config.training.eval_strategy != "no":
             raise ConfigError(
