@@ -93,6 +93,8 @@ class QTargetGRPOConfig(GRPOConfig):
     )
 
     # no cache knows samples that are yet to be drawn
+    reference: str | None = field(default=None, init=False)
+    reference_url: str | None = field(default=None, init=False)
     teacher_url: str | None = field(default=None, init=False)
     teacher_cache: str | None = field(default=None, init=False)
     reference_cache: str | None = field(default=None, init=False)
