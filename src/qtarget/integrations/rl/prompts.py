@@ -37,8 +37,8 @@ def check_prompts(train: Any, evals: Any, environments: bool) -> None:
     """
     if train is None and not environments:
         raise DataError("`train_dataset` is required; pass a datasets.Dataset with a column `prompt`")
-    named: dict[str, Any] = {"train": train} | dict(evals if isinstance(evals, dict | DatasetDict) else {"eval": evals})
-    for name, data in named.items():
+    several: Any = evals if isinstance(evals, dict | DatasetDict) else {"eval": evals}
+    for name, data in {"train": train, **several}.items():
         if data is None:
             continue
         if not isinstance(data, Dataset | IterableDataset):
