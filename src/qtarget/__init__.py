@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from qtarget.api import explain_backend, label_weights, linear_target_loss, target_loss
     from qtarget.composed.combined import Combined
     from qtarget.composed.guarded import Guarded
+    from qtarget.composed.regularised import Regularised
     from qtarget.contract.check import check_target
     from qtarget.core.errors import QTargetError
     from qtarget.core.induced import InducedTarget, induced_target
     from qtarget.core.statistics import token_statistics
     from qtarget.core.types import FrozenHead, LabelWeight, Needs, Outcomes, Reference, Target, Terms, TokenView
+    from qtarget.integrations.rl.config import QTargetGRPOConfig as QTargetGRPOConfig
+    from qtarget.integrations.rl.trainer import QTargetGRPOTrainer as QTargetGRPOTrainer
     from qtarget.integrations.sft.config import QTargetConfig as QTargetConfig
     from qtarget.integrations.sft.trainer import QTargetTrainer as QTargetTrainer
     from qtarget.loss.backends import BackendChoice
     from qtarget.loss.result import TokenReport
-    from qtarget.registry import available_targets, get_target
+    from qtarget.registry import available_targets, available_trust_regions, get_target
 
 __version__ = "0.1.0"
 
@@ -35,11 +38,13 @@ __all__ = [
     "Outcomes",
     "QTargetError",
     "Reference",
+    "Regularised",
     "Target",
     "Terms",
     "TokenReport",
     "TokenView",
     "available_targets",
+    "available_trust_regions",
     "check_target",
     "explain_backend",
     "get_target",
@@ -54,6 +59,7 @@ _MODULES = {
     "api": ("explain_backend", "label_weights", "linear_target_loss", "target_loss"),
     "composed.combined": ("Combined",),
     "composed.guarded": ("Guarded",),
+    "composed.regularised": ("Regularised",),
     "contract.check": ("check_target",),
     "core.errors": ("QTargetError",),
     "core.induced": ("InducedTarget", "induced_target"),
@@ -61,7 +67,9 @@ _MODULES = {
     "core.types": ("FrozenHead", "LabelWeight", "Needs", "Outcomes", "Reference", "Target", "Terms", "TokenView"),
     "loss.backends": ("BackendChoice",),
     "loss.result": ("TokenReport",),
-    "registry": ("available_targets", "get_target"),
+    "registry": ("available_targets", "available_trust_regions", "get_target"),
+    "integrations.rl.config": ("QTargetGRPOConfig",),
+    "integrations.rl.trainer": ("QTargetGRPOTrainer",),
     "integrations.sft.config": ("QTargetConfig",),
     "integrations.sft.trainer": ("QTargetTrainer",),
 }

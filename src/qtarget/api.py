@@ -35,6 +35,8 @@ def target_loss(
     weights_scale: WeightsScale = "all",
     label_weights: Float[Tensor, "..."] | None = None,
     sequence_ids: Int[Tensor, "..."] | None = None,
+    advantages: Float[Tensor, "..."] | None = None,
+    rollout: Reference | None = None,
 ) -> Any:
     """Loss of ``logits`` under a target, differentiable (twice) by autograd.
 
@@ -55,6 +57,8 @@ def target_loss(
         label_weights: ``[...]`` from ``qtarget.label_weights``, for sequence- or batch-scope targets when the batch is
             larger than this call.
         sequence_ids: ``[...]``; by default each row of two-dimensional labels is a sequence.
+        advantages: ``[...]`` of samples, of either sign, for a trust region (``dppo_tv``, ``ppo_clip``, ...).
+        rollout: what the policy that sampled said of each label; absent where that was the live model as it is.
 
     Returns:
         The loss; with ``return_token_losses`` also the detached ``[...]`` losses, with ``return_report`` also a
@@ -89,6 +93,8 @@ def target_loss(
         loss_weights=loss_weights,
         weights_scale=weights_scale,
         label_weights=label_weights,
+        advantages=advantages,
+        rollout=rollout,
         ignore_index=ignore_index,
         want_report=return_report,
     )
@@ -119,6 +125,8 @@ def linear_target_loss(
     weights_scale: WeightsScale = "all",
     label_weights: Float[Tensor, "..."] | None = None,
     sequence_ids: Int[Tensor, "..."] | None = None,
+    advantages: Float[Tensor, "..."] | None = None,
+    rollout: Reference | None = None,
 ) -> Any:
     """The same loss from hidden states and head; never holds more than a chunk of logits.
 
@@ -165,6 +173,8 @@ def linear_target_loss(
         loss_weights=loss_weights,
         weights_scale=weights_scale,
         label_weights=label_weights,
+        advantages=advantages,
+        rollout=rollout,
         ignore_index=ignore_index,
         want_report=return_report,
     )
@@ -185,6 +195,7 @@ def explain_backend(
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
+    rollout: Reference | None = None,
 ) -> BackendChoice:
     """What ``linear_target_loss`` would do with these arguments, and why; computes and communicates nothing.
 
@@ -203,9 +214,8 @@ def explain_backend(
     target = get_target(target) if isinstance(target, str) else target
     rows = hidden.reshape(-1, hidden.shape[-1])
     head = Head(lm_head_weight, bias, logit_scale, logit_softcap)
-    return explain(
-        backend, rows, head, target, reference, teacher, chunk_size, logits_dtype, sharded=vocab_group is not None
-    )
+    sharded = vocab_group is not None
+    return explain(backend, rows, head, target, reference, teacher, chunk_size, logits_dtype, sharded, rollout)
 
 
 def label_weights(

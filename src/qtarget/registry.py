@@ -1,4 +1,4 @@
-"""From a name to a target: the files in ``targets`` and ``divergences`` are the registry."""
+"""From a name to a target: the files in ``targets``, ``divergences`` and ``trust_regions`` are the registry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from qtarget import divergences, targets
+from qtarget import divergences, targets, trust_regions
 from qtarget.core.errors import HyperparameterError, QTargetError, UnknownTargetError
 
 # no torch here: the command line lists and refuses names before anything heavy is loaded
@@ -27,8 +27,22 @@ def available_targets() -> list[str]:
         >>> "dft" in qtarget.available_targets()
         True
     """
-    packages = (targets, divergences)
-    return sorted(m.name for package in packages for m in pkgutil.iter_modules(package.__path__))
+    return sorted([*_files(targets), *_files(divergences)])
+
+
+def available_trust_regions() -> list[str]:
+    """Names of the built-in rules for samples of one's own, sorted.
+
+    Example:
+        >>> import qtarget
+        >>> "dppo_tv" in qtarget.available_trust_regions()
+        True
+    """
+    return _files(trust_regions)
+
+
+def _files(package: Any) -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
 def target_class(name: str) -> type[Target]:
@@ -56,13 +70,14 @@ def module_of(name: str) -> str:
         >>> module_of("dft")
         'qtarget.targets.dft'
     """
-    if name not in available_targets():
-        near = difflib.get_close_matches(name, available_targets(), n=3)
+    known = [*available_targets(), *available_trust_regions()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UnknownTargetError(
             f"target {name!r} is unknown; {hint}`qtarget targets` lists all; your own is given as package.module:Class"
         )
-    package = targets if name in {m.name for m in pkgutil.iter_modules(targets.__path__)} else divergences
+    package = next(p for p in (targets, divergences, trust_regions) if name in _files(p))
     return f"{package.__name__}.{name}"
 
 

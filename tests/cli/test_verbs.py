@@ -28,9 +28,12 @@ EXAMPLE_ROWS = 64
 def test_the_table_of_targets_as_json_is_the_registry():
     result = CliRunner().invoke(app, ["targets", "--json"])
     rows = {row["name"]: row for row in json.loads(result.stdout)}
-    assert sorted(rows) == qtarget.available_targets()
+    regions = qtarget.available_trust_regions()
+    assert list(rows) == [*qtarget.available_targets(), *regions]
+    assert [name for name, row in rows.items() if row["kind"] == "trust region"] == regions
+    assert rows["dppo_tv"]["needs"] == ["advantages"]
     assert rows["dft"] | {"paper": "", "formula": ""} == {
-        "name": "dft", "formula": "", "needs": [], "scope": "token", "hyperparameters": {}, "paper": "",
+        "name": "dft", "kind": "target", "formula": "", "needs": [], "scope": "token", "hyperparameters": {}, "paper": "",
     }  # fmt: skip
     assert rows["asft"]["needs"] == ["reference.distribution"]
     assert rows["asft"]["hyperparameters"] == {"kl_weight": 0.05}
@@ -40,7 +43,7 @@ def test_the_table_of_targets_as_json_is_the_registry():
 
 def test_the_table_prints_formulas_as_they_are():
     printed = CliRunner().invoke(app, ["targets"]).stdout
-    for name in qtarget.available_targets():
+    for name in [*qtarget.available_targets(), *qtarget.available_trust_regions()]:
         assert f" {name} " in printed
     assert "-1[p_y > tau] log p_y" in printed  # brackets are not taken for markup
 

@@ -23,6 +23,7 @@ from qtarget.cli import (
     merge,
     noise,
     report,
+    rl,
     score,
     serve,
     targets,
@@ -50,6 +51,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("init", context_settings=PASS_ON)(init.init)
 app.command("targets")(targets.targets)
 app.command("train", context_settings=PASS_ON)(train.train)
+app.command("rl", context_settings=PASS_ON)(rl.rl)
 app.command("score", context_settings=PASS_ON)(score.score)
 app.command("audit-data", context_settings=PASS_ON)(audit_data.audit_data)
 app.command("convert")(convert.convert)

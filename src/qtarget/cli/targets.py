@@ -22,10 +22,13 @@ ARXIV = "https://arxiv.org/abs/"
 
 
 def target_rows() -> list[dict[str, Any]]:
-    """One row a target: ``name``, ``formula``, ``needs``, ``scope``, ``hyperparameters``, ``paper``."""
-    from qtarget.registry import available_targets, get_target
+    """One row a target, then one a trust region.
 
-    return [row_of(name, get_target(name)) for name in available_targets()]
+    Keys: ``name``, ``kind``, ``formula``, ``needs``, ``scope``, ``hyperparameters``, ``paper``.
+    """
+    from qtarget.registry import available_targets, available_trust_regions, get_target
+
+    return [row_of(name, get_target(name)) for name in [*available_targets(), *available_trust_regions()]]
 
 
 def row_of(name: str, target: Target) -> dict[str, Any]:
@@ -34,6 +37,7 @@ def row_of(name: str, target: Target) -> dict[str, Any]:
 
     return {
         "name": name,
+        "kind": "trust region" if target.needs.advantages else "target",
         "formula": target.formula,
         "needs": frozen_needs(target.needs),
         "scope": target.scope,
@@ -50,7 +54,8 @@ def frozen_needs(needs: Needs) -> list[str]:
         >>> frozen_needs(Needs(reference=frozenset({"label_log_probs"})))
         ['reference.label_log_probs']
     """
-    return [f"{role}.{field}" for role in ("reference", "teacher") for field in sorted(getattr(needs, role))]
+    own = ["advantages"] if needs.advantages else []
+    return own + [f"{role}.{field}" for role in ("reference", "teacher") for field in sorted(getattr(needs, role))]
 
 
 def targets(
@@ -163,6 +168,8 @@ def measured_lines(found: dict[str, Any]) -> list[str]:
 
 def how_to_get(need: str) -> str:
     """A need, and where it comes from."""
+    if need == "advantages":
+        return "advantages  made of the rewards of samples: `qtarget rl`, trust_region"
     role, _, field = need.partition(".")
     option = " --role teacher" if role == "teacher" else ""
     source = {

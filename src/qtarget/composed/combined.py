@@ -38,6 +38,12 @@ class Combined(Target):
     base: Target
 
     def __post_init__(self) -> None:
+        for part in (self.weight, self.base):
+            if part.needs.advantages:
+                raise IncompatibleError(
+                    f"{part.name!r} is a rule for samples and their advantages, not a weight on demonstrations; beside it a target "
+                    "goes in qtarget.Regularised(region, target, weight)"
+                )
         if self.weight.has_residual or not self.weight.has_label_term:
             raise IncompatibleError(
                 f"{self.weight.name!r} pulls towards a residual distribution, so it cannot be a weight on {self.base.name!r}; "

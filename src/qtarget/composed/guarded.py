@@ -38,6 +38,11 @@ class Guarded(Target):
     paper = "ours"
 
     def __post_init__(self) -> None:
+        if self.target.needs.advantages:
+            raise IncompatibleError(
+                f"{self.target.name!r} weighs samples by their advantages, and the guard weighs demonstrations by what other rows "
+                "say; train it without guard"
+            )
         if self.target.scope != "token":
             raise IncompatibleError(
                 f"{self.target.name!r} weighs a whole {self.target.scope} at once, and the guard weighs tokens; choose a "

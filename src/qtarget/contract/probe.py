@@ -130,8 +130,8 @@ def run(target: Target, probe: Probe) -> tuple[Terms, dict[str, Tensor]]:
 
 def lacks(target: Target, probe: Probe) -> str | None:
     """What ``needs`` leaves out, in words, where the target would run with one thing more."""
-    more = [Needs(**{name: LISTED if name == "top_k" else True}) for name in STATISTICS]
-    more += [Needs(**{role: frozenset({field})}) for role in ("reference", "teacher") for field in FROZEN]
+    more = [Needs(**{name: LISTED if name == "top_k" else True}) for name in STATISTICS]  # pyright: ignore[reportArgumentType]
+    more += [Needs(**{role: frozenset({field})}) for role in ("reference", "teacher") for field in FROZEN]  # pyright: ignore[reportArgumentType]
     for extra in more:
         try:
             target.losses(leaf_view(probe.view(target, target.needs | extra))[0])

@@ -46,6 +46,10 @@ class ContractError(ConfigError):
     """A target of the user's own does not keep what a target promises."""
 
 
+class RewardError(QTargetError, ValueError):
+    """A reward function raised, or returned what is no reward."""
+
+
 class ResumeError(ConfigError):
     """A checkpoint is damaged, or of another run than the one that is to go on from it."""
 

@@ -85,6 +85,8 @@ def token_view(
     teacher: Reference | FrozenHead | None = None,
     sequence_ids: Int[Tensor, " tokens"] | None = None,
     label_weights: Float[Tensor, " tokens"] | None = None,
+    advantages: Float[Tensor, " tokens"] | None = None,
+    rollout: Reference | None = None,
 ) -> TokenView:
     """The statistics that ``needs`` names, from the live log-softmax; differentiable in it wherever gradients are enabled."""
     frozen = {"reference": reference, "teacher": teacher}
@@ -94,6 +96,9 @@ def token_view(
         model = resolved[role]
         if model is not None and {"distribution", "log_probs"} & wanted:
             outcomes[role] = shared_outcomes(log_probs, align(model, log_probs))
+    sampled = None
+    if rollout is not None and needs.rollout:
+        sampled = shared_outcomes(log_probs.detach(), align(rollout, log_probs))
     return TokenView(
         label_log_probs=log_probs.gather(-1, labels[:, None])[:, 0],
         vocab_size=log_probs.shape[-1],
@@ -107,6 +112,9 @@ def token_view(
         teacher=resolved["teacher"],
         sequence_ids=sequence_ids,
         label_weights=label_weights,
+        advantages=advantages,
+        rollout=rollout,
+        on_rollout=sampled,
     )
 
 

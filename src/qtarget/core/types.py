@@ -219,6 +219,8 @@ class Needs:
         log_probs: the live model's whole log-softmax.
         reference, teacher: fields of the frozen models: ``label_log_probs``, ``log_probs`` or ``distribution``
             (either full log-probs or top-k with tail), and any of ``DATA_FIELDS``.
+        advantages: how much better each sample was than expected (rules of ``trust_regions``).
+        rollout: ``distribution``, where more than the sampled token of the policy that sampled is compared.
     """
 
     entropy: bool = False
@@ -227,6 +229,8 @@ class Needs:
     log_probs: bool = False
     reference: frozenset[str] = frozenset()
     teacher: frozenset[str] = frozenset()
+    advantages: bool = False
+    rollout: frozenset[str] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -236,11 +240,16 @@ class Needs:
             self.log_probs or other.log_probs,
             self.reference | other.reference,
             self.teacher | other.teacher,
+            self.advantages or other.advantages,
+            self.rollout | other.rollout,
         )
 
     @property
     def soft(self) -> bool:
-        """Whether a second distribution is compared with the live one (then logits must be float32)."""
+        """Whether a second distribution is compared with the live one (then logits must be float32).
+
+        The rollout's is not: it decides whether a token counts and has no gradient of its own.
+        """
         return bool({"distribution", "log_probs"} & (self.reference | self.teacher))
 
 
@@ -257,6 +266,9 @@ class TokenView:
         reference, teacher: the frozen numbers themselves.
         sequence_ids: ``[tokens]`` which sequence a token belongs to (sequence and batch scope).
         label_weights: ``[tokens]`` weights computed beforehand over the whole batch (sequence and batch scope).
+        advantages: ``[tokens]``, where the tokens are samples of a policy.
+        rollout: what the policy that sampled said of them; absent where that is the live model itself.
+        on_rollout: live and sampling log-probs on shared outcomes, detached.
         vocab_size: V.
     """
 
@@ -272,6 +284,9 @@ class TokenView:
     teacher: Reference | None = None
     sequence_ids: Tensor | None = None
     label_weights: Tensor | None = None
+    advantages: Tensor | None = None
+    rollout: Reference | None = None
+    on_rollout: Outcomes | None = None
 
     @property
     def label_probs(self) -> Float[Tensor, " tokens"]:
@@ -376,6 +391,12 @@ def require(reference: Reference | None, field: str, target: str, role: str = "r
 
 def missing_message(target: str, role: str, field: str) -> str:
     """One wording for every absent statistic."""
+    if role == "rollout":
+        return (
+            f"target {target!r} compares the live policy with the whole distribution of the one that sampled, which was not "
+            "given; pass rollout=qtarget.Reference(topk_ids=..., topk_log_probs=..., tail_log_mass=...), or choose "
+            "outcomes='binary', which needs the sampled token's log-prob alone"
+        )
     if field in DATA_FIELDS:
         return (
             f"target {target!r} needs {role}.{field}, which was not given; pass {role}=qtarget.Reference({field}=...) with numbers "

@@ -39,6 +39,7 @@ __all__ = [
     "load_rows",
     "load_tools",
     "original_texts",
+    "raw_rows",
     "read_dataset",
     "read_files",
     "read_given",
@@ -181,6 +182,22 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
         return _with_roles(rows_to_dataset(rows), options)
     except DataError as error:
         raise DataError(f"{_name(files)}, {error}") from error
+
+
+def raw_rows(files: Files, options: ReadOptions | None = None) -> Iterator[Located]:
+    """The rows of files as they are written, each with its place, whatever their shape.
+
+    Args:
+        files: as ``read_files``.
+        options: of which the limits count.
+
+    Raises:
+        DataError: no such file, an unknown suffix, another encoding than UTF-8, or a line that does not parse.
+    """
+    warnings: list[str] = []
+    yield from _values(expand(files), warnings, (options or ReadOptions()).limits)
+    for line in warnings:
+        logger.warning(line)
 
 
 def load_tools(path: str | Path) -> list[dict[str, Any]]:

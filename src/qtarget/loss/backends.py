@@ -145,6 +145,7 @@ def explain(
     chunk_size: int | None,
     logits_dtype: torch.dtype | None,
     sharded: bool,
+    rollout: Reference | None = None,
 ) -> BackendChoice:
     """See ``qtarget.explain_backend``."""
     head.check(hidden.shape[-1])
@@ -154,7 +155,7 @@ def explain(
     check_sampled(target, teacher, "teacher")
     # nothing is computed: the choice depends on shapes, dtypes and the target alone
     no_labels = torch.empty(0, dtype=torch.long, device=hidden.device)
-    request = LossRequest(target, no_labels, reference, teacher)
+    request = LossRequest(target, no_labels, reference, teacher, rollout)
     name, reasons = choose(backend, hidden, request, sharded)
     plan = plan_of(name, hidden, head, request, chunk_size, logits_dtype)
     if name == "dense":

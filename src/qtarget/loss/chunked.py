@@ -105,6 +105,10 @@ class Plan:
         return -(-self.chunk_size // 2)
 
 
+ROLES = ("reference", "teacher", "rollout")
+"""Other models that a request may hold."""
+
+
 def wanted(needs: Needs, role: str) -> bool:
     """Whether the target compares the live distribution with this frozen one."""
     return bool({"distribution", "log_probs"} & getattr(needs, role))
@@ -121,7 +125,8 @@ def whole_vocabulary(request: LossRequest) -> str:
     needs = request.target.needs
     if needs.log_probs:
         return f"{request.target.name} reads the whole log-softmax"
-    for role, model in (("reference", request.reference), ("teacher", request.teacher)):
+    for role in ROLES:
+        model = getattr(request, role)
         if model is None or not wanted(needs, role):
             continue
         if isinstance(model, FrozenHead) or model.log_probs is not None:
@@ -245,7 +250,7 @@ class _Run:
     ) -> tuple[Float[Tensor, ""], LogitGradient | None]:
         """Loss of one chunk through special columns and sums; with ``write`` its gradient, in place of the logits."""
         target, needs, vocab = request.target, request.target.needs, self.vocabulary.size
-        models: dict[str, Any] = {"on_reference": request.reference, "on_teacher": request.teacher}
+        models: dict[str, Any] = {f"on_{role}": getattr(request, role) for role in ROLES}
         compared = {r: m if wanted(needs, r.removeprefix("on_")) else None for r, m in models.items()}
         # before ``take`` sets columns aside: special ones may be among the largest
         top = self.vocabulary.largest(logits, needs.top_k) if needs.top_k else None
@@ -256,7 +261,13 @@ class _Run:
         rest = self.vocabulary.join(mine) if known is None else known
         seen = ChunkStatistics.of(columns, at_columns, replace(rest, plain=plain))
         view = seen.view(
-            vocab, top, models, needs, sequence_ids=request.sequence_ids, label_weights=request.label_weights
+            vocab,
+            top,
+            models,
+            needs,
+            sequence_ids=request.sequence_ids,
+            label_weights=request.label_weights,
+            advantages=request.advantages,
         )
         if not (write or request.want_report):
             return target.losses(view).total(*request.weighting).sum(), None

@@ -93,7 +93,7 @@ class Columns:
         ids: ``[tokens, columns]``; an unused slot repeats the label.
         owner: ``[tokens, columns]`` the first column with the same id.
         first: ``[tokens, columns]`` whether a column is its own owner.
-        listed: by role (``on_reference``, ``on_teacher``).
+        listed: by role (``on_reference``, ``on_teacher``, ``on_rollout``).
     """
 
     ids: Int[Tensor, "tokens columns"]
@@ -103,7 +103,7 @@ class Columns:
 
     @classmethod
     def of(cls, labels: Int[Tensor, " tokens"], frozen: dict[str, Reference | None], dtype: torch.dtype) -> Columns:
-        """The label, and the top k of every frozen model in ``frozen`` (``on_reference``, ``on_teacher``)."""
+        """The label, and the top k of every other model in ``frozen`` (``on_reference``, ``on_teacher``, ``on_rollout``)."""
         slots = [labels[:, None]]
         spans: dict[str, slice] = {}
         for role, model in frozen.items():
@@ -280,7 +280,9 @@ class ChunkStatistics:
             top_log_probs=top,
             on_reference=self.outcomes("on_reference"),
             on_teacher=self.outcomes("on_teacher"),
+            on_rollout=self.outcomes("on_rollout"),
             reference=frozen["on_reference"],
             teacher=frozen["on_teacher"],
+            rollout=frozen["on_rollout"],
             **fixed,
         )

@@ -43,13 +43,16 @@ def build_request(
     label_weights: Float[Tensor, "..."] | None,
     ignore_index: int,
     want_report: bool,
+    rollout: Reference | None = None,
+    advantages: Float[Tensor, "..."] | None = None,
 ) -> tuple[Int[Tensor, " kept"], LossRequest]:
     """Indices of the supervised tokens among the flat ones, and the request for exactly those.
 
     Raises:
         ShapeError: anything that does not line up with the labels, or a label outside the vocabulary.
         HyperparameterError: a loss weight is negative or not finite, or no such ``weights_scale``.
-        MissingStatisticError: the target needs a number of a frozen model that was not given.
+        MissingStatisticError: the target needs a number of a frozen model, or advantages, that were not given.
+        IncompatibleError: advantages that the target would not read.
     """
     leading = tuple(labels.shape)
     check_rows(rows, labels)
@@ -59,6 +62,7 @@ def build_request(
     check_frozen(teacher, target.needs.teacher, target.name, "teacher")
     check_sampled(target, reference, "reference")
     check_sampled(target, teacher, "teacher")
+    check_policy(target, rollout, advantages)
     flat_labels = labels.reshape(-1)
     if weights_scale not in get_args(WeightsScale):
         raise HyperparameterError(
@@ -82,23 +86,66 @@ def build_request(
         value = value.detach().reshape(-1)[kept]
         return value.to(torch.promote_types(rows.dtype, torch.float32)) if value.is_floating_point() else value
 
-    models = [None if m is None else m.flatten(leading) for m in (reference, teacher)]
+    models: dict[str, Any] = {"reference": reference, "teacher": teacher, "rollout": rollout}
+    models = {role: None if m is None else m.flatten(leading) for role, m in models.items()}
     if len(kept) < len(flat_labels):  # else a copy of k numbers a token
-        models = [None if m is None else m.rows(kept) for m in models]
+        models = {role: None if m is None else m.rows(kept) for role, m in models.items()}
     # after the cut: masked positions may list no token, trained ones must
-    for model in models:
+    for model in models.values():
         check_outcomes(model, vocab)
     request = LossRequest(
         target,
         trained,
-        *models,
+        **models,
+        advantages=select("advantages", advantages),
         sequence_ids=select("sequence_ids", sequence_ids),
         label_weights=select("label_weights", label_weights),
         loss_weights=select("loss_weights", loss_weights),
         weights_scale=weights_scale,
         want_report=want_report,
     )
+    check_samples(request)
     return kept, request
+
+
+def check_policy(target: Target, rollout: Reference | None, advantages: Tensor | None) -> None:
+    """Raise unless advantages come with a target that reads them, and the rollout with what is read of it.
+
+    Raises:
+        MissingStatisticError: no advantages, or a rollout without the numbers that the target reads.
+        IncompatibleError: advantages or a rollout that the target would not read, or a rollout that is no ``Reference``.
+    """
+    if target.needs.advantages and advantages is None:
+        raise MissingStatisticError(
+            f"target {target.name!r} weighs samples by their advantages, which were not given; pass advantages=..., one a label"
+        )
+    if not target.needs.advantages and (advantages is not None or rollout is not None):
+        raise IncompatibleError(
+            f"target {target.name!r} reads no advantages and no rollout; leave them out, or choose a trust region "
+            "(`qtarget targets`) or qtarget.Regularised(region, target)"
+        )
+    if rollout is None:
+        return
+    if not isinstance(rollout, Reference):
+        raise IncompatibleError(f"rollout= is a {type(rollout).__name__}; expected a qtarget.Reference")
+    check_frozen(rollout, frozenset({"label_log_probs"}) | target.needs.rollout, target.name, "rollout")
+
+
+def check_samples(request: LossRequest) -> None:
+    """Raise where a supervised sample has no advantage or no log-prob of the policy that drew it.
+
+    Raises:
+        HyperparameterError: NaN or infinity.
+    """
+    values = {"advantages": request.advantages}
+    if request.rollout is not None:
+        values["rollout.label_log_probs"] = request.rollout.label_log_probs
+    for name, value in values.items():
+        if value is not None and not bool(value.isfinite().all()):
+            raise HyperparameterError(
+                f"{name} hold NaN or infinity at {int((~value.isfinite()).sum())} of {len(value)} supervised tokens; mask these "
+                "labels: what was not scored cannot be weighed"
+            )
 
 
 def check_aligned(name: str, value: Tensor, leading: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ class LossRequest:
         target: the method.
         labels: ``[tokens]``.
         reference, teacher: frozen models at these tokens, where given.
+        rollout, advantages: the policy that sampled these tokens, and how good they were, where they are samples.
         sequence_ids, label_weights: ``[tokens]``, for targets of sequence or batch scope.
         loss_weights: ``[tokens]`` factors on what each token teaches.
         weights_scale: what of a token they multiply.
@@ -30,6 +31,8 @@ class LossRequest:
     labels: Int[Tensor, " tokens"]
     reference: Reference | FrozenHead | None = None
     teacher: Reference | FrozenHead | None = None
+    rollout: Reference | None = None
+    advantages: Tensor | None = None
     sequence_ids: Tensor | None = None
     label_weights: Tensor | None = None
     loss_weights: Tensor | None = None
@@ -51,6 +54,8 @@ class LossRequest:
             self.teacher,
             self.sequence_ids,
             self.label_weights,
+            self.advantages,
+            self.rollout,
         )
 
     def rows(self, index: slice) -> LossRequest:

@@ -1,4 +1,4 @@
-"""``qtarget bench noise | distill | prior``: the claims, tested."""
+"""``qtarget bench noise | distill | prior | staleness``: the claims, tested."""
 
 from __future__ import annotations
 
@@ -103,6 +103,25 @@ def prior(
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))
+
+
+def staleness(
+    output: Output = Path("runs/staleness.json"),
+    is_quick: Annotated[
+        bool, typer.Option("--quick", help="Four points, usual thresholds, 3 seeds: a minute.")
+    ] = False,
+    resume: Resume = False,
+    workers: Processes = WORKERS,
+) -> None:
+    """Which trust region stands old, reused and wrongly sampled data? A policy whose success is computed, not sampled."""
+    from qtarget.benchmarks.staleness.bench import QUICK, StalenessConfig, run_staleness
+    from qtarget.benchmarks.staleness.results import staleness_figure, staleness_table
+
+    check_writable(output)
+    config = replace(QUICK if is_quick else StalenessConfig(), workers=workers)
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
+        results = run_staleness(config, output, resume=resume, progress=advance)
+    show(results["summary"]["finding"], output, staleness_table(results), staleness_figure(results))
 
 
 def kept(output: Path) -> str:

@@ -112,12 +112,14 @@ class RunConfig:
 
     Attributes:
         given: the user's settings, typed, with paths resolved.
+        parts: what else a verb reads from the same file.
     """
 
     training: QTargetConfig
     model: ModelConfig
     data: DataConfig
     given: Mapping[str, Any]
+    parts: tuple[Any, ...] = ()
 
     @property
     def inputs(self) -> list[str]:
@@ -130,21 +132,29 @@ class RunConfig:
         return [*map(str, files), *named]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, training: Any = None, parts: Sequence[Any] = ()
+) -> RunConfig:
     """Parse, check and build; no model and no data are loaded.
 
     Paths of files that are read are looked up beside the config file first, then from the current folder;
     ``output_dir`` is TRL's own and starts at the current folder.
+
+    Args:
+        training: the class of TRL's arguments; ``QTargetConfig`` by default.
+        parts: further dataclasses whose keys the file may hold.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or values that
             contradict each other.
     """
     path = Path(path)
-    return build_config(read_settings(path, overrides), path)
+    return build_config(read_settings(path, overrides), path, training=training, parts=parts)
 
 
-def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
+def build_config(
+    settings: Mapping[str, Setting], path: Path, *, training: Any = None, parts: Sequence[Any] = ()
+) -> RunConfig:
     """``load_config`` of settings that are read already.
 
     Args:
@@ -156,32 +166,40 @@ def build_config(settings: Mapping[str, Setting], path: Path) -> RunConfig:
     from qtarget.integrations.sft.config import QTargetConfig
     from qtarget.integrations.shared.numbers import check_numbers
 
-    classes = (QTargetConfig, ModelConfig, DataConfig)
+    classes = (training or QTargetConfig, ModelConfig, DataConfig, *parts)
     # reversed: a key that two of them have is typed as the first has it
     hints = {key: value for cls in reversed(classes) for key, value in field_types(cls).items()}
-    given = read_given(settings, hints, path)
-    training, model, data = (_build(cls, given, path) for cls in classes)
+    given = read_given(settings, hints, path, classes[0].__mro__[1].__name__, COUNTED if training is None else {})
+    trained, model, data, *others = (_build(cls, given, path) for cls in classes)
     check_numbers(model)
     if len(modules := given.get("lora_target_modules") or []) == 1 and modules != ["all-linear"]:
         model.lora_target_modules = (
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
         )
-    training.build_target()  # its hyper-parameters, and the contract of one of the user's own
-    return RunConfig(training, model, data, given)
+    trained.build_target()  # its hyper-parameters, and the contract of one of the user's own
+    return RunConfig(trained, model, data, given, tuple(others))
 
 
-def read_given(settings: Mapping[str, Setting], hints: Mapping[str, tuple[Any, Any]], path: Path) -> dict[str, Any]:
+def read_given(
+    settings: Mapping[str, Setting],
+    hints: Mapping[str, tuple[Any, Any]],
+    path: Path,
+    arguments: str = "SFTConfig",
+    own: Mapping[str, Any] = COUNTED,
+) -> dict[str, Any]:
     """The settings typed, with paths resolved, and our own defaults.
 
     Args:
         hints: type and choices of every known key (``field_types``).
         path: the file that they belong to.
+        arguments: TRL's class of arguments, for errors.
+        own: defaults that are not TRL's.
 
     Raises:
         ConfigError: unknown keys, values of another type, a path that is nowhere, or no model.
     """
-    refuse_unknown(settings, hints)
-    given = COUNTED | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
+    refuse_unknown(settings, hints, arguments)
+    given = dict(own) | {key: coerce(key, setting, *hints[key]) for key, setting in settings.items()}
     for key in PATH_KEYS:
         if given.get(key) is not None and not (key == "reference" and given[key] in ("live", "auto")):
             find = find_files if key in FILE_KEYS else find_path
@@ -228,7 +246,7 @@ def drop_other_caches(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     return kept
 
 
-def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> None:
+def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], arguments: str = "SFTConfig") -> None:
     """Raise for the keys that nobody knows, each with its nearest known one.
 
     Raises:
@@ -241,7 +259,7 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str]) -> Non
     chosen = settings.get("target")
     parts = [f"{key!r} ({settings[key].origin}{_hint(key, known, chosen)})" for key in unknown]
     raise ConfigError(
-        f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's SFTConfig and "
+        f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's {arguments} and "
         "ModelConfig and qtarget's"
     )
 
@@ -314,7 +332,7 @@ def resolved_settings(config: RunConfig) -> dict[str, Any]:
     Loading the result gives the same run; secrets are left out.
     """
     out: dict[str, Any] = {}
-    for part in (config.training, config.model, config.data):
+    for part in (config.training, config.model, config.data, *config.parts):
         for f in fields(part):  # pyright: ignore[reportArgumentType]
             if f.name in SECRET_KEYS or not f.init:
                 continue

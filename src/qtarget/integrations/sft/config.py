@@ -179,4 +179,9 @@ class QTargetConfig(SFTConfig):
     def build_target(self) -> Target:
         """The target that ``target``, ``target_kwargs`` and ``guard`` name."""
         target = get_target(self.target, **(self.target_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        if target.needs.advantages:
+            raise ConfigError(
+                f"target: {self.target} is a rule for samples and their advantages, and these rows are demonstrations; set it as "
+                f"trust_region: {self.target} in `qtarget rl`, or choose another target"
+            )
         return Guarded(target) if self.guard else target

@@ -49,6 +49,7 @@ class TargetStep:
     Attributes:
         target: the method.
         labels: token ids, ``-100`` where not trained on.
+        advantages, rollout: of samples; see ``qtarget.linear_target_loss``.
         frozen: reference and teacher: cached numbers about each label, or a live head whose ``hidden`` is unshifted.
         sequence_ids: which row of the data set each token comes from.
         loss_weights, weights_scale, label_weights: see ``qtarget.linear_target_loss``.
@@ -61,6 +62,8 @@ class TargetStep:
     target: Target
     labels: Tensor
     frozen: dict[str, Reference | FrozenHead | None]
+    advantages: Tensor | None = None
+    rollout: Reference | None = None
     sequence_ids: Tensor | None = None
     loss_weights: Tensor | None = None
     weights_scale: WeightsScale = "all"
@@ -89,6 +92,8 @@ class TargetStep:
             logit_softcap=spec.softcap,
             reference=shifted(self.frozen.get("reference")),
             teacher=shifted(self.frozen.get("teacher")),
+            advantages=_tail(self.advantages),
+            rollout=None if self.rollout is None else self.rollout.map_tensors(lambda _, value: value[:, 1:]),
             sequence_ids=_tail(self.sequence_ids),
             loss_weights=_tail(self.loss_weights),
             weights_scale=self.weights_scale,
@@ -101,10 +106,12 @@ class TargetStep:
 
     def move_to(self, device: torch.device) -> None:
         """Follow the head: a model split over devices may end on another one than its inputs."""
-        for name in ("labels", "sequence_ids", "loss_weights", "label_weights", "num_items"):
+        for name in ("labels", "advantages", "sequence_ids", "loss_weights", "label_weights", "num_items"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+        if self.rollout is not None:
+            self.rollout = self.rollout.map_tensors(lambda _, value: value.to(device))
         for role, frozen in self.frozen.items():
             if isinstance(frozen, Reference):
                 self.frozen[role] = frozen.map_tensors(lambda _, value: value.to(device))

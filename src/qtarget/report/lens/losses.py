@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +26,11 @@ from typing import Any, Literal
 import torch
 
 from qtarget.api import target_loss
-from qtarget.core.errors import LossUnderLensError, UnknownTargetError
+from qtarget.core.errors import HyperparameterError, LossUnderLensError, UnknownTargetError
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.statistics import entropy_of
 from qtarget.core.types import DATA_FIELDS, Reference, Target
-from qtarget.registry import available_targets, get_target, load_outside
+from qtarget.registry import available_targets, available_trust_regions, get_target, load_outside
 
 IGNORE = -100
 COUNTED = 0.5
@@ -66,7 +67,7 @@ class Loss:
         source: where it comes from.
         target: the built-in (or ``qtarget.Target``) behind it, if it is one.
         takes: which of ``labels``, ``frozen`` and ``num_items`` it looks at.
-        frozen_symbol: ``p_ref`` or ``p_T``.
+        frozen_symbol: ``p_ref`` or ``p_T``; ``mu`` where it is the policy that sampled.
         layout: ``[batch, time, vocab]`` logits, or ``[tokens, vocab]``.
         shift: how far it moves the labels itself: 1 means that the label at t belongs to the logits at t - 1.
     """
@@ -164,7 +165,8 @@ def load_loss(text: str) -> Loss:
     """The loss behind ``dft``, ``p_power(alpha=0.3)``, ``my_module:my_loss``, ``my_module:MyLoss(weight=2)``.
 
     Arguments in brackets are Python literals: hyper-parameters of a built-in, arguments of a class that is then called, or
-    constants of a function. Importing a module runs its code.
+    constants of a function. A trust region also takes ``advantage`` (default 1), that of every token. Importing a module runs
+    its code.
 
     Raises:
         UnknownTargetError: there is no such name, module or attribute.
@@ -173,8 +175,11 @@ def load_loss(text: str) -> Loss:
     """
     name, arguments = parse_arguments(text)
     if ":" not in name or "+" in name:
-        if name not in available_targets() and "+" not in name:
+        if name not in [*available_targets(), *available_trust_regions()] and "+" not in name:
             get_target(name)  # says which names are near
+        if name in available_trust_regions():
+            advantage = arguments.pop("advantage", 1.0)
+            return region_under_lens(get_target(name, **arguments), advantage, text)
         return target_under_lens(get_target(name, **arguments), text)
     found = load_outside(name, "loss", "a built-in name (`qtarget targets`) or package.module:function")
     if inspect.isclass(found) and issubclass(found, Target):
@@ -236,6 +241,24 @@ def target_under_lens(target: Target, name: str | None = None) -> Loss:
     takes = {"labels", "num_items"} | ({"frozen"} if needs.reference or needs.teacher else set())
     symbol = "p_ref" if needs.reference else "p_T"
     return Loss(name or target.name, function, f"qtarget target, {target.paper}", target, frozenset(takes), symbol)
+
+
+def region_under_lens(region: Target, advantage: float = 1.0, name: str | None = None) -> Loss:
+    """A trust region; the synthetic frozen model is the policy that sampled, and every token has this advantage.
+
+    Raises:
+        HyperparameterError: the advantage is no finite number.
+    """
+    if not isinstance(advantage, int | float) or not math.isfinite(advantage):
+        raise HyperparameterError(f"{region.name}: advantage={advantage!r}; expected a finite number, such as 1 or -1")
+
+    def function(logits: Tensor, labels: Tensor, frozen: Tensor | None, num_items: int | None) -> Tensor:
+        given = None if frozen is None else Reference.from_logits(frozen, labels.masked_fill(labels == IGNORE, -1))
+        weights = torch.full(labels.shape, float(advantage), dtype=logits.dtype)
+        return target_loss(logits, labels, region, advantages=weights, rollout=given, num_items=num_items)
+
+    takes = frozenset({"labels", "frozen", "num_items"})
+    return Loss(name or region.name, function, f"qtarget trust region, {region.paper}", region, takes, "mu")
 
 
 def callable_under_lens(found: Any, name: str) -> Loss:

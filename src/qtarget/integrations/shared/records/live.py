@@ -147,7 +147,7 @@ class LiveRecords(TrainerCallback):
             **self._more(),
             "settings": {k: v for k, v in plain(args.to_dict()).items() if k not in NOT_RECORDED}
             | {
-                name: getattr(args, name) for name in ("eos_token", "pad_token")
+                name: getattr(args, name) for name in ("eos_token", "pad_token") if hasattr(args, name)
             },  # to_dict hides whatever ends in _token
             "versions": {"qtarget": qtarget.__version__, "torch": torch.__version__}
             | {name: version(name) for name in PACKAGES},

@@ -1,0 +1,134 @@
+"""What the runs of `bench staleness` say: intervals against the row without a region, a table, a sentence, a figure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
+from qtarget.benchmarks.staleness.rules import BASELINE
+from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Points = Sequence[Mapping[str, Any]]
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """A point in words.
+
+    Example:
+        >>> point_name({"lag": 4, "epochs": 1, "mismatch": 0.0})
+        'lag 4, 1 epoch, mismatch 0'
+    """
+    return f"lag {point['lag']}, {point['epochs']} epoch{'s' * (point['epochs'] != 1)}, mismatch {point['mismatch']:g}"
+
+
+def summarize(points: Points) -> dict[str, Any]:
+    """Per point and setting: success in percent with its interval, the paired difference, collapse, KL, share blocked."""
+    rows = []
+    for point in points:
+        runs, base = point["runs"], point["runs"].get(f"{BASELINE} inf")
+        rows.append(
+            {
+                **{name: point[name] for name in ("lag", "epochs", "mismatch", "learning_rates")},
+                "start_percent": round(100 * fmean(run["start"] for run in next(iter(runs.values()))), 1),
+                "settings": {name: _setting(found, base) for name, found in runs.items()},
+            }
+        )
+    return {"points": rows, "finding": finding(rows)}
+
+
+def _setting(found: list[dict[str, float]], base: list[dict[str, float]] | None) -> dict[str, Any]:
+    ends = [100 * run["end"] for run in found]
+    out: dict[str, Any] = {
+        "success_percent": rounded_interval(ends),
+        "mean_percent": rounded_interval([100 * run["mean"] for run in found]),
+        "collapsed": round(fmean(run["end"] < run["start"] for run in found), 2),
+        "kl_k3": round(fmean(run["kl_k3"] for run in found), 5),
+        "blocked": round(fmean(run["blocked"] for run in found), 4),
+    }
+    if base is not None:
+        out["to_no_region_points"] = rounded_interval(
+            [end - 100 * run["end"] for end, run in zip(ends, base, strict=True)]
+        )
+    return out
+
+
+def finding(rows: Points) -> str:
+    """One sentence: where some setting beats the row without a region for certain, and where none does."""
+    ahead, none = [], []
+    for row in rows:
+        settings = {
+            name: s
+            for name, s in row["settings"].items()
+            if "to_no_region_points" in s and not name.startswith(BASELINE)
+        }
+        if not settings:
+            continue
+        best = max(settings, key=lambda name: settings[name]["success_percent"]["mean"])
+        gain = settings[best]["to_no_region_points"]
+        if gain["low"] > 0:
+            ahead.append(f"{best} at {point_name(row)} (+{gain['mean']:.1f} points)")
+        else:
+            none.append(point_name(row))
+    parts = [f"ahead of no region: {'; '.join(ahead)}"] if ahead else []
+    parts += [f"nothing is for certain ahead of no region at {'; '.join(none)}"] if none else []
+    return ". ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def staleness_table(results: Mapping[str, Any]) -> str:
+    """A line a setting and point."""
+    lines = []
+    for row in results["summary"]["points"]:
+        for name, s in row["settings"].items():
+            gain = s.get("to_no_region_points")
+            lines.append(
+                [
+                    point_name(row),
+                    name,
+                    f"{row['learning_rates'][name.split()[0]]:g}",
+                    with_ends(s["success_percent"]),
+                    with_ends(gain, ends=".1f") if gain else "",
+                    f"{s['collapsed']:.0%}",
+                    f"{s['kl_k3']:.2g}",
+                    f"{s['blocked']:.1%}",
+                ]
+            )
+    head = ["point", "rule", "rate", "success, %", "to no region", "below start", "KL to sampler", "blocked"]
+    return markdown_table(head, lines)
+
+
+def staleness_figure(results: Mapping[str, Any]) -> Figure:
+    """A panel a point: final success against the KL to the sampler, a point a setting, labelled at each rule's best."""
+    from matplotlib.figure import Figure
+
+    rows = results["summary"]["points"]
+    columns = min(len(rows), 3)
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(4 * columns, 3.1 * height + 0.8), dpi=110, layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False)
+    for place, axes in enumerate(panels.flat):
+        if place >= len(rows):
+            axes.set_visible(False)
+            continue
+        row, best = rows[place], {}
+        for name, s in row["settings"].items():
+            rule, mean = name.split()[0], s["success_percent"]["mean"]
+            colour = BASELINE_COLOUR if rule == BASELINE else TARGET_COLOUR
+            axes.plot(max(s["kl_k3"], 1e-6), mean, "o", color=colour, markersize=4, alpha=0.7)
+            if rule not in best or mean > best[rule][1]:
+                best[rule] = (max(s["kl_k3"], 1e-6), mean, name)
+        for x, y, name in best.values():
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(3, 3), fontsize=6, color=REST_COLOUR)
+        axes.axhline(row["start_percent"], color=REST_COLOUR, linestyle="--", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(point_name(row), fontsize=8, loc="left")
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("mean KL to the sampler (k3, nats a token)", fontsize=8)
+    figure.supylabel("exact success at the end (%)", fontsize=8)
+    figure.suptitle(textwrap.fill(results["summary"]["finding"][:300], 60 * columns), fontsize=8, x=0.01, ha="left")
+    return figure

@@ -1,0 +1,290 @@
+"""``GRPOTrainer`` with trust regions and targets: TRL's sampling, rewards, tools, PEFT and accelerate; our loss."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from qtarget.core.errors import (
+    ConfigError,
+    MissingStatisticError,
+    NonFiniteLossError,
+    RewardError,
+    UnsupportedModelError,
+)
+from qtarget.core.shapes import Tensor
+from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, Target
+from qtarget.integrations.rl.batch import Samples, reduced, samples_of
+from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
+from qtarget.integrations.rl.refusals import refuse_truncated_sampling
+from qtarget.integrations.rl.rewards import checked_rewards, no_reward
+from qtarget.integrations.rl.sums import PolicySums
+from qtarget.integrations.rl.teachers import (
+    BASE,
+    PROMPT_KEYS,
+    SELF,
+    as_it_was,
+    behind_policys_prompt,
+    teacher_inputs,
+    teacher_prompts,
+)
+from qtarget.integrations.shared.frozen import load_frozen
+from qtarget.integrations.shared.heads import HeadSpec, add_target_head, probe_head, refuse_encoder_decoder
+from qtarget.integrations.shared.hold import HeldTrainer
+from qtarget.integrations.shared.records.live import LiveRecords
+from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head
+from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
+from qtarget.storage.models import check_finite, check_whole
+
+logger = logging.get_logger(__name__)
+
+
+class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
+    """TRL's ``GRPOTrainer`` with a trust region, a target, or both; the arguments and their order are TRL's.
+
+    One method of TRL is replaced (``_compute_loss``), three are wrapped. Everything that can be refused is refused before the
+    first sample is drawn.
+
+    Args:
+        model: a name, path or model, as in TRL.
+        reward_funcs: as in TRL; none where a target alone teaches (``trust_region=None``).
+        args: a ``QTargetGRPOConfig``.
+        reference_model, teacher_model: frozen models, where the target needs one and none is named.
+
+    Raises:
+        ConfigError: an argument or setting that cannot be honoured.
+        DataError: no prompts, or a reward asks for a column that the rows do not have.
+        RewardError: a reward function raised, or returned what is no reward.
+        UnsupportedModelError: a head that the loss cannot rebuild, a vision model, a mixture of experts.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "qtarget"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        reference_model: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = own_config(args)
+        self.target = settings.build_target()
+        given = {"reference": reference_model, "teacher": teacher_model}
+        refuse_missing(settings, self.target, given)
+        refuse_encoder_decoder(model)
+        environments = kwargs.get("environment_factory") is not None
+        check_prompts(train_dataset, eval_dataset, environments)
+        rewards = _rewards(settings, reward_funcs, train_dataset, environments)
+        if settings.anchor != "old" and (settings.use_vllm or kwargs.get("rollout_func") is not None):
+            refuse_truncated_sampling(settings)
+        if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
+            options: Any = settings.model_init_kwargs or {}
+            check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
+        super().__init__(model, rewards, settings, train_dataset, eval_dataset, *positional, **kwargs)
+        self._sums = {"train": PolicySums(), "eval": PolicySums()}
+        self._sampled_at = 0
+        self.caches: dict[str, Any] = {}
+        self.preparation = Prompts({} if train_dataset is None else {"train": describe_prompts(train_dataset)})
+        self._records = LiveRecords(RowSamples(0), self.preparation.descriptions, self.callback_handler.callbacks)
+        self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
+        with torch.random.fork_rng():  # TRL has seeded the sampler; probes draw tokens too
+            self._set_up_models(settings, given)
+
+    def _set_up_models(self, args: QTargetGRPOConfig, given: dict[str, PreTrainedModel | None]) -> None:
+        """Give the model its head, and find the frozen ones; all heads at the sampler's temperature."""
+        if self._is_vlm or self.aux_loss_enabled:
+            what = (
+                "reads images or sound" if self._is_vlm else "is a mixture of experts, whose sampler routes on its own"
+            )
+            raise UnsupportedModelError(f"the model {what}; expected a dense text model, or use TRL's GRPOTrainer")
+        base = self._base_model()
+        check_finite(base, "the model")
+        with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
+            spec = probe_head(base)
+        add_target_head(base, at_temperature(spec, self.temperature))
+        self.frozen_models = load_frozen(args, self.target, {}, given, base, self.accelerator)
+        if args.teacher is not None:
+            own = args.teacher == SELF or hasattr(self.model, "disable_adapter")
+            self.frozen_models["teacher"] = (base if own else as_it_was(base), spec)
+        self.vocab_rows = None
+        if (live := self.frozen_models.get("teacher")) is not None:
+            self.vocab_rows = vocab_with_teacher(args, head_rows(base), head_rows(live[0]), self._tokenizer)
+
+    def _base_model(self) -> PreTrainedModel:
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's; remembers at which step the samples were drawn, and adds what a privileged teacher sees."""
+        if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+            self._sampled_at = self.state.global_step
+        args: Any = self.args
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        except RewardError as error:
+            self._records.stopped(args, self.state, str(error).partition(";")[0])
+            raise
+        if args.privileged_column is None:
+            return output
+        # still in the order of ``inputs``: TRL 1.16 shuffles what this returns
+        tokenizer: Any = self._tokenizer
+        return output | teacher_prompts(
+            inputs,
+            args.privileged_column,
+            args.privileged_template,
+            self._tokenize_prompts,
+            tokenizer.pad_token_id,
+            output["prompt_ids"].device,
+        )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """In place of TRL 1.16's: the loss of the target over the completions, averaged as TRL averages."""
+        args: Any = self.args
+        training = self.model.training  # pyright: ignore[reportOptionalMemberAccess]
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        samples, divide_by = reduced(
+            samples_of(inputs, args.anchor, ratios=self.target.needs.advantages),
+            args.loss_type,
+            num_items=inputs["num_items_in_batch"],
+            processes=self.accelerator.num_processes,
+            accumulation=accumulation,
+            share=accumulation / args.steps_per_generation if training else 1.0,
+            horizon=args.max_completion_length,
+        )
+        step = self._step_of(samples, divide_by, inputs)
+        output: TargetOutput = model(input_ids=samples.ids, attention_mask=samples.attention_mask, target_loss=step)
+        assert output.loss is not None
+        if not torch.isfinite(output.loss):
+            reason = f"the loss is {float(output.loss)} at step {self.state.global_step}"
+            self._records.stopped(self.args, self.state, reason)
+            raise NonFiniteLossError(
+                f"{reason}; lower learning_rate, set max_grad_norm, or look at the samples (log_completions: true); the last "
+                "checkpoint is untouched"
+            )
+        self._sums["train" if training else "eval"].add(output, samples, samples.advantages)
+        return output.loss.to(self.accelerator.device)
+
+    def _frozen(self, role: str, samples: Samples, inputs: dict[str, Any]) -> FrozenHead:
+        """What a frozen model says of the completions; a privileged teacher reads another prompt before them."""
+        args: Any = self.args
+        privileged = role == "teacher" and args.privileged_column is not None
+        seen = teacher_inputs(inputs) if privileged else {
+            "input_ids": samples.ids, "attention_mask": samples.attention_mask,
+        }  # fmt: skip
+        model, spec = self.frozen_models[role]
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        base = role == "teacher" and args.teacher == BASE and hasattr(policy, "disable_adapter")
+        with self.accelerator.autocast(), policy.disable_adapter() if base else nullcontext():
+            head = live_head(model, at_temperature(spec, self.temperature), seen, self.vocab_rows)
+        if not privileged:
+            return head
+        return behind_policys_prompt(head, inputs[PROMPT_KEYS[0]].shape[1], inputs["prompt_ids"].shape[1])
+
+    def _step_of(self, samples: Samples, divide_by: Tensor, inputs: dict[str, Any]) -> TargetStep:
+        frozen: dict[str, Reference | FrozenHead | None] = {
+            role: self._frozen(role, samples, inputs) for role in self.frozen_models
+        }
+        regional = self.target.needs.advantages
+        return TargetStep(
+            target=self.target,
+            labels=samples.labels,
+            frozen=frozen,
+            advantages=samples.advantages if regional else None,
+            rollout=samples.rollout() if regional else None,
+            num_items=divide_by,
+            vocab_rows=self.vocab_rows,
+            backend=self.args.loss_backend,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    # -- what is logged -------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with what the trust region did; exact over tokens and ranks since the last line."""
+        mode = "train" if self.model.training else "eval"  # pyright: ignore[reportOptionalMemberAccess]
+        found = self._sums[mode].flush(self.accelerator, ratios=self.target.needs.advantages)
+        if found and mode == "train":
+            found["rollout/age"] = float(max(self.state.global_step - 1 - self._sampled_at, 0))
+        prefix = "eval_" if mode == "eval" else ""
+        logs |= {f"{prefix}{key}": value for key, value in found.items()}
+        if not self.args.rewarded:  # pyright: ignore[reportAttributeAccessIssue]
+            for key in [key for key in self._metrics[mode] if "reward" in key]:
+                del self._metrics[mode][key]  # of the stand-in
+        super().log(logs, start_time)
+
+
+def own_config(args: GRPOConfig | None) -> QTargetGRPOConfig:
+    """The configuration, or its defaults.
+
+    Raises:
+        ConfigError: something else was given.
+    """
+    if args is None:
+        return QTargetGRPOConfig("model-GRPO")
+    if not isinstance(args, QTargetGRPOConfig):
+        raise ConfigError(
+            f"args is a {type(args).__name__}; expected qtarget.QTargetGRPOConfig: it has TRL's keys, and trust_region and target "
+            "in place of loss_type and epsilon"
+        )
+    return args
+
+
+def at_temperature(spec: HeadSpec, temperature: float) -> HeadSpec:
+    """The head whose softmax the sampler drew from: ``softcap(scale z) / T``.
+
+    Example:
+        >>> at_temperature(HeadSpec(1.0, 30.0), 2.0)
+        HeadSpec(scale=0.5, softcap=15.0)
+    """
+    return HeadSpec(spec.scale / temperature, None if spec.softcap is None else spec.softcap / temperature)
+
+
+def refuse_missing(args: QTargetGRPOConfig, target: Target, given: dict[str, PreTrainedModel | None]) -> None:
+    """Refuse a target whose frozen model nobody named.
+
+    Raises:
+        MissingStatisticError: names the key.
+    """
+    for role, model in given.items():
+        fields = getattr(target.needs, role)
+        if fields & set(DATA_FIELDS):
+            raise MissingStatisticError(
+                f"target {target.name!r} reads what other rows of demonstrations say, and samples have no such rows; choose another"
+            )
+        named = getattr(args, f"{role}_model_name_or_path") or (role == "teacher" and args.teacher)
+        if fields and model is None and not named:
+            raise MissingStatisticError(
+                f"target {target.name!r} compares samples with a {role}: set {role}_model_name_or_path, or pass {role}_model"
+                + (", or set teacher: base" if role == "teacher" else "")
+            )
+
+
+def _rewards(args: QTargetGRPOConfig, functions: Any, train: Any, environments: bool) -> list[Any]:
+    if not args.rewarded:
+        if functions:
+            raise ConfigError(
+                "reward_funcs are given and trust_region is null, so nothing would read them; set trust_region, or leave the "
+                "rewards out: a target alone teaches"
+            )
+        return [no_reward]
+    found = checked_rewards(functions, not environments, None if train is None else train.column_names)
+    if not found and not environments:
+        raise ConfigError(
+            f"trust_region: {args.trust_region} weighs samples by rewards, and there is none; give reward_funcs, or set "
+            "trust_region: null and a target with a teacher"
+        )
+    return found

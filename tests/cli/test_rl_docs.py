@@ -1,0 +1,88 @@
+"""docs/rl.md: its rows, reward, config and commands run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+pytest.importorskip("trl")
+
+from qtarget.cli.main import run
+from qtarget.registry import available_trust_regions, get_target, hyperparameters, target_class
+from tests import ROOT
+
+PAGE = (ROOT / "docs/rl.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+def called(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def there(tmp_path, tiny_model, monkeypatch):
+    """A folder with the page's files in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(blocks("json")[0] * 4)
+    (tmp_path / "my_rewards.py").write_text(blocks("python")[0])
+    (tmp_path / "rl.yaml").write_text(blocks("yaml")[0].replace("path/to/model", str(tiny_model)) + "use_cpu: true\n")
+    return tmp_path
+
+
+def test_the_commands_run(there, tiny_model):
+    lines = [shlex.split(line.replace("path/to/teacher", str(tiny_model))) for line in blocks("sh")[0].splitlines()]
+    assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 3
+    for line in lines:
+        assert called(*line[1:]) == 0
+    for folder, name in (("rl", "dppo_tv"), ("drpo", "drpo"), ("opd", "reverse_kl")):
+        output = there / "runs" / folder
+        summary = json.loads((output / "train_summary.json").read_text())
+        assert (summary["target"], summary["steps"]) == (name, 8)
+        assert json.loads((output / "qtarget_run.json").read_text())["target"] == name
+        lines = [json.loads(line) for line in (output / "qtarget_log.jsonl").read_text().splitlines()]
+        assert sum("loss" in line for line in lines) == 8
+        assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+        assert (output / "model.safetensors").is_file()
+        assert any("ratio/mean" in line for line in lines) == (folder != "opd")
+    log = (there / "runs/drpo/qtarget_config.yaml").read_text()
+    assert "delta: 0.5" in log and "reward_funcs: my_rewards:exact" in log
+    # a finished run is not written over, and goes on only when asked
+    assert called("rl", "rl.yaml") == 2
+    assert called("rl", "rl.yaml", "--resume", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--reward_funcs", "nowhere:exact"], "reward 'nowhere:exact' cannot be imported"),
+        (["--reward_funcs", "null"], "weighs samples by rewards, and there is none"),
+        (["--beta", "0.1"], "target: reverse_kl, target_weight: 0.1"),
+        (["--trust_region", "ppo"], "did you mean"),
+        (["--train_file", "absent.jsonl"], "absent.jsonl"),
+        (["--num_generation", "4"], "did you mean num_generations?"),
+    ],
+)
+def test_wrong_settings_say_what_and_how(there, capsys, options, words):
+    assert called("rl", "rl.yaml", *options) == 2
+    said = capsys.readouterr().err
+    assert words in " ".join(said.split())
+    assert "Traceback" not in said
+
+
+def test_the_table_of_rules_is_the_registry():
+    rows = "\n".join(re.findall(r"^\| `.*$", PAGE.split("## Trust regions")[1].split("##")[0], flags=re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`(?:, `(\w+)`)? \|", rows)) is not None
+    for name in available_trust_regions():
+        assert f"`{name}`" in rows
+        for field, default in hyperparameters(target_class(name)).items():
+            if field != "outcomes":
+                assert f"`{field}`" in rows and f"{default:g}" in rows, (name, field)
+        assert get_target(name).needs.advantages
