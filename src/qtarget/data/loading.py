@@ -153,11 +153,11 @@ def original_texts(files: Files, options: ReadOptions | None = None) -> list[str
         >>> original_texts(path)
         ['{"prompt":  "2+2=", "completion": "4"}']
     """
-    paths = expand(files)
+    paths, options = expand(files), options or ReadOptions()
     wanted: list[Any] = list(read_files(files, options).places)
     texts: list[str] = []
     for path in paths:
-        lines = json_lines(path) if is_json_lines(path) else _values([path], [])
+        lines = json_lines(path) if is_json_lines(path) else _values([path], [], options.limits)
         for place, value in lines:
             if len(texts) < len(wanted) and place == wanted[len(texts)]:  # rows that were left out have no place
                 texts.append(value.strip() if is_json_lines(path) else _as_json(value))
