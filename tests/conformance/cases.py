@@ -82,7 +82,14 @@ def with_counted(name: str, known: qtarget.Reference, labels: Tensor) -> qtarget
         return known
     assert known.label_log_probs is not None
     agreement = formulas.agreement(labels).to(known.label_log_probs)
-    return replace(known, agreement=agreement, reliability=torch.full_like(agreement, formulas.RELIABILITY))
+
+    def everywhere(value: float) -> Tensor:
+        return torch.full_like(agreement, value)
+
+    if name == "crossfit_consensus":
+        shares = {"noise_tokens": everywhere(formulas.NOISE_TOKENS), "noise_rows": everywhere(formulas.NOISE_ROWS)}
+        return replace(known, crossfit=agreement, perplexity_ratio=everywhere(formulas.RELIABILITY), **shares)
+    return replace(known, agreement=agreement, reliability=everywhere(formulas.RELIABILITY))
 
 
 def oracle_gradient(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NOISE_TOKENS, NOISE_ROWS = 0.25, 0.75
+"""Shares of noise that a cross-fit finds, in every case."""
 RELIABILITY = 0.625
 """How much of what the rows agree on the frozen model knew, in every case."""
 
@@ -32,7 +34,8 @@ class Tokens:
 
     ``groups``: ``[n, vocab]`` to which outcome each token belongs, where a frozen model is known on a few outcomes only
     (its top k one by one, everything else together); ``frozen_groups``: ``[n, outcomes]`` its probabilities of those.
-    ``agreement``: ``[n]`` of the other rows, where that is not the function above of ``y``; ``rho``: the reliability.
+    ``agreement``: ``[n]`` of the other rows, where that is not the function above of ``y``; ``rho``: the reliability;
+    ``noise``: shares of tokens and of rows.
     """
 
     z: Tensor
@@ -43,6 +46,7 @@ class Tokens:
     frozen_groups: Tensor | None = None
     agreement: Tensor | None = None
     rho: float = RELIABILITY
+    noise: tuple[float, float] = (NOISE_TOKENS, NOISE_ROWS)
 
     @property
     def lp(self) -> Tensor:
@@ -182,6 +186,26 @@ def consensus(x: Tokens, caution: float) -> Tensor:
     return label_loss(label, x) + anchor * kl(q, p)
 
 
+def crossfit_pulls(x: Tokens, caution: float) -> tuple[Tensor, Tensor]:
+    """The docstring of ``targets/crossfit_consensus.py``; the copies' probability of a label is ``others``."""
+    base, copy = x.frozen_lp_y.exp(), x.others
+    rho = x.rho * (1 - torch.where(copy > base, copy - base, torch.zeros_like(base)))
+    with_base = torch.where(x.p_y > base, x.p_y, base)
+    with_copy = torch.where(x.p_y > copy, x.p_y, copy)
+    support = rho * with_base + (1 - rho) * with_copy
+    tokens, rows = x.noise
+    kappa = caution * tokens
+    if not caution:
+        return torch.ones_like(base), torch.zeros_like(base)
+    return support / (support + kappa * rho + 0.01 * caution * rows), kappa * rho
+
+
+def crossfit_consensus(x: Tokens, caution: float) -> Tensor:
+    p, q = x.pair()
+    label, anchor = crossfit_pulls(x, caution)
+    return label_loss(label, x) + anchor * kl(q, p)
+
+
 def gem(x: Tokens, temperature: float, form: str) -> Tensor:
     z = x.z.detach()
     q = torch.softmax(z / temperature, -1)
@@ -259,6 +283,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sft_kl": sft_kl,
     "asft": asft,
     "consensus": consensus,
+    "crossfit_consensus": crossfit_consensus,
     "gem": gem,
     "distillation": distillation,
     "hybrid_distillation": hybrid_distillation,
@@ -300,6 +325,11 @@ def consensus_row(x: Tokens, caution: float) -> Row:
     return row(x, label / (label + anchor), anchor / (label + anchor), frozen_probs(x), label + anchor)
 
 
+def crossfit_row(x: Tokens, caution: float) -> Row:
+    label, anchor = crossfit_pulls(x, caution)
+    return row(x, label / (label + anchor), anchor / (label + anchor), frozen_probs(x), label + anchor)
+
+
 def psft_row(x: Tokens, clip_high: float) -> Row:
     r = psft_ratio(x).detach()
     return row(x, r * (r < 1 + clip_high))
@@ -336,6 +366,7 @@ ROWS: dict[str, Callable[..., Row | None]] = {
         x, x.p_y / (x.p_y + kl_weight), kl_weight / (x.p_y + kl_weight), frozen_probs(x), x.p_y + kl_weight
     ),
     "consensus": consensus_row,
+    "crossfit_consensus": crossfit_row,
     "gem": lambda x, temperature, form: (
         row(x, 1.0, -1.0, torch.softmax(x.z.detach() / temperature, -1)) if form == "linear" else None
     ),
@@ -353,15 +384,15 @@ ROWS: dict[str, Callable[..., Row | None]] = {
 FROZEN: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("prior_surprise", "inverse_likelihood", "iw_sft", "rho1"), ("reference", "label")),
     **dict.fromkeys(("token_cleaning", "psft"), ("reference", "label")),
-    **dict.fromkeys(("sft_kl", "asft", "gift", "consensus"), ("reference", "distribution")),
+    **dict.fromkeys(("sft_kl", "asft", "gift", "consensus", "crossfit_consensus"), ("reference", "distribution")),
     **dict.fromkeys(("distillation", "hybrid_distillation", "taid", "target_sft"), ("teacher", "distribution")),
     **dict.fromkeys(("forward_kl", "reverse_kl", "generalized_jsd"), ("teacher", "distribution")),
     **dict.fromkeys(("skew_kl", "skew_reverse_kl"), ("teacher", "distribution")),
 }
 """The frozen model a method needs: its role, and whether one number a token is enough."""
 
-COUNTED = {"consensus"}
-"""Methods that also ask what the other rows say: ``agreement`` and ``RELIABILITY``."""
+COUNTED = {"consensus", "crossfit_consensus"}
+"""Methods that also ask what the other rows or a cross-fit say: ``agreement`` and ``RELIABILITY`` in either's place."""
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"smoothing": 0.1}, {"smoothing": 0.0}, {"smoothing": 0.6}],
@@ -377,6 +408,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "psft": [{"clip_high": 0.28}],
     "sft_kl": [{"kl_weight": 0.1}, {"kl_weight": 0.0}],
     "asft": [{"kl_weight": 0.05}, {"kl_weight": 0.7}],
+    "crossfit_consensus": [{"caution": 4.0}, {"caution": 0.3}, {"caution": 0.0}],
     "consensus": [{"caution": 1.0}, {"caution": 0.3}, {"caution": 0.0}],
     "gem": [{"temperature": 0.7, "form": "linear"}, {"temperature": 0.7, "form": "logsigmoid"}],
     "distillation": [{"temperature": 1.0}, {"temperature": 2.0}],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import qtarget
 from qtarget.core.errors import ShapeError
+from qtarget.core.types import DATA_FIELDS
 from tests import ROOT
 from tests.conformance import formulas
 from tests.conformance.cases import Batch, frozen_arguments, make_batch
@@ -66,7 +67,8 @@ FINITE = [
     ("sft", {}, False), ("label_smoothing", {"smoothing": 0.1}, False), ("label_smoothing", {"smoothing": 0.0}, False),
     ("gift", {"smoothing": 0.01}, False), ("hybrid_distillation", {"teacher_weight": 0.5}, False),
     ("prior_surprise", {}, False), ("inverse_likelihood", {}, False), ("sft_kl", {}, False), ("gem", {}, False),
-    ("consensus", {}, False), ("eaft", {"top_k": 5}, False), ("talr", {"min_weight": 0.1}, False),
+    ("crossfit_consensus", {}, False), ("consensus", {}, False),
+    ("eaft", {"top_k": 5}, False), ("talr", {"min_weight": 0.1}, False),
     ("distillation", {}, False), ("forward_kl", {}, False),
     ("hybrid_distillation", {"teacher_weight": 1.0}, False),
     ("dft", {}, True), ("p_power", {"alpha": 0.5}, True), ("p_power", {"alpha": 0.0}, False), ("idft", {}, True),
@@ -115,7 +117,8 @@ def test_top_k_numbers_of_a_model_that_bans_the_same_tokens(name: str, backend: 
     batch = banning(make_batch(), labels=False, frozen=True)
     known = qtarget.token_statistics(batch.frozen, batch.labels, top_k=36)
     counted = frozen_arguments(name, batch)[role]
-    known = replace(known, agreement=counted.agreement, reliability=counted.reliability)
+    told = {field: getattr(counted, field) for field in DATA_FIELDS}
+    known = replace(known, **told)
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
     found = []
     for level in (LOW[0], -torch.inf):

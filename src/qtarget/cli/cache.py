@@ -55,6 +55,8 @@ def info(
 def described(manifest: Manifest, size: int) -> dict[str, Any]:
     """The manifest without its list of shards, and sizes."""
     facts = asdict(manifest) | {"columns": list(manifest.columns), "shards": len(manifest.shards), "bytes": size}
+    if manifest.crossfit is None:
+        del facts["crossfit"]
     facts["bytes_per_token"] = round(size / max(1, manifest.tokens), 2)
     facts["rounding"] = ROUNDING[manifest.log_probs_dtype]
     return facts
@@ -87,6 +89,11 @@ def verify(
     from qtarget.scoring.cache.verify import check_counts, check_plan
 
     cache = ReferenceCache.open(directory, key=None if verify_key is None else read_key(verify_key))
+    if model is not None and cache.manifest.crossfit is not None:
+        raise ConfigError(
+            f"{directory} was judged by {cache.manifest.crossfit['folds']} copies, none of which is kept, so --model cannot score "
+            "it again; leave --model and --config out: hashes and counts are checked all the same"
+        )
     check_plan(cache)
     check_counts(cache)
     signed = "" if verify_key is None else ", and so is the signature"

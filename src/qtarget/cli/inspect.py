@@ -11,6 +11,7 @@ import typer
 
 from qtarget.cli.audit_data import HARDWARE
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
+from qtarget.data.fields import GROUP_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from qtarget.report.inspect.inspection import Inspection
     from qtarget.report.tokens import ModelNumbers, TokenRows
 
-GROUP_COLUMNS = ("source", "dataset", "category", "skill", "role")
 TOP_K = 20  # listed where a model is run here; eaft reads as many
 
 
@@ -193,6 +193,9 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
             frozen[role] = numbers_from_cache(cache, rows)
         elif named is not None:
             frozen[role] = _scored(config, named, rows, named)
+    if training.witness is not None and "reference" in frozen:
+        judged = numbers_from_cache(ReferenceCache.open(training.witness, verify=False), rows)
+        frozen["reference"] = replace(frozen["reference"], crossfit=judged.label_log_probs)
     other = training.reference_model_name_or_path
     if "reference" in frozen and other in (None, model):
         return frozen["reference"], frozen

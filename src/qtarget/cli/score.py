@@ -49,6 +49,19 @@ def score(
     vocab_size: Annotated[
         int | None, typer.Option(help="Rows of a trusted server's head; default: the model's here.")
     ] = None,
+    crossfit: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Folds: each row is judged by a copy that was trained on the other folds, into `witness`."
+        ),
+    ] = None,
+    crossfit_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each copy; default: twice over its rows.")
+    ] = None,
+    crossfit_rate: Annotated[float, typer.Option(help="Learning rate of the copies.")] = 5e-4,
+    crossfit_rank: Annotated[
+        int, typer.Option(min=0, help="Of the copies' LoRA, on all linear layers; 0 trains all weights.")
+    ] = 16,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
     sign: Annotated[Path | None, typer.Option(help="Key file: sign the finished cache with it.")] = None,
 ) -> None:
@@ -68,16 +81,27 @@ def score(
 
     key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
-    directory, top_k = place_and_width(run, output, top_k, sampled, role)
-    own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
+    if crossfit is None:
+        own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
+        directory, top_k = place_and_width(run, output, top_k, sampled, role)
+    elif (named := output or run.training.witness) is None:
+        raise ConfigError("where to write: set witness in the config, or pass --output DIR")
+    else:
+        own, directory, top_k = run.training.witness, Path(named), top_k or 0
     check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
-    # fmt: off
-    manifest = run_scoring(
-        run, directory, top_k, tail_policy, role, chosen, sampled=sampled, seed=seed,
-        log_probs_dtype=log_probs_dtype, shard_rows=shard_rows, known=known,
-    )
-    # fmt: on
+    storage: Any = {
+        "sampled": sampled, "seed": seed, "log_probs_dtype": log_probs_dtype, "shard_rows": shard_rows,
+    }  # fmt: skip
+    if crossfit is None:
+        manifest = run_scoring(run, directory, top_k, tail_policy, role, chosen, known=known, **storage)
+    else:
+        from qtarget.cli.crossfit import run_crossfit
+
+        if role != "reference" or engine != "local" or known is not None:
+            raise ConfigError("--crossfit trains copies of the base here; leave --role, --engine and --known out")
+        recipe = (crossfit, crossfit_steps, crossfit_rate, crossfit_rank)
+        manifest = run_crossfit(run, directory, recipe, how_to_go_on, top_k=top_k, tail_policy=tail_policy, **storage)
     if key is not None:
         sign_cache(directory, key)
     print_scored(manifest, directory, time.perf_counter() - begin)

@@ -199,7 +199,8 @@ def targets_table(rows: list[dict[str, Any]], narrow: bool) -> Table:
 
     table = Table(
         caption="needs: numbers of a frozen model, from `qtarget score` or a model run live; agreement, conflict and "
-        "reliability are counted from the rows, beside a cache",
+        "reliability are counted from the rows, beside a cache; crossfit, perplexity_ratio and noise come from "
+        "`qtarget score --crossfit`",
         show_lines=narrow,
     )
     facts = ("formula", "needs", "scope", "hyper-parameters", "paper")

@@ -18,8 +18,12 @@ NO_TAIL = ("renormalize", "sampled")
 Scope = Literal["token", "sequence", "batch"]
 WeightsScale = Literal["all", "label"]
 """What a token's loss weight multiplies: all that the token teaches, or its label term alone."""
-DATA_FIELDS = ("agreement", "reliability", "conflict")
+COUNTED_FIELDS = ("agreement", "reliability", "conflict")
 """Fields of a ``Reference`` that are counted from the training rows (``qtarget.data.agreement``)."""
+WITNESS_FIELDS = ("crossfit", "perplexity_ratio", "noise_tokens", "noise_rows")
+"""Fields of a ``Reference`` that a cross-fitted cache tells together with the base's (``qtarget.data.crossfit.witness``)."""
+DATA_FIELDS = (*COUNTED_FIELDS, *WITNESS_FIELDS)
+"""Fields of a ``Reference`` that are known only when all rows are: none of them is of the frozen model alone."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Reference:
         reliability: ``[tokens]`` in [0, 1]; how much of what the rows agree on the frozen model knew, less where they
             contradict it (``prior_reliability`` x (1 - ``conflict``)).
         conflict: ``[tokens]`` in [0, 1]; how far the rows contradict the frozen model (``prior_conflict``).
+        crossfit: ``[tokens]`` in [0, 1]; probability of the label under a copy that has not seen the row.
+        perplexity_ratio: ``[tokens]`` in [0, 1]; of the copies' perplexity to the frozen model's.
+        noise_tokens, noise_rows: ``[tokens]`` in [0, 1]; estimated share of tokens that are noise, and of rows that hold some.
         tail_policy: what stands for the unlisted tokens. ``bucket``: one more outcome. ``spread``: the tail mass,
             uniform over the rest. ``renormalize``: nothing (listed tokens are scaled up to one). ``sampled``: nothing;
             listed tokens were drawn from the whole distribution, and their log-probs are log of count / draws, so only
@@ -54,6 +61,10 @@ class Reference:
     agreement: Tensor | None = None
     reliability: Tensor | None = None
     conflict: Tensor | None = None
+    crossfit: Tensor | None = None
+    perplexity_ratio: Tensor | None = None
+    noise_tokens: Tensor | None = None
+    noise_rows: Tensor | None = None
     tail_policy: TailPolicy = "bucket"
 
     def __post_init__(self) -> None:
@@ -397,6 +408,12 @@ def missing_message(target: str, role: str, field: str) -> str:
             "given; pass rollout=qtarget.Reference(topk_ids=..., topk_log_probs=..., tail_log_mass=...), or choose "
             "outcomes='binary', which needs the sampled token's log-prob alone"
         )
+    if field in WITNESS_FIELDS:
+        return (
+            f"target {target!r} needs {role}.{field}, which was not given; pass {role}=qtarget.Reference({field}=...) with numbers "
+            "from qtarget.data.crossfit.witness; in training run `qtarget score CONFIG.yaml --crossfit 2` once and set "
+            f"`witness` beside `{role}_cache`"
+        )
     if field in DATA_FIELDS:
         return (
             f"target {target!r} needs {role}.{field}, which was not given; pass {role}=qtarget.Reference({field}=...) with numbers "
@@ -422,5 +439,5 @@ def sampled_message(target: str, role: str) -> str:
     return (
         f"target {target!r} is not linear in the {role}'s distribution, so sampled ids would bias its gradient; expected "
         "top-k log-probs with their tail: score with --top_k 32 instead of --sampled, or choose a target that is "
-        "linear (distillation, hybrid_distillation, sft_kl, asft, consensus)"
+        "linear (distillation, hybrid_distillation, sft_kl, asft, consensus, crossfit_consensus)"
     )

@@ -24,6 +24,9 @@ MESSAGE_KEYS = (
 )
 """What a message may hold that a template or training reads."""
 
+GROUP_COLUMNS = ("source", "dataset", "category", "skill", "role")
+"""Where rows come from, the first that is there: what differs between sources is told of each."""
+
 IMAGES = ("image", "images", "videos", "audio")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from qtarget.core.errors import DataError
-from qtarget.core.types import Reference, TailPolicy, WeightsScale
+from qtarget.core.types import WITNESS_FIELDS, Reference, TailPolicy, WeightsScale
 from qtarget.data.agreement import confident_choices, counted_fields
+from qtarget.data.crossfit.witness import witness_fields
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.rows import Row, ScoredRow, Source, read_row
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
@@ -118,6 +119,7 @@ class ModelNumbers:
         name: the model, for people.
         vocab_size: its head's rows.
         tail_policy: what a loss lets stand for the unlisted tokens.
+        crossfit: ``[trained]`` label log-probs of copies of this model that have not seen the row, if somebody trained them.
         counted: ``[trained]`` each of ``qtarget.core.types.DATA_FIELDS`` that a target needs, see ``with_counted``.
     """
 
@@ -129,6 +131,7 @@ class ModelNumbers:
     topk_log_probs: np.ndarray | None = None
     tail_log_mass: np.ndarray | None = None
     tail_policy: TailPolicy = "bucket"
+    crossfit: np.ndarray | None = None
     counted: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -167,7 +170,10 @@ class ModelNumbers:
         if self.topk_ids is not None and self.topk_log_probs is not None:
             said = np.split(confident_choices(self.topk_ids, self.topk_log_probs), rows.trained_offsets[1:-1])
         found = counted_fields(ids, masks, known, fields, said)  # pyright: ignore[reportArgumentType]
-        return replace(self, counted={name: np.concatenate(values) for name, values in found.items()})
+        counted = {name: np.concatenate(values) for name, values in found.items()}
+        if self.crossfit is not None and fields & set(WITNESS_FIELDS):
+            counted |= witness_fields(self.label_log_probs, self.crossfit, rows.row_of_trained)[0]
+        return replace(self, counted=counted)
 
 
 def short_name(model: str) -> str:

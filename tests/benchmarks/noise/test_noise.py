@@ -6,12 +6,16 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from qtarget.benchmarks.noise import bench
+from qtarget.benchmarks.finetune import Recipe, encode
+from qtarget.benchmarks.noise import bench, runs
 from qtarget.benchmarks.noise.methods import METHODS, methods
+from qtarget.benchmarks.noise.mixture import likelier_part
 from qtarget.benchmarks.noise.results import noise_figure, noise_table, recovered, summarize
 from qtarget.benchmarks.noise.runs import Cell, Job, Material, chosen_rows, known_of, misleading_cues, noisy_rows
 from qtarget.benchmarks.noise.runs import stated_answers as stated
@@ -20,6 +24,7 @@ from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import embedded_tasks, math_tasks, scan_tasks, task_set
 from qtarget.cli.bench.app import app
 from qtarget.core.errors import ConfigError
+from qtarget.core.types import Reference
 from qtarget.data import tasks
 from qtarget.data.embedded import base_model_path
 from qtarget.registry import available_targets
@@ -106,6 +111,83 @@ def test_the_best_on_noisy_validation_rows_is_taken_and_of_equals_the_first(tmp_
     config = replace(bench.NoiseConfig(), names=("target_sft",), screen=())
     chosen = bench.tuned(Fake(), RunLog(tmp_path / "runs.jsonl", False), cell, config, lambda job: None)  # pyright: ignore[reportArgumentType]
     assert chosen == [Job(cell, "target_sft", 1e-3, 0.1, bench.TUNING_SEED, True)]
+
+
+def test_steps_are_tuned_at_the_best_rate_and_before_the_own_number(tmp_path):
+    asked = []
+
+    class Fake:
+        def run(self, jobs, log, done):
+            asked.append([(job.learning_rate, job.steps, job.value) for job in jobs])
+            score = {None: 50.0, 20: 40.0, 120: 60.0}
+            return [
+                {"accuracy_percent": score[job.steps] - 10 * (job.learning_rate != 5e-4) - job.value} for job in jobs
+            ]
+
+    cell, log = Cell("none", "random_tokens", 0.2), RunLog(tmp_path / "runs.jsonl", False)
+    config = replace(
+        bench.NoiseConfig(), names=("target_sft",), screen=(), cells=(cell,), steps_grid=(20, 40, 120), seeds=2
+    )
+    (job,) = bench.tuned(Fake(), log, cell, config, lambda job: None)  # pyright: ignore[reportArgumentType]
+    assert (job.learning_rate, job.steps, job.value) == (5e-4, 120, 0.1)
+    assert [rate for rate, *_ in asked[0]] == list(config.learning_rates)
+    assert [(rate, steps) for rate, steps, _ in asked[1]] == [(5e-4, 20), (5e-4, None), (5e-4, 120)]
+    assert {(rate, steps) for rate, steps, _ in asked[2]} == {(5e-4, 120)}
+    assert job.key != replace(job, steps=None).key  # and a run without a grid keeps the key that it had
+    assert replace(job, steps=None).key == "none|random_tokens|0.2|target_sft|0.0005|0.1|1000|tuning"
+    assert config.runs() == replace(config, steps_grid=()).runs() + 2
+    assert bench.cell_results(cell, [job], [{}, {}], 2)["chosen"]["target_sft"]["steps"] == 120
+    with pytest.raises(ConfigError, match="at least 1"):
+        replace(config, steps_grid=(0,))
+
+
+def test_copies_learn_what_they_do_not_judge_and_the_witness_is_what_they_say(task, tokenizer, monkeypatch):
+    rows = encode(
+        tokenizer, noisy_rows([*task.train[:6], task.train[0]], Cell("none", "random_tokens", 0.0), 0, tokenizer)
+    )
+    learnt, judged = [], []
+
+    class Copy:
+        def __init__(self):
+            learnt.append([])
+
+    def fine_tune(copy, rows, target, recipe):
+        learnt[-1] = [tuple(row.prompt) for row in rows]
+        assert target.name == "sft"
+
+    def completion_log_probs(copy, rows):
+        judged.append([tuple(row.prompt) for row in rows])
+        return [torch.full((len(row.completion), 512), -float(len(learnt))) for row in rows]
+
+    monkeypatch.setattr(runs, "fine_tune", fine_tune)
+    monkeypatch.setattr(runs, "completion_log_probs", completion_log_probs)
+    told = runs.crossfit_log_probs(rows, Copy, Recipe(1e-3, 4, 5, seed=1))
+    assert len(learnt) == len(judged) == 2
+    for mine, other in zip(learnt, judged, strict=True):
+        assert not set(mine) & set(other) and set(mine) | set(other) == {tuple(row.prompt) for row in rows}
+    assert [value[0].item() for value in told] == [-1.0 if tuple(row.prompt) in judged[0] else -2.0 for row in rows]
+    base = [Reference(label_log_probs=torch.full((len(row.completion),), -4.0)) for row in rows]
+    found = runs.with_crossfit(Material(rows, base), told)
+    for known, value in zip(found.known, told, strict=True):
+        torch.testing.assert_close(known.crossfit, value.exp())
+    first = found.known[0]
+    assert 0 < float(first.perplexity_ratio[0]) < 0.2 and float(first.noise_tokens[0]) < 0.1
+
+
+def test_a_mixture_finds_the_likelier_part_and_rows_are_chosen_by_it(task, tokenizer):
+    rng = np.random.default_rng(0)
+    nll = np.concatenate([rng.normal(0.5, 0.1, 70), rng.normal(2.0, 0.4, 30), [0.0]])
+    found = likelier_part(nll)
+    assert found[:70].mean() > 0.95 and found[70:100].mean() < 0.05
+    assert found[100], "far below the likelier part"
+    assert likelier_part(np.ones(5)).all()
+    rows = encode(tokenizer, noisy_rows(task.train[:10], Cell("none", "random_tokens", 0.0), 0, tokenizer))
+    known = [
+        Reference(crossfit=torch.full((len(row.completion),), 0.01 if i in (3, 7) else 0.9))
+        for i, row in enumerate(rows)
+    ]
+    kept, numbers = chosen_rows(METHODS["sft, rows by cross-fit"], 0.0, Material(rows, known))
+    assert kept == [row for i, row in enumerate(rows) if i not in (3, 7)] and len(numbers) == 8
 
 
 def cell(base: str, rate: float, **accuracies: list[float]) -> dict:

@@ -10,6 +10,7 @@ import torch
 
 import qtarget
 from qtarget.data.agreement import agreement, confident_choices, context_trust, prior_conflict, prior_reliability
+from qtarget.data.crossfit.witness import verdict
 from qtarget.registry import available_targets
 from qtarget.report.inspect.weights import target_numbers, unavailable
 from qtarget.report.tokens import ModelNumbers, flatten_rows
@@ -40,6 +41,11 @@ def case():
     return base, teacher, later, labels, flatten_rows(rows)
 
 
+def crossfit_of(log_probs):
+    """Copies that find some labels likelier than the base does, and some less."""
+    return (0.5 * log_probs - 0.1 * (torch.arange(log_probs.numel()) % 3).view_as(log_probs)).float()
+
+
 def with_rows(known, labels):
     """What the rows of the case say of one another, row by row."""
     rows, masks = [[1, *row] for row in labels.tolist()], [[False] + [True] * LENGTH] * ROWS
@@ -52,6 +58,9 @@ def with_rows(known, labels):
     rho = prior_reliability(np.concatenate(agreed), np.concatenate(log_probs), np.concatenate(trust))
     counted = {"agreement": np.stack(agreed), "reliability": rho * (1 - conflict), "conflict": conflict}
     assert all(values.max() > 0.01 for values in counted.values()), "the case is too weak to tell"
+    copies, row_of = crossfit_of(known.label_log_probs).numpy(), np.repeat(np.arange(ROWS), LENGTH)
+    told = verdict(known.label_log_probs.numpy().ravel(), copies.ravel(), row_of)
+    counted |= {"crossfit": np.exp(copies), **{n: np.full_like(copies, value) for n, value in vars(told).items()}}
     return replace(known, **{name: torch.from_numpy(values).float() for name, values in counted.items()})
 
 
@@ -89,7 +98,8 @@ def test_with_every_token_listed_all_numbers_are_those_of_the_loss(case, name, a
     live = base if at_start else later
     target = built(name)
     numbers = [model_numbers(m, labels.flatten(), VOCAB) for m in (x.flatten(0, 1) for x in (live, base, teacher))]
-    frozen = {"reference": numbers[1], "teacher": numbers[2]}
+    copies = crossfit_of(torch.from_numpy(numbers[1].label_log_probs)).numpy()
+    frozen = {"reference": replace(numbers[1], crossfit=copies), "teacher": numbers[2]}
     assert unavailable(target, numbers[0], frozen) is None
     found = target_numbers(target, rows, numbers[0], frozen, shown=VOCAB)
     report, gradient = by_autograd(target, live, labels, base, teacher)

@@ -60,6 +60,7 @@ def test_every_built_in_has_its_row_of_the_table(name: str, settings: dict[str, 
         torch.arange(len(probes.labels)),
         agreement=torch.full(probes.labels.shape, 0.5),
         rho=0.5,
+        noise=(0.5, 0.5),
     )
     (gradient,) = torch.autograd.grad(formulas.losses(name, x, settings).sum(), x.z)
     torch.testing.assert_close(probes.gradient, gradient, rtol=1e-9, atol=1e-12)

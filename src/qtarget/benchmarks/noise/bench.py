@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.machine import machine_facts, versions
-from qtarget.benchmarks.noise.methods import CHOSEN, OTHERS, PRACTICE, Method, methods
+from qtarget.benchmarks.noise.methods import CHOSEN, CROSSFIT, OTHERS, PRACTICE, Method, methods
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting
 from qtarget.benchmarks.pool import (
@@ -54,6 +54,7 @@ class NoiseConfig:
         screen: points at which the remaining targets are run as well.
         seeds: draws of noise and order of the final runs.
         steps: optimizer steps of 16 rows.
+        steps_grid: numbers of steps that every method tunes, at its best rate, before its own hyper-parameter; none: ``steps``.
         learning_rates: the grid, the first for the base that knows nothing; all methods share it.
         workers: processes of one thread.
         start: what the bases begin with.
@@ -66,14 +67,16 @@ class NoiseConfig:
     screen: tuple[Cell, ...] = SCREEN
     seeds: int = 5
     steps: int = 40
+    steps_grid: tuple[int, ...] = ()
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
     workers: int = WORKERS
     start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
-        if min(self.seeds, self.steps, self.workers) < 1:
+        if min(self.seeds, self.steps, self.workers, *self.steps_grid, 1) < 1:
+            steps = (self.steps, *self.steps_grid)
             raise ConfigError(
-                f"seeds {self.seeds}, steps {self.steps}, workers {self.workers}; expected at least 1 each"
+                f"seeds {self.seeds}, steps {', '.join(map(str, steps))}, workers {self.workers}; expected at least 1 each"
             )
         methods(self.names)
 
@@ -89,7 +92,8 @@ class NoiseConfig:
     def runs(self) -> int:
         """How many there are in all: learning rates, then the other values of the grid, then seeds."""
         found = [method for cell in dict.fromkeys((*self.cells, *self.screen)) for method in self.methods_at(cell)]
-        return sum(len(self.learning_rates) + len(method.grid) - 1 + self.seeds for method in found)
+        steps = max(0, len(self.steps_grid) - (self.steps in self.steps_grid))
+        return sum(len(self.learning_rates) + steps + len(method.grid) - 1 + self.seeds for method in found)
 
 
 SCAN = NoiseConfig(
@@ -115,6 +119,14 @@ GPU = NoiseConfig(
     screen=(), seeds=3,
 )  # fmt: skip
 """For a base of tens of millions of parameters."""
+CROSSFITTED = NoiseConfig(
+    cells=(
+        *(Cell("none", kind, 0.4) for kind in (RANDOM, "wrong_answer")),
+        Cell("most", RANDOM, 0.0), Cell("most", "wrong_answer", 0.4),
+    ),
+    names=("sft", "consensus", *(method.name for method in CROSSFIT)), screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
+)  # fmt: skip
+"""Contenders that train copies first, at a few points: small, to see whether they are worth the full map."""
 QUICK = NoiseConfig(
     cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
     learning_rates=(1e-3,),
@@ -164,7 +176,7 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
 
 
 def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: Callable[[Any], None]) -> list[Job]:
-    """For each method the best job on noisy validation rows: first over learning rates, then over its own grid.
+    """For each method the best job on noisy validation rows: first over rates, then over steps, then over its own grid.
 
     Of equals the first of the grid is taken.
     """
@@ -174,6 +186,9 @@ def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: 
         for method in found
     ]
     best = _best(workers, log, rates, done)
+    if config.steps_grid:  # the default is the run that chose the rate
+        grid = [None if steps == config.steps else steps for steps in config.steps_grid]
+        best = _best(workers, log, [[replace(job, steps=steps) for steps in grid] for job in best], done)
     values = [[replace(job, value=value) for value in method.grid] for job, method in zip(best, found, strict=True)]
     return _best(workers, log, values, done)
 
@@ -190,7 +205,11 @@ def cell_results(cell: Cell, chosen: Sequence[Job], found: list[dict[str, Any]],
     runs = {job.method: found[i * seeds : (i + 1) * seeds] for i, job in enumerate(chosen)}
     return {
         **asdict(cell),
-        "chosen": {job.method: {"learning_rate": job.learning_rate, "value": job.value} for job in chosen},
+        "chosen": {
+            job.method: {"learning_rate": job.learning_rate, "value": job.value}
+            | ({} if job.steps is None else {"steps": job.steps})
+            for job in chosen
+        },
         "runs": runs,
     }
 

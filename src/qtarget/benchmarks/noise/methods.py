@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtarget.core.errors import ConfigError
-from qtarget.core.types import Target
+from qtarget.core.types import WITNESS_FIELDS, Target
 from qtarget.registry import get_target
 
-Rows = Literal["noisy", "marked", "filtered"]
+Rows = Literal["noisy", "marked", "filtered", "crossfit"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Method:
         setting: the one hyper-parameter that is tuned beside the learning rate, or none.
         grid: its values, the default first.
         rows: ``noisy`` as they are; ``marked``: noisy, with the marked tokens left out of the loss (an oracle that is
-            told where the noise is); ``filtered``: noisy rows whose mean base surprise is among the lowest ``setting``.
+            told where the noise is); ``filtered``: noisy rows whose mean base surprise is among the lowest ``setting``;
+            ``crossfit``: those that a mixture of two puts into the likelier part by their mean NLL under the cross-fit.
         stops_early: keeps the best of five checkpoints on the noisy validation rows.
     """
 
@@ -32,6 +33,11 @@ class Method:
     grid: tuple[float, ...] = (0.0,)
     rows: Rows = "noisy"
     stops_early: bool = False
+
+    @property
+    def asks_crossfit(self) -> bool:
+        """Whether copies are trained before it."""
+        return self.rows == "crossfit" or bool(get_target(self.target).needs.reference & set(WITNESS_FIELDS))
 
     def build(self, value: float) -> Target:
         """The target with the tuned hyper-parameter."""
@@ -52,6 +58,13 @@ PRACTICE = (
 )
 """Plain SFT, what is done about noise without a target, and an oracle that nobody has (the other, SFT on the rows before
 the noise, is SFT at rate 0)."""
+
+CROSSFIT = (
+    _target("crossfit_consensus"),
+    Method("sft, rows by cross-fit", rows="crossfit"),
+)
+"""What two fine-tunings more buy: copies of the base, trained at the rate of the run on one half of the rows each, judge the
+other half. Caution is not tuned: it follows from the noise that the copies find."""
 
 CHOSEN = (
     _target("consensus", "caution", 1.0, 3.0, 0.03),
@@ -81,7 +94,7 @@ OTHERS = (
 )
 """Targets compared at two points of the map only: see ``NoiseConfig.screen``."""
 
-METHODS = {method.name: method for method in (*PRACTICE, *CHOSEN, *OTHERS)}
+METHODS = {method.name: method for method in (*PRACTICE, *CHOSEN, *CROSSFIT, *OTHERS)}
 
 
 def methods(names: tuple[str, ...]) -> tuple[Method, ...]:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
-from qtarget.benchmarks.noise.methods import CHOSEN, METHODS, OTHERS, PRACTICE
+from qtarget.benchmarks.noise.methods import CHOSEN, CROSSFIT, METHODS, OTHERS, PRACTICE
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def goals(summary: Cells, untrained: Mapping[str, Mapping[str, float]]) -> list[
 def finding(summary: Cells) -> str:
     """One sentence on the map: which target is never far below SFT under noise, and what the newsletter's rule does there."""
     noisy = [cell for cell in summary if cell["rate"]]
-    names = [method.name for method in CHOSEN if all(method.name in cell["methods"] for cell in noisy)]
+    names = [method.name for method in (*CHOSEN, *CROSSFIT) if all(method.name in cell["methods"] for cell in noisy)]
 
     def below(name: str) -> float:
         return -min(cell["methods"][name]["to_sft_points"]["mean"] for cell in noisy)

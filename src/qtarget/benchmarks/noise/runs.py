@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +15,16 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
 from qtarget.benchmarks.noise.methods import METHODS, Method
+from qtarget.benchmarks.noise.mixture import likelier_part
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Check, Row, task_set
-from qtarget.core.types import DATA_FIELDS, Reference
+from qtarget.core.types import COUNTED_FIELDS, Reference
 from qtarget.data import tasks
 from qtarget.data.agreement import confident_choices, counted_fields
+from qtarget.data.crossfit.folds import assign_folds, prompt_key
+from qtarget.data.crossfit.witness import witness_fields
 from qtarget.data.noise import NOISE_KINDS, inject_noise
+from qtarget.registry import get_target
 
 KINDS = (*NOISE_KINDS, "cue")
 CHECKPOINTS = 5
@@ -39,7 +43,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. ``tuning`` runs answer noisy validation rows, the others the clean test rows."""
+    """One training run. ``tuning`` runs answer noisy validation rows, the others the clean test rows.
+
+    ``steps`` are those of the run where they are tuned, else the setting's.
+    """
 
     cell: Cell
     method: str
@@ -47,12 +54,14 @@ class Job:
     value: float
     seed: int
     tuning: bool
+    steps: int | None = None
 
     @property
     def key(self) -> str:
         """Names the run in the file of finished runs."""
         parts = (*vars(self.cell).values(), self.method, self.learning_rate, self.value, self.seed)
-        return "|".join(map(str, (*parts, "tuning" if self.tuning else "test")))
+        steps = () if self.steps is None else (f"{self.steps} steps",)
+        return "|".join(map(str, (*parts, "tuning" if self.tuning else "test", *steps)))
 
 
 @dataclass(frozen=True)
@@ -80,15 +89,19 @@ class NoiseWorker:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.task = setting, task_set(setting.tasks, setting.data)
         self.tokenizer = setting.start.tokenizer()
+        self.judged = lru_cache(maxsize=4)(self._judged)
         self.material = lru_cache(maxsize=8 if setting.start.device == "cpu" else 2)(self._material)
 
     def __call__(self, job: Job) -> dict[str, float | None]:
         method, cell = METHODS[job.method], job.cell
         material = self.material(cell, job.seed)
+        if method.asks_crossfit:
+            material = self.judged(cell, job.seed, job.learning_rate)
         rows, known = chosen_rows(method, job.value, material)
         model, target = self.base(cell.base), method.build(job.value)
-        recipe = Recipe(job.learning_rate, BATCH_SIZE, self.setting.steps, job.seed)
-        keeper = BestCheckpoint(self, model, cell, job.seed) if method.stops_early else None
+        steps = job.steps or self.setting.steps
+        recipe = Recipe(job.learning_rate, BATCH_SIZE, steps, job.seed)
+        keeper = BestCheckpoint(self, model, cell, job.seed, steps) if method.stops_early else None
         needs = target.needs
         trained = fine_tune(
             model, rows, target, recipe, reference=known if needs.reference else None,
@@ -120,6 +133,12 @@ class NoiseWorker:
         encoded = encode(self.tokenizer, rows)
         return Material(encoded, known_of(self.base(cell.base), encoded))
 
+    def _judged(self, cell: Cell, seed: int, learning_rate: float) -> Material:
+        """The material with what copies say that have not seen each row's prompt."""
+        material = self.material(cell, seed)
+        recipe = Recipe(learning_rate, BATCH_SIZE, self.setting.steps, seed)
+        return with_crossfit(material, crossfit_log_probs(material.rows, lambda: self.base(cell.base), recipe))
+
     def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
         """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
         # a draw of noise that no training run of this seed has
@@ -142,9 +161,9 @@ class NoiseWorker:
 class BestCheckpoint:
     """Early stopping with hindsight: the best of five looks at the noisy validation rows; `fine_tune` calls it."""
 
-    def __init__(self, worker: NoiseWorker, model: Any, cell: Cell, seed: int) -> None:
+    def __init__(self, worker: NoiseWorker, model: Any, cell: Cell, seed: int, steps: int) -> None:
         self.worker, self.model, self.cell, self.seed = worker, model, cell, seed
-        self.every = max(1, worker.setting.steps // CHECKPOINTS)
+        self.every = max(1, steps // CHECKPOINTS)
         self.best, self.weights = -1.0, None
 
     def __call__(self, steps_done: int) -> bool:
@@ -210,13 +229,13 @@ def stated_answers(rows: Sequence[Row]) -> list[Row]:
 
 
 def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
-    """All the base knows of the rows' completions, and what the rows say of one another (``types.DATA_FIELDS``)."""
+    """All the base knows of the rows' completions, and what the rows say of one another (``types.COUNTED_FIELDS``)."""
     log_probs = completion_log_probs(base, rows)
     labels = [of_labels(values, row) for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
     ids, numbers = [row.prompt + row.completion for row in rows], [label.cpu().numpy() for label in labels]
     said = [confident_choices(*_first_choices(values)) for values in log_probs]
-    found = counted_fields(ids, masks, numbers, frozenset(DATA_FIELDS), said)
+    found = counted_fields(ids, masks, numbers, frozenset(COUNTED_FIELDS), said)
     return [
         Reference(
             label_log_probs=label,
@@ -225,6 +244,43 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
         )
         for i, (label, values) in enumerate(zip(labels, log_probs, strict=True))
     ]
+
+
+FOLDS = 2
+
+
+def crossfit_log_probs(rows: Sequence[Encoded], base: Callable[[], Any], recipe: Recipe) -> list[torch.Tensor]:
+    """`qtarget score --crossfit` by the bare loop: for each fold a copy learns the others, and judges it.
+
+    Args:
+        base: gives a new copy.
+        recipe: of the copies, all of whose weights are trained.
+    """
+    masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
+    keys = [prompt_key(row.prompt + row.completion, mask) for row, mask in zip(rows, masks, strict=True)]
+    folds, found = assign_folds(keys, FOLDS, recipe.seed), {}
+    for fold in range(FOLDS):
+        copy, judged = base(), np.flatnonzero(folds == fold).tolist()
+        learnt = [row for row, other in zip(rows, folds, strict=True) if other != fold]
+        fine_tune(copy, learnt, get_target("sft"), recipe)
+        scored = completion_log_probs(copy, [rows[i] for i in judged])
+        found |= {i: of_labels(values, rows[i]) for i, values in zip(judged, scored, strict=True)}
+    return [found[i] for i in range(len(rows))]
+
+
+def with_crossfit(material: Material, told: Sequence[torch.Tensor]) -> Material:
+    """The material with what copies say of each row (``crossfit_log_probs``)."""
+    of_row = np.repeat(np.arange(len(told)), [len(values) for values in told])
+    base_says = [known.label_log_probs for known in material.known]
+    fields, _ = witness_fields(*(torch.cat(values).cpu().numpy() for values in (base_says, told)), of_row)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    ends = np.cumsum([len(values) for values in told])[:-1]
+    parts = {name: np.split(values, ends) for name, values in fields.items()}
+    device = told[0].device
+    known = [
+        replace(known, **{name: torch.from_numpy(of_rows[i]).to(device) for name, of_rows in parts.items()})
+        for i, known in enumerate(material.known)
+    ]
+    return Material(material.rows, known)
 
 
 def _first_choices(log_probs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -242,6 +298,10 @@ def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[
     if method.rows == "marked":
         kept = [replace(row, left_out=row.noise) for row in material.rows]
         return kept, material.known
+    if method.rows == "crossfit":
+        nll = np.array([-float(known.crossfit.log().mean()) for known in material.known])  # pyright: ignore[reportOptionalMemberAccess]
+        chosen = np.flatnonzero(likelier_part(nll)).tolist()
+        return [material.rows[i] for i in chosen], [material.known[i] for i in chosen]
     if method.rows != "filtered":
         return material.rows, material.known
     assert all(known.label_log_probs is not None for known in material.known)

@@ -61,22 +61,34 @@ def noise(
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
     ] = False,
+    is_crossfit: Annotated[
+        bool, typer.Option("--crossfit", help="Contenders that train copies first, two seeds at four points.")
+    ] = False,
+    steps_grid: Annotated[
+        list[int] | None, typer.Option(min=1, help="Steps that every method tunes; give it once for each number.")
+    ] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
     corpus: Corpus = None,
 ) -> None:
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
-    from qtarget.benchmarks.noise.bench import GPU, QUICK, REAL, NoiseConfig, run_noise
+    from qtarget.benchmarks.noise.bench import CROSSFITTED, GPU, QUICK, REAL, NoiseConfig, run_noise
     from qtarget.benchmarks.noise.results import noise_figure, noise_table
     from qtarget.benchmarks.tasks import task_set
 
+    if is_quick and is_crossfit:
+        raise ConfigError("--quick and --crossfit contradict each other; give one of them")
     check_writable(output)
     task_set(tasks, data)  # says what is missing before a base is trained
     start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)
-    full = GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
+    full = CROSSFITTED if is_crossfit else GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
     config = replace(
-        QUICK if is_quick else full, tasks=tasks, data=None if data is None else str(data), workers=workers
+        QUICK if is_quick else full,
+        tasks=tasks,
+        data=None if data is None else str(data),
+        workers=workers,
+        steps_grid=tuple(steps_grid or ()),
     )
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):

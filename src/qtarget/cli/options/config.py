@@ -27,6 +27,7 @@ PATH_KEYS = (
     "teacher_cache",
     "reference",
     "teacher",
+    "witness",
     "reference_model_name_or_path",
     "teacher_model_name_or_path",
     "chat_template_path",

@@ -38,6 +38,8 @@ class QTargetConfig(SFTConfig):
             ``output_dir``.
         teacher: a cache folder, a model (folder or hub name; run live), or the URL of a scoring server, which `qtarget train`
             asks once, into ``output_dir/teacher_cache``.
+        witness: folder written by ``qtarget score --crossfit``: copies of the base that judged rows they had not seen; for
+            targets that ask it (``crossfit_consensus``).
         cache_verify_key: key file; caches must be signed with it (``qtarget cache sign``), and are refused else.
         reference_cache, reference_model_name_or_path, teacher_cache, teacher_model_name_or_path: what ``reference`` and
             ``teacher`` are read as; beside a cache or a URL the model says whose numbers they are.
@@ -70,6 +72,7 @@ class QTargetConfig(SFTConfig):
     )
     reference_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score`."})
+    witness: str | None = field(default=None, metadata={"help": "Folder written by `qtarget score --crossfit`."})
     cache_verify_key: str | None = field(
         default=None, metadata={"help": "Key file: caches must be signed with it (`qtarget cache sign`)."}
     )

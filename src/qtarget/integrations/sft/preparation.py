@@ -22,7 +22,6 @@ from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
-    add_data_columns,
     locate_rows,
     trained_rows,
     with_token_columns,
@@ -30,6 +29,7 @@ from qtarget.integrations.sft.data.columns import (
 from qtarget.integrations.sft.data.filtering import RowFilter
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
+from qtarget.integrations.sft.data.witnesses import Sources, add_data_columns, require_witness
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render
@@ -53,12 +53,21 @@ class Preparation:
         filtered: what the filter decided of the training rows, or None without one.
     """
 
-    def __init__(self, target: Target, caches: dict[str, ReferenceCache], row_filter: RowFilter | None = None) -> None:
-        self._target, self._caches, self._filter = target, caches, row_filter
+    def __init__(
+        self,
+        target: Target,
+        caches: dict[str, ReferenceCache],
+        row_filter: RowFilter | None = None,
+        witness: ReferenceCache | None = None,
+    ) -> None:
+        self._target, self._caches, self._filter, self._witness = target, caches, row_filter, witness
         self.filtered: dict[str, Any] | None = None
+        if witness is not None:
+            require_witness(witness, caches["reference"])
         self.audits: dict[str, list[str]] = {}
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
+        self._sources: dict[str, Sources] = {}
         self._unmet: dict[str, FlatRows] = {}
         self._vocabulary: Vocabulary | None = None
 
@@ -67,6 +76,8 @@ class Preparation:
         if isinstance(dataset, dict):
             return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
         rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
+        if isinstance(dataset, Dataset) and len(rows) == len(dataset):  # their column is left out here
+            self._sources[name] = Sources.of(dataset)
         return rows
 
     def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool, chat_stream: bool = False) -> None:
@@ -164,7 +175,7 @@ class Preparation:
         if self._filter is not None and name == "train":
             tokens, self.filtered = self._filter.apply(tokens)
         self.descriptions[name] = describe_rows(tokens)
-        tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks)
+        tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks, self._sources.get(name))
         return packed(tokens, args) if packing else tokens
 
     def _audit(self, tokens: Dataset, args: Any, name: str) -> bool:
@@ -190,16 +201,25 @@ class Preparation:
             said += [found.message] if found.severity != "info" else []
 
     def _with_frozen(
-        self, tokens: Dataset, name: str, tokenizer: Any, chat_template: str | None, zero_masks: bool
+        self,
+        tokens: Dataset,
+        name: str,
+        tokenizer: Any,
+        chat_template: str | None,
+        zero_masks: bool,
+        sources: Sources | None,
     ) -> Dataset:
-        for role, cache in self._caches.items():
+        for cache in (*self._caches.values(), *([self._witness] if self._witness else [])):
             cache.require(
                 tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
                 chat_template_fingerprint=fingerprint_chat_template(chat_template or tokenizer),
             )
+        for role, cache in self._caches.items():
             tokens = locate_rows(tokens, cache, role, name)
-            needed = getattr(self._target.needs, role)
-            tokens = add_data_columns(tokens, cache, role, needed, zero_masks=zero_masks)
+            tokens = add_data_columns(
+                tokens, cache, role, self._target, zero_masks=zero_masks, witness=self._witness, sources=sources,
+                name=name, decode=tokenizer.decode,
+            )  # fmt: skip
         return tokens
 
 

@@ -66,7 +66,8 @@ def training_rows(
     keys = [role + suffix for role in ROLES for suffix in ("", "_cache", "_model_name_or_path", "_url")]
     frozen = dict.fromkeys(keys)  # they are yet to be
     plain = changed(
-        args, target="sft", target_kwargs=None, filter="none", packing=False, eval_packing=False, padding_free=False, report_to=[],
+        args, target="sft", target_kwargs=None, filter="none", witness=None, packing=False, eval_packing=False,
+        padding_free=False, report_to=[],
         weights_scale="label",  # rows and tokens of weight 0 are scored too, so that a cache serves any weights
         **frozen,
     )  # fmt: skip

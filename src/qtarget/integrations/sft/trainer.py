@@ -24,7 +24,7 @@ from qtarget.integrations.sft.data.filtering import open_filter
 from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
-from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches
+from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches, open_witness
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
@@ -91,7 +91,8 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         given = {"reference": reference_model, "teacher": teacher_model}
         self.caches = open_caches(settings, self.target, given)
         self._row_filter = open_filter(settings, self.caches, train_dataset)
-        self.preparation = Preparation(self.target, self.caches, self._row_filter)
+        witness = open_witness(settings.witness, self.target, settings.cache_verify_key)
+        self.preparation = Preparation(self.target, self.caches, self._row_filter, witness)
         self._may_prepare = False
         self._shared_rows = shared_rows_key(settings, eval_dataset)
         read: Any = {

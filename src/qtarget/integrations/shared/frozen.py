@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
-from qtarget.core.types import DATA_FIELDS, Target, missing_message, sampled_message
+from qtarget.core.types import DATA_FIELDS, WITNESS_FIELDS, Target, missing_message, sampled_message
 from qtarget.integrations.shared.adapters import refuse_shared_weights, without_wrapper
 from qtarget.integrations.shared.heads import HeadSpec, probe_head
 from qtarget.integrations.shared.step import ROLES
@@ -91,6 +91,29 @@ def way_out(role: str) -> str:
     """How a cache comes about, in words."""
     by_itself = "leave reference unset and `qtarget train` scores it once, or " if role == "reference" else ""
     return f"{by_itself}run `qtarget score CONFIG.yaml --role {role} --output CACHE` and set {role}: CACHE"
+
+
+def open_witness(path: str | None, target: Target, key: str | None) -> ReferenceCache | None:
+    """The cross-fitted cache that the target asks, or None; a witness that it does not ask is read all the same.
+
+    Args:
+        path: of ``witness``.
+        key: of ``cache_verify_key``.
+
+    Raises:
+        MissingStatisticError: the target asks one, and none is named.
+        CacheMismatchError: it is damaged, edited, or not signed with the key.
+    """
+    asked = (target.needs.reference | target.needs.teacher) & set(WITNESS_FIELDS)
+    if path is None:
+        if asked:
+            raise MissingStatisticError(missing_message(target.name, "reference", min(asked)))
+        return None
+    if not asked and not (Path(path) / MANIFEST).is_file():  # it is yet to be, and waits for another target
+        return None
+    found = ReferenceCache.open(path, key=None if key is None else read_key(key))
+    check_plan(found)
+    return found if asked else None
 
 
 def check_unused(args: FrozenSettings, target: Target, role: str) -> None:

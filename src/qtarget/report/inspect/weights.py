@@ -18,7 +18,7 @@ from qtarget.core.coefficients import differentiate, logit_gradient
 from qtarget.core.outcomes import ABSENT
 from qtarget.core.shapes import Bool, Float, Int, Tensor
 from qtarget.core.statistics import check_frozen, token_view
-from qtarget.core.types import Needs, Reference, Target, TokenView, WeightsScale
+from qtarget.core.types import WITNESS_FIELDS, Needs, Reference, Target, TokenView, WeightsScale
 from qtarget.report.tokens import ModelNumbers, TokenRows
 
 CHUNK = 2**16
@@ -77,6 +77,8 @@ def unavailable(target: Target, live: ModelNumbers, frozen: dict[str, ModelNumbe
         wanted = getattr(needs, role)
         if wanted and role not in frozen:
             return f"needs a {role}: set {role}_cache, or {role}_model_name_or_path"
+        if wanted & set(WITNESS_FIELDS) and frozen[role].crossfit is None:
+            return "asks a cross-fit: run `qtarget score CONFIG.yaml --crossfit 2` and set witness"
         if "log_probs" in wanted:
             return f"reads the {role}'s whole distribution, of which listed numbers hold the top alone"
         if "distribution" in wanted and not (frozen[role].top_k and live.top_k):

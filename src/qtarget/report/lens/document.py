@@ -34,7 +34,7 @@ SETTING = {
     "favourite, and spreads what is left evenly",
     "frozen": "synthetic, not a trained model: 60 % on its own favourite, 20 % on the observed token, 10 % on the live model's "
     "favourite, the rest even; at the probes random logits, independent of the live model's",
-    "rows": "none: where a target asks what the other rows say, agreement, reliability and conflict are 0.5 at every token",
+    "rows": "none: where a target asks what the other rows or a cross-fit say, each of these numbers is 0.5 at every token",
     "tokens": ["observed", "live model's favourite", "frozen model's favourite", f"the other {VOCAB - 3} together"],
     "update": "minus the gradient by the logit, of a loss in which the one token has weight one",
 }

@@ -34,7 +34,7 @@ from qtarget.registry import available_targets, available_trust_regions, get_tar
 
 IGNORE = -100
 COUNTED = 0.5
-"""Agreement, reliability and conflict of every token under the lens: a lens has no rows to count them from."""
+"""What the other rows and a cross-fit say of every token under the lens: a lens has no rows to know it from."""
 PARAMETERS = {
     "logits": ("logits", "student_logits"),
     "outputs": ("outputs", "model_output"),

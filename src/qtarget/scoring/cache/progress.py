@@ -9,31 +9,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 
-class TokensPerSecond(ProgressColumn):
+class PerSecond(ProgressColumn):
     """Mean speed since the start."""
 
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.completed / task.elapsed:,.0f} tokens/s" if task.elapsed else "")
+        digits = 0 if task.elapsed and task.completed > 10 * task.elapsed else 2
+        return Text(f"{task.completed / task.elapsed:,.{digits}f} {self._unit}/s" if task.elapsed else "")
 
 
 class TokenMeter:
-    """Counts scored tokens; use it as a context.
+    """Counts scored tokens, or other units of work; use it as a context.
 
     Args:
         enabled: show a bar, if standard error is a terminal.
+        doing: what the bar says is done.
+        unit: what is counted.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, doing: str = "scoring", unit: str = "tokens") -> None:
         console = Console(stderr=True)
         columns = (
-            TextColumn("scoring"),
+            TextColumn(doing),
             BarColumn(),
             MofNCompleteColumn(),
-            TokensPerSecond(),
+            PerSecond(unit),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, disable=not (enabled and console.is_terminal))
-        self._task = self._bar.add_task("scoring", start=False, total=None)
+        self._task = self._bar.add_task(doing, start=False, total=None)
         self._total = 0
 
     def __enter__(self) -> TokenMeter:

@@ -82,6 +82,8 @@ class ReferenceCache:
     ) -> None:
         """Refuse to go on when the cache is of something else; an argument left out is not checked.
 
+        The model of a cross-fitted cache is the one that its copies began as.
+
         Raises:
             CacheMismatchError: names each field that differs, found and expected, and the next step.
         """
@@ -92,9 +94,9 @@ class ReferenceCache:
             "vocab_size": vocab_size,
         }
         differing = [
-            f"{name} is {getattr(self.manifest, name)} in the cache, expected {value}"
+            f"{name} is {said} in the cache, expected {value}"
             for name, value in wanted.items()
-            if value is not None and getattr(self.manifest, name) != value
+            if value is not None and (said := getattr(self.manifest, name.replace("model_", "base_"))) != value
         ]
         if differing:
             raise CacheMismatchError(

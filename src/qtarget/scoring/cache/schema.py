@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qtarget.core.errors import CacheMismatchError, DataError, UnsupportedModelError
 from qtarget.core.types import TailPolicy
 from qtarget.loss.zero3 import gathered
+from qtarget.scoring.cache.crossfit import check_crossfit
 from qtarget.storage.files import digest, write_json
 
 SCHEMA_VERSION = 2
@@ -205,6 +206,8 @@ class Provenance:
         engine: what ran the model: ``transformers`` (in this process, or in Ray's), ``vllm``, ``sglang``, ``qtarget`` (its
             own server, ``--engine mosec``), or ``imported from ...``.
         engine_version: of that engine, as it tells; empty if it does not.
+        crossfit: of what copies of a model judged rows that they had not seen, and how these were trained (see
+            ``qtarget.scoring.cache.crossfit``); absent where one model judged all rows.
     """
 
     model_id: str
@@ -223,6 +226,12 @@ class Provenance:
     alignment: str = "causal"
     engine: str = "transformers"
     engine_version: str = ""
+    crossfit: dict[str, Any] | None = None
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Of the model that is judged by: itself, or what the copies of a cross-fit began as."""
+        return self.model_fingerprint if self.crossfit is None else self.crossfit["base_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,8 @@ class Manifest(Provenance):
 
     def write(self, directory: str | Path) -> None:
         """Write ``manifest.json``, atomically."""
-        write_json(Path(directory) / MANIFEST, asdict(self))
+        # without a cross-fit the file is what releases before it wrote, and can read
+        write_json(Path(directory) / MANIFEST, {k: v for k, v in asdict(self).items() if k != "crossfit" or v})
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:
@@ -295,6 +305,7 @@ class Manifest(Provenance):
 
     @classmethod
     def _parse(cls, value: dict[str, Any]) -> Manifest:
+        value = {"crossfit": None, **value}
         known = {field.name for field in fields(cls)}
         if differing := sorted(known ^ set(value)):
             raise ValueError(f"missing or unknown fields: {', '.join(differing)}")
@@ -336,16 +347,12 @@ def check_meaning(value: dict[str, Any]) -> None:
     if not (isinstance(versions, dict) and all(isinstance(v, str) for v in versions.values())):
         raise ValueError(f"versions are {versions!r}, expected names and versions")
     _check_columns(value["columns"], value["top_k"], value["sampled"])
+    check_crossfit(value["crossfit"])
 
 
 def _check_columns(columns: Any, top_k: int, sampled: int) -> None:
-    wanted = (
-        {"topk_ids", "topk_log_probs"}
-        if top_k
-        else {"sample_sizes", "sample_ids", "sample_counts"}
-        if sampled
-        else set()
-    )
+    wanted = {"topk_ids", "topk_log_probs"} if top_k else set()
+    wanted |= {"sample_sizes", "sample_ids", "sample_counts"} if sampled else set()
     allowed = {"label_log_probs", "entropy", *wanted, *(["tail_log_mass"] if top_k else [])}
     named = list(columns) if isinstance(columns, list | tuple) else [columns]
     wrong = [name for name in named if name not in allowed] + sorted(wanted - set(named))

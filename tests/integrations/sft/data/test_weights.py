@@ -60,7 +60,7 @@ def models_for(name):
     return {f"{role}_model": model for role, model in other.items()}
 
 
-LIVE = [name for name in qtarget.available_targets() if name != "consensus"]
+LIVE = [name for name in qtarget.available_targets() if "consensus" not in name]
 
 
 @pytest.mark.parametrize("name", LIVE)

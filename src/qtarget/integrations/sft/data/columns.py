@@ -6,9 +6,7 @@ packed batch look up the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +15,13 @@ from transformers.utils import logging
 
 from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.core.types import DATA_FIELDS
-from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.checks.findings import named
 from qtarget.data.fields import PRIVATE
 from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.weights import ROW, TokenWeights
 from qtarget.integrations.shared.step import ROLES
 from qtarget.scoring.cache.reader import ReferenceCache
-from qtarget.scoring.cache.schema import row_checksum, supervised_mask
+from qtarget.scoring.cache.schema import row_checksum
 
 logger = logging.get_logger(__name__)
 
@@ -140,45 +137,3 @@ def locate_rows(dataset: Dataset, cache: ReferenceCache, role: str, dataset_name
         return pa.table({f"{role}_rows": list_array(offsets, np.repeat(places, lengths))})
 
     return with_columns(dataset, column, f"Locating {role} rows")
-
-
-def add_data_columns(
-    dataset: Dataset, cache: ReferenceCache, role: str, fields: frozenset[str], *, zero_masks: bool
-) -> Dataset:
-    """Add what the rows say of one another (``DATA_FIELDS``), counted within this data set; 0 where not trained on.
-
-    Args:
-        dataset: located rows, not packed yet.
-        fields: which of ``DATA_FIELDS`` the target needs of this role; nothing is counted without.
-        zero_masks: whether tokens of weight 0 neither count nor are counted.
-    """
-    if not fields & set(DATA_FIELDS):
-        return dataset
-    rows: list[Any] = list(dataset)
-    ids, scored = [row["input_ids"] for row in rows], [np.asarray(supervised_mask(row["labels"])) for row in rows]
-    masks: Any = [mask & ~_masked(row) for row, mask in zip(rows, scored, strict=True)] if zero_masks else scored
-    known, said = [], []
-    for row, mask, of_cache in zip(rows, masks, scored, strict=True):
-        numbers = cache.row(row[f"{role}_rows"][0])
-        trained = mask[of_cache]
-        known.append(numbers["label_log_probs"][trained])
-        if cache.has_topk:
-            said.append(confident_choices(numbers["topk_ids"][trained], numbers["topk_log_probs"][trained]))
-    found = counted_fields(ids, masks, known, fields, said if cache.has_topk else None)
-    if "reliability" in found:
-        mean = float(np.concatenate(found["reliability"]).mean())
-        logger.warning(f"{role}: reliability of the frozen model, mean over the trained tokens: {mean:.2f}")
-    for name, values_of_rows in sorted(found.items()):
-        column = [_spread(values, mask) for values, mask in zip(values_of_rows, masks, strict=True)]
-        dataset = dataset.add_column(f"{role}_{name}", column)  # pyright: ignore[reportCallIssue]
-    return dataset
-
-
-def _masked(row: dict[str, Any]) -> Any:
-    return np.asarray(row.get("loss_weights") or [1.0] * len(row["labels"])) == 0
-
-
-def _spread(values: Any, mask: Sequence[bool] | np.ndarray) -> list[float]:
-    out = np.zeros(len(mask), dtype=np.float32)
-    out[np.asarray(mask, dtype=bool)] = values
-    return out.tolist()

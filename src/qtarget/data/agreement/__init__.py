@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from qtarget.composed.guarded import SUPPORT
 from qtarget.core.errors import ShapeError
-from qtarget.core.types import DATA_FIELDS
+from qtarget.core.types import COUNTED_FIELDS
+from qtarget.data.agreement.ngrams import NOWHERE, Done, FlatTokens, Kind, first_shares, joined, largest_shares, scratch
 
 SHORTEST, LONGEST = 1, 3
 """Lengths of the contexts that are compared, in tokens."""
 GAPS = (2, 3)
 """A context may also be the single token so many places back: noise in between then hides nothing."""
+KINDS: tuple[Kind, ...] = (
+    *(("last", length) for length in range(SHORTEST, LONGEST + 1)),
+    *(("back", gap) for gap in GAPS),
+    ("depth", 0),
+)
 
 
 def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]) -> list[np.ndarray]:
@@ -40,64 +46,10 @@ def agreement(token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[
         >>> [found.tolist() for found in agreement(rows, masks)]
         [[0.75, 0.5], [0.75, 0.5], [0.75, 0.5], [0.75, 0.0]]
 
-    Reference: ours; leave-one-out n-gram counts with skipped tokens.
+    Reference: ours; exact leave-one-out n-gram counts with skipped tokens (`qtarget.data.agreement.ngrams`).
     """
-    contexts, pairs = Counter(), Counter()
-    for row in _rows(token_ids, supervised):
-        for found in row:
-            contexts.update(context for context, _ in found)
-            pairs.update(found)
-    return [_shares(row, contexts, pairs) for row in _rows(token_ids, supervised)]
-
-
-Context = tuple[str, tuple[int, ...]]
-"""What a place is made of (``last``, ``back`` or ``depth`` tokens, or what the base ``said``) and its numbers."""
-Observation = tuple[Context, int]
-"""A context and the token that follows it."""
-
-
-def _rows(
-    token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]]
-) -> Iterator[list[list[Observation]]]:
-    """Each row's ``_observations``, made anew at each pass: kept, they would fill a kilobyte a token."""
-    if len(token_ids) != len(supervised):
-        raise ShapeError(f"{len(token_ids)} rows of tokens and {len(supervised)} masks; expected one mask a row")
-    for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True)):
-        if len(ids) != len(mask):
-            raise ShapeError(f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths")
-        yield _observations(np.asarray(ids).tolist(), mask)
-
-
-def _observations(ids: list[int], mask: Sequence[bool]) -> list[list[Observation]]:
-    """For each supervised token, each of its contexts with that token."""
-    out, depth = [], 0
-    for place in range(1, len(ids)):
-        depth = depth + 1 if mask[place] else 0
-        if mask[place]:
-            out.append([(context, ids[place]) for context in _contexts(ids, place, depth)])
-    return out
-
-
-def _contexts(ids: list[int], place: int, depth: int) -> Iterator[Context]:
-    for length in range(min(LONGEST, place), SHORTEST - 1, -1):
-        yield "last", tuple(ids[place - length : place])
-    for gap in GAPS:
-        if gap <= place:
-            yield "back", (gap, ids[place - gap])
-    yield "depth", (depth,)
-
-
-def _shares(row: list[list[Observation]], contexts: Counter, pairs: Counter) -> np.ndarray:
-    """The row's agreement, its own counts taken out."""
-    own_contexts = Counter(context for found in row for context, _ in found)
-    own_pairs = Counter(pair for found in row for pair in found)
-    return np.array(
-        [
-            max((pairs[pair] - own_pairs[pair]) / (contexts[pair[0]] - own_contexts[pair[0]] + 1) for pair in found)
-            for found in row
-        ],
-        dtype=np.float32,
-    )
+    flat = FlatTokens.of(token_ids, supervised)
+    return flat.split(largest_shares(flat, KINDS))
 
 
 TOKENS_BEFORE = 3
@@ -215,61 +167,40 @@ def prior_conflict(
         [[1.0], [1.0], [1.0], [1.0], [1.0]]
     """
     surprised = [np.asarray(values) < np.log(SURPRISING) for values in label_log_probs]
-    said = [np.full(len(flags), -1) for flags in surprised] if choices is None else choices
     trusted = [np.ones(len(flags)) for flags in surprised] if trust is None else trust
-    for name, found in (("log-probs", surprised), ("choices", said), ("trust", trusted)):
-        if len(token_ids) != len(found):
-            raise ShapeError(f"{len(token_ids)} rows of tokens, {len(found)} of {name}; expected as many of each")
-        for number, (mask, values) in enumerate(zip(supervised, found, strict=True)):
-            if (count := sum(mask[1:])) != len(values):
-                raise ShapeError(f"row {number}: {count} supervised tokens and {len(values)} {name}; expected as many")
-    rows = list(zip(surprised, trusted, strict=True))
-    seen, against = Counter(), Counter()
-    for places, row in zip(_placed(token_ids, supervised, said), rows, strict=True):
-        _count(places, *row, seen, against)
-    return [
-        _conflicts(places, *row, seen, against)
-        for places, row in zip(_placed(token_ids, supervised, said), rows, strict=True)
-    ]
+    flat = FlatTokens.of(token_ids, supervised)
+    for name, found in (
+        ("log-probs", surprised),
+        ("choices", surprised if choices is None else choices),
+        ("trust", trusted),
+    ):
+        _check_counts(flat, name, found)
+    said = None if choices is None else joined(choices, np.int64)
+    return flat.split(_conflicts(flat, joined(surprised, bool), joined(trusted, np.float64), said))
 
 
-Places = tuple[list[Context], list[Context]]
-"""Where a token stands: its contexts, longest first, and the base's choice, if it is sure of one."""
-
-
-def _placed(
-    token_ids: Sequence[Sequence[int]], supervised: Sequence[Sequence[bool]], said: Sequence[np.ndarray]
-) -> Iterator[list[Places]]:
-    """Where the tokens of each row stand."""
-    for row, chosen in zip(_rows(token_ids, supervised), said, strict=True):
-        plain = [[context for context, _ in found if context[0] == "last"] for found in row]
-        sure: list[list[Context]] = [[("said", (int(choice),))] if choice >= 0 else [] for choice in chosen]
-        yield list(zip(plain, sure, strict=True))
-
-
-def _count(places: list[Places], flags: np.ndarray, trust: np.ndarray, seen: Counter, against: Counter) -> None:
-    for (contexts, said), flag, weight in zip(places, flags.tolist(), trust.tolist(), strict=True):
-        for place in (*contexts, *said):
-            seen[place] += weight
-            against[place] += weight * flag
+def _check_counts(flat: FlatTokens, name: str, found: Sequence[np.ndarray]) -> None:
+    if len(flat.counts) != len(found):
+        raise ShapeError(f"{len(flat.counts)} rows of tokens, {len(found)} of {name}; expected as many of each")
+    for number, (count, values) in enumerate(zip(flat.counts.tolist(), found, strict=True)):
+        if count != len(values):
+            raise ShapeError(f"row {number}: {count} supervised tokens and {len(values)} {name}; expected as many")
 
 
 def _conflicts(
-    places: list[Places], flags: np.ndarray, trust: np.ndarray, seen: Counter, against: Counter
+    flat: FlatTokens, surprised: np.ndarray, trust: np.ndarray, said: np.ndarray | None, on_done: Done | None = None
 ) -> np.ndarray:
-    """The conflict at each token, the row's own tokens taken out."""
-    own_seen, own_against = Counter(), Counter()
-    _count(places, flags, trust, own_seen, own_against)
-
-    def share(candidates: list[Context]) -> float:
-        """Of the first candidate with enough witnesses."""
-        for place in candidates:
-            if (others := seen[place] - own_seen[place]) >= WITNESSES:
-                return (against[place] - own_against[place]) / others
-        return 0.0
-
-    shares = np.array([max(share(contexts), share(said)) for contexts, said in places], dtype=np.float32)
-    return np.clip((shares - SOME) / (MOST - SOME), 0, 1)
+    """``prior_conflict`` of flat rows, ``[supervised tokens]`` each."""
+    kinds: list[Kind | np.ndarray] = [("last", length) for length in range(LONGEST, SHORTEST - 1, -1)]
+    share = first_shares(flat, kinds, surprised, trust, WITNESSES, on_done)
+    if said is not None:
+        sure = scratch(len(said), np.uint64)
+        for _, _, at in flat.spans():
+            sure[at] = np.where(said[at] >= 0, said[at].astype(np.uint64), NOWHERE)
+        np.maximum(share, first_shares(flat, [sure], surprised, trust, WITNESSES, on_done), out=share)
+    for _, _, at in flat.spans():
+        share[at] = np.clip((share[at] - SOME) / (MOST - SOME), 0, 1)
+    return share
 
 
 def counted_fields(
@@ -279,7 +210,7 @@ def counted_fields(
     fields: frozenset[str],
     choices: Sequence[np.ndarray] | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """Those of ``DATA_FIELDS`` that are named, as a ``Reference`` holds them: ``[supervised tokens]`` a row each.
+    """Those of ``COUNTED_FIELDS`` that are named, as a ``Reference`` holds them: ``[supervised tokens]`` a row each.
 
     Args:
         token_ids, supervised, label_log_probs, choices: as for ``prior_conflict``.
@@ -294,12 +225,82 @@ def counted_fields(
         >>> {name: float(values[0][0]) for name, values in counted_fields(rows, masks, known, frozenset({"agreement"})).items()}
         {'agreement': 0.75}
     """
-    wanted = fields & set(DATA_FIELDS)
+    wanted = fields & set(COUNTED_FIELDS)
     if not wanted:
         return {}
-    agreed = agreement(token_ids, supervised)
-    trust = [context_trust(values) for values in agreed]
-    conflicts = prior_conflict(token_ids, supervised, label_log_probs, choices, trust)
-    rho = prior_reliability(*(np.concatenate(values) for values in (agreed, label_log_probs, trust)))
-    found = {"agreement": agreed, "conflict": conflicts, "reliability": [rho * (1 - values) for values in conflicts]}
-    return {name: values for name, values in found.items() if name in wanted}
+    flat = FlatTokens.of(token_ids, supervised)
+    for name, found in (("log-probs", label_log_probs), ("choices", choices)):
+        if found is not None:
+            _check_counts(flat, name, found)
+    said = None if choices is None else joined(choices, np.int64)
+    return {
+        name: flat.split(values)
+        for name, values in counted_flat(flat, joined(label_log_probs, np.float64), wanted, said).items()
+    }
+
+
+def counted_flat(
+    flat: FlatTokens,
+    label_log_probs: np.ndarray,
+    fields: frozenset[str],
+    choices: np.ndarray | None = None,
+    on_done: Done | None = None,
+    groups: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """``counted_fields`` of rows one after another, ``[supervised tokens]`` each: no Python object a token.
+
+    Args:
+        groups: ``[supervised tokens]`` the source of each token's row: each source has a reliability of its own. What rows
+            agree on is counted over all of them.
+        on_done: called with the number of contexts counted since the last call, of ``contexts_of(flat)`` in all at most.
+    """
+    agreed = largest_shares(flat, KINDS, on_done)
+    trust = _trusts(agreed, flat)
+    conflict = _conflicts(flat, label_log_probs < np.log(SURPRISING), trust, choices, on_done)
+    found = {"agreement": agreed, "conflict": conflict}
+    if "reliability" in fields:
+        found["reliability"] = _reliabilities(flat, agreed, label_log_probs, trust, conflict, groups)
+    return {name: values for name, values in found.items() if name in fields}
+
+
+def _reliabilities(
+    flat: FlatTokens,
+    agreed: np.ndarray,
+    label_log_probs: np.ndarray,
+    trust: np.ndarray,
+    conflict: np.ndarray,
+    groups: np.ndarray | None,
+) -> np.ndarray:
+    """``prior_reliability`` of each group less the conflict, ``[supervised tokens]`` float32; summed part by part."""
+    known, weight, numbers = defaultdict(float), defaultdict(float), groups
+    for _, _, at in flat.spans():
+        weights = agreed[at].astype(np.float64) * trust[at]
+        knew = weights * np.exp(label_log_probs[at].astype(np.float64))
+        for group in [0] if numbers is None else np.unique(numbers[at]).tolist():
+            mine = slice(None) if numbers is None else numbers[at] == group
+            known[group] += float(knew[mine].sum())
+            weight[group] += float(weights[mine].sum())
+    out = scratch(len(agreed), np.float32)
+    for _, _, at in flat.spans():
+        for group, total in weight.items():
+            mine = slice(None) if numbers is None else numbers[at] == group
+            out[at][mine] = (1 - conflict[at][mine]) * (known[group] / total if total else 0.0)
+    return out
+
+
+def contexts_of(flat: FlatTokens) -> int:
+    """How many contexts ``counted_flat`` counts, at most."""
+    return len(flat.rows) * (len(KINDS) + LONGEST - SHORTEST + 2)
+
+
+def _trusts(agreements: np.ndarray, flat: FlatTokens) -> np.ndarray:
+    """``context_trust`` of all rows."""
+    out = scratch(len(agreements), np.float32)
+    for _, _, at in flat.spans():  # whole rows
+        agreed, rows = agreements[at], flat.rows[at]
+        credible, trust = agreed / (agreed + SUPPORT), np.ones_like(agreed)
+        for back in range(1, TOKENS_BEFORE + 1):
+            same = rows[back:] == rows[:-back]
+            trust[back:][same] *= credible[:-back][same]
+        out[at] = trust
+    return out

@@ -1,0 +1,56 @@
+"""``qtarget score --crossfit``: rows judged by copies of the base that have not seen them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.scoring.cache.schema import Manifest
+
+
+def run_crossfit(
+    config: RunConfig,
+    directory: Path,
+    recipe: tuple[int, int | None, float, int],
+    of_shards: Callable[[Path], str],
+    **storage: Any,
+) -> Manifest:
+    """Train the copies and score the rows of a config, tokenised exactly as training does.
+
+    Args:
+        recipe: folds, steps, learning rate and rank of ``CrossfitRecipe``.
+        of_shards: says what of the scoring is safe.
+        storage: of ``qtarget.integrations.sft.crossfit.crossfit_score``.
+
+    Raises:
+        ConfigError, CacheMismatchError, DataError: see ``crossfit_score``.
+    """
+    from transformers import AutoTokenizer
+
+    from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.interrupts import on_interrupt
+    from qtarget.cli.options.models import set_model_arguments
+    from qtarget.integrations.sft.crossfit import CrossfitRecipe, crossfit_score
+
+    plan = CrossfitRecipe(*recipe)
+    train_rows, validation_rows = load_datasets(config)
+    set_model_arguments(config)
+    name, trust = str(config.model.model_name_or_path), config.training.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model.model_revision, trust_remote_code=trust)
+    with on_interrupt(lambda: how_to_go_on(directory, plan.folds, of_shards)):
+        return crossfit_score(
+            name, config.training, train_rows, validation_rows, tokenizer, directory=directory, recipe=plan, **storage
+        )
+
+
+def how_to_go_on(directory: Path, folds: int, of_shards: Callable[[Path], str]) -> str:
+    """What of a cross-fit that is ended early is safe, in words."""
+    from qtarget.integrations.sft.crossfit.copies import COPIES, RECEIPT
+
+    trained = len(list((directory / COPIES).glob(f"fold-?*/{RECEIPT}")))
+    if (directory / "plan.json").is_file():
+        return of_shards(directory)
+    return f"{trained} of {folds} copies are trained in {directory}; run the same command again, and it goes on there"

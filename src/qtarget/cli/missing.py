@@ -1,0 +1,167 @@
+"""What a training needs of frozen models and no key names: found, or scored first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown
+from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.integrations.sft.score import Cost
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells its processes; whoever scores is no rank of a training."""
+LOOKS = 1.0
+"""Seconds between two looks of the ranks that wait."""
+
+logger = logging.getLogger(__name__)
+
+
+def score_missing(config: RunConfig, rows: Rows) -> None:
+    """Score the frozen model that the target needs and no key names, or find what an earlier run scored.
+
+    The cache lies beside ``output_dir``, under a name that its rows, model and settings decide: the next target finds it,
+    and other rows find another. An interrupted scoring goes on; of several ranks one scores.
+
+    Args:
+        rows: the config's, training and validation.
+
+    Raises:
+        ConfigError: the place cannot be written, or another process writes it.
+        ScoringServerError: the base is a URL, and its server fails.
+    """
+    from qtarget.filtering.decision import Filter
+
+    training = config.training
+    target = training.build_target()
+    if target.needs.teacher and training.teacher_url is None and training.teacher_cache is None:
+        training.teacher_cache = scored_teacher(config, rows)
+    if training.reference_model_name_or_path is not None or training.reference == "live":
+        return
+    if target.needs.reference or Filter.of(training.filter):
+        training.reference_cache = reference_for(config, rows)
+
+
+def reference_for(config: RunConfig, rows: Rows) -> str:
+    """The base's cache: the one that the config names, the one that an earlier run scored, or a new one.
+
+    Raises:
+        ConfigError: the place cannot be written, or another process writes it.
+    """
+    training = config.training
+    if training.reference_cache is not None:
+        return training.reference_cache
+    place = cache_place(config, "reference", training.reference_top_k, rows)
+    if is_finished(place):
+        if training.process_index == 0:
+            logger.warning("reference: %s is taken, which these rows and this model were scored into", shown(place))
+    elif training.process_index == 0:
+        check_place(place)
+        score_reference(config, place, rows)
+    wait_for(place)
+    return str(place)
+
+
+def scored_teacher(config: RunConfig, rows: Rows) -> str | None:
+    """The cache of a teacher that `qtarget score` wrote where training looks; None where there is none."""
+    training = config.training
+    parent = Path(os.path.abspath(str(training.output_dir))).parent
+    if training.teacher_model_name_or_path is None or not any(parent.glob("teacher_cache-*")):
+        return None
+    place = cache_place(config, "teacher", training.teacher_top_k, rows)
+    if not is_finished(place):
+        return None
+    logger.warning("teacher: %s is taken, where it was scored; nothing runs live", shown(place))
+    return str(place)
+
+
+def score_reference(config: RunConfig, place: Path, rows: Rows) -> None:
+    """Run the base over all rows, in this process, or in one of its own beside several ranks."""
+    from qtarget.scoring.sources.engines import EngineChoice, detect_engine
+
+    training = config.training
+    if training.world_size > 1 or training.deepspeed:
+        score_apart(config, place)
+        return
+    from qtarget.cli.score import run_scoring
+
+    url = training.reference_url
+    engine = None if url is None else EngineChoice(detect_engine(url), url)
+    named = training.target_label
+
+    def announce(cost: Cost) -> None:
+        logger.warning("%s", announcement(named, cost, place))
+
+    top_k = training.reference_top_k
+    run_scoring(config, place, top_k, "bucket", "reference", engine, rows=rows, announce=announce)
+
+
+def announcement(target: str, cost: Cost, place: Path) -> str:
+    """What is about to be scored, and what it takes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> cost = SimpleNamespace(rows=600, tokens=9000, bytes=790_000, seconds=4.2)
+        >>> print(announcement("asft", cost, Path("runs/reference_cache-1")).partition(":")[2].partition(";")[0].strip())
+        600 rows, 9,000 tokens, about 0.8 MB and 5 s, into runs/reference_cache-1
+    """
+    took = "" if cost.seconds is None else f" and {max(1, round(cost.seconds + 0.5)):,} s"
+    return (
+        f"reference, scored once for target {target}: {cost.rows:,} rows, {cost.tokens:,} tokens, about "
+        f"{cost.bytes / 1e6:,.1f} MB{took}, into {shown(place)}; the next target with an output_dir there takes it "
+        "(`reference: live` would run the base at each step)"
+    )
+
+
+def score_apart(config: RunConfig, place: Path) -> None:
+    """Score in a process that is no rank: TRL's preparation meets all ranks at barriers, and the others only wait.
+
+    Raises:
+        ConfigError: it failed; its words stand above.
+    """
+    import yaml
+
+    from qtarget.cli.options.config import resolved_settings
+
+    settings = resolved_settings(config) | {"deepspeed": None, "fsdp": None, "fsdp_config": None}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    environment = {
+        key: value for key, value in environment.items() if not key.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+        top_k = str(config.training.reference_top_k)
+        command = [
+            sys.executable,
+            "-m",
+            "qtarget.cli.main",
+            "score",
+            str(path),
+            "--top-k",
+            top_k,
+            "--output",
+            str(place),
+        ]
+        if (url := config.training.reference_url) is not None:
+            from qtarget.scoring.sources.engines import detect_engine
+
+            command += ["--engine", detect_engine(url), "--url", url]
+        logger.warning("reference: scored once into %s; the other ranks wait", shown(place))
+        if subprocess.run(command, env=environment, check=False).returncode:
+            raise ConfigError(f"the frozen base could not be scored into {shown(place)}; the lines above say why")
+
+
+def wait_for(place: Path) -> None:
+    """Look until the cache is whole; a launcher ends all ranks where the one that scores fails."""
+    while not is_finished(place):
+        time.sleep(LOOKS)

@@ -1,0 +1,148 @@
+"""Train the copies, ask each about its rows, and write an ordinary cache."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qtarget.core.errors import CacheMismatchError, ConfigError
+from qtarget.core.types import TailPolicy
+from qtarget.integrations.sft.config import QTargetConfig
+from qtarget.integrations.sft.crossfit.copies import COPIES, Copies
+from qtarget.integrations.sft.crossfit.folds import Folds, folds_of
+from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
+from qtarget.integrations.sft.crossfit.source import CrossfitSource
+from qtarget.scoring.cache.plan import PLAN, tool_versions
+from qtarget.scoring.cache.progress import TokenMeter
+from qtarget.scoring.cache.schema import Manifest, Provenance
+from qtarget.scoring.cache.writer import write_cache
+from qtarget.scoring.sources.local import LocalSource, check_storage
+from qtarget.storage.files import digest, write_json
+from qtarget.storage.folders import CACHE, owned
+from qtarget.storage.locks import locked
+
+
+def crossfit_score(
+    model: str,
+    args: QTargetConfig,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    *,
+    directory: str | Path,
+    recipe: CrossfitRecipe | None = None,
+    top_k: int = 0,
+    tail_policy: TailPolicy = "bucket",
+    log_probs_dtype: str = "float16",
+    sampled: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    shard_rows: int = 2000,
+) -> Manifest:
+    """Train a copy for each fold, score each row with the copy that has not seen it, and write an ordinary cache.
+
+    Training rows are learnt; evaluation rows are judged alone, each by the copy that has not seen its prompt. Run again
+    after a kill, copies that are trained and shards that are scored are kept. One model is in memory at a time.
+
+    Args:
+        model: name or path of the base.
+        args: the training configuration: data settings decide the tokens, ``seed`` the folds, the rest how copies train.
+        directory: the cache's folder.
+        recipe: see ``CrossfitRecipe``.
+        top_k, tail_policy, log_probs_dtype, sampled, seed, progress, shard_rows: as for ``qtarget.integrations.sft.score``.
+
+    Returns:
+        The manifest of the finished cache, whose ``crossfit`` has folds, recipe and fingerprints.
+
+    Raises:
+        ConfigError: ``model`` is no name, or ``prompt_weight`` is set, which makes prompts part of the response.
+        CacheMismatchError: the folder was begun with other rows, another base or another recipe.
+        DataError: fewer prompts than folds.
+    """
+    if not isinstance(model, str):
+        raise ConfigError("a cross-fit loads the base anew for each copy; give the model by name or path")
+    if args.prompt_weight is not None:
+        raise ConfigError(
+            "prompt_weight trains prompts too, so rows have no prompt to be told apart by; leave it out to score"
+        )
+    recipe, directory = recipe or CrossfitRecipe(), Path(directory)
+    check_storage(tail_policy, log_probs_dtype)
+    folds = folds_of(model, args, train_dataset, eval_dataset, processing_class, recipe)
+    gc.collect()  # the trainer that tokenised the rows holds a model, and its callbacks hold it
+    copies = Copies(directory / COPIES, model, args, folds, recipe, progress)
+    with owned(directory, CACHE):
+        (directory / COPIES).mkdir(exist_ok=True)
+    with locked(directory / COPIES):  # the folder's own lock is `write_cache`'s
+        said = said_before(directory, folds.facts(recipe, args))
+        found = said or [copies.ready(fold) for fold in range(recipe.folds)]
+        provenance = Provenance(
+            model_id=model,
+            model_fingerprint=digest("".join(found).encode()),
+            tokenizer_fingerprint=folds.tokenizer_fingerprint,
+            chat_template_fingerprint=folds.chat_template_fingerprint,
+            vocab_size=folds.vocab_size,
+            dtype=str(folds.dtype).removeprefix("torch."),
+            top_k=top_k,
+            tail_policy="sampled" if sampled else tail_policy,
+            versions=tool_versions(),
+            log_probs_dtype=log_probs_dtype,
+            sampled=sampled,
+            seed=seed,
+            engine_version=tool_versions()["transformers"],
+            crossfit=folds.facts(recipe, args) | {"copies": found},
+        )
+        manifest = write_judged(directory, folds, copies, provenance, shard_rows, progress)
+    shutil.rmtree(directory / COPIES, ignore_errors=True)
+    return manifest
+
+
+def write_judged(
+    directory: Path, folds: Folds, copies: Copies, provenance: Provenance, shard_rows: int, progress: bool
+) -> Manifest:
+    """Score each row with the copy of its fold."""
+    head: dict[str, Any] = {"logit_scale": folds.head.scale, "logit_softcap": folds.head.softcap}
+    fingerprints = (provenance.crossfit or {})["copies"]
+    with TokenMeter(enabled=progress) as meter:
+
+        def judge(fold: int) -> LocalSource:
+            return LocalSource(copies.load(fold, fingerprints[fold]), on_tokens=meter.advance, **head)
+
+        source = CrossfitSource(folds.by_checksum, judge, folds.vocab_size)
+        return write_cache(directory, folds.rows, source, provenance, shard_rows=shard_rows, meter=meter, **head)
+
+
+def said_before(directory: Path, facts: dict[str, Any]) -> list[str] | None:
+    """The copies' fingerprints if scoring has begun in this folder already; nothing of copies is known before.
+
+    Raises:
+        CacheMismatchError: it was begun with something else (names it), or is no cross-fit.
+    """
+    wanted = json.loads(json.dumps(facts))
+    for name in (PLAN, f"{COPIES}/{PLAN}"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            said = dict(plan["crossfit"] or {})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CacheMismatchError(
+                f"{path} is no cross-fit's ({error!r}); choose another folder, or delete this one"
+            ) from error
+        differing = [
+            f"{key} is {said.get(key)!r} there and {value!r} now"
+            for key, value in wanted.items()
+            if said.get(key) != value
+        ]
+        if differing:
+            raise CacheMismatchError(
+                f"{directory} was begun with another cross-fit: {'; '.join(differing)}; choose another folder, or delete this one"
+            )
+        if name == PLAN:
+            return list(said["copies"])
+        return None
+    write_json(directory / COPIES / PLAN, {"crossfit": wanted})
+    return None

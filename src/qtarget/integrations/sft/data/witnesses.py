@@ -1,0 +1,241 @@
+"""What is known of a token only when all rows are: what the other rows say of it, and what a cross-fit does.
+
+Each source of the data (a column such as ``source``) is judged by itself: a base may know one format and not another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.utils import tqdm
+from transformers.utils import logging
+
+from qtarget.core.errors import CacheMismatchError
+from qtarget.core.types import COUNTED_FIELDS, DATA_FIELDS, WITNESS_FIELDS, Target
+from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
+from qtarget.data.agreement.ngrams import FlatTokens
+from qtarget.data.crossfit.witness import witness_fields
+from qtarget.data.fields import GROUP_COLUMNS
+from qtarget.integrations.sft.data.arrow import flat_lists, list_array, list_batches, with_columns
+from qtarget.integrations.sft.data.columns import locate_rows, supervised
+from qtarget.integrations.sft.data.start import can_weigh, silent_rows, start_weights
+from qtarget.integrations.sft.data.weights import ROW
+from qtarget.scoring.cache.reader import ReferenceCache
+
+logger = logging.get_logger(__name__)
+
+WITNESS = "witness"
+"""The role under which rows are located in a cross-fitted cache; the column is not kept."""
+
+
+MOST_SOURCES = 50
+"""A column of more different values names rows, and no sources."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where rows come from, by the first column that says so and has at most ``MOST_SOURCES`` values.
+
+    Attributes:
+        column: its name; empty where there is none.
+        of_row: the value of each numbered row.
+    """
+
+    column: str = ""
+    of_row: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Sources:
+        """Of rows that are yet to be numbered, or are.
+
+        Example:
+            >>> Sources.of(Dataset.from_list([{"text": "a", "source": "web"}])).column
+            'source'
+        """
+        for name in GROUP_COLUMNS:
+            if name in dataset.column_names and getattr(dataset.features[name], "dtype", "") == "string":
+                numbers = np.asarray(dataset[ROW][:]) if ROW in dataset.column_names else np.arange(len(dataset))
+                values = np.full(int(numbers.max()) + 1 if len(numbers) else 0, "", dtype=object)
+                values[numbers] = said = dataset[name][:]
+                if len(set(said)) <= MOST_SOURCES:
+                    return cls(name, values)
+        return cls()
+
+    def groups(self, numbers: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The names of the sources of these rows, and which of them each is of."""
+        if self.of_row is None or not len(numbers) or numbers.max() >= len(self.of_row):
+            return [""], np.zeros(len(numbers), dtype=np.int64)
+        names, index = np.unique(np.array([str(value) for value in self.of_row[numbers]]), return_inverse=True)
+        return names.tolist(), index
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tokens of a data set, with what a cache says of them.
+
+    Attributes:
+        flat: all tokens.
+        known: ``[trained tokens]`` log-probs of a frozen model, nats.
+        said: ``[trained tokens]`` what it is sure of (``confident_choices``), or None.
+    """
+
+    flat: FlatTokens
+    known: np.ndarray
+    said: np.ndarray | None = None
+
+
+def add_data_columns(
+    dataset: Dataset,
+    cache: ReferenceCache,
+    role: str,
+    target: Target,
+    *,
+    zero_masks: bool,
+    witness: ReferenceCache | None = None,
+    sources: Sources | None = None,
+    name: str = "train",
+    decode: Callable[[list[int]], str] = str,
+) -> Dataset:
+    """Add those of ``DATA_FIELDS`` that the target asks for, judged within this data set; 0 where not trained on.
+
+    The log says what each source is worth, and which rows start with hardly any weight.
+
+    Args:
+        dataset: located rows, not packed yet.
+        target: nothing is done where it needs no data field of this role.
+        zero_masks: whether tokens of weight 0 neither count nor are counted.
+        witness: a cross-fitted cache of these rows, for ``WITNESS_FIELDS``.
+        sources: where the rows come from; each source is judged by itself.
+        name: of the data set, for messages.
+        decode: shows a row's tokens.
+
+    Raises:
+        CacheMismatchError: a row that the cross-fit has not judged.
+    """
+    fields = getattr(target.needs, role)
+    if not fields & set(DATA_FIELDS):
+        return dataset
+    offsets, ids = flat_lists(dataset, "input_ids")
+    scored = supervised(offsets, flat_lists(dataset, "labels")[1])
+    mask = scored & (flat_lists(dataset, "loss_weights")[1] != 0) if _masks(dataset, zero_masks) else scored
+    flat = FlatTokens(ids.astype(np.int32, copy=False), mask, offsets)
+    places = _places(dataset, role)
+    rows = known_of(cache, places, scored, flat, with_choices=bool(fields & set(COUNTED_FIELDS)))
+    names, of_row = (sources or Sources()).groups(np.asarray(dataset[ROW][:]))
+    groups = of_row[flat.rows]
+    found: dict[str, np.ndarray] = {}
+    if fields & set(COUNTED_FIELDS):
+        found |= _counted(rows, fields, groups)
+        if "reliability" in found:
+            told = [float(found["reliability"][groups == g].mean()) for g in range(len(names))]
+            say(
+                f"{role}: reliability of the frozen model, mean over the trained tokens",
+                names,
+                [f"{v:.2f}" for v in told],
+            )
+    if fields & set(WITNESS_FIELDS):
+        assert witness is not None, "the trainer opened it"
+        judged = locate_rows(dataset, witness, WITNESS, name)
+        copies = known_of(witness, _places(judged, WITNESS), scored, flat, with_choices=False)
+        told_of, verdicts = witness_fields(rows.known, copies.known, flat.rows, groups)
+        found |= told_of
+        lines = [
+            f"perplexity ratio {v.perplexity_ratio:.2f}, noise {v.noise_tokens:.1%} of tokens, {v.noise_rows:.1%} of rows"
+            for v in (verdicts[g] for g in range(len(names)))
+        ]
+        say(f"{name} data, by the cross-fit", names, lines)
+    if can_weigh(target):
+        weights = start_weights(target, rows.known, found, role)
+
+        def text(row: int) -> str:
+            a, b = offsets[row], offsets[row + 1]
+            return decode(ids[a:b][mask[a:b]].tolist())
+
+        for line in silent_rows(weights, flat.rows, flat.counts, names, of_row, text):
+            logger.warning(f"{name} data, {line}" if names != [""] else f"{name} data: {line}")
+    return with_flat(dataset, {f"{role}_{field}": values for field, values in found.items()}, flat)
+
+
+def _masks(dataset: Dataset, zero_masks: bool) -> bool:
+    return zero_masks and "loss_weights" in dataset.column_names
+
+
+def _places(dataset: Dataset, role: str) -> list[int]:
+    """The cache row of each row: it stands at each of its tokens, and no row is empty."""
+    batches = list_batches(dataset, f"{role}_rows")
+    return np.concatenate([values[offsets[:-1]] for offsets, values in batches]).tolist()
+
+
+def _counted(rows: Trained, fields: frozenset[str], groups: np.ndarray) -> dict[str, np.ndarray]:
+    with tqdm(
+        total=contexts_of(rows.flat), desc="Counting what rows agree on", unit=" contexts", unit_scale=True
+    ) as bar:
+        return counted_flat(rows.flat, rows.known, fields, rows.said, bar.update, groups)
+
+
+def known_of(
+    cache: ReferenceCache, places: list[int], scored: np.ndarray, flat: FlatTokens, *, with_choices: bool
+) -> Trained:
+    """What a cache says of the trained tokens.
+
+    Args:
+        places: the cache row of each row.
+        scored: ``[tokens]`` which tokens have numbers in the cache; those that are trained are among them.
+        with_choices: also what the model is sure of, if the cache lists more than labels.
+    """
+    known = np.empty(len(flat.rows), dtype=np.float32)
+    said = np.empty(len(flat.rows), dtype=np.int32) if with_choices and cache.has_topk else None
+    done = 0
+    for place, a, b in zip(places, flat.offsets[:-1].tolist(), flat.offsets[1:].tolist(), strict=True):
+        numbers, trained = cache.row(place), flat.mask[a:b][scored[a:b]]
+        end = done + int(trained.sum())
+        known[done:end] = numbers["label_log_probs"][trained]
+        if said is not None:
+            said[done:end] = confident_choices(numbers["topk_ids"][trained], numbers["topk_log_probs"][trained])
+        done = end
+    return Trained(flat, known, said)
+
+
+def with_flat(dataset: Dataset, columns: dict[str, np.ndarray], flat: FlatTokens) -> Dataset:
+    """The data set with columns of ``[trained tokens]`` spread over all tokens, 0 elsewhere."""
+    place = {number: index for index, number in enumerate(dataset[ROW][:])}
+    whole = {name: np.zeros(len(flat.ids), dtype=np.float32) for name in columns}
+    for name, values in columns.items():
+        whole[name][flat.mask] = values
+
+    def made(table: pa.Table) -> pa.Table:
+        rows = np.array([place[number] for number in table[ROW].to_pylist()])
+        lengths = flat.offsets[rows + 1] - flat.offsets[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.arange(offsets[-1]) + np.repeat(flat.offsets[rows] - offsets[:-1], lengths)
+        return pa.table({name: list_array(offsets, values[index]) for name, values in whole.items()})
+
+    return with_columns(dataset, made, f"Adding {', '.join(sorted(columns))}")
+
+
+def say(what: str, names: list[str], values: list[str]) -> None:
+    """One line for all sources, or one each."""
+    for name, value in zip(names, values, strict=True):
+        logger.warning(f"{what}: {value}" if name == "" else f"{what}, {name}: {value}")
+
+
+def require_witness(witness: ReferenceCache, reference: ReferenceCache) -> None:
+    """Make sure that a cross-fit is one, of the base that the reference cache is of.
+
+    Raises:
+        CacheMismatchError: says which of the two it is not.
+    """
+    if witness.manifest.crossfit is None:
+        raise CacheMismatchError(
+            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected one that "
+            "`qtarget score CONFIG.yaml --crossfit 2` wrote"
+        )
+    if (found := witness.manifest.base_fingerprint) != (wanted := reference.manifest.base_fingerprint):
+        raise CacheMismatchError(
+            f"witness: the copies of {witness.path} began as the model {found}, {reference.path} is of {wanted}; expected one "
+            "base: score both with this config"
+        )

@@ -1,0 +1,116 @@
+"""docs/crossfit.md: its config and commands run; wrong uses of the options say what and how; an interrupt says how to go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+pytest.importorskip("trl")
+
+from qtarget.cli.bench.app import app
+from qtarget.cli.crossfit import how_to_go_on
+from qtarget.cli.main import run
+from qtarget.cli.score import how_to_go_on as of_shards
+from tests import ROOT
+
+PAGE = (ROOT / "docs/crossfit.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+def called(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkeypatch, capsys):
+    workspace()  # writes rows.jsonl
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(config.replace("path/to/base", str(tiny_model)))
+    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    assert [line[1] for line in lines] == ["score", "cache", "train", "score", "train", "bench"]
+    *lines, _ = lines  # the benchmark takes minutes: its options are checked below
+    for line in lines:
+        assert called(*line[1:]) == 0, line
+    told = json.loads((tmp_path / "witness/manifest.json").read_text())["crossfit"]
+    assert (told["folds"], told["rows"], told["recipe"]["rank"], told["recipe"]["learning_rate"]) == (
+        2,
+        [6, 6],
+        16,
+        5e-4,
+    )
+    assert called("cache", "verify", "witness") == 0
+    assert called("cache", "verify", "witness", "--model", str(tiny_model), "--config", "run.yaml") == 2
+    assert "judged by 2 copies, none of which is kept" in " ".join(capsys.readouterr().err.split())
+    for folder, target in (("surprise", "prior_surprise"), ("consensus", "crossfit_consensus")):
+        summary = json.loads((tmp_path / "runs" / folder / "train_summary.json").read_text())
+        assert (summary["target"], summary["steps"]) == (target, 8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "words"),
+    [
+        ({}, ["--crossfit", "2"], "set witness in the config, or pass --output DIR"),
+        ({"witness": "w"}, ["--crossfit", "2", "--role", "teacher"], "leave --role, --engine and --known out"),
+        ({"witness": "w"}, ["--crossfit", "1"], "crossfit"),
+        ({"witness": "w"}, ["--crossfit", "2", "--crossfit-rate", "nan"], "positive rate"),
+        ({"witness": "w"}, ["--crossfit", "2", "--crossfit-rate", "0"], "positive rate"),
+        ({"witness": "w"}, ["--crossfit", "13"], "12 different prompts for 13 folds"),
+    ],
+)
+def test_wrong_uses_say_what_and_how(workspace, capsys, keys, options, words):
+    assert called("score", workspace(**keys), *options) == 2
+    errors = capsys.readouterr().err
+    assert words in " ".join(errors.replace("│", " ").split())
+    assert "Traceback" not in errors
+
+
+def test_an_interrupt_says_what_is_safe(tmp_path):
+    assert how_to_go_on(tmp_path, 3, of_shards).startswith("0 of 3 copies are trained")
+    (tmp_path / ".copies/fold-0").mkdir(parents=True)
+    (tmp_path / ".copies/fold-0/copy.json").write_text("{}")
+    assert how_to_go_on(tmp_path, 3, of_shards).startswith("1 of 3 copies are trained")
+    (tmp_path / "plan.json").write_text(json.dumps({"shards": [1, 2]}))
+    assert how_to_go_on(tmp_path, 3, of_shards).startswith("0 of 2 shards are finished")
+
+
+def test_the_benchmark_of_the_page_is_the_small_one_with_steps_tuned(monkeypatch, tmp_path):
+    from qtarget.benchmarks.noise import bench
+
+    class Stop(Exception):
+        pass
+
+    def run_noise(config, output, **_):
+        found.append((config, output))
+        raise Stop
+
+    found = []
+    monkeypatch.setattr(bench, "run_noise", run_noise)
+    monkeypatch.chdir(tmp_path)
+    line = shlex.split(blocks("sh")[-1])
+    ended = CliRunner().invoke(app, line[2:])
+    assert isinstance(ended.exception, Stop), ended.output
+    ((config, output),) = found
+    assert (config.steps_grid, config.seeds, str(output)) == ((40, 120), 2, "runs/noise_crossfit.json")
+    assert {"sft", "consensus", "crossfit_consensus", "sft, rows by cross-fit"} == set(config.names)
+
+
+def test_the_page_names_every_option_and_its_default(workspace):
+    import inspect
+
+    from qtarget.cli.score import score
+
+    given = {name: p.default for name, p in inspect.signature(score).parameters.items() if name.startswith("crossfit_")}
+    for name, default in given.items():
+        row = next(line for line in PAGE.splitlines() if f"`--{name.replace('_', '-')}`" in line)
+        assert default is None or f"{default:g}".replace("0.0005", "5e-4") in row
+    assert yaml.safe_load(blocks("yaml")[0])["witness"] == "witness"
