@@ -83,7 +83,7 @@ class Probe:
             "entropy": found.entropy,
             "log_probs": self.frozen.log_softmax(-1),
         }
-        given = {name: every[name] for name in wanted if name != "distribution"}
+        given: dict[str, Any] = {name: every[name] for name in wanted if name != "distribution"}
         if "distribution" in wanted:
             listed = ("topk_ids", "topk_log_probs", "tail_log_mass") if self.sparse else ()
             given |= {name: getattr(found, name) for name in listed} or {"log_probs": every["log_probs"]}
