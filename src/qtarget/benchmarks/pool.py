@@ -154,7 +154,6 @@ class Workers:
 
 
 _worker: Any = None
-_silence = ExitStack()  # held for the life of a worker: a forgotten context manager is closed when it is collected
 
 
 def _start(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -166,7 +165,8 @@ def _start(build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent decides
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    _silence.enter_context(quiet_libraries())
+    silence()
+    warnings.simplefilter("ignore", FutureWarning)
     _worker = build(*arguments)
 
 
@@ -195,6 +195,17 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Progress bars of datasets and notes of transformers off, then as they were: many trainings would fill a screen."""
+    undo = silence()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        undo()
+
+
+def silence() -> Callable[[], None]:
+    """``quiet_libraries`` for the rest of a process, but for warnings; what is returned undoes it."""
     import datasets
     from transformers.utils import logging
 
@@ -203,13 +214,12 @@ def quiet_libraries() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
+
+    def undo() -> None:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
         if dataset_bars:
             datasets.enable_progress_bars()
+
+    return undo

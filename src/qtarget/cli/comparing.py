@@ -60,6 +60,7 @@ class Request:
 
     def run(self, plan: Plan, machine: Machine, *, resume: bool) -> dict[str, Any]:
         """Hold the folder, run what is missing, write document and page."""
+        from qtarget.benchmarks.pool import quiet_libraries
         from qtarget.cli.options.interrupts import on_interrupt
         from qtarget.storage.folders import COMPARISON, owned
 
@@ -71,6 +72,7 @@ class Request:
             sets = self._sets()
             self._claim(resume, sets)
             recipe = self._recipe()
+            stack.enter_context(quiet_libraries())  # many trainings would fill a screen
             contenders, left = self._able(recipe)
             document = self._document(recipe, contenders, left, plan, sets, machine)
             save(document, self.folder)

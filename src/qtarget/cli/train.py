@@ -107,7 +107,20 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         trainer.create_model_card()  # once more: only the config names the files
         print_summary(summary, output)
     trainer.end()
+    let_gloo_go()
     return summary
+
+
+def let_gloo_go() -> None:
+    """A moment for gloo's thread to drop the last collective, before the trainer and with it the process group goes.
+
+    It needs the GIL for that, and torch's destructor of the group waits for it with the GIL held (2.13): now and then a
+    finished run would hang.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and "gloo" in str(dist.get_backend()):
+        time.sleep(0.2)
 
 
 def say_advice(trainer: Any, path: str | None) -> None:
