@@ -17,7 +17,7 @@ clean = Dataset.from_list(load_demonstrations("test")[:64])
 
 args = QTargetConfig(
     target="sft_kl",  # any name that `qtarget targets` lists, "weight+base", or "package.module:Class"
-    reference_model_name_or_path=base,  # run live; `qtarget score` and reference_cache save its memory
+    reference=base,  # run live; a folder that `qtarget score` wrote saves its memory
     output_dir=tempfile.mkdtemp(),
     learning_rate=1e-3,
     num_train_epochs=1,

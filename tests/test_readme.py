@@ -62,6 +62,48 @@ def test_the_python_start_runs(tmp_path):
     assert (tmp_path / "runs/first").is_dir()
 
 
+@pytest.mark.slow
+def test_a_verdict_on_rows(tmp_path, monkeypatch):
+    """As written, but for the size."""
+    from typer.testing import CliRunner
+
+    from qtarget.cli.app import app
+    from qtarget.data.embedded import base_model_path, load_demonstrations
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/base").symlink_to(base_model_path())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("train")[:80]))
+    few = ["--max_steps", "2"]
+    small = {"compare": [*few, "--seeds", "1", "--rates", "1", "--at-once", "1", "--max-new-tokens", "4"], "train": few}
+    commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines()]
+    assert [command[1] for command in commands] == ["init", "compare", "train"]
+    for command in commands:
+        done = CliRunner().invoke(app, [*command[1:], *small.get(command[1], [])], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    [page] = tmp_path.glob("runs/run/*-compare/comparison.html")
+    assert "sft" in page.read_text()
+    assert (tmp_path / "runs/run/consensus/model.safetensors").is_file()
+
+
+def test_the_yaml_start_has_keys_that_are_there(tmp_path, monkeypatch):
+    from qtarget.cli.options.config import load_config
+    from qtarget.data.embedded import base_model_path
+
+    [text] = blocks("yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/base").symlink_to(base_model_path())
+    for name in ("run.yaml", "run.train.jsonl", "run.validation.jsonl"):
+        (tmp_path / name).write_text(text)
+    config = load_config(tmp_path / "run.yaml", ["--use_cpu", "true", "--bf16", "false"])
+    assert (config.training.target, config.training.filter, config.training.learning_rate) == (
+        "consensus",
+        "auto",
+        1e-3,
+    )
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     commands = [line.split("#")[0].split() for line in blocks("bash")[1].splitlines()]

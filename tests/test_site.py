@@ -14,9 +14,14 @@ import pytest
 
 from tests import ROOT
 
-PAGES = ("noisy_rows", "small_from_big", "lora", "many_gpus", "cluster", "resume")
+PAGES = ("tutorial", "noisy_rows", "small_from_big", "lora", "many_gpus", "cluster", "resume")
 """Pages without a test of their own; they run from the root of a checkout."""
-SMALL = {"train": ["--max_steps", "4"], "score": ["--shard-rows", "512"]}
+SMALL = {
+    "train": ["--max_steps", "4"],
+    "score": ["--shard-rows", "512"],
+    "compare": ["--seeds", "1", "--rates", "1", "--max_steps", "4", "--at-once", "1", "--max-new-tokens", "8"],
+    "evaluate": ["--limit", "16"],
+}
 """What a test adds to a command, so that it takes seconds."""
 
 
@@ -69,7 +74,7 @@ def test_commands_run_in_order(page: str, checkout: Path) -> None:
 
 
 def test_every_page_says_first_what_one_can_do_after_it() -> None:
-    for page in (*PAGES, "migrate", "targets", "performance", "tutorial"):
+    for page in (*PAGES, "migrate", "targets", "performance"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         title, first = text.split("\n\n")[:2]
         assert title.startswith("# ")

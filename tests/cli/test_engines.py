@@ -200,6 +200,10 @@ def test_a_key_signs_what_a_url_said_and_checks_it_when_the_run_goes_on(folder, 
         "true",
         "--teacher_top_k",
         "4",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
     ]
     succeed(command)
     cache = folder / "signed" / "teacher_cache"

@@ -119,7 +119,7 @@ def test_padded_and_packed_train_alike(make_trainer, cached, target, guard):
 
 @pytest.mark.parametrize(("target", "guard", "role"), CASES)
 def test_a_live_model_is_refused_with_the_way_out(make_trainer, target, guard, role):
-    words = rf"{target}' weighs what the rows agree on against the frozen {role}.*set {role}_cache.*--role {role}"
+    words = rf"{target}' weighs what the rows agree on against the frozen {role}.*`qtarget score CONFIG.yaml.*set {role}: CACHE"
     with pytest.raises(MissingStatisticError, match=words):
         make_trainer(target, guard=guard, models={f"{role}_model": make_model(seed=3)})
     with pytest.raises(MissingStatisticError, match=words):
