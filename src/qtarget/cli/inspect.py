@@ -104,6 +104,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     """
     from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import found_reference
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.report.inspect.inspection import Inspection, View
     from qtarget.report.inspect.page import ids_shown
@@ -111,6 +112,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     from qtarget.report.tokens import flatten_rows
 
     training = config.training
+    training.reference_cache = found_reference(config)
     whole: Any = load_datasets(config)[options.split == "validation"]
     if whole is None:
         raise ConfigError(
