@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -39,6 +40,24 @@ def test_lora_with_packing(tmp_path, monkeypatch):
     qtarget(*train[1:], "--max_steps", "4", "--num_train_epochs", "1")
     qtarget(*merge[1:])
     assert (tmp_path / "runs/lora_packing-merged/model.safetensors").is_file()
+
+
+def test_distillation(tmp_path, monkeypatch):
+    for part in ("examples", "src"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    monkeypatch.chdir(tmp_path)
+    for command in commands("distillation"):
+        small = {
+            "train": ["--max_steps", "2", "--eval_strategy", "no"],
+            "evaluate": ["--limit", "8", "--max-new-tokens", "4"],
+        }
+        given = shlex.split(shlex.join(command).replace(" --max_steps 250", ""))
+        qtarget(*given[1:], *small.get(command[1], []))
+    assert len(list(tmp_path.glob("runs/distillation/teacher_cache-*/manifest.json"))) == 1
+    names = [
+        one["name"] for one in json.loads((tmp_path / "runs/distillation/evaluation.json").read_text())["contenders"]
+    ]
+    assert names[1:] == [f"runs/distillation/{name}" for name in ("teacher", "student", "sft")]
 
 
 def test_a_plain_loop():
