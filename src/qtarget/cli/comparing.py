@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -57,6 +57,7 @@ class Request:
         self.forgetting, self.folder = forgetting, folder
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.about: dict[str, dict[str, Any]] = {}
+        self.questions: list[str] = []
 
     def run(self, plan: Plan, machine: Machine, *, resume: bool) -> dict[str, Any]:
         """Hold the folder, run what is missing, write document and page."""
@@ -83,6 +84,7 @@ class Request:
         from qtarget.cli.options.datasets import load_datasets
         from qtarget.comparison.sets import measured_set
         from qtarget.data.loading import load_dataset_file
+        from qtarget.data.prompts import questions_of
 
         self.train_rows, validation = load_datasets(self.config)
         assert validation is not None, "a config without validation rows was refused"
@@ -101,6 +103,11 @@ class Request:
             if len(dataset) > len(kept):
                 typer.echo(f"{shown}: {len(dataset) - len(kept)} of {len(dataset)} rows have no answer that "
                            f"--metric {self.metrics[name].name} can judge, and are not measured")  # fmt: skip
+        self.questions = questions_of(sets[0].dataset.to_list(), self.config.training.dataset_text_field)
+        if len(set(self.questions)) < 2:
+            raise DataError(
+                f"{self.about['data']['file']}: all rows to judge by are one row, again and again; expected many different ones"
+            )
         return sets
 
     def _claim(self, resume: bool, sets: Sequence[RowSet]) -> None:
@@ -191,7 +198,7 @@ class Request:
 
         from qtarget.cli.options.outputs import progress_bar
         from qtarget.comparison.compare import Comparison
-        from qtarget.comparison.halves import halves, prompt_groups
+        from qtarget.comparison.halves import groups_of, halves
         from qtarget.comparison.pools import at_once_here, pool, visible_gpus
         from qtarget.comparison.worker import Setting
         from qtarget.evaluation.evaluate import Choices
@@ -201,8 +208,7 @@ class Request:
         choices = Choices(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         files = {name: str(one["file"]) for name, one in self.about.items()}
         setting = Setting(recipe, tuple(contenders), dict(self.metrics), files, choices)
-        rows = sets[0].dataset.to_list()
-        parts = halves(rows)
+        parts = halves(self.questions)
         left_seconds = None if machine.seconds is None else machine.seconds - (time.monotonic() - machine.begin)
         plan = replace(plan, contenders=tuple(one.name for one in contenders))
         with progress_bar() as advance, pool(machine.engine, count, gpus, setting, machine.address) as workers:
@@ -215,7 +221,7 @@ class Request:
             "engine": machine.engine,
             "gpus": len(gpus),
         }
-        return self._write_up(found, contenders, parts, prompt_groups(rows), sets, cost)
+        return self._write_up(found, contenders, parts, groups_of(self.questions), sets, cost)
 
     def _write_up(
         self, found: Found, contenders: Sequence[Contender], parts: Sequence[int], groups: Sequence[int],
