@@ -169,6 +169,8 @@ def test_with_ray_it_is_the_same(config, tmp_path):
         (["--forgetting-metric", "exact"], "--forgetting"),
         (["--validation_file", "null"], "validation_file is missing"),
         (["--targets", "distillation"], "needs a frozen teacher"),
+        (["--compare", "[{target: sft, name: slow, learning_rate: 1.0e-9}]"], "slow has learning_rate of its own"),
+        (["--compare", "[{target: sft, name: less, train_file: a, seed: 3}]"], "less has seed, train_file of its own"),
         (["--pattern", "no group", "--metric", "regex"], "group"),
     ],
 )
