@@ -156,6 +156,16 @@ def test_with_ray_it_is_the_same(config, tmp_path):
     assert other["cost"]["engine"] == "ray"
 
 
+def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
+    options = ("--targets", "asft", "--reference", "live", "--rates", "1", "--seeds", "1", "--at-once", "1")
+    qtarget("compare", config, *options, "--metric", "nll")
+    assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "asft"]
+    assert not list(tmp_path.glob("reference_cache*"))
+    assert "leave reference unset" in refused(
+        capsys, "compare", config, *options, "--filters", "auto", "--output", tmp_path / "b"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

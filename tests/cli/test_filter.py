@@ -317,3 +317,10 @@ class TestTraining:
     def test_what_cannot_be_filtered_is_refused(self, config, capsys, keys, said):
         assert called("train", config(**keys)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_prompts_that_are_trained_are_refused_before_the_base_is_scored(config, tmp_path, capsys):
+    path = config(reference_cache=None, prompt_weight=0.1)
+    assert called("filter", path, "--output", tmp_path / "found") == 2
+    assert "prompt_weight trains prompts too" in capsys.readouterr().err
+    assert not list(tmp_path.glob("reference_cache*"))

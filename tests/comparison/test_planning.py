@@ -164,3 +164,12 @@ def test_a_budget_measures_the_first_run_and_plans(tmp_path):
 
 def test_of_equal_rates_the_first_is_taken():
     assert best_rate({1.0: result([1.0] * 8), 3.0: result([1.0] * 8)}, HALVES, 0) == 1.0
+
+
+def test_each_run_is_told_once(tmp_path):
+    """With a budget the first run is asked for twice: for its seconds, and among the others."""
+    _, told = run(tmp_path, MadeUp(lambda job: [0.0] * 8), seconds=1000)
+    assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
+    assert told[-1][:2] == (1 + 12 + 12, 1 + 12 + 12)
+    _, again = run(tmp_path, MadeUp(lambda job: [0.0] * 8), seconds=1000)
+    assert again[-1][0] == 25 and "finished before" in again[0][2]

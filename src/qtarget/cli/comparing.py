@@ -162,7 +162,7 @@ class Request:
         is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
         if is_live or not (needs or any(one.filtered for one in self.contenders)):
             return recipe
-        cache = os.path.abspath(reference_for(config, recipe.rows()))
+        cache = os.path.abspath(reference_for(config, recipe.rows(), "all contenders"))
         return ConfigRecipe(recipe.path, {**without(given, "reference_cache"), "reference": cache}, forgetting)
 
     def _able(self, recipe: ConfigRecipe) -> tuple[list[Contender], list[str]]:
@@ -172,10 +172,13 @@ class Request:
             MissingStatisticError: a contender needs what the config does not name.
         """
         from qtarget.cli.recipe import why_not_filtered
+        from qtarget.integrations.sft.arguments import run_live
         from qtarget.integrations.shared.frozen import open_caches
 
         for one in self.contenders:
-            training = recipe.config({**one.overrides, "filter": "none"}).training
+            config = recipe.config({**one.overrides, "filter": "none"})
+            training = config.training
+            run_live(training, str(config.model.model_name_or_path))
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
         reasons: dict[str, str | None] = {}
         able, left = [], []

@@ -21,6 +21,7 @@ from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import supervised
 from qtarget.integrations.sft.data.weights import ROW
+from qtarget.integrations.shared.frozen import way_out
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.signature import read_key
 
@@ -104,7 +105,7 @@ def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset:
         )
     if args.reference_cache is None:
         raise MissingStatisticError(
-            "filter reads what the frozen base says of each row: set reference_cache and run `qtarget score CONFIG.yaml` once"
+            f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
         )
     key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
     return RowFilter(wanted, caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key))
