@@ -156,6 +156,17 @@ def test_with_ray_it_is_the_same(config, tmp_path):
     assert other["cost"]["engine"] == "ray"
 
 
+def test_runs_of_an_edited_target_are_not_taken_for_its_own(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    qtarget("targets", "new", "edited")
+    options = ("--targets", "edited:Edited", "--rates", "1", "--seeds", "1", "--at-once", "1", "--metric", "nll")
+    qtarget("compare", config, *options)
+    qtarget("compare", config, *options, "--resume")
+    source = tmp_path / "edited.py"
+    source.write_text(source.read_text().replace("floor: float = 0.5", "floor: float = 0.9"))
+    assert "another source of its own target" in refused(capsys, "compare", config, *options, "--resume")
+
+
 def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
     options = ("--targets", "asft", "--reference", "live", "--rates", "1", "--seeds", "1", "--at-once", "1")
     qtarget("compare", config, *options, "--metric", "nll")

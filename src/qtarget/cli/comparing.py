@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -136,13 +137,14 @@ class Request:
         }
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         earlier = known.pop("contenders", {})
-        mine = json.loads(json.dumps({one.name: dict(one.overrides) for one in self.contenders}))
+        named = {one.name: dict(one.overrides) | own_source(one.overrides["target"]) for one in self.contenders}
+        mine = json.loads(json.dumps(named))
         if known:
             check_plan(file, known, json.loads(json.dumps(now)))
         if changed := [name for name, keys in mine.items() if earlier.get(name, keys) != keys]:
             raise ConfigError(
-                f"{file}: {', '.join(changed)} had other keys when the comparison began; give it another name under "
-                "`compare:`, or choose another --output"
+                f"{file}: {', '.join(changed)} had other keys, or another source of its own target, when the comparison "
+                "began; give it another name under `compare:`, or choose another --output"
             )
         write_json(file, now | {"contenders": earlier | mine})
 
@@ -248,6 +250,19 @@ class Request:
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
             settings=settings, rows=row_texts(sets[0]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
+
+
+def own_source(target: str) -> dict[str, str]:
+    """What tells whether a user's own target was edited since: a hash of the files that define it; nothing for built-in ones."""
+    from qtarget.registry import get_target
+    from qtarget.storage.files import digest
+
+    modules = [part.partition(":")[0] for part in target.split("+") if ":" in part]
+    if not modules:
+        return {}
+    get_target(target)  # which imports them
+    files = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return {"source": digest(b"".join(Path(file).read_bytes() for file in files if file))}
 
 
 def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:
