@@ -156,6 +156,27 @@ def test_with_ray_it_is_the_same(config, tmp_path):
     assert other["cost"]["engine"] == "ray"
 
 
+def test_runs_of_an_edited_target_are_not_taken_for_its_own(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    qtarget("targets", "new", "edited")
+    options = ("--targets", "edited:Edited", "--rates", "1", "--seeds", "1", "--at-once", "1", "--metric", "nll")
+    qtarget("compare", config, *options)
+    qtarget("compare", config, *options, "--resume")
+    source = tmp_path / "edited.py"
+    source.write_text(source.read_text().replace("floor: float = 0.5", "floor: float = 0.9"))
+    assert "another source of its own target" in refused(capsys, "compare", config, *options, "--resume")
+
+
+def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
+    options = ("--targets", "asft", "--reference", "live", "--rates", "1", "--seeds", "1", "--at-once", "1")
+    qtarget("compare", config, *options, "--metric", "nll")
+    assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "asft"]
+    assert not list(tmp_path.glob("reference_cache*"))
+    assert "leave reference unset" in refused(
+        capsys, "compare", config, *options, "--filters", "auto", "--output", tmp_path / "b"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -169,6 +190,8 @@ def test_with_ray_it_is_the_same(config, tmp_path):
         (["--forgetting-metric", "exact"], "--forgetting"),
         (["--validation_file", "null"], "validation_file is missing"),
         (["--targets", "distillation"], "needs a frozen teacher"),
+        (["--compare", "[{target: sft, name: slow, learning_rate: 1.0e-9}]"], "slow has learning_rate of its own"),
+        (["--compare", "[{target: sft, name: less, train_file: a, seed: 3}]"], "less has seed, train_file of its own"),
         (["--pattern", "no group", "--metric", "regex"], "group"),
     ],
 )

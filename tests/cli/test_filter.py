@@ -187,6 +187,10 @@ class TestVerb:
         assert lines_of(tmp_path / "f/keep.jsonl") == lines_of(rows)
         assert (tmp_path / "f/drop.jsonl").read_text() == ""
 
+    def test_training_says_who_scores_the_answers(self, config, tmp_path, capsys):
+        assert called("train", config(filter={"rule": "gain", "keep": 0.8}, output_dir=str(tmp_path / "early"))) == 2
+        assert "`qtarget filter CONFIG.yaml --rule gain` once" in capsys.readouterr().err
+
     def test_gain_scores_the_answers_once(self, config, tmp_path, capsys):
         path = config()
         assert called("filter", path, "--rule", "gain", "--keep", "0.8", "--output", tmp_path / "f") == 0
@@ -317,3 +321,10 @@ class TestTraining:
     def test_what_cannot_be_filtered_is_refused(self, config, capsys, keys, said):
         assert called("train", config(**keys)) == 2
         assert said in capsys.readouterr().err
+
+
+def test_prompts_that_are_trained_are_refused_before_the_base_is_scored(config, tmp_path, capsys):
+    path = config(reference_cache=None, prompt_weight=0.1)
+    assert called("filter", path, "--output", tmp_path / "found") == 2
+    assert "prompt_weight trains prompts too" in capsys.readouterr().err
+    assert not list(tmp_path.glob("reference_cache*"))

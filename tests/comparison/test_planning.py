@@ -9,9 +9,10 @@ import pytest
 from qtarget.comparison.assemble import base_entry, entry_of
 from qtarget.comparison.budget import Plan, fitting, left_out, parse_budget
 from qtarget.comparison.compare import Comparison, best_rate
-from qtarget.comparison.halves import halves, prompt_groups
+from qtarget.comparison.halves import groups_of, halves
 from qtarget.comparison.jobs import TUNING_SEED, Contender
 from qtarget.core.errors import ConfigError
+from qtarget.data.prompts import questions_of
 
 PLAN = Plan(("sft", "a", "b", "c"), (1.0, 0.3, 3.0), 3)
 
@@ -45,14 +46,22 @@ def test_no_budget(text):
 
 def test_halves_are_equal_keep_prompts_together_and_do_not_depend_on_order():
     rows = [{"prompt": f"p{i % 30}", "completion": str(i)} for i in range(60)]
-    parts = halves(rows)
+    parts = halves(questions_of(rows))
     assert sum(parts) == 30
     assert all(parts[i] == parts[i + 30] for i in range(30))
-    assert halves(rows[::-1]) == parts[::-1]
+    assert halves(questions_of(rows[::-1])) == parts[::-1]
     chats = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ("ab", "ac")
     ]
-    assert prompt_groups(chats) == [0, 0]
+    assert groups_of([*questions_of([*chats, {"messages": [{"role": "user", "content": "z"}]}])]) == [0, 0, 1]
+
+
+def test_rows_without_prompts_of_their_own_are_apart():
+    """All in one half, and one group, would be judged by rates that nothing chose, and with intervals of no width."""
+    named = questions_of([{"body": f"row {i % 20}"} for i in range(40)], "body")
+    assert sum(halves(named)) == 20 and groups_of(named) == [*range(20)] * 2
+    free = questions_of([{"prompt": "", "completion": f"row {i % 20}"} for i in range(40)])
+    assert sum(halves(free)) == 20 and groups_of(free) == [*range(20)] * 2
 
 
 def result(scores, seconds=1.0, steps=4):
@@ -155,3 +164,12 @@ def test_a_budget_measures_the_first_run_and_plans(tmp_path):
 
 def test_of_equal_rates_the_first_is_taken():
     assert best_rate({1.0: result([1.0] * 8), 3.0: result([1.0] * 8)}, HALVES, 0) == 1.0
+
+
+def test_each_run_is_told_once(tmp_path):
+    """With a budget the first run is asked for twice: for its seconds, and among the others."""
+    _, told = run(tmp_path, MadeUp(lambda job: [0.0] * 8), seconds=1000)
+    assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
+    assert told[-1][:2] == (1 + 12 + 12, 1 + 12 + 12)
+    _, again = run(tmp_path, MadeUp(lambda job: [0.0] * 8), seconds=1000)
+    assert again[-1][0] == 25 and "finished before" in again[0][2]

@@ -56,6 +56,27 @@ def test_bad_rows_of_a_known_format_are_found(part) -> None:
     assert ((found.posterior > 0.5) == ~found.keep).all()
 
 
+@pytest.mark.parametrize("rule", ["surprise", "combined"])
+def test_labels_that_the_base_excludes_are_bad_and_hide_no_others(rule) -> None:
+    bad = share(400, 0.2)
+    rows = rows_of(bad)
+    known = decide(rows, rule)
+    log_probs = np.split(rows.log_probs, rows.bounds[1:-1])
+    for row in np.flatnonzero(bad)[:3]:
+        log_probs[row][0] = -np.inf
+    parts = (np.split(values, rows.offsets[1:-1]) for values in (rows.ids, rows.trained))
+    assert rows.entropy is not None
+    found = decide(ScoredRows.of(*parts, log_probs, np.split(rows.entropy, rows.bounds[1:-1])), rule)
+    assert np.isfinite(found.score).all() and found.verdict == known.verdict == "two kinds"
+    assert not found.keep[np.flatnonzero(bad)[:3]].any()
+    assert (found.keep == known.keep).mean() > 0.9
+
+
+def test_a_share_of_no_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"keep 0\.001 of 100 rows is no row"):
+        decide(rows_of(share(100, 0.1)), {"rule": "surprise", "keep": 0.001})
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_clean_rows_are_all_kept(seed) -> None:
     found = decide(rows_of(np.zeros(300, dtype=bool), seed=seed))

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from qtarget.starting.split import prompt_of, split_rows
+from qtarget.data.prompts import prompt_of
+from qtarget.starting.split import split_rows
 
 
 def test_rows_of_one_prompt_stay_together_whatever_their_order():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -57,6 +58,7 @@ class Request:
         self.forgetting, self.folder = forgetting, folder
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.about: dict[str, dict[str, Any]] = {}
+        self.questions: list[str] = []
 
     def run(self, plan: Plan, machine: Machine, *, resume: bool) -> dict[str, Any]:
         """Hold the folder, run what is missing, write document and page."""
@@ -83,6 +85,7 @@ class Request:
         from qtarget.cli.options.datasets import load_datasets
         from qtarget.comparison.sets import measured_set
         from qtarget.data.loading import load_dataset_file
+        from qtarget.data.prompts import questions_of
 
         self.train_rows, validation = load_datasets(self.config)
         assert validation is not None, "a config without validation rows was refused"
@@ -101,6 +104,11 @@ class Request:
             if len(dataset) > len(kept):
                 typer.echo(f"{shown}: {len(dataset) - len(kept)} of {len(dataset)} rows have no answer that "
                            f"--metric {self.metrics[name].name} can judge, and are not measured")  # fmt: skip
+        self.questions = questions_of(sets[0].dataset.to_list(), self.config.training.dataset_text_field)
+        if len(set(self.questions)) < 2:
+            raise DataError(
+                f"{self.about['data']['file']}: all rows to judge by are one row, again and again; expected many different ones"
+            )
         return sets
 
     def _claim(self, resume: bool, sets: Sequence[RowSet]) -> None:
@@ -129,13 +137,14 @@ class Request:
         }
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         earlier = known.pop("contenders", {})
-        mine = json.loads(json.dumps({one.name: dict(one.overrides) for one in self.contenders}))
+        named = {one.name: dict(one.overrides) | own_source(one.overrides["target"]) for one in self.contenders}
+        mine = json.loads(json.dumps(named))
         if known:
             check_plan(file, known, json.loads(json.dumps(now)))
         if changed := [name for name, keys in mine.items() if earlier.get(name, keys) != keys]:
             raise ConfigError(
-                f"{file}: {', '.join(changed)} had other keys when the comparison began; give it another name under "
-                "`compare:`, or choose another --output"
+                f"{file}: {', '.join(changed)} had other keys, or another source of its own target, when the comparison "
+                "began; give it another name under `compare:`, or choose another --output"
             )
         write_json(file, now | {"contenders": earlier | mine})
 
@@ -155,7 +164,7 @@ class Request:
         is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
         if is_live or not (needs or any(one.filtered for one in self.contenders)):
             return recipe
-        cache = os.path.abspath(reference_for(config, recipe.rows()))
+        cache = os.path.abspath(reference_for(config, recipe.rows(), "all contenders"))
         return ConfigRecipe(recipe.path, {**without(given, "reference_cache"), "reference": cache}, forgetting)
 
     def _able(self, recipe: ConfigRecipe) -> tuple[list[Contender], list[str]]:
@@ -165,10 +174,13 @@ class Request:
             MissingStatisticError: a contender needs what the config does not name.
         """
         from qtarget.cli.recipe import why_not_filtered
+        from qtarget.integrations.sft.arguments import run_live
         from qtarget.integrations.shared.frozen import open_caches
 
         for one in self.contenders:
-            training = recipe.config({**one.overrides, "filter": "none"}).training
+            config = recipe.config({**one.overrides, "filter": "none"})
+            training = config.training
+            run_live(training, str(config.model.model_name_or_path))
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
         reasons: dict[str, str | None] = {}
         able, left = [], []
@@ -191,7 +203,7 @@ class Request:
 
         from qtarget.cli.options.outputs import progress_bar
         from qtarget.comparison.compare import Comparison
-        from qtarget.comparison.halves import halves, prompt_groups
+        from qtarget.comparison.halves import groups_of, halves
         from qtarget.comparison.pools import at_once_here, pool, visible_gpus
         from qtarget.comparison.worker import Setting
         from qtarget.evaluation.evaluate import Choices
@@ -201,8 +213,7 @@ class Request:
         choices = Choices(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         files = {name: str(one["file"]) for name, one in self.about.items()}
         setting = Setting(recipe, tuple(contenders), dict(self.metrics), files, choices)
-        rows = sets[0].dataset.to_list()
-        parts = halves(rows)
+        parts = halves(self.questions)
         left_seconds = None if machine.seconds is None else machine.seconds - (time.monotonic() - machine.begin)
         plan = replace(plan, contenders=tuple(one.name for one in contenders))
         with progress_bar() as advance, pool(machine.engine, count, gpus, setting, machine.address) as workers:
@@ -215,7 +226,7 @@ class Request:
             "engine": machine.engine,
             "gpus": len(gpus),
         }
-        return self._write_up(found, contenders, parts, prompt_groups(rows), sets, cost)
+        return self._write_up(found, contenders, parts, groups_of(self.questions), sets, cost)
 
     def _write_up(
         self, found: Found, contenders: Sequence[Contender], parts: Sequence[int], groups: Sequence[int],
@@ -239,6 +250,19 @@ class Request:
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
             settings=settings, rows=row_texts(sets[0]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
+
+
+def own_source(target: str) -> dict[str, str]:
+    """What tells whether a user's own target was edited since: a hash of the files that define it; nothing for built-in ones."""
+    from qtarget.registry import get_target
+    from qtarget.storage.files import digest
+
+    modules = [part.partition(":")[0] for part in target.split("+") if ":" in part]
+    if not modules:
+        return {}
+    get_target(target)  # which imports them
+    files = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return {"source": digest(b"".join(Path(file).read_bytes() for file in files if file))}
 
 
 def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:

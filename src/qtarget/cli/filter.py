@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.core.errors import ConfigError
+from qtarget.data.fields import GROUP_COLUMNS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from qtarget.scoring.cache.reader import ReferenceCache
 
 Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "none"]
-SOURCES = ("source", "dataset", "origin", "category", "skill")
-"""Columns by which rows are counted, where one is there and nobody names another."""
 COUNTED_ALWAYS = 200_000
 """Trained tokens up to which agreement is counted whatever the rule; it takes seconds a hundred thousand tokens."""
 
@@ -47,6 +46,7 @@ def filter_rows(
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.filtering.decision import Filter
+    from qtarget.integrations.sft.config import refuse_prompts
     from qtarget.storage.folders import FILTER, owned
 
     check_config(config, context.args)
@@ -54,6 +54,7 @@ def filter_rows(
     if "reference_cache" in settings and rule != "gain":  # then no model runs, so the machine need not be able to
         settings |= {key: Setting(value, "filter") for key, value in HARDWARE.items()}
     run = build_config(settings, config)
+    refuse_prompts(run.training.prompt_weight)  # before the base is scored
     wanted = wish(Filter.of(run.training.filter), rule, keep)
     read = [config, *run.inputs]
     with owned(output, FILTER, inputs=read):
@@ -110,8 +111,8 @@ def filter_config(config: RunConfig, wanted: Filter) -> Filtered:
     from qtarget.cli.missing import reference_for
     from qtarget.cli.options.datasets import load_datasets
 
-    cache = reference_for(config, load_datasets(config))
-    return decide_config(config, wanted, cache=cache)
+    rows = load_datasets(config)
+    return decide_config(config, wanted, cache=reference_for(config, rows, "the filter"), data=rows[0])
 
 
 def decide_config(
@@ -120,6 +121,7 @@ def decide_config(
     *,
     cache: str | Path | None = None,
     alone: str | Path | None = None,
+    data: Any = None,
 ) -> Filtered:
     """Judge the training rows of a config, tokenised as training does.
 
@@ -127,6 +129,7 @@ def decide_config(
         wanted: a rule or a filter; default: the config's.
         cache: of the base; default: the config's ``reference_cache``.
         alone: folder of the answers without prompts, for ``gain``; default: beside the cache.
+        data: the training rows, where they are read already.
 
     Raises:
         ConfigError: there is no cache, or ``wanted`` is nothing known.
@@ -142,6 +145,7 @@ def decide_config(
     from qtarget.filtering.lookup import rows_in_cache
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.integrations.sft.data.filtering import alone_folder
+    from qtarget.integrations.shared.frozen import way_out
     from qtarget.scoring.cache.schema import supervised_mask
 
     training = config.training
@@ -149,9 +153,9 @@ def decide_config(
     opened = open_cache(str(cache) if cache else training.reference_cache, True)
     if opened is None:
         raise ConfigError(
-            "the filter reads what the base says of each row: set reference_cache and run `qtarget score`"
+            f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
         )
-    data = load_datasets(config)[0]
+    data = load_datasets(config)[0] if data is None else data
     tokenizer, size, _ = load_tokenizer(config)
     tokens = tokenise(training, data, tokenizer)
     if tokens.rows is None:
@@ -281,7 +285,7 @@ def _groups(raw: Sequence[Mapping[str, Any]], column: str | None) -> tuple[str, 
     """The column to count by, and each row's value."""
     if column is not None and column not in raw[0]:
         raise ConfigError(f"--group_by {column}: the data has no such column; columns: {', '.join(raw[0])}")
-    name = column or next((c for c in SOURCES if isinstance(raw[0].get(c), str)), None)
+    name = column or next((c for c in GROUP_COLUMNS if isinstance(raw[0].get(c), str)), None)
     return None if name is None else (name, [str(row.get(name)) for row in raw])
 
 

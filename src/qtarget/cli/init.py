@@ -235,7 +235,8 @@ def packing(name: str, size: Size, found: Survey, length: int, fits: Fit, option
 
 def rows_apart(config: RunConfig, reading: Reading, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Numbers of training and validation rows; no validation rows where the user has a file of them."""
-    from qtarget.starting.split import prompt_of, split_rows
+    from qtarget.data.prompts import prompt_of
+    from qtarget.starting.split import split_rows
 
     if config.data.validation_file is not None:
         share = 0.0

@@ -48,11 +48,16 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
     if training.reference_model_name_or_path is not None or training.reference == "live":
         return
     if target.needs.reference or Filter.of(training.filter):
-        training.reference_cache = reference_for(config, rows)
+        asked_by = f"target {training.target_label}" if target.needs.reference else "the filter"
+        training.reference_cache = reference_for(config, rows, asked_by)
 
 
-def reference_for(config: RunConfig, rows: Rows) -> str:
+def reference_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
     """The base's cache: the one that the config names, the one that an earlier run scored, or a new one.
+
+    Args:
+        rows: the config's.
+        asked_by: who needs it, in words.
 
     Raises:
         ConfigError: the place cannot be written, or another process writes it.
@@ -66,7 +71,7 @@ def reference_for(config: RunConfig, rows: Rows) -> str:
             logger.warning("reference: %s is taken, which these rows and this model were scored into", shown(place))
     elif training.process_index == 0:
         check_place(place)
-        score_reference(config, place, rows)
+        score_reference(config, place, rows, asked_by)
     wait_for(place)
     return str(place)
 
@@ -84,7 +89,7 @@ def scored_teacher(config: RunConfig, rows: Rows) -> str | None:
     return str(place)
 
 
-def score_reference(config: RunConfig, place: Path, rows: Rows) -> None:
+def score_reference(config: RunConfig, place: Path, rows: Rows, asked_by: str) -> None:
     """Run the base over all rows, in this process, or in one of its own beside several ranks."""
     from qtarget.scoring.sources.engines import EngineChoice, detect_engine
 
@@ -96,27 +101,26 @@ def score_reference(config: RunConfig, place: Path, rows: Rows) -> None:
 
     url = training.reference_url
     engine = None if url is None else EngineChoice(detect_engine(url), url)
-    named = training.target_label
 
     def announce(cost: Cost) -> None:
-        logger.warning("%s", announcement(named, cost, place))
+        logger.warning("%s", announcement(asked_by, cost, place))
 
     top_k = training.reference_top_k
     run_scoring(config, place, top_k, "bucket", "reference", engine, rows=rows, announce=announce)
 
 
-def announcement(target: str, cost: Cost, place: Path) -> str:
+def announcement(asked_by: str, cost: Cost, place: Path) -> str:
     """What is about to be scored, and what it takes.
 
     Example:
         >>> from types import SimpleNamespace
         >>> cost = SimpleNamespace(rows=600, tokens=9000, bytes=790_000, seconds=4.2)
-        >>> print(announcement("asft", cost, Path("runs/reference_cache-1")).partition(":")[2].partition(";")[0].strip())
+        >>> print(announcement("target asft", cost, Path("runs/reference_cache-1")).partition(":")[2].partition(";")[0].strip())
         600 rows, 9,000 tokens, about 0.8 MB and 5 s, into runs/reference_cache-1
     """
     took = "" if cost.seconds is None else f" and {max(1, round(cost.seconds + 0.5)):,} s"
     return (
-        f"reference, scored once for target {target}: {cost.rows:,} rows, {cost.tokens:,} tokens, about "
+        f"reference, scored once for {asked_by}: {cost.rows:,} rows, {cost.tokens:,} tokens, about "
         f"{cost.bytes / 1e6:,.1f} MB{took}, into {shown(place)}; the next target with an output_dir there takes it "
         "(`reference: live` would run the base at each step)"
     )

@@ -62,7 +62,7 @@ class Comparison:
         self._folder, self._pool, self._halves = folder, pool, halves
         self._at_once, self._seconds, self._advance = at_once, seconds, advance
         self._log, self._begin = RunLog(folder / RUNS, resume=True), time.monotonic()
-        self._done, self._total, self._failed = 0, 1, dict[str, str]()
+        self._told, self._total, self._failed = set[str](), 1, dict[str, str]()
 
     def run(self, plan: Plan) -> Found:
         """Everything; see ``Found``.
@@ -156,7 +156,7 @@ class Comparison:
             for seed in range(plan.seeds) for name in plan.contenders if name in found.chosen
             for rate in dict.fromkeys(found.chosen[name])
         ]  # fmt: skip
-        self._total = self._done + len(jobs)
+        self._total = len(self._told | {job.key for job in jobs})
         for job, result in zip(jobs, self._jobs(jobs), strict=True):
             if result is not None:
                 found.final[job.contender, job.rate, job.seed] = result
@@ -174,24 +174,24 @@ class Comparison:
     def _jobs(self, jobs: Sequence[Job]) -> list[Result | None]:
         """Results in order, None where a run failed; what is in the file of finished runs is read from there."""
         open_jobs = [job for job in jobs if job.key not in self._log.runs]
-        if known := len(jobs) - len(open_jobs):
-            self._tell(known, f"{known} finished before")
+        if known := {job.key for job in jobs if job not in open_jobs} - self._told:
+            self._tell(known, f"{len(known)} finished before")
         self._pool.map(open_jobs, self._save)
         return [self._log.runs.get(job.key) for job in jobs]
 
     def _save(self, job: Job, result: dict[str, Any]) -> None:
         if (why := result.get("failed")) is not None:
             self._failed[job.key] = why
-            self._tell(1, f"{job.words}: failed")
+            self._tell({job.key}, f"{job.words}: failed")
             return
         texts = result.pop("texts")
         write_atomic(texts_file(self._folder, job.key), json.dumps(texts).encode())  # first: a logged run has its texts
         self._log.add(job.key, result)
-        self._tell(1, f"{job.words}: {result['seconds']:.1f} s")
+        self._tell({job.key}, f"{job.words}: {result['seconds']:.1f} s")
 
-    def _tell(self, count: int, text: str) -> None:
-        self._done += count
-        self._advance(self._done, max(self._total, self._done), text)
+    def _tell(self, keys: set[str], text: str) -> None:
+        self._told |= keys
+        self._advance(len(self._told), max(self._total, len(self._told)), text)
 
 
 def texts_file(folder: Path, key: str) -> Path:

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from qtarget.storage.files import digest
 
-PROMPT = ("prompt", "text", "input_ids")
 
+def groups_of(questions: Sequence[str]) -> list[int]:
+    """A number a row, equal for rows of one question.
 
-def prompt_groups(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """A number a row, equal for rows of one prompt; of messages the prompt is all before the last.
+    Args:
+        questions: see ``qtarget.data.prompts.questions_of``.
 
     Example:
-        >>> prompt_groups([{"prompt": "a", "completion": "1"}, {"prompt": "b"}, {"prompt": "a", "completion": "2"}])
+        >>> groups_of(["a", "b", "a"])
         [0, 1, 0]
     """
     known: dict[str, int] = {}
-    return [known.setdefault(_prompt(row), len(known)) for row in rows]
+    return [known.setdefault(question, len(known)) for question in questions]
 
 
-def _prompt(row: Mapping[str, Any]) -> str:
-    if row.get("messages"):
-        return json.dumps(row["messages"][:-1], sort_keys=True, default=str)
-    return json.dumps(next((row[name] for name in PROMPT if row.get(name) is not None), None), default=str)
-
-
-def halves(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """0 or 1 a row: by prompt, so that duplicates stay together, and the same whatever the order of the rows.
+def halves(questions: Sequence[str]) -> list[int]:
+    """0 or 1 a row: by question, so that duplicates stay together, and the same whatever the order of the rows.
 
     Example:
-        >>> parts = halves([{"prompt": p} for p in "abca"])
+        >>> parts = halves("abca")
         >>> sorted(parts[:3]) in ([0, 0, 1], [0, 1, 1]), parts[0] == parts[3]
         (True, True)
     """
-    names = [_prompt(row) for row in rows]
-    ordered = sorted(set(names), key=lambda name: digest(name.encode("utf-8", "surrogatepass")))
-    part = {name: i % 2 for i, name in enumerate(ordered)}
-    return [part[name] for name in names]
+    ordered = sorted(set(questions), key=lambda question: digest(question.encode("utf-8", "surrogatepass")))
+    part = {question: i % 2 for i, question in enumerate(ordered)}
+    return [part[question] for question in questions]

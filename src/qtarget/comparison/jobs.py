@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-BASELINE = "sft"
 TUNING_SEED = 1000
 """Beyond the seeds of the final runs: nothing is tuned on their luck."""
+LOOKS, CURVE = 4, 20
+"""Evaluations on the validation rows during a final run, and points of its training curve."""
 
 Kind = Literal["base", "tune", "final"]
 
@@ -63,3 +65,36 @@ class Job:
 Result = Mapping[str, Any]
 """Of a job, JSON: ``steps``, ``seconds``, ``cpu_seconds``, ``memory_bytes``, ``curve``, ``validation``, and of each set in
 ``sets`` ``nll`` (nats and tokens a row) and ``scores`` (a share a row, or None where nothing is completed)."""
+
+
+def run_keys(job: Job, output: Path) -> dict[str, Any]:
+    """Keys of the config that a comparison sets for every run: nothing is saved or sent anywhere.
+
+    Args:
+        output: a folder that is thrown away.
+    """
+    looks = job.kind == "final"
+    return {
+        "output_dir": str(output),
+        "seed": job.seed,
+        "data_seed": None,
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "report_to": [],
+        "heatmap_rows": 0,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": float(max(1, job.steps // CURVE)),
+        "logging_first_step": True,
+        "eval_strategy": "steps" if looks else "no",
+        "eval_steps": float(max(1, job.steps // LOOKS)),
+        "eval_on_start": False,
+        "resume": False,
+        "resume_from_checkpoint": None,
+    } | ({} if job.kind == "base" else {"learning_rate": job.rate, "max_steps": job.steps})
+
+
+def fixed_keys() -> frozenset[str]:
+    """Keys that are alike in all runs, or that a comparison chooses: no contender has any of its own."""
+    return frozenset(run_keys(Job("final", ""), Path())) | {"num_train_epochs", "model_name_or_path", "model_revision"}

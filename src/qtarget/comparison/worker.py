@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from qtarget.comparison.jobs import Contender, Job
+from qtarget.comparison.jobs import Contender, Job, run_keys
 from qtarget.comparison.memory import peak_bytes, reset_peak
 from qtarget.comparison.sets import Metric, measured_set
 from qtarget.core.errors import QTargetError
@@ -23,9 +23,6 @@ from qtarget.evaluation.evaluate import Choices, Evaluation, Loaded, RowSet, Set
 from qtarget.evaluation.generation import context_of
 from qtarget.evaluation.records import Records
 from qtarget.report.page import finite
-
-LOOKS, CURVE = 4, 20
-"""Evaluations on the validation rows during a final run, and points of its training curve."""
 
 
 class Recipe(Protocol):
@@ -170,34 +167,6 @@ class InMemory(Loaded):
             self._known[rows.name] = replace(super().ready_rows(rows), model=None)
             self.model.eval()
         return replace(self._known[rows.name], model=self.model, head=self._head)
-
-
-def run_keys(job: Job, output: Path) -> dict[str, Any]:
-    """Keys of the config that a comparison sets for every run: nothing is saved or sent anywhere.
-
-    Args:
-        output: a folder that is thrown away.
-    """
-    looks = job.kind == "final"
-    return {
-        "output_dir": str(output),
-        "seed": job.seed,
-        "data_seed": None,
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-        "report_to": [],
-        "heatmap_rows": 0,
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": float(max(1, job.steps // CURVE)),
-        "logging_first_step": True,
-        "eval_strategy": "steps" if looks else "no",
-        "eval_steps": float(max(1, job.steps // LOOKS)),
-        "eval_on_start": False,
-        "resume": False,
-        "resume_from_checkpoint": None,
-    } | ({} if job.kind == "base" else {"learning_rate": job.rate, "max_steps": job.steps})
 
 
 def planned_steps(trainer: Any) -> int:

@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-CONTENT = ("input_ids", "labels", "messages", "prompt", "completion", "tools", "chat_template_kwargs")
+from qtarget.data.fields import CONVERSATION, TOKENS
+
+CONTENT = ("input_ids", *TOKENS, "messages", "prompt", "completion", *CONVERSATION)
 NAMED = 5
 
 
@@ -21,6 +23,8 @@ def content_hash(row: Mapping[str, Any], text_field: str = "text") -> bytes:
     Example:
         >>> content_hash({"prompt": "a", "completion": "b", "id": 1}) == content_hash({"completion": "b", "prompt": "a"})
         True
+        >>> content_hash({"input_ids": [5, 6], "completion_mask": [0, 1]}) == content_hash({"input_ids": [5, 6]})
+        False
     """
     kept = {name: row[name] for name in (*CONTENT, text_field) if row.get(name) not in (None, {}, [])}
     text = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)

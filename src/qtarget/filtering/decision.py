@@ -148,7 +148,7 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
         seed: of the folds.
 
     Raises:
-        ConfigError: ``wanted`` is nothing known, or asks for a witness that was not scored.
+        ConfigError: ``wanted`` is nothing known, keeps no row, or asks for a witness that was not scored.
     """
     asked = Filter.of(wanted)
     count, rule = len(rows), AUTO if asked.rule == "auto" else asked.rule
@@ -176,12 +176,12 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
 def _by_share(score: np.ndarray, rule: str, share: float) -> Decision:
     """The best rows, so many; equal scores in their order."""
     kept = round(share * len(score))
+    if not kept:
+        raise ConfigError(f"filter: keep {share:g} of {len(score):,} rows is no row; raise keep, or leave filter out")
     keep = np.zeros(len(score), dtype=bool)
     keep[np.argsort(score, kind="stable")[:kept]] = True
-    threshold = float(score[keep].max()) if kept else None
-    summary = f"kept by share: {kept:,} of {len(score):,} rows, those of least {rule}"
-    if threshold is not None:
-        summary += f" (at most {threshold:.1f} nats)"
+    threshold = float(score[keep].max())
+    summary = f"kept by share: {kept:,} of {len(score):,} rows, those of least {rule} (at most {threshold:.1f} nats)"
     return Decision(keep, (~keep).astype(float), "kept by share", rule, threshold, score, summary, {"share": share})
 
 

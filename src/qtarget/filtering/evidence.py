@@ -16,6 +16,8 @@ from qtarget.data.agreement import agreement
 APART = 3.5
 """Nats: 33 times less likely than the base expected. The farthest that a skewed clean set came was 3.1 (a spike with a tail of one
 nat, drawn), and 2.4 of the measured ones; the nearest noise in a known format was 3.7."""
+IMPOSSIBLE = -30.0
+"""Nats below which no difference counts: a few labels that the base excludes must not hide the rows that are merely wrong."""
 WORST = 3
 """Tokens of a row that count: a wrong answer is a few tokens among many right ones."""
 
@@ -62,7 +64,7 @@ class ScoredRows:
         alone: Sequence[Any] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> ScoredRows:
-        """From one array a row each.
+        """From one array a row each; what is less likely than ``IMPOSSIBLE`` is that.
 
         Raises:
             ShapeError: other numbers of log-probs than of trained tokens, or a row without any.
@@ -81,9 +83,9 @@ class ScoredRows:
             flat(ids, np.int64),  # pyright: ignore[reportArgumentType]
             offsets,
             flat(trained, bool),  # pyright: ignore[reportArgumentType]
-            flat(log_probs, np.float64),  # pyright: ignore[reportArgumentType]
+            np.maximum(flat(log_probs, np.float64), IMPOSSIBLE),  # pyright: ignore[reportArgumentType, reportCallIssue]
             flat(entropy, np.float64),
-            flat(alone, np.float64),
+            None if alone is None else np.maximum(flat(alone, np.float64), IMPOSSIBLE),  # pyright: ignore[reportArgumentType, reportCallIssue]
         )
 
     @cached_property

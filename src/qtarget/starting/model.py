@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qtarget.core.errors import ConfigError, QTargetError, UnsupportedModelError
+from qtarget.core.errors import QTargetError, UnsupportedModelError
 from qtarget.starting.choices import Size
-from qtarget.storage.models import adapter_base, check_whole, load_named
+from qtarget.storage.models import check_whole, load_named, refuse_adapter
 
 PROBED_UP_TO = 300_000_000
 """Parameters of a model that is made anew, with random weights, to see whether packed rows stay apart."""
@@ -24,8 +24,7 @@ def size_of(name: str, **options: Any) -> Size:
     """
     from transformers import AutoConfig
 
-    if adapter_base(name) is not None:
-        raise ConfigError(f"--model {name} is an adapter; name the model that it belongs to, or merge it first")
+    refuse_adapter(name, "--model")
     config = load_named(AutoConfig, "--model", name, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

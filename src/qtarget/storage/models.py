@@ -123,6 +123,18 @@ def adapter_base(name: str) -> str | None:
         return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
+def refuse_adapter(name: str, key: str = "model_name_or_path") -> None:
+    """Training starts from a model of its own.
+
+    Raises:
+        ConfigError: an adapter is named.
+    """
+    if adapter_base(name) is not None:
+        raise ConfigError(
+            f"{key} {name} is an adapter; name the model that it belongs to, or make both one first: `qtarget merge {name}`"
+        )
+
+
 def check_finite(model: Any, what: str) -> None:
     """Refuse weights that are NaN or infinite; of a split model, those that are here.
 

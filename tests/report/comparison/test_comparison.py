@@ -42,6 +42,17 @@ def test_all_intervals_together_hold_the_truth_and_seeds_count():
     assert naive < 60, "the luck of three seeds would be left out"
 
 
+def test_few_prompts_widen_the_intervals():
+    random, held = np.random.default_rng(3), 0
+    for trial in range(100):
+        effect = random.normal(size=4)
+        scores = np.zeros((2, 3, 16))
+        scores[1] = np.repeat(effect, 4) + random.normal(0, 0.2, (3, 16))
+        found = simultaneous_differences(scores, groups=np.repeat(np.arange(4), 4).tolist(), seed=trial)
+        held += bool(found.lows[0] <= 0 <= found.highs[0])
+    assert held >= 89  # 95 expected, 89 is three standard errors below; without Student's factor about 80
+
+
 def test_a_large_difference_is_found_and_means_are_plain_means():
     scores = drawn(np.random.default_rng(1), 3, 3, 300, luck=0.05, effects=[0, 2.0, 0])
     found = simultaneous_differences(scores)

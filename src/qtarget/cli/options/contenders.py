@@ -111,6 +111,7 @@ def _entry(one: str | Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
         name = str(keys.pop("name", "") or _described(keys))
     else:
         name, keys = one, parse_target(one)
+    refuse_fixed(name, keys)
     if "target" not in keys and not config.get("target"):
         raise ConfigError(f"compare: {one} names no target")
     keys = {"target": config.get("target")} | keys
@@ -120,6 +121,25 @@ def _entry(one: str | Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
     keys["guard"] = bool(keys["guard"])
     get_target(str(keys["target"]), **(keys["target_kwargs"] or {}))
     return name, keys
+
+
+def refuse_fixed(name: str, keys: Mapping[str, Any]) -> None:
+    """A contender of other rows, steps or seeds would differ by more than its target; a rate of its own would never be used.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    from dataclasses import fields
+
+    from qtarget.cli.options.config import DataConfig
+    from qtarget.comparison.jobs import fixed_keys
+
+    fixed = fixed_keys() | {field.name for field in fields(DataConfig)}
+    if own := sorted(fixed & set(keys)):
+        raise ConfigError(
+            f"compare: {name} has {', '.join(own)} of its own; rows, model, steps and seeds are alike for all, and rates are tried "
+            "for each (--rates)"
+        )
 
 
 def _described(keys: Mapping[str, Any]) -> str:

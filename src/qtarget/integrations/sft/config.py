@@ -169,8 +169,8 @@ class QTargetConfig(SFTConfig):
             raise ConfigError(
                 f"weights_scale={self.weights_scale!r}; expected one of {', '.join(get_args(WeightsScale))}"
             )
-        if Filter.of(self.filter) and self.prompt_weight is not None:
-            raise ConfigError("filter judges answers, and prompt_weight trains prompts too; leave one of them out")
+        if Filter.of(self.filter):
+            refuse_prompts(self.prompt_weight)
         if self.unplaced_spans not in ("refuse", "leave_out"):
             raise ConfigError(f"unplaced_spans={self.unplaced_spans!r}; expected refuse or leave_out")
 
@@ -188,3 +188,13 @@ class QTargetConfig(SFTConfig):
                 f"trust_region: {self.target} in `qtarget rl`, or choose another target"
             )
         return Guarded(target) if self.guard else target
+
+
+def refuse_prompts(prompt_weight: float | None) -> None:
+    """A filter and ``prompt_weight`` exclude each other.
+
+    Raises:
+        ConfigError: prompts are trained.
+    """
+    if prompt_weight is not None:
+        raise ConfigError("filter judges answers, and prompt_weight trains prompts too; leave one of them out")

@@ -63,7 +63,7 @@ def simultaneous_differences(
     levels = sums.sum(-1) / shares.sum()
     means = levels.mean(-1)
     random = np.random.default_rng(seed)
-    by_rows = _row_draws(sums.mean(1), shares, random) - means[:, None]
+    by_rows = (_row_draws(sums.mean(1), shares, random) - means[:, None]) * _widening(len(shares), random)
     deviations = _seed_deviations(sums / shares.sum(), levels)
     draws = by_rows + _seed_draws(deviations, values.shape[1], random)
     found, moved = means[1:] - means[0], draws[1:] - draws[0]
@@ -111,6 +111,16 @@ def _row_draws(sums: NDArray[np.float64], shares: NDArray[np.float64], random: n
     counts = random.multinomial(len(shares), np.full(len(shares), 1 / len(shares)), DRAWS).astype(np.float64)
     total = counts @ shares
     return np.divide(counts @ sums.T, total[:, None], where=total[:, None] > 0, out=np.zeros((DRAWS, len(sums)))).T
+
+
+def _widening(groups: int, random: np.random.Generator) -> NDArray[np.float64] | float:
+    """``[DRAWS]``: drawing few groups anew understates how far they may be off, by the variance's divisor and its own luck.
+
+    With these factors the interval is Student's; without them that of 4 groups holds 8 times in 10.
+    """
+    if groups < 2:
+        return 1.0
+    return np.sqrt(groups / random.chisquare(groups - 1, DRAWS))
 
 
 def _seed_draws(deviations: NDArray[np.float64], seeds: int, random: np.random.Generator) -> NDArray:

@@ -21,7 +21,9 @@ from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import supervised
 from qtarget.integrations.sft.data.weights import ROW
+from qtarget.integrations.shared.frozen import way_out
 from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.cache.schema import MANIFEST
 from qtarget.scoring.cache.signature import read_key
 
 logger = logging.get_logger(__name__)
@@ -52,6 +54,7 @@ class RowFilter:
         Raises:
             CacheMismatchError: a row was never scored.
             ConfigError: no row would be left.
+            MissingStatisticError: ``gain``, and nobody scored the answers without their prompts.
         """
         ids, masks = [], []
         for offsets, tokens, labels in list_batches(dataset, "input_ids", "labels"):
@@ -61,14 +64,17 @@ class RowFilter:
         numbers = np.asarray(dataset[ROW][:])
         alone = None
         if self.wanted.rule == "gain":
-            answers = [without_prompt(*row) for row in zip(ids, masks, strict=True)]
-            alone = read_alone(answers, alone_folder(self.cache.path))
+            folder = alone_folder(self.cache.path)
+            if not (folder / MANIFEST).is_file():
+                raise MissingStatisticError(
+                    f"filter: gain asks what the base says of answers without their prompts, which {folder} does not hold yet: run "
+                    "`qtarget filter CONFIG.yaml --rule gain` once"
+                )
+            alone = read_alone([without_prompt(*row) for row in zip(ids, masks, strict=True)], folder)
         decision = decide(rows_in_cache(self.cache, ids, masks, numbers, alone), self.wanted)
         weighs = self.wanted.form == "weight"
         kept = decision.weights > 0 if weighs else decision.keep
         self._say(decision, numbers[~kept])
-        if not kept.any():
-            raise ConfigError("filter: no row is left; raise keep, or leave filter out")
         record = {
             "rule": decision.rule, "as": self.wanted.form, "verdict": decision.verdict, "rows": len(kept),
             "left_out": int((~kept).sum()), "threshold": decision.threshold, "summary": decision.summary,
@@ -104,7 +110,7 @@ def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset:
         )
     if args.reference_cache is None:
         raise MissingStatisticError(
-            "filter reads what the frozen base says of each row: set reference_cache and run `qtarget score CONFIG.yaml` once"
+            f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
         )
     key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
     return RowFilter(wanted, caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key))
