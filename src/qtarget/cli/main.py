@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
                 as_storage_error(error) if isinstance(error, OSError) and not isinstance(error, QTargetError) else None
             )
             text, code = told(known or error, arguments)
-            print(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # stderr on the full disk: the exit code says it alone
+                print(text, file=sys.stderr, flush=True)
             sys.exit(code)
 
 
