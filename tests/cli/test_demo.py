@@ -142,7 +142,7 @@ def test_the_quick_rl_demo_runs_from_the_command_line(tmp_path, capsys):
     assert abs(summary["dppo_tv"]["kl_k3"]["mean"]) < 1e-6 < summary["stale dppo_tv"]["kl_k3"]["mean"]
     assert summary["dppo_tv"]["blocked"]["mean"] == summary["stale policy_gradient"]["blocked"]["mean"] == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "sampled at temperature 1" in said and "greedy" in said and "(teacher)" in said
+    assert "sampled" in said and "greedy" in said and "(teacher)" in said
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 

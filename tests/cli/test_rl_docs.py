@@ -52,6 +52,14 @@ def test_the_commands_run(there, tiny_model):
         assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
         assert (output / "model.safetensors").is_file()
         assert any("ratio/mean" in line for line in lines) == (folder != "opd")
+    report = shlex.split(blocks("sh")[1])
+    assert called(*report[1:], "--json", "rl.json") == 0
+    found = json.loads((there / "rl.json").read_text())
+    assert "Reward of samples" in found["finding"] and "runs/" not in found["finding"]
+    for one in found["runs"]:
+        assert ("ratio/ess" in one["train"]) == ("reward" in one["train"]) == (one["name"] != "opd")
+        assert len(one["train"]["rollout/age"]) == 8
+    assert 'alt="samples;' in (there / "rl.html").read_text()
     log = (there / "runs/drpo/qtarget_config.yaml").read_text()
     assert "delta: 0.5" in log and "reward_funcs: my_rewards:exact" in log
     # a finished run is not written over, and goes on only when asked

@@ -50,7 +50,7 @@ class Way:
 
 WAYS = {
     "sft": Way("sft", 1e-3),
-    "distillation on samples": Way("reverse_kl", 1e-3),
+    "distillation on samples": Way("reverse_kl", 5e-4),
     "dppo_tv": Way("dppo_tv", 2e-4),
     "stale policy_gradient": Way("policy_gradient", 2e-4, age=4, updates=4),
     "stale ppo_clip": Way("ppo_clip", 2e-4, age=4, updates=4),

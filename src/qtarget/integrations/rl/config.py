@@ -36,6 +36,8 @@ class QTargetGRPOConfig(GRPOConfig):
         target_weight: its factor, beside a trust region.
         anchor: whose log-probs the ratio is taken to: ``rollout``, the policy that sampled, or ``old``, the trained model at
             the time, recomputed; by default ``rollout`` where the sampler tells log-probs, else ``old``.
+        skip_without_signal: tokens with an advantage of 0 skip the head, whose loss and gradient they do not change; what is
+            logged of ratios and entropy is then of the other tokens.
         teacher_model_name_or_path: a frozen model, run live on every sample; also the anchor of ``target: reverse_kl``.
         teacher: ``self`` (the policy as it is) or ``base`` (as it was before training; with LoRA the adapter is off), in place
             of another model.
@@ -62,6 +64,9 @@ class QTargetGRPOConfig(GRPOConfig):
     target_weight: float = field(default=1.0, metadata={"help": "Factor of the target beside a trust region."})
     anchor: str | None = field(
         default=None, metadata={"help": "Whose log-probs ratios are taken to.", "choices": list(ANCHORS)}
+    )
+    skip_without_signal: bool = field(
+        default=False, metadata={"help": "Skip tokens whose advantage is 0; statistics are then of the others."}
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen teacher, run live."})
     teacher: str | None = field(
@@ -111,6 +116,10 @@ class QTargetGRPOConfig(GRPOConfig):
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.anchor == "old"
         self.build_target()
+        if self.skip_without_signal and (self.target is not None or self.trust_region is None):
+            raise ConfigError(
+                f"skip_without_signal: true with target: {self.target}, which teaches at tokens without an advantage too; set one"
+            )
         super().__post_init__()
         refuse_half_generations(self)
 

@@ -158,7 +158,12 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         training = self.model.training  # pyright: ignore[reportOptionalMemberAccess]
         accumulation = self.current_gradient_accumulation_steps if training else 1
         samples, divide_by = reduced(
-            samples_of(inputs, args.anchor, ratios=self.target.needs.advantages),
+            samples_of(
+                inputs,
+                args.anchor,
+                ratios=self.target.needs.advantages,
+                skip_without_signal=args.skip_without_signal,
+            ),
             args.loss_type,
             num_items=inputs["num_items_in_batch"],
             processes=self.accelerator.num_processes,
