@@ -39,10 +39,15 @@ def there(tmp_path, tiny_model, monkeypatch):
 
 def test_the_commands_run(there, tiny_model):
     lines = [shlex.split(line.replace("path/to/teacher", str(tiny_model))) for line in blocks("sh")[0].splitlines()]
-    assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 3
+    assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 4
     for line in lines:
         assert called(*line[1:]) == 0
-    for folder, name in (("rl", "dppo_tv"), ("drpo", "drpo"), ("opd", "reverse_kl")):
+    for folder, name in (
+        ("rl", "dppo_tv"),
+        ("drpo", "drpo"),
+        ("opd", "reverse_kl"),
+        ("taught", "dppo_tv by a teacher"),
+    ):
         output = there / "runs" / folder
         summary = json.loads((output / "train_summary.json").read_text())
         assert (summary["target"], summary["steps"]) == (name, 8)

@@ -336,6 +336,10 @@ REFUSED = [
     ({"target": "reverse_kl", "loss_type": "grpo"}, r"loss_type: dapo"),
     ({"save_strategy": "steps", "save_steps": 3, "steps_per_generation": 2}, r"save_steps: 3.*set save_steps: 4"),
     ({"learning_rate": math.nan}, r"learning_rate"),
+    ({"advantage": "judge"}, r"expected reward or teacher"),
+    ({"advantage": "teacher", "trust_region": None, "target": "reverse_kl"}, r"read by a trust region alone"),
+    ({"advantage": "teacher", "loss_type": "grpo"}, r"loss_type: dapo"),
+    ({"advantage": "teacher", "skip_without_signal": True}, r"skip_without_signal.*advantage: teacher"),
     ({"skip_without_signal": True, "target": "reverse_kl"}, r"skip_without_signal.*without an advantage"),
 ]
 

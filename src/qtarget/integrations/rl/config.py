@@ -9,10 +9,11 @@ from typing import Any, get_args
 from trl.trainer.grpo_config import GRPOConfig
 
 from qtarget.composed.regularised import Regularised
+from qtarget.composed.taught import Taught
 from qtarget.core.errors import ConfigError
 from qtarget.core.regions import TrustRegion
 from qtarget.core.types import Target
-from qtarget.integrations.rl.refusals import refuse_half_generations, refuse_settings
+from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
 from qtarget.integrations.rl.teachers import BASE, SELF
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.loss.backends import Backend
@@ -31,6 +32,7 @@ class QTargetGRPOConfig(GRPOConfig):
     Args:
         trust_region: how far a sample is trusted (`qtarget targets`); null for distillation without rewards.
         trust_region_kwargs: its thresholds.
+        advantage: ``reward``, or ``teacher``: ``log p_T - log pi`` of each sampled token, without rewards.
         target: a divergence to a teacher at every sampled token (reverse_kl, forward_kl, generalized_jsd, skew_kl, ...).
         target_kwargs: its hyper-parameters.
         target_weight: its factor, beside a trust region.
@@ -56,6 +58,9 @@ class QTargetGRPOConfig(GRPOConfig):
     trust_region: str | None = field(default="dppo_tv", metadata={"help": "How far a sample is trusted."})
     trust_region_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Thresholds of the trust region, as a mapping or a JSON string."}
+    )
+    advantage: str = field(
+        default="reward", metadata={"help": "What says how good a sample is.", "choices": ["reward", TAUGHT]}
     )
     target: str | None = field(default=None, metadata={"help": "A divergence to a teacher, at every sampled token."})
     target_kwargs: dict[str, Any] | str | None = field(
@@ -116,10 +121,7 @@ class QTargetGRPOConfig(GRPOConfig):
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.anchor == "old"
         self.build_target()
-        if self.skip_without_signal and (self.target is not None or self.trust_region is None):
-            raise ConfigError(
-                f"skip_without_signal: true with target: {self.target}, which teaches at tokens without an advantage too; set one"
-            )
+        refuse_advantages(self)
         super().__post_init__()
         refuse_half_generations(self)
 
@@ -151,9 +153,11 @@ class QTargetGRPOConfig(GRPOConfig):
             raise ConfigError(
                 f"trust_region: {self.trust_region} is no rule for samples; set it as target, or choose one (`qtarget targets`)"
             )
+        if self.advantage == TAUGHT:
+            return Taught(region)
         return region if target is None else Regularised(region, target, self.target_weight)
 
     @property
     def rewarded(self) -> bool:
         """Whether rewards are read at all."""
-        return self.trust_region is not None
+        return self.trust_region is not None and self.advantage != TAUGHT

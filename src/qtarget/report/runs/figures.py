@@ -37,6 +37,7 @@ LABELS = {
 SAMPLING = tuple(LABELS)[4:]
 """What a run on its own samples logs, in the order of its panels."""
 ACROSS = 4  # panels in a line
+ROUNDING = 1e-6  # a curve that moves less is drawn flat
 
 
 def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
@@ -117,6 +118,9 @@ def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[s
                 axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, **style)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(LABELS[metric])
+        low, high = axes.get_ylim()
+        if high - low < ROUNDING:
+            axes.set_ylim(low - ROUNDING, high + ROUNDING)
         axes.grid(color="#e5e7eb")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
