@@ -68,7 +68,7 @@ class RLDemoConfig:
 
 def quick(config: RLDemoConfig) -> RLDemoConfig:
     """A few seconds' worth: all ways, two rounds, models of few steps. For tests, not for conclusions."""
-    return replace(config, seeds=1, rounds=2, test_rows=16, draws=1, start_steps=60, teacher_steps=20, workers=1)
+    return replace(config, seeds=1, rounds=2, test_rows=8, draws=1, start_steps=60, teacher_steps=5, workers=1)
 
 
 def run_rl_demo(config: RLDemoConfig, output: str | Path, progress: Progress | None = None) -> dict[str, Any]:
