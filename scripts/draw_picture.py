@@ -1,4 +1,4 @@
-"""Draw the README's picture from the demo's raw results.
+"""Draw the pictures of both demos from their raw results: the README's, and that of docs/rl.md.
 
 python scripts/draw_picture.py
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qtarget.benchmarks.demo.bench import picture
+from qtarget.benchmarks.demo import bench, rl
 from qtarget.benchmarks.figure import save_figure
 
 ROOT = Path(__file__).parents[1]
 
 if __name__ == "__main__":
-    save_figure(picture(json.loads((ROOT / "benchmarks/results/demo.json").read_text())), ROOT / "docs/picture.png")
+    for picture, results, name in ((bench.picture, "demo", "picture"), (rl.picture, "demo_rl", "rl_demo")):
+        found = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text())
+        save_figure(picture(found), ROOT / f"docs/{name}.png")

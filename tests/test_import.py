@@ -174,6 +174,7 @@ def test_public_names_are_locked() -> None:
         "Reference",
         "Regularised",
         "Target",
+        "Taught",
         "Terms",
         "TokenReport",
         "TokenView",

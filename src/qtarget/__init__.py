@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qtarget.composed.combined import Combined
     from qtarget.composed.guarded import Guarded
     from qtarget.composed.regularised import Regularised
+    from qtarget.composed.taught import Taught
     from qtarget.contract.check import check_target
     from qtarget.core.errors import QTargetError
     from qtarget.core.induced import InducedTarget, induced_target
@@ -40,6 +41,7 @@ __all__ = [
     "Reference",
     "Regularised",
     "Target",
+    "Taught",
     "Terms",
     "TokenReport",
     "TokenView",
@@ -60,6 +62,7 @@ _MODULES = {
     "composed.combined": ("Combined",),
     "composed.guarded": ("Guarded",),
     "composed.regularised": ("Regularised",),
+    "composed.taught": ("Taught",),
     "contract.check": ("check_target",),
     "core.errors": ("QTargetError",),
     "core.induced": ("InducedTarget", "induced_target"),

@@ -123,3 +123,46 @@ def test_the_quick_demo_runs_from_the_command_line(tmp_path, capsys):
     assert results["finding"] in said
     assert "qtarget init" in said
     assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_quick_rl_demo_runs_from_the_command_line(tmp_path, capsys):
+    from qtarget.benchmarks.demo.rl_runs import WAYS
+    from qtarget.cli.main import run
+
+    with pytest.raises(SystemExit) as ended:
+        run(["demo", "--rl", "--quick", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == set(WAYS)
+    rewards = {name: runs[0].get("reward") for name, runs in results["runs"].items()}
+    assert rewards.pop("sft") is None  # reads demonstrations
+    assert {tuple(reward[:1]) for reward in rewards.values()} == {tuple(rewards["dppo_tv"][:1])}  # one start, one draw
+    summary = results["summary"]
+    assert abs(summary["dppo_tv"]["kl_k3"]["mean"]) < 1e-6 < summary["stale dppo_tv"]["kl_k3"]["mean"]
+    assert summary["dppo_tv"]["blocked"]["mean"] == summary["stale policy_gradient"]["blocked"]["mean"] == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sampled" in said and "greedy" in said and "(teacher)" in said
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_samples_of_the_rl_demo_end_where_the_model_ends_and_are_scored_by_the_sampler():
+    import torch
+
+    from qtarget.benchmarks.demo.rl_runs import GROUP, NEW_TOKENS, sample_round
+    from qtarget.benchmarks.start import Start
+    from qtarget.benchmarks.tasks import generated_demonstrations
+
+    model, tokenizer = Start().load(), Start().tokenizer()
+    asked = generated_demonstrations(3, "test")
+    drawn = sample_round(model, tokenizer, asked, seed=1)
+    assert len(drawn.rows) == len(drawn.rewards) == 3 * GROUP
+    for index, (row, log_probs) in enumerate(zip(drawn.rows, drawn.log_probs, strict=True)):
+        assert row.prompt == tokenizer(asked[index // GROUP]["prompt"])["input_ids"]
+        assert tokenizer.eos_token_id not in row.completion[:-1]
+        assert row.completion[-1] == tokenizer.eos_token_id or len(row.completion) == NEW_TOKENS
+        with torch.no_grad():
+            logits = model(torch.tensor([row.prompt + row.completion])).logits[0].log_softmax(-1)
+        expected = [logits[len(row.prompt) - 1 + t, token] for t, token in enumerate(row.completion)]
+        assert torch.allclose(log_probs, torch.stack(expected), atol=1e-4)
+    assert torch.allclose(drawn.advantages.view(3, GROUP).sum(1), torch.zeros(3), atol=1e-6)

@@ -39,10 +39,15 @@ def there(tmp_path, tiny_model, monkeypatch):
 
 def test_the_commands_run(there, tiny_model):
     lines = [shlex.split(line.replace("path/to/teacher", str(tiny_model))) for line in blocks("sh")[0].splitlines()]
-    assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 3
+    assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 4
     for line in lines:
         assert called(*line[1:]) == 0
-    for folder, name in (("rl", "dppo_tv"), ("drpo", "drpo"), ("opd", "reverse_kl")):
+    for folder, name in (
+        ("rl", "dppo_tv"),
+        ("drpo", "drpo"),
+        ("opd", "reverse_kl"),
+        ("taught", "dppo_tv by a teacher"),
+    ):
         output = there / "runs" / folder
         summary = json.loads((output / "train_summary.json").read_text())
         assert (summary["target"], summary["steps"]) == (name, 8)
@@ -52,6 +57,14 @@ def test_the_commands_run(there, tiny_model):
         assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
         assert (output / "model.safetensors").is_file()
         assert any("ratio/mean" in line for line in lines) == (folder != "opd")
+    report = shlex.split(blocks("sh")[1])
+    assert called(*report[1:], "--json", "rl.json") == 0
+    found = json.loads((there / "rl.json").read_text())
+    assert "Reward of samples" in found["finding"] and "runs/" not in found["finding"]
+    for one in found["runs"]:
+        assert ("ratio/ess" in one["train"]) == ("reward" in one["train"]) == (one["name"] != "opd")
+        assert len(one["train"]["rollout/age"]) == 8
+    assert 'alt="samples;' in (there / "rl.html").read_text()
     log = (there / "runs/drpo/qtarget_config.yaml").read_text()
     assert "delta: 0.5" in log and "reward_funcs: my_rewards:exact" in log
     # a finished run is not written over, and goes on only when asked
@@ -86,3 +99,31 @@ def test_the_table_of_rules_is_the_registry():
             if field != "outcomes":
                 assert f"`{field}`" in rows and f"{default:g}" in rows, (name, field)
         assert get_target(name).needs.advantages
+
+
+def test_the_demos_figures_are_those_of_its_results():
+    found = json.loads((ROOT / "benchmarks/results/demo_rl.json").read_text())
+    section = PAGE.split("## What it does to a small model")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (.*) \|$", section, flags=re.MULTILINE))
+    for name, row in found["summary"].items():
+        scores = [
+            f"{row[key]['mean']:.1f} ({row[key]['low']:.1f}..{row[key]['high']:.1f})"
+            for key in ("sampled_percent", "greedy_percent")
+        ]
+        seen = (
+            [f"{row['kl_k3']['mean']:.3f}", f"{row['blocked']['mean']:.1%}".replace("%", " %")]
+            if "kl_k3" in row
+            else []
+        )
+        assert [cell.strip() for cell in rows[name].split("|") if cell.strip()] == scores + seen, name
+    for name, model in found["models"].items():
+        assert rows[f"({name})"].startswith(f"{model['sampled_percent']:.1f} | {model['greedy_percent']:.1f}")
+    # what the sentences below the table say
+    start, ends = found["models"]["start"], found["summary"]
+    taught = ("distillation on samples", "dppo_tv", "stale ppo_clip", "stale dppo_tv")
+    assert all(ends[name]["sampled_percent"]["low"] > start["sampled_percent"] for name in taught)
+    assert all(ends[name]["greedy_percent"]["high"] < start["greedy_percent"] for name in taught)
+    assert ends["stale policy_gradient"]["sampled_percent"]["high"] < start["sampled_percent"]
+    assert ends["sft"]["greedy_percent"]["low"] > start["greedy_percent"]
+    assert round(sum(run["cpu_seconds"] for runs in found["runs"].values() for run in runs)) == 381
+    assert found["config"]["rounds"] == 20 and found["samples_per_run"] == 2560

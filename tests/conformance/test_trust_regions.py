@@ -448,6 +448,41 @@ def test_regularised_is_the_sum():
     torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient @ batch.weight)
 
 
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_a_teachers_advantage_has_the_gradient_of_the_divergence_in_expectation(drift):
+    """Every token of a vocabulary of nine as the sample, each as often as the sampler draws it, fresh or old."""
+    draw = torch.Generator().manual_seed(5)
+    live, told, moved = (torch.randn(9, dtype=torch.float64, generator=draw) for _ in range(3))
+    leaf, sampler = live.clone().requires_grad_(), (live + drift * moved).log_softmax(-1)
+    p = leaf.log_softmax(-1)
+    (expected,) = torch.autograd.grad((p.exp() * (p - told.log_softmax(-1))).sum(), leaf)
+    rule = qtarget.Taught(qtarget.get_target("policy_gradient"))
+    everything = torch.arange(9)
+    losses = qtarget.target_loss(
+        leaf.expand(9, 9), everything, rule, advantages=torch.zeros(9, dtype=torch.float64), reduction="none",
+        teacher=qtarget.Reference(label_log_probs=told.log_softmax(-1)),
+        rollout=qtarget.Reference(label_log_probs=sampler),
+    )  # fmt: skip
+    (found,) = torch.autograd.grad((sampler.exp() * losses).sum(), leaf)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_teachers_advantage_adds_to_the_rewards_and_is_masked_by_the_region():
+    """``mu = 1/2``, ``pi = 3/4``: what the teacher wants less of passes, what it wants more of is blocked at 0.2."""
+    z = torch.tensor([[3.0, 1.0]]).log()
+    rollout = qtarget.Reference(label_log_probs=torch.tensor([0.5]).log())
+    rule = qtarget.Taught(qtarget.get_target("dppo_tv"))
+    for told, reward, gain in ((0.5, 0.0, math.log(2 / 3)), (0.9, 0.0, 0.0), (0.9, -1.0, math.log(1.2) - 1)):
+        teacher = qtarget.Reference(label_log_probs=torch.tensor([told]).log())
+        _, report = qtarget.target_loss(
+            z, torch.tensor([0]), rule, advantages=torch.tensor([reward]), rollout=rollout, teacher=teacher,
+            return_report=True,
+        )  # fmt: skip
+        assert float(report.label_weights[0]) == pytest.approx(1.5 * gain, rel=1e-5)
+    with pytest.raises(IncompatibleError, match="no advantage"):
+        qtarget.Taught(qtarget.get_target("dft"))
+
+
 def test_parts_without_a_meaning_together_are_refused():
     get = qtarget.get_target
     with pytest.raises(IncompatibleError, match="no trust region"):

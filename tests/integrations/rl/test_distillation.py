@@ -79,3 +79,42 @@ def test_the_teacher_stays_as_it_is(ours):
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
     assert all(math.isfinite(v) and v > 0 for v in trainer.losses)
+
+
+def test_a_teachers_advantage_is_the_gap_of_log_probs_at_the_sample(ours):
+    """The loss and what is logged, by hand from both models; nothing of rewards is logged."""
+    teacher, settings = make_model(3), {"max_steps": 1, "advantage": "teacher", "temperature": 0.7}
+    trainer = ours("policy_gradient", rewards=None, extra={"teacher_model": teacher}, **settings)
+    seen, plain = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: seen.append(dict(inputs)) or plain(model, inputs)
+    trainer.train()
+    (batch,), model = seen, make_model()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    start, mask = batch["prompt_ids"].shape[1], batch["completion_mask"].bool()
+    pi, told = (
+        (m(ids).logits[:, start - 1 : -1] / 0.7)
+        .log_softmax(-1)
+        .gather(-1, batch["completion_ids"][..., None])[..., 0][mask]
+        for m in (model, teacher)
+    )
+    gap = (told - pi).detach()
+    loss = -((pi - pi.detach()).exp() * gap).mean()
+    loss.backward()
+    assert trainer.losses == pytest.approx([float(loss)], rel=1e-5)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert gradient_norms(trainer) == pytest.approx([float(norm)], rel=1e-4)
+    line = trainer.state.log_history[0]
+    assert line["region/weight"] == pytest.approx(1, rel=1e-5)
+    assert not [key for key in line if "reward" in key]
+
+
+def test_a_teachers_advantage_with_a_region_on_old_samples_comes_nearer_to_the_teacher(ours):
+    settings = {"max_steps": 24, "steps_per_generation": 2, "learning_rate": 5e-3, "advantage": "teacher"}
+    trainer = ours("dppo_tv", rewards=None, extra={"teacher_model": make_model(3)}, **settings)
+    trainer.train()
+    assert {"region/blocked_positive", "region/blocked_negative"} <= set(trainer.state.log_history[0])
+    with torch.no_grad():
+        ids = torch.randint(3, 55, (16, 8))
+        told, now, before = (m(ids).logits.log_softmax(-1) for m in (make_model(3), trainer.model, make_model()))
+    kl = [float((p.exp() * (p - told)).sum(-1).mean()) for p in (before, now)]
+    assert kl[1] < kl[0]

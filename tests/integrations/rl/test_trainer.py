@@ -182,6 +182,33 @@ def test_truncated_completions_can_be_masked(ours):
 # -- what is logged --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_tokens_without_an_advantage_can_be_skipped(loss_type, ours):
+    """The same losses and gradients; fewer tokens at the head. Rewards of 0 and 1, so that some groups have no signal."""
+
+    def hits(completions, **_):
+        return [float(text[:1] in "aeiouAEIOU") for text in completions]
+
+    def run(skip):
+        trainer = ours("dppo_tv", rewards=hits, loss_type=loss_type, steps_per_generation=2, skip_without_signal=skip)
+        seen, plain = [], trainer._step_of
+        trainer._step_of = lambda s, *more: seen.append((s.labels != -100, s.advantages != 0)) or plain(s, *more)
+        trainer.train()
+        return trainer, seen
+
+    (whole, everything), (skipped, fewer) = run(False), run(True)
+    assert skipped.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert gradient_norms(skipped) == pytest.approx(gradient_norms(whole), rel=1e-4, abs=1e-6)
+    assert any(norm > 0 for norm in gradient_norms(whole))
+    for (kept, _), (all_kept, weighed) in zip(fewer, everything, strict=True):
+        assert torch.equal(kept, all_kept & weighed)
+    assert sum(int(kept.sum()) for kept, _ in fewer) < sum(int(kept.sum()) for kept, _ in everything)
+    silent = ours(rewards=lambda completions, **_: [1.0] * len(completions), max_steps=1, skip_without_signal=True)
+    silent.train()  # nothing at all is left
+    assert silent.losses == [0.0] and gradient_norms(silent) == [0.0]
+    assert silent.state.log_history[0]["rollout/unscored_tokens"] == 0
+
+
 def test_sums_against_loops():
     rng = torch.Generator().manual_seed(0)
     ids, prompt = torch.randint(3, 50, (96, 9), generator=rng), 3
@@ -309,6 +336,11 @@ REFUSED = [
     ({"target": "reverse_kl", "loss_type": "grpo"}, r"loss_type: dapo"),
     ({"save_strategy": "steps", "save_steps": 3, "steps_per_generation": 2}, r"save_steps: 3.*set save_steps: 4"),
     ({"learning_rate": math.nan}, r"learning_rate"),
+    ({"advantage": "judge"}, r"expected reward or teacher"),
+    ({"advantage": "teacher", "trust_region": None, "target": "reverse_kl"}, r"read by a trust region alone"),
+    ({"advantage": "teacher", "loss_type": "grpo"}, r"loss_type: dapo"),
+    ({"advantage": "teacher", "skip_without_signal": True}, r"skip_without_signal.*advantage: teacher"),
+    ({"skip_without_signal": True, "target": "reverse_kl"}, r"skip_without_signal.*without an advantage"),
 ]
 
 

@@ -173,6 +173,39 @@ def test_a_run_without_evaluation_and_one_of_another_trainer(make_run, tmp_path)
     assert len(run["notes"]) == 2
 
 
+def sampling(step, reward, **more):
+    return {"loss": 0.1, "reward": reward, "entropy": 1.0 / step, "divergence/kl_k3": 0.01 * step, "ratio/ess": 0.9,
+            "rollout/age": step - 1.0, "step": step} | more  # fmt: skip
+
+
+def test_a_run_on_samples_has_its_panels_and_one_on_demonstrations_has_none(make_run, tmp_path):
+    held_out = [{"eval_runtime": 1.0, "eval_reward": value, "step": step} for step, value in ((1, 0.2), (2, 0.3))]
+    log = [sampling(1, 0.25, **{"region/blocked_positive": 0.125}), held_out[0], sampling(2, 0.5), held_out[1]]
+    rl, sft = make_run("rl", log=log, samples=[]), make_run("sft")
+    report = report_of(rl)
+    assert "rl 0.250 to 0.500" in report["finding"]
+    assert report["runs"][0]["notes"] == []
+    train = report["runs"][0]["train"]
+    assert train["region/blocked_positive"] == [0.125, None] and "region/blocked_negative" not in train
+    assert report["runs"][0]["evaluations"]["eval"]["reward"] == [0.2, 0.3]
+    figures = comparison_figures(report)
+    drawn = {axes.get_ylabel().split(",")[0]: list(axes.lines[0].get_ydata()) for axes in figures["samples"].axes}
+    assert drawn == {
+        "reward of samples": [0.25, 0.5],
+        "KL to the sampler": [0.01, 0.02],
+        "effective sample size of ratios": [0.9, 0.9],
+        "blocked": [0.125],
+        "entropy": [1.0, 0.5],
+        "age of samples": [0.0, 1.0],
+    }
+    assert [list(line.get_ydata()) for line in figures["held_out_reward"].axes[0].lines] == [[0.2, 0.3]]
+    assert not {"samples", "held_out_reward"} & set(comparison_figures(report_of(sft)))
+    both = report_of(rl, sft)
+    assert len(comparison_figures(both)["samples"].axes[0].lines) == 1  # of the run that has samples
+    page = runs_page(both)
+    assert 'alt="samples;' in page and "held out reward" in page
+
+
 def test_steps_without_samples_are_named(make_run):
     (run,) = read_runs([make_run()])
     with pytest.raises(DataError, match="at step 1; there are some at 0, 2"):

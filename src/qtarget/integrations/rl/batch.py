@@ -24,7 +24,8 @@ class Samples:
     Attributes:
         ids, attention_mask: the model's inputs.
         mask: the tokens that the policy wrote: no prompt, padding, tool's answer, or completion that was masked whole.
-        labels: ``ids`` where trained on, else -100: those of ``mask`` that the anchor has scored.
+        labels: ``ids`` where trained on, else -100: those of ``mask`` that the anchor has scored, and that have an advantage
+            where those without are skipped.
         advantages: of each token, times TRL's own correction where it makes one.
         anchor: log-probs of the policy that ratios are taken to; absent where that is the live model itself.
         sampler, old: both log-probs, where both are known, to tell mismatch and staleness apart.
@@ -42,20 +43,23 @@ class Samples:
     @property
     def unscored(self) -> int:
         """Tokens that the policy wrote and the anchor has no number for."""
-        return int(self.mask.sum()) - int((self.labels != -100).sum())
+        return 0 if self.anchor is None else int((self.mask & self.anchor.isnan()).sum())
 
     def rollout(self) -> Reference | None:
         """The anchor as the loss takes it."""
         return None if self.anchor is None else Reference(label_log_probs=self.anchor)
 
 
-def samples_of(inputs: dict[str, Any], anchor: str | None, ratios: bool = True) -> Samples:
+def samples_of(
+    inputs: dict[str, Any], anchor: str | None, ratios: bool = True, skip_without_signal: bool = False
+) -> Samples:
     """Read TRL's batch.
 
     Args:
         inputs: of ``GRPOTrainer._compute_loss``.
         anchor: ``rollout``, ``old``, or None for the first of the two that is known.
         ratios: whether anything is taken to the anchor; a target alone teaches at unscored tokens too.
+        skip_without_signal: leave out tokens whose advantage is 0; what the loss is divided by counts them still.
 
     Raises:
         ConfigError: the anchor is the rollout, and the sampler told no log-probs.
@@ -86,12 +90,15 @@ def samples_of(inputs: dict[str, Any], anchor: str | None, ratios: bool = True) 
     mask = behind_prompt(wrote).bool()  # pyright: ignore[reportOptionalMemberAccess]
     ids = torch.cat([prompt, completion], dim=1)
     trained = mask if chosen is None else mask & ~chosen.isnan()
+    whole = behind_prompt(advantages)
+    if skip_without_signal:
+        trained = trained & (whole != 0)
     return Samples(
         ids=ids,
         attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
         mask=mask,
         labels=ids.masked_fill(~trained, -100),
-        advantages=behind_prompt(advantages),  # pyright: ignore[reportArgumentType]
+        advantages=whole,  # pyright: ignore[reportArgumentType]
         anchor=chosen,
         sampler=sampler,
         old=old,

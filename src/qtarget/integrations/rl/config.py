@@ -9,10 +9,11 @@ from typing import Any, get_args
 from trl.trainer.grpo_config import GRPOConfig
 
 from qtarget.composed.regularised import Regularised
+from qtarget.composed.taught import Taught
 from qtarget.core.errors import ConfigError
 from qtarget.core.regions import TrustRegion
 from qtarget.core.types import Target
-from qtarget.integrations.rl.refusals import refuse_half_generations, refuse_settings
+from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
 from qtarget.integrations.rl.teachers import BASE, SELF
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.loss.backends import Backend
@@ -31,11 +32,14 @@ class QTargetGRPOConfig(GRPOConfig):
     Args:
         trust_region: how far a sample is trusted (`qtarget targets`); null for distillation without rewards.
         trust_region_kwargs: its thresholds.
+        advantage: ``reward``, or ``teacher``: ``log p_T - log pi`` of each sampled token, without rewards.
         target: a divergence to a teacher at every sampled token (reverse_kl, forward_kl, generalized_jsd, skew_kl, ...).
         target_kwargs: its hyper-parameters.
         target_weight: its factor, beside a trust region.
         anchor: whose log-probs the ratio is taken to: ``rollout``, the policy that sampled, or ``old``, the trained model at
             the time, recomputed; by default ``rollout`` where the sampler tells log-probs, else ``old``.
+        skip_without_signal: tokens with an advantage of 0 skip the head, whose loss and gradient they do not change; what is
+            logged of ratios and entropy is then of the other tokens.
         teacher_model_name_or_path: a frozen model, run live on every sample; also the anchor of ``target: reverse_kl``.
         teacher: ``self`` (the policy as it is) or ``base`` (as it was before training; with LoRA the adapter is off), in place
             of another model.
@@ -55,6 +59,9 @@ class QTargetGRPOConfig(GRPOConfig):
     trust_region_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Thresholds of the trust region, as a mapping or a JSON string."}
     )
+    advantage: str = field(
+        default="reward", metadata={"help": "What says how good a sample is.", "choices": ["reward", TAUGHT]}
+    )
     target: str | None = field(default=None, metadata={"help": "A divergence to a teacher, at every sampled token."})
     target_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyper-parameters of the target, as a mapping or a JSON string."}
@@ -62,6 +69,9 @@ class QTargetGRPOConfig(GRPOConfig):
     target_weight: float = field(default=1.0, metadata={"help": "Factor of the target beside a trust region."})
     anchor: str | None = field(
         default=None, metadata={"help": "Whose log-probs ratios are taken to.", "choices": list(ANCHORS)}
+    )
+    skip_without_signal: bool = field(
+        default=False, metadata={"help": "Skip tokens whose advantage is 0; statistics are then of the others."}
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen teacher, run live."})
     teacher: str | None = field(
@@ -111,6 +121,7 @@ class QTargetGRPOConfig(GRPOConfig):
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.anchor == "old"
         self.build_target()
+        refuse_advantages(self)
         super().__post_init__()
         refuse_half_generations(self)
 
@@ -142,9 +153,11 @@ class QTargetGRPOConfig(GRPOConfig):
             raise ConfigError(
                 f"trust_region: {self.trust_region} is no rule for samples; set it as target, or choose one (`qtarget targets`)"
             )
+        if self.advantage == TAUGHT:
+            return Taught(region)
         return region if target is None else Regularised(region, target, self.target_weight)
 
     @property
     def rewarded(self) -> bool:
         """Whether rewards are read at all."""
-        return self.trust_region is not None
+        return self.trust_region is not None and self.advantage != TAUGHT

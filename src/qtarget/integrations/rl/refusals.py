@@ -7,6 +7,8 @@ from typing import Any
 
 from qtarget.core.errors import ConfigError
 
+TAUGHT = "teacher"
+"""The value of ``advantage`` that asks a teacher in place of rewards."""
 REDUCTIONS = ("dapo", "grpo", "dr_grpo")
 LOSSES = {
     "cispo": "trust_region: cispo",
@@ -88,13 +90,45 @@ def refuse_teachers(args: Any) -> None:
         )
     if args.privileged_column is None:
         return
-    if args.target is None:
+    if args.target is None and args.advantage != TAUGHT:
         raise ConfigError(
             "privileged_column is for a teacher, and no target reads one; set target: reverse_kl, or leave it out"
         )
     for field in ("{prompt}", "{privileged}"):
         if field not in args.privileged_template:
             raise ConfigError(f"privileged_template has no {field}; expected a text with {{prompt}} and {{privileged}}")
+
+
+def refuse_advantages(args: Any) -> None:
+    """Refuse what the source of the advantages does not go with.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    if args.advantage not in ("reward", TAUGHT):
+        raise ConfigError(f"advantage: {args.advantage}; expected reward or {TAUGHT}")
+    taught = args.advantage == TAUGHT
+    if args.skip_without_signal and (taught or args.target is not None or args.trust_region is None):
+        other = f"advantage: {TAUGHT}" if taught else f"target: {args.target}"
+        raise ConfigError(
+            f"skip_without_signal: true with {other}, which teaches at tokens without an advantage of their reward; set one"
+        )
+    if not taught:
+        return
+    if args.trust_region is None or args.target is not None:
+        raise ConfigError(
+            f"advantage: {TAUGHT} is read by a trust region alone; set trust_region and leave target out, or leave advantage out"
+        )
+    if args.loss_type == "grpo":
+        raise ConfigError(
+            f"loss_type: grpo weighs tokens through the advantage of their reward, and advantage: {TAUGHT} reads none; set "
+            "loss_type: dapo or dr_grpo"
+        )
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ConfigError(
+            f"vllm_importance_sampling_correction is a factor on advantages of rewards, and advantage: {TAUGHT} reads none; set it "
+            "false, or leave anchor: old out"
+        )
 
 
 def refuse_truncated_sampling(args: Any) -> None:

@@ -19,11 +19,12 @@ from qtarget.core.errors import (
     UnsupportedModelError,
 )
 from qtarget.core.shapes import Tensor
+from qtarget.core.statistics import token_statistics
 from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, Target
 from qtarget.integrations.rl.batch import Samples, reduced, samples_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
 from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
-from qtarget.integrations.rl.refusals import refuse_truncated_sampling
+from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rewards import checked_rewards, no_reward
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
@@ -158,7 +159,12 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         training = self.model.training  # pyright: ignore[reportOptionalMemberAccess]
         accumulation = self.current_gradient_accumulation_steps if training else 1
         samples, divide_by = reduced(
-            samples_of(inputs, args.anchor, ratios=self.target.needs.advantages),
+            samples_of(
+                inputs,
+                args.anchor,
+                ratios=self.target.needs.advantages,
+                skip_without_signal=args.skip_without_signal,
+            ),
             args.loss_type,
             num_items=inputs["num_items_in_batch"],
             processes=self.accelerator.num_processes,
@@ -176,7 +182,8 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
                 f"{reason}; lower learning_rate, set max_grad_norm, or look at the samples (log_completions: true); the last "
                 "checkpoint is untouched"
             )
-        self._sums["train" if training else "eval"].add(output, samples, samples.advantages)
+        given = gained(samples, step.frozen["teacher"], output) if args.advantage == TAUGHT else samples.advantages
+        self._sums["train" if training else "eval"].add(output, samples, given)
         return output.loss.to(self.accelerator.device)
 
     def _frozen(self, role: str, samples: Samples, inputs: dict[str, Any]) -> FrozenHead:
@@ -199,6 +206,8 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         frozen: dict[str, Reference | FrozenHead | None] = {
             role: self._frozen(role, samples, inputs) for role in self.frozen_models
         }
+        if self.args.advantage == TAUGHT:  # pyright: ignore[reportAttributeAccessIssue]
+            frozen["teacher"] = at_samples(frozen["teacher"], samples.labels)
         regional = self.target.needs.advantages
         return TargetStep(
             target=self.target,
@@ -253,6 +262,22 @@ def at_temperature(spec: HeadSpec, temperature: float) -> HeadSpec:
     return HeadSpec(spec.scale / temperature, None if spec.softcap is None else spec.softcap / temperature)
 
 
+def at_samples(teacher: Any, labels: Tensor) -> Reference:
+    """What a frozen head says of the sampled tokens alone, a chunk of logits at a time; 0 where nothing is trained on."""
+    said = token_statistics(
+        hidden=teacher.hidden[:, :-1], labels=labels[:, 1:], lm_head_weight=teacher.lm_head_weight, bias=teacher.bias,
+        logit_scale=teacher.logit_scale, logit_softcap=teacher.logit_softcap,
+    )  # fmt: skip
+    assert said.label_log_probs is not None
+    return Reference(label_log_probs=torch.nn.functional.pad(said.label_log_probs, (1, 0)))
+
+
+def gained(samples: Samples, teacher: Any, output: TargetOutput) -> Tensor:
+    """``[batch, time]`` the advantages that ``Taught`` made of the teacher's log-probs, unshifted."""
+    assert output.label_log_probs is not None
+    return samples.advantages + teacher.label_log_probs - torch.nn.functional.pad(output.label_log_probs, (1, 0))
+
+
 def refuse_missing(args: QTargetGRPOConfig, target: Target, given: dict[str, PreTrainedModel | None]) -> None:
     """Refuse a target whose frozen model nobody named.
 
@@ -277,14 +302,14 @@ def _rewards(args: QTargetGRPOConfig, functions: Any, train: Any, environments: 
     if not args.rewarded:
         if functions:
             raise ConfigError(
-                "reward_funcs are given and trust_region is null, so nothing would read them; set trust_region, or leave the "
-                "rewards out: a target alone teaches"
+                "reward_funcs are given, and with trust_region: null or advantage: teacher nothing would read them; set "
+                "trust_region and leave advantage out, or leave the rewards out: a teacher alone teaches"
             )
         return [no_reward]
     found = checked_rewards(functions, not environments, None if train is None else train.column_names)
     if not found and not environments:
         raise ConfigError(
             f"trust_region: {args.trust_region} weighs samples by rewards, and there is none; give reward_funcs, or set "
-            "trust_region: null and a target with a teacher"
+            "advantage: teacher, or trust_region: null and a target with a teacher"
         )
     return found

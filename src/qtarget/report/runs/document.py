@@ -22,8 +22,14 @@ METRICS = (
     "residual_share",
     "entropy",
     "mean_token_accuracy",
+    "reward",
+    "divergence/kl_k3",
+    "ratio/ess",
+    "region/blocked_positive",
+    "region/blocked_negative",
+    "rollout/age",
 )
-"""What a curve holds beside ``step``: nats a token (nll, entropy), the objective (loss), and shares."""
+"""What a curve holds beside ``step``: nats a token (nll, entropy, kl_k3), the objective (loss), reward, shares, steps (age)."""
 STATE_FILE = "trainer_state.json"
 UNREMARKABLE = ("run_name", "logging_steps", "eval_steps", "save_steps", "report_to", "disable_tqdm", "heatmap_rows")
 
@@ -182,7 +188,7 @@ def notes_of(run: Run, evaluations: Mapping[str, Any]) -> list[str]:
         notes.append(f"{len(odd)} logged lines hold values that are not finite, first at step {odd[0]}; left out")
     if not evaluations:
         notes.append("no evaluation was logged; set validation_file and eval_strategy")
-    elif all("nll" not in curve for curve in evaluations.values()):
+    elif all("nll" not in curve and "reward" not in curve for curve in evaluations.values()):
         notes.append("no plain nll was logged: another trainer's run; its loss is its own objective")
     if not run.description:
         notes.append(f"no {RUN_FILE}: whether its rows and tokenizer are the others' cannot be checked")
@@ -279,6 +285,8 @@ def finding(described: Sequence[Mapping[str, Any]]) -> str:
     """One sentence about the last clean NLL of the runs."""
     name = common_evaluation(described)
     if name is None:
+        if rewards := [(one["name"], found) for one in described if (found := known(one["train"], "reward"))]:
+            return f"Reward of samples, first to last line: {rewards_in_order(rewards)}"
         return "No evaluation with a plain nll is common to all runs, so nothing is ranked"
     last = [(one["name"], one["clean_nll"][name]["last"]["nll"]) for one in described]
     if len(last) == 1:
@@ -298,6 +306,22 @@ def in_order(values: Sequence[tuple[str, float]]) -> str:
     """
     said = ", ".join(f"{name} {value:.3f}" for name, value in values)
     return f"{said} (no interval, so no ranking: qtarget evaluate gives both)"
+
+
+def known(curve: Mapping[str, Any], metric: str) -> list[float]:
+    """The values of a curve that were logged and are finite."""
+    return [value for value in curve.get(metric, []) if value is not None]
+
+
+def rewards_in_order(rewards: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Runs as they were named, unranked, each with the ends of its rewards.
+
+    Example:
+        >>> rewards_in_order([("a", [0.25, 0.3, 0.5])])
+        'a 0.250 to 0.500 (samples of one batch each: qtarget evaluate asks held-out rows)'
+    """
+    said = ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in rewards)
+    return f"{said} (samples of one batch each: qtarget evaluate asks held-out rows)"
 
 
 def sample_changes(run: Run, first: int | None = None, last: int | None = None) -> list[dict[str, Any]]:

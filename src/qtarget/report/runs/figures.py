@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.report.heatmap import shown
-from qtarget.report.runs.document import common_evaluation
+from qtarget.report.runs.document import common_evaluation, known
 from qtarget.storage.files import write_atomic
 
 if TYPE_CHECKING:
@@ -26,7 +26,18 @@ LABELS = {
     "loss": "objective, its own unit",
     "label_weight": "mean label weight a",
     "effective_sample_size": "effective sample size, share of tokens",
+    "reward": "reward of samples",
+    "divergence/kl_k3": "KL to the sampler, nats a token (k3)",
+    "ratio/ess": "effective sample size of ratios, share",
+    "region/blocked_positive": "blocked, share of tokens with A > 0",
+    "region/blocked_negative": "blocked, share of tokens with A < 0",
+    "entropy": "entropy, nats a token",
+    "rollout/age": "age of samples, optimizer steps",
 }
+SAMPLING = tuple(LABELS)[4:]
+"""What a run on its own samples logs, in the order of its panels."""
+ACROSS = 4  # panels in a line
+ROUNDING = 1e-6  # a curve that moves less is drawn flat
 
 
 def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
@@ -40,6 +51,10 @@ def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     training = [(run["name"], run["train"]) for run in runs]
     figures["training"] = _curves(training, ("nll", "loss"), training_title(runs))
     figures["weights"] = _curves(training, ("label_weight", "effective_sample_size"), weights_title(runs))
+    sampling = [(run["name"], run["train"]) for run in runs if "rollout/age" in run["train"]]
+    figures["samples"] = _curves(sampling, SAMPLING, samples_title(runs))
+    held_out_rewards = [(f"{run['name']}, {rows}", curve) for run in runs for rows, curve in run["evaluations"].items()]
+    figures["held_out_reward"] = _curves(held_out_rewards, ("reward",), "Reward of samples for held-out prompts")
     for change in report["tokens"]:
         figures[f"tokens-{_file_name(change['run'], change['rows_of'])}"] = token_figure(change)
     return {key: figure for key, figure in figures.items() if figure is not None}
@@ -47,7 +62,7 @@ def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
 
 def training_title(runs: Sequence[Mapping[str, Any]]) -> str:
     """What the training curves show, as a sentence."""
-    ends = [(run["name"], values[-1]) for run in runs if (values := _known(run["train"], "nll"))]
+    ends = [(run["name"], values[-1]) for run in runs if (values := known(run["train"], "nll"))]
     if not ends:
         return "Training: no plain nll was logged"
     said = ", ".join(f"{name} ends at {value:.3f}" for name, value in ends)
@@ -58,25 +73,41 @@ def weights_title(runs: Sequence[Mapping[str, Any]]) -> str:
     """What the weights did from the first to the last logged line."""
     parts = []
     for run in runs:
-        values = _known(run["train"], "label_weight")
+        values = known(run["train"], "label_weight")
         if values:
             parts.append(f"{run['name']} {values[0]:.2g} to {values[-1]:.2g}")
     more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
     return f"Mean pull to the observed token, first to last line: {', '.join(parts[:4])}{more}"
 
 
-def _known(curve: Mapping[str, Any], metric: str) -> list[float]:
-    return [value for value in curve.get(metric, []) if value is not None]
+def samples_title(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What became of reward and entropy from the first to the last logged line of the runs on samples."""
+    parts = []
+    for run in runs:
+        if "rollout/age" in run["train"]:
+            ends = [
+                f"{metric} {values[0]:.3g} to {values[-1]:.3g}"
+                for metric in ("reward", "entropy")
+                if (values := known(run["train"], metric))
+            ]
+            parts.append(" ".join([run["name"], " and ".join(ends)]))
+    more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+    return f"Samples, first to last line: {', '.join(parts[:4])}{more}"
 
 
 def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[str], title: str) -> Figure | None:
     from matplotlib.figure import Figure
 
-    shown_metrics = [metric for metric in metrics if any(_known(curve, metric) for _, curve in series)]
+    shown_metrics = [metric for metric in metrics if any(known(curve, metric) for _, curve in series)]
     if not shown_metrics:
         return None
-    figure = Figure(figsize=(5.2 * len(shown_metrics) + 3.2, 4.4), dpi=120, layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(shown_metrics), squeeze=False)[0], shown_metrics, strict=True):
+    across = min(ACROSS, len(shown_metrics))
+    down = -(-len(shown_metrics) // across)
+    figure = Figure(figsize=(5.2 * across + 3.2, 4.4 * down), dpi=120, layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(shown_metrics) :]:
+        axes.remove()
+    for axes, metric in zip(places, shown_metrics, strict=False):
         for i, (name, curve) in enumerate(series):
             points = [
                 (s, v) for s, v in zip(curve.get("step", []), curve.get(metric, []), strict=False) if v is not None
@@ -87,12 +118,15 @@ def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[s
                 axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, **style)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(LABELS[metric])
+        low, high = axes.get_ylim()
+        if high - low < ROUNDING:
+            axes.set_ylim(low - ROUNDING, high + ROUNDING)
         axes.grid(color="#e5e7eb")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), [literal(n) for n in handles], loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(literal(textwrap.fill(title, 46 * len(shown_metrics) + 34)), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(literal(textwrap.fill(title, 46 * across + 34)), x=0.01, ha="left", fontsize=11)
     return figure
 
 
