@@ -26,7 +26,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=site_links((ROOT / source).read_text(), ROOT)))
+        files.append(File.generated(config, page, content=site_links((ROOT / source).read_text(), ROOT, page)))
     lookup = {"keys": keys_page, "verbs": verbs_page, "errors": errors_page, "python": python_page}
     for name, write in lookup.items():
         files.append(File.generated(config, f"lookup/{name}.md", content=write()))
@@ -36,44 +36,45 @@ def on_files(files: Any, config: Any) -> Any:
         for path in linked_files(page.read_text(), page.parent)
     }
     for path in sorted(linked):
-        files.append(File.generated(config, f"files/{path.relative_to(ROOT)}", abs_src_path=str(path)))
+        uri = destination(path)
+        content = site_links(path.read_text(), path.parent, uri) if path.suffix == ".md" else path.read_bytes()
+        files.append(File.generated(config, uri, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links out of ``docs/`` lead to what ``on_files`` has added."""
     origin = ROOT / "docs" / page.file.src_uri
-    return site_links(markdown, origin.parent) if origin.is_file() else markdown
-
-
-def outside(target: str, folder: Path) -> Path | None:
-    """The file of the repository that a link means, if it lies beside ``docs/``."""
-    path = (folder / target).resolve()
-    inside = path.is_relative_to(ROOT / "docs")
-    return None if inside or not path.is_relative_to(ROOT) or not path.exists() else path
+    return site_links(markdown, origin.parent, page.file.src_uri) if origin.is_file() else markdown
 
 
 def linked_files(markdown: str, folder: Path) -> set[Path]:
-    """Files that are no pages: raw results, examples. Of a folder its README."""
-    found = {path for _, target in LINK.findall(markdown) if (path := outside(target, folder))}
-    return {file for path in found if (file := as_file(path)).name and str(file.relative_to(ROOT)) not in PAGES}
+    """Files beside ``docs/`` that are no pages: raw results, examples. Of a folder its README."""
+    found = {as_file((folder / target).resolve()) for _, target in LINK.findall(markdown)}
+    return {path for path in found if path.is_file() and (destination(path) or "").startswith("files/")}
 
 
 def as_file(path: Path) -> Path:
     return path / "README.md" if path.is_dir() else path
 
 
-def site_links(markdown: str, folder: Path) -> str:
-    """Links as the site has them."""
+def destination(path: Path) -> str:
+    """Where the site has a file of the repository, from its root; empty for what it has not."""
+    if path.is_relative_to(ROOT / "docs"):
+        return str(path.relative_to(ROOT / "docs"))
+    if not path.is_relative_to(ROOT) or not path.exists():
+        return ""
+    name = str(path.relative_to(ROOT))
+    return PAGES.get(name, f"files/{name}")
+
+
+def site_links(markdown: str, folder: Path, page: str) -> str:
+    """Links of a file in ``folder`` as the site has them on ``page``."""
 
     def moved(match: re.Match[str]) -> str:
-        path = (folder / match[2]).resolve()
-        if (ROOT / "docs") in path.parents:
-            return match[1] + os.path.relpath(path, folder if folder != ROOT else ROOT / "docs")
-        if outside(match[2], folder) is None:
-            return match[0]
-        name = str(as_file(path).relative_to(ROOT))
-        return match[1] + PAGES.get(name, f"files/{name}")
+        name, mark, anchor = match[2].partition("#")
+        found = destination(as_file((folder / name).resolve()))
+        return match[1] + os.path.relpath(found, os.path.dirname(page) or ".") + mark + anchor if found else match[0]
 
     return LINK.sub(moved, markdown)
 
