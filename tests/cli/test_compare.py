@@ -186,6 +186,9 @@ def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
         (["--targets", "label_smoothing(0.2)"], "is no key=value"),
         (["--targets", "dft,dft"], "names dft twice"),
         (["--filters", "none,magic"], "rule 'magic' is unknown"),
+        (["--filter", "magic"], "rule 'magic' is unknown"),  # the config's own is taken where --filters is not said
+        (["--targets", "sft"], "nothing to be compared with"),
+        (["--budget", "5"], "is no time"),
         (["--metric", "regex"], "pattern"),
         (["--forgetting-metric", "exact"], "--forgetting"),
         (["--validation_file", "null"], "validation_file is missing"),

@@ -149,3 +149,16 @@ def test_what_cannot_be_trained_is_refused_with_the_next_step(row, options, word
     assert words in " ".join(error.split())
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_a_conversation_in_which_nobody_answers_is_named(tmp_path, monkeypatch, capsys):
+    """One of them would decide that the prompts of all rows are trained."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"messages": messages(q, a)} for q, a in asked(20)]
+    rows[9]["messages"] = rows[9]["messages"][:1]
+    write(tmp_path / "rows.jsonl", rows)
+    assert called("init", "rows.jsonl", "--model", BASE) == 2
+    said = capsys.readouterr().err
+    assert "no assistant answers in" in said
+    assert "line 10" in said
+    assert not (tmp_path / "run.yaml").exists()

@@ -31,7 +31,9 @@ def compare(
         str | None,
         typer.Option(help=f"Names, name(key=value) or module:Class; default: {TARGETS} and the config's own."),
     ] = None,
-    filters: Annotated[str, typer.Option(help="none, auto, or both: none,auto.")] = "none",
+    filters: Annotated[
+        str | None, typer.Option(help="Rules, such as none,auto,agreement; default: the config's filter, else none.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender, at its tuned learning rate.")] = 3,
     rates: Annotated[str, typer.Option(help="Learning rates tried, as multiples of the config's.")] = RATES,
     metric: Annotated[
@@ -72,7 +74,13 @@ def compare(
     listed = settings.pop(KEY, None)
     keys = {key: setting.value for key, setting in settings.items()}
     wanted = targets_of(targets, None if listed is None else listed.value, keys)
-    contenders = find_contenders(wanted, split_outside(filters), keys)
+    own = keys.get("filter") or "none"
+    rules = split_outside(filters) if filters is not None else [own]
+    contenders = find_contenders(wanted, rules, keys)
+    if len(contenders) == 1:
+        raise ConfigError(
+            f"--targets {targets!r} leaves sft with nothing to be compared with; name another target or filter"
+        )
     run = build_config(settings, config)
     if run.data.validation_file is None and run.data.dataset_name is None:
         raise ConfigError(

@@ -34,7 +34,10 @@ def filter_rows(
     keep: Annotated[
         float | None, typer.Option(help="Share of the rows to keep, whatever the evidence looks like.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the rows, the reasons and the page.")] = Path("filtered"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for rows, reasons and page; default: the config's output_dir with -filtered."),
+    ] = None,
     group: Annotated[str | None, typer.Option("--group_by", help="Column to count by; default: source, ...")] = None,
     mark: Annotated[
         str | None, typer.Option(help="Known noise for the ROC: COLUMN=VALUE; default: rows with noise_spans.")
@@ -54,6 +57,8 @@ def filter_rows(
     if "reference_cache" in settings and rule != "gain":  # then no model runs, so the machine need not be able to
         settings |= {key: Setting(value, "filter") for key, value in HARDWARE.items()}
     run = build_config(settings, config)
+    beside = Path(str(run.training.output_dir))
+    output = output or beside.with_name(f"{beside.name}-filtered")
     refuse_prompts(run.training.prompt_weight)  # before the base is scored
     wanted = wish(Filter.of(run.training.filter), rule, keep)
     read = [config, *run.inputs]

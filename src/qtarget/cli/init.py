@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -170,7 +170,6 @@ def read(paths: Sequence[Path], options: Any) -> tuple[Reading, list[Any], dict[
     """
     from functools import partial
 
-    from qtarget.core.errors import DataError
     from qtarget.data.loading import read_originals
     from qtarget.starting.columns import rename, renamed_columns
 
@@ -213,6 +212,7 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     rows = rows_to_dataset(reading.rows)
     alone = None
     if reading.rows[0].get("messages") is not None and "assistant_only_loss" not in config.given:
+        refuse_unanswered(reading)
         alone = answers_alone(config.training, rows, tokenizer)
     found = alone or survey(config.training, rows, tokenizer)
     length = config.given.get("max_length") or row_length(found.lengths, size.positions)
@@ -221,6 +221,25 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     return Known(
         reading, size, found, machine, fits, template, marked, packing(name, size, found, length, fits, options)
     )
+
+
+def refuse_unanswered(reading: Reading) -> None:
+    """Conversations in which nobody answers: one of them would decide that prompts are trained in all rows.
+
+    Raises:
+        DataError: names the lines.
+    """
+    silent = [
+        str(place)
+        for place, row in zip(reading.places, reading.rows, strict=True)
+        if not any(message.get("role") == "assistant" for message in row["messages"])
+    ]
+    if silent:
+        more = f" and {len(silent) - 5:,} more" if len(silent) > 5 else ""
+        raise DataError(
+            f"no assistant answers in {'; '.join(silent[:5])}{more}; remove the rows, add the answers, or say "
+            "--assistant_only_loss false to train whole conversations"
+        )
 
 
 def packing(name: str, size: Size, found: Survey, length: int, fits: Fit, options: Mapping[str, Any]) -> bool | None:

@@ -45,13 +45,13 @@ def parse_budget(text: str) -> float:
         ConfigError: no time.
 
     Example:
-        >>> parse_budget("30m"), parse_budget("1h30m"), parse_budget("90")
+        >>> parse_budget("30m"), parse_budget("1h30m"), parse_budget("90s")
         (1800.0, 5400.0, 90.0)
     """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not parts or "".join(a + b for a, b in parts) != text.strip() or sum(float(a) for a, _ in parts) <= 0:
         raise ConfigError(f"--budget {text!r} is no time; expected something like 90s, 30m or 1h30m")
-    return sum(float(number) * UNITS[unit or "s"] for number, unit in parts)
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:

@@ -208,7 +208,7 @@ def _judge(
     if asks_base and expected > UNEXPECTED:
         doubt = (
             f"the base does not know these rows (even those it would keep surprise it by {expected:.1f} nats a token more than "
-            "it expects; `rule: agreement` asks the rows of one another)"
+            "it expects; the rule `agreement` asks the rows of one another)"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
         doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"

@@ -180,3 +180,16 @@ def test_hostile_text_stays_text(open_page, tmp_path, text):
     write_text(tmp_path / "page.html", comparison_page(document_of([sft, dft], rows=rows)))
     page = open_page(tmp_path / "page.html")
     assert page.locator("#rows article").count() == 20 and page.locator("#qt-problem[hidden]").count() == 1
+
+
+def test_shares_of_right_answers_lie_no_further_apart_than_all_and_none():
+    from qtarget.report.comparison.document import _ends, _reach
+    from qtarget.report.comparison.simultaneous import simultaneous_differences
+
+    scores = [[[1.0, 1.0, 1.0, 0.0]] * 2, [[0.0, 0.0, 0.0, 0.0]] * 2]
+    found = simultaneous_differences(scores)
+    assert found.lows[0] < -1
+    ends = _ends(found, 0, _reach(scores))
+    assert ends["low"] == -1.0
+    assert ends["mean"] == found.means[0]
+    assert _ends(found, 0, _reach([[[-3.0]], [[-1.0]]]))["low"] == found.lows[0]  # nats have no end

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.report.comparison.simultaneous import simultaneous_differences
+from qtarget.report.comparison.simultaneous import Differences, simultaneous_differences
 from qtarget.report.comparison.verdict import Line, Measure, verdict
 
 SCHEMA_VERSION = 1
@@ -120,7 +120,7 @@ def _lines(entries: Sequence[Entry], groups: Sequence[int]) -> list[Line]:
     found = simultaneous_differences([one.scores for one in data], data[0].weights, groups)
     out = [Line(entries[0].name, float(found.levels[0]), None, float(found.seed_deviations[0]))]
     for i, entry in enumerate(entries[1:]):
-        ends = {"mean": float(found.means[i]), "low": float(found.lows[i]), "high": float(found.highs[i])}
+        ends = _ends(found, i, _reach([one.scores for one in data]))
         out.append(Line(entry.name, float(found.levels[i + 1]), ends, float(found.seed_deviations[i + 1])))
     return out
 
@@ -139,7 +139,18 @@ def _pair(one: Entry, other: Entry, name: str, groups: Sequence[int] | None) -> 
     seeds = max(len(a.scores), len(b.scores))
     both = [np.broadcast_to(np.asarray(x.scores, np.float64), (seeds, len(x.weights))) for x in (b, a)]
     found = simultaneous_differences(np.stack(both), a.weights, groups)
-    return {"mean": float(found.means[0]), "low": float(found.lows[0]), "high": float(found.highs[0])}
+    return _ends(found, 0, _reach([a.scores, b.scores]))
+
+
+def _ends(found: Differences, i: int, reach: float) -> dict[str, float]:
+    ends = (float(found.means[i]), max(float(found.lows[i]), -reach), min(float(found.highs[i]), reach))
+    return dict(zip(("mean", "low", "high"), ends, strict=True))
+
+
+def _reach(scores: Sequence[Any]) -> float:
+    """How far two means can lie apart: shares of right answers no further than 1."""
+    lowest, highest = min(np.min(one) for one in scores), max(np.max(one) for one in scores)
+    return 1.0 if 0 <= lowest <= highest <= 1 else float("inf")
 
 
 def _against(base: Entry, entries: Sequence[Entry], groups: Sequence[int], lines: Sequence[Line]) -> dict[str, Line]:
