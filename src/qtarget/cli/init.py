@@ -106,10 +106,12 @@ def prepare(
         DataError: rows that training would refuse.
         UnsupportedModelError: no causal language model.
     """
-    from qtarget.data.files import expand
+    from qtarget.data.files import check_file, expand
     from qtarget.starting.config_file import config_text, with_given
 
     paths = expand(data)
+    for path in paths:
+        check_file(path)
     refuse_existing(output, paths)
     # before rows are read: a wrong key or model is told at once
     config = checked(overrides, {"model_name_or_path": model, "train_file": [str(path) for path in paths]}, output)
