@@ -46,6 +46,8 @@ def page() -> str:
 
 HEAD = """# Do the claims hold?
 
+After this page you can say which of the claims hold, where, and how to measure it again.
+
 Three claims come with the work that this project builds on. Each is a command that anybody can run again; every number
 below is written by `python scripts/update_benchmarks.py` from the raw results in `benchmarks/results/`. `--scale gpu` first
 trains a base of 36 million parameters, with a tokenizer of its own, on real texts (`--data`, or `--corpus` with your own) and on

@@ -75,11 +75,10 @@ def test_commands_run_in_order(page: str, checkout: Path) -> None:
 
 
 def test_every_page_says_first_what_one_can_do_after_it() -> None:
-    for page in (*PAGES, "migrate", "targets", "performance"):
-        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-        title, first = text.split("\n\n")[:2]
-        assert title.startswith("# ")
-        assert first.startswith("After this page you "), page
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        title, first = page.read_text(encoding="utf-8").split("\n\n")[:2]
+        assert title.startswith("# "), page.name
+        assert first.startswith("After this page you "), page.name
 
 
 def test_the_keys_of_other_tools_are_told_as_keys_of_ours() -> None:
