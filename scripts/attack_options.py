@@ -92,7 +92,7 @@ KEYS = [(key, value) for table in (NUMBERS, WORDS) for key, values in table.item
     ("+", words)
     for words in (
         "stray",
-        "--target asft",
+        "--target asft --reference {good}/missing",
         "--target forward_kl",
         "--target asft --target_kwargs.kl_weight nan",
         '--target asft --target_kwargs {{"kl_weight":-1} --reference_cache {cache}'.replace("1}", "1}}"),
@@ -205,7 +205,7 @@ score {config} --output {model}
 score {config} --output {rows}
 score {config} --output {good}
 score {config} --output {cache} --top-k 9
-score {config}
+score {config} --role sideways
 inspect {config} --output {out} --targets nonsense
 inspect {config} --output {out} --targets sft,
 inspect {config} --output {out} --targets target_sft(eta=nan)
