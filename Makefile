@@ -12,7 +12,7 @@ demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
 	$(BIN)/qtarget demo --output runs/demo
 
 test: $(VENV)/installed ## all tests and doctests
-	@echo "all tests: about 13 minutes on 2 cores"
+	@echo "all tests: about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/installed ## formatting, lint, types, layers
