@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test check docs lock sbom audit release clean
 
 demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
-	@echo "the demo: about 3 minutes on 2 cores"
+	@echo "the demo: about 2 minutes on 2 cores"
 	$(BIN)/qtarget demo --output runs/demo
 
 test: $(VENV)/installed ## all tests and doctests

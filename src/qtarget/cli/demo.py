@@ -41,7 +41,7 @@ def demo(
     config = quick(config) if is_quick else config
     console = Console()
     console.print(
-        f"{len(list(config.jobs()))} fine-tunings of a model of 1.8 million parameters; about 3 minutes on 2 cores. "
+        f"{len(list(config.jobs()))} fine-tunings of a model of 1.8 million parameters; about 2 minutes on 2 cores. "
         f"{100 * config.rate:g} % of the response tokens of 640 rows are random."
     )
     with progress_bar() as advance:
