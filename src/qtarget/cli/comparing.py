@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,7 @@ class Request:
         """Hold the folder, run what is missing, write document and page."""
         from qtarget.benchmarks.pool import quiet_libraries
         from qtarget.cli.options.interrupts import on_interrupt
+        from qtarget.evaluation.generation import quiet
         from qtarget.storage.folders import COMPARISON, owned
 
         read = [*self.config.inputs, self.forgetting, self.path]
@@ -76,7 +76,7 @@ class Request:
             self._claim(resume, sets)
             recipe = self._recipe()
             stack.enter_context(quiet_libraries())  # many trainings would fill a screen
-            stack.enter_context(unsaid("qtarget.integrations.shared.teacher"))  # which caches are, was said once
+            stack.enter_context(quiet("qtarget.integrations.shared.teacher"))  # which caches are, was said once
             contenders, left = self._able(recipe)
             document = self._document(recipe, contenders, left, plan, sets, machine)
             save(document, self.folder)
@@ -265,18 +265,6 @@ def own_source(target: str) -> dict[str, str]:
     get_target(target)  # which imports them
     files = [getattr(sys.modules[name], "__file__", None) for name in modules]
     return {"source": digest(b"".join(Path(file).read_bytes() for file in files if file))}
-
-
-@contextmanager
-def unsaid(name: str) -> Iterator[None]:
-    """Warnings of one logger left out."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def answering(model: Any, chosen: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Without warnings about settings that are made here on purpose."""
+    """Without the warnings of one logger, about what is done here on purpose."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

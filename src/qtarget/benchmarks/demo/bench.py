@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -107,11 +107,22 @@ def run_demo(config: DemoConfig, output: str | Path, progress: Progress | None =
     Raises:
         ConfigError: ``output`` is somebody else's, or another process writes there.
     """
-    begin, output = time.perf_counter(), Path(output)
+    begin = time.perf_counter()
+    return written(Path(output), lambda: measure(config, progress, begin), picture)
+
+
+def written(
+    output: Path, measured: Callable[[], dict[str, Any]], drawn: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """What a demo measures, as numbers and picture in a folder that is held meanwhile.
+
+    Raises:
+        ConfigError: see ``run_demo``.
+    """
     with owned(output, DEMO):
-        results = measure(config, progress, begin)
+        results = measured()
         write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        save_figure(picture(results), output / "results.png")
+        save_figure(drawn(results), output / "results.png")
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +10,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from qtarget.benchmarks.demo.bench import written
 from qtarget.benchmarks.demo.rl_runs import GROUP, PROMPTS, START, STEPS, TEACHER, WAYS, Job, RLWorker, make_models
-from qtarget.benchmarks.figure import regimes_figure, save_figure
+from qtarget.benchmarks.figure import regimes_figure
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.seeds import over_seeds
 from qtarget.core.errors import ConfigError
-from qtarget.storage.files import write_text
-from qtarget.storage.folders import DEMO, owned
 
 SCORES = {"sampled_percent": "sampled at temperature 1", "greedy_percent": "greedy"}
 CAPTION = (
@@ -84,12 +82,8 @@ def run_rl_demo(config: RLDemoConfig, output: str | Path, progress: Progress | N
     Raises:
         ConfigError: ``output`` is somebody else's, or another process writes there.
     """
-    begin, output = time.perf_counter(), Path(output)
-    with owned(output, DEMO):
-        results = measure(config, progress, begin)
-        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-        save_figure(picture(results), output / "results.png")
-    return results
+    begin = time.perf_counter()
+    return written(Path(output), lambda: measure(config, progress, begin), picture)
 
 
 def measure(config: RLDemoConfig, progress: Progress | None, begin: float) -> dict[str, Any]:
