@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs lock sbom audit release clean
+.PHONY: demo test nightly check docs lock sbom audit release clean
 
 demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
 	@echo "the demo: about 2 minutes on 2 cores"
@@ -14,6 +14,9 @@ demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
 test: $(VENV)/installed ## all tests and doctests
 	@echo "all tests: about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -n 2
+
+nightly: $(VENV)/installed ## the long tests that `make test` leaves out
+	$(BIN)/python -m pytest -n 2 -m nightly
 
 check: $(VENV)/installed ## formatting, lint, types, layers
 	$(BIN)/ruff check .
