@@ -83,8 +83,32 @@ def test_shapes(scores):
         simultaneous_differences(scores)
 
 
-def line(name, level, low=None, high=None):
-    return Line(name, level, None if low is None else {"mean": (low + high) / 2, "low": low, "high": high})
+def test_confidence_counts_how_often_chance_alone_goes_as_far():
+    random = np.random.default_rng(4)
+    wrongly = 0
+    for trial in range(100):
+        found = simultaneous_differences(drawn(random, 4, 3, 100, luck=0.3), seed=trial)
+        wrongly += bool(found.confidences.max() >= 0.8)
+    assert 5 <= wrongly <= 32  # 20 expected if the best of three that are no better is called better once in five
+    clear = simultaneous_differences(drawn(random, 3, 3, 300, luck=0.05, effects=[0, 2.0, -2.0]))
+    assert clear.confidences[0] == 1.0 and clear.confidences[1] < 0.01
+
+
+def test_enough_rows_are_enough():
+    random, effects = np.random.default_rng(5), [0, 0.35]
+    few = simultaneous_differences(drawn(random, 2, 3, 100, luck=0.0, effects=effects))
+    assert few.lows[0] < 0 < few.means[0]
+    rows = int(few.enough_rows[0])
+    assert 100 < rows < 5000
+    # The same rows again and again have the same means, and errors that fall with the square root of their number.
+    scores = drawn(np.random.default_rng(5), 2, 3, 100, luck=0.0, effects=effects)
+    lows = [simultaneous_differences(np.tile(scores, round(rows / 100 * share))).lows[0] for share in (0.5, 2.0)]
+    assert lows[0] < 0 < lows[1]
+    assert simultaneous_differences(scores[::-1]).enough_rows[0] == np.inf
+
+
+def line(name, level, low=None, high=None, **more):
+    return Line(name, level, None if low is None else {"mean": (low + high) / 2, "low": low, "high": high}, **more)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +116,15 @@ def line(name, level, low=None, high=None):
     [
         ([line("sft", 0.5), line("a", 0.55, 0.01, 0.09), line("b", 0.6, 0.02, 0.18)], "b",
          "b +10.0 points over sft (+2.0 .. +18.0); also better: a (+5.0 points); stop here"),
-        ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21)], "sft",
-         "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-1.0 .. +21.0)): take sft"),
+        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.79, enough_rows=372)], "sft",
+         "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-10.0 .. +30.0)): take sft; "
+         "if it is real, about 400 validation rows would show it"),
+        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.7)], "sft",
+         "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-10.0 .. +30.0)): take sft; "
+         "if it is real, more than 3 seeds would be needed to show it"),
+        ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21, confidence=0.93, enough_rows=130),
+          line("b", 0.58, -0.01, 0.17, confidence=0.9)], "a",
+         "probably a, +10.0 points over sft (-1.0 .. +21.0), confidence 93 %: take it; about 200 validation rows would show it"),
         ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft",
          "sft is best (the next is a, -10.0 points over sft (-15.0 .. -5.0)): take sft"),
         ([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,17 @@ def _lines(entries: Sequence[Entry], groups: Sequence[int]) -> list[Line]:
     out = [Line(entries[0].name, float(found.levels[0]), None, float(found.seed_deviations[0]))]
     for i, entry in enumerate(entries[1:]):
         ends = _ends(found, i, _reach([one.scores for one in data]))
-        out.append(Line(entry.name, float(found.levels[i + 1]), ends, float(found.seed_deviations[i + 1])))
+        enough = float(found.enough_rows[i])
+        out.append(
+            Line(
+                entry.name,
+                float(found.levels[i + 1]),
+                ends,
+                float(found.seed_deviations[i + 1]),
+                float(found.confidences[i]),
+                ceil(enough) if isfinite(enough) else None,
+            )
+        )
     return out
 
 
@@ -179,6 +190,8 @@ def _contender(entry: Entry, line: Line, base: Entry, groups: Sequence[int]) -> 
         "by_seed": by_seed,
         "seed_deviation": line.deviation,
         "to_baseline": line.difference,
+        "confidence": line.confidence,
+        "enough_rows": line.enough_rows,
         "nll": _average(entry.sets["data"].nll),
         "forgetting": forgetting,
         "tuning": [dict(one) for one in entry.tuning],

@@ -22,6 +22,10 @@ class Differences:
         levels: ``[contenders]`` means over seeds and rows.
         means, lows, highs: ``[contenders - 1]``; the 95 % intervals hold for all of them together.
         seed_deviations: ``[contenders]`` standard deviations between seeds of a contender's mean; 0 for one seed.
+        confidences: ``[contenders - 1]`` in 0 .. 1, that it is better than the first: how seldom the largest of that many
+            chance differences comes up to this one, in standard errors.
+        enough_rows: ``[contenders - 1]`` with which a gain as large as this one would be shown; inf where seeds alone hide
+            it, or where there is no gain.
     """
 
     levels: NDArray[np.float64]
@@ -29,6 +33,8 @@ class Differences:
     lows: NDArray[np.float64]
     highs: NDArray[np.float64]
     seed_deviations: NDArray[np.float64]
+    confidences: NDArray[np.float64]
+    enough_rows: NDArray[np.float64]
 
 
 def simultaneous_differences(
@@ -65,12 +71,29 @@ def simultaneous_differences(
     random = np.random.default_rng(seed)
     by_rows = (_row_draws(sums.mean(1), shares, random) - means[:, None]) * _widening(len(shares), random)
     deviations = _seed_deviations(sums / shares.sum(), levels)
-    draws = by_rows + _seed_draws(deviations, values.shape[1], random)
-    found, moved = means[1:] - means[0], draws[1:] - draws[0]
+    by_seeds = _seed_draws(deviations, values.shape[1], random)
+    found, moved = means[1:] - means[0], by_rows[1:] - by_rows[0] + by_seeds[1:] - by_seeds[0]
     errors = moved.std(-1)
     safe = np.where(errors > 0, errors, 1.0)
-    factor = np.percentile(np.abs(moved / safe[:, None]).max(0), COVERAGE)
-    return Differences(means, found, found - factor * errors, found + factor * errors, deviations)
+    chance = moved / safe[:, None]
+    factor = np.percentile(np.abs(chance).max(0), COVERAGE)
+    confidences = (chance.max(0) < (found / safe)[:, None]).mean(-1)
+    rows, seeds = ((part[1:] - part[0]).var(-1) for part in (by_rows, by_seeds))
+    enough = _enough(found / factor if factor else found, rows * values.shape[-1], seeds)
+    ends = found - factor * errors, found + factor * errors
+    return Differences(means, found, *ends, deviations, np.where(errors > 0, confidences, found > 0), enough)
+
+
+def _enough(
+    largest_error: NDArray[np.float64], row: NDArray[np.float64], seeds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Rows with which the standard error comes down to the largest one that shows the difference.
+
+    Args:
+        row, seeds: variances, one row's and all seeds'.
+    """
+    room = np.where(largest_error > 0, largest_error**2 - seeds, 0.0)
+    return np.divide(row, room, where=room > 0, out=np.full(len(room), np.inf))
 
 
 def _grouped(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+PROBABLE = 0.8
+"""Confidence from which a contender is taken though its interval holds 0: waiting for proof has a price too, the gain."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -32,12 +35,16 @@ class Line:
         level: mean over seeds and rows.
         difference: ``mean``, ``low`` and ``high`` to the baseline; None for the baseline itself.
         deviation: between seeds.
+        confidence: in 0 .. 1, that it is better than the baseline; None where it was not asked.
+        enough_rows: with which its gain would be shown; None where more rows alone would not do.
     """
 
     name: str
     level: float
     difference: Mapping[str, float] | None
     deviation: float = 0.0
+    confidence: float | None = None
+    enough_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Verdict:
 
 
 def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Line]) -> Verdict:
-    """The best contender whose interval lies above the baseline; the baseline where there is none.
+    """The best contender whose interval lies above the baseline, else the best that is probably better, else the baseline.
 
     Args:
         lines: the baseline first.
@@ -72,8 +79,12 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
                        "told; choose another --metric, or nll")  # fmt: skip
     better = [line for line in others if line.difference and line.difference["low"] > 0]
     better.sort(key=lambda line: -line.level)
+    probable = [line for line in others if (line.confidence or 0.0) >= PROBABLE]
+    likely = max(probable, key=lambda line: line.level, default=None)
     if better and measure.seeds > 1:
         take, said = better[0].name, _ahead(better, baseline, measure)
+    elif likely and measure.seeds > 1:
+        take, said = likely.name, _likely(likely, baseline, measure)
     else:
         take, said = baseline.name, _not_ahead(others, baseline, measure)
     return Verdict(take, tuple(line.name for line in better), said + _untrained(take, untrained, measure))
@@ -86,6 +97,30 @@ def _ahead(better: Sequence[Line], baseline: Line, measure: Measure) -> str:
     return f"{best.name} {_change(best, measure, to=baseline.name)}{more}; stop here"
 
 
+def _likely(line: Line, baseline: Line, measure: Measure) -> str:
+    sure = f"confidence {100 * (line.confidence or 0.0):.0f} %"
+    said = f"probably {line.name}, {_change(line, measure, to=baseline.name)}, {sure}"
+    return f"{said}: take it; {_to_show(line, measure)}"
+
+
+def _to_show(line: Line, measure: Measure) -> str:
+    """What would settle it."""
+    if line.enough_rows is None:
+        return f"more than {measure.seeds} seeds would be needed to show it"
+    return f"about {_rounded(max(line.enough_rows, measure.rows + 1)):,} validation rows would show it"
+
+
+def _rounded(rows: int) -> int:
+    """Up, to one digit: an estimate.
+
+    Example:
+        >>> _rounded(104), _rounded(7), _rounded(1900)
+        (200, 7, 2000)
+    """
+    step = 10 ** (len(str(rows)) - 1)
+    return -(-rows // step) * step
+
+
 def _not_ahead(others: Sequence[Line], baseline: Line, measure: Measure) -> str:
     take = f"take {baseline.name}"
     if not others:
@@ -96,7 +131,8 @@ def _not_ahead(others: Sequence[Line], baseline: Line, measure: Measure) -> str:
         return f"one seed cannot show a difference, for its luck is unknown ({said}): {take}, or run more --seeds"
     if all(line.difference and line.difference["high"] < 0 for line in others):
         return f"{baseline.name} is best ({said}): {take}"
-    return f"no difference that {measure.seeds} seeds and {measure.rows} rows can show ({said}): {take}"
+    hope = f"; if it is real, {_to_show(best, measure)}" if best.difference and best.difference["mean"] > 0 else ""
+    return f"no difference that {measure.seeds} seeds and {measure.rows} rows can show ({said}): {take}{hope}"
 
 
 def _untrained(take: str, untrained: Mapping[str, Line], measure: Measure) -> str:
