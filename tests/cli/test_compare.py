@@ -109,9 +109,7 @@ def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp
     finished = log.read_text()[: log.read_text().rindex("\n") + 1]
     assert not (folder / "comparison.json").exists()
     assert "--resume goes on" in refused(capsys, *command)
-    (tmp_path / "train.jsonl").write_text(
-        (tmp_path / "train.jsonl").read_text() + (tmp_path / "held_out.jsonl").read_text()
-    )
+    write_rows(tmp_path / "train.jsonl", load_demonstrations("train")[:50])
     assert "is of another evaluation: rows differ" in refused(capsys, *command, "--resume")
     write_rows(tmp_path / "train.jsonl", load_demonstrations("train")[:48])
     qtarget(*command[:6], "--output", folder, "--at-once", "1", *BRACKETS, "--resume")
@@ -125,19 +123,24 @@ def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp
 def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
     texts = [{"text": row["prompt"] + row["completion"]} for row in load_demonstrations("train")[:30]]
     write_rows(tmp_path / "train.jsonl", texts[:20])
-    write_rows(tmp_path / "held_out.jsonl", texts[20:])
+    write_rows(tmp_path / "held_out.jsonl", [*texts[20:], texts[3], texts[5]])
     qtarget("compare", config, "--targets", "dft,gem(temperature=0.8)", "--rates", "1", "--seeds", "2", "--at-once", "1",
             "--budget", "5m")  # fmt: skip
     document = document_in(tmp_path / "run-compare")
     assert document["measure"] == {"metric": "nll", "rows": 10, "seeds": 2} and document["left_out"] == []
     assert [one["name"] for one in document["contenders"]] == ["sft", "dft", "gem(temperature=0.8)"]
-    assert "nats a token over sft" in document["finding"] and "nats a token" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nats a token over sft" in document["finding"] and "nats a token" in printed
+    assert "2 of 12 rows are training rows too, and judge nobody" in printed
     assert "one run takes" in refused(
         capsys, "compare", config, "--budget", "1s", "--output", tmp_path / "b", "--at-once", "1"
     )
+    write_rows(tmp_path / "held_out.jsonl", texts[:4])
+    assert "all 4 rows are training rows too" in refused(capsys, "compare", config, "--output", tmp_path / "c")
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_with_ray_it_is_the_same(config, tmp_path):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
@@ -167,6 +170,20 @@ def test_runs_of_an_edited_target_are_not_taken_for_its_own(config, tmp_path, ca
     assert "another source of its own target" in refused(capsys, "compare", config, *options, "--resume")
 
 
+def test_runs_judged_by_an_edited_metric_are_not_taken(config, tmp_path, monkeypatch):
+    from qtarget.cli.comparing import own_judge
+    from qtarget.comparison.sets import Metric
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "own_judges.py"
+    source.write_text("def right(prompt, completion, row):\n    return 1.0\n")
+    Metric("own_judges:right").judge()
+    before = own_judge("own_judges:right")
+    source.write_text(source.read_text().replace("1.0", "0.5"))
+    assert before.keys() == {"source"} and before != own_judge("own_judges:right") and own_judge("exact") == {}
+
+
 def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
     options = ("--targets", "asft", "--reference", "live", "--rates", "1", "--seeds", "1", "--at-once", "1")
     qtarget("compare", config, *options, "--metric", "nll")
@@ -183,6 +200,8 @@ def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
         (["--rates", "1,-2"], "multiples of the config's learning rate"),
         (["--budget", "later"], "is no time"),
         (["--targets", "sftt"], "did you mean"),
+        (["--target", "sft,dft"], "--targets names those to compare"),
+        (["--metric", "exactt"], "exact, regex, number, json, nll, or"),
         (["--targets", "label_smoothing(0.2)"], "is no key=value"),
         (["--targets", "dft,dft"], "names dft twice"),
         (["--filters", "none,magic"], "rule 'magic' is unknown"),

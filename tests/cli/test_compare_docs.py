@@ -25,6 +25,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_commands(tmp_path, monkeypatch):
     for part in ("examples", "src"):
         (tmp_path / part).symlink_to(ROOT / part)

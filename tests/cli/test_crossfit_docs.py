@@ -31,6 +31,7 @@ def called(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.nightly
 def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkeypatch, capsys):
     workspace()  # writes rows.jsonl
     monkeypatch.chdir(tmp_path)

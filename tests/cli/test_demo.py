@@ -126,6 +126,7 @@ def test_the_quick_demo_runs_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_quick_rl_demo_runs_from_the_command_line(tmp_path, capsys):
     from qtarget.benchmarks.demo.rl_runs import WAYS
     from qtarget.cli.main import run

@@ -108,6 +108,7 @@ def test_every_server_and_this_process_agree(folder, servers):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_five_engines_one_loss(folder, teacher, servers):
     """Also a cluster, by its address, and `qtarget serve`."""
     pytest.importorskip("mosec")

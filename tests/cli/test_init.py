@@ -67,6 +67,7 @@ def test_every_shape_gets_a_config_and_loses_nothing(shape, tmp_path, monkeypatc
     assert config.training.assistant_only_loss == (shape in ("messages", "sharegpt"))
     train, validation = (read(tmp_path / f"made/run.{name}.jsonl") for name in ("train", "validation"))
     assert f"{len(train)} rows to train, {len(validation)} to validate" in said
+    assert f"{len(validation)} validation rows can show a difference of about" in said
     assert 3 <= len(validation) <= 6
     assert data.read_bytes() == before
     names = {"question": "instruction", "answer": "output"} if shape == "qa" else {}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qtarget.core.errors import ConfigError
-from qtarget.evaluation.contenders import find_contenders, weights_digest
+from qtarget.evaluation.contenders import Contender, find_contenders, recorded_rows, weights_digest
 from qtarget.integrations.shared.checkpoints import COMPLETE_MARK
 
 
@@ -116,3 +116,15 @@ def test_the_digest_of_weights_tells_a_retrained_model(folders):
     first = weights_digest(one)
     (folder / "model.safetensors").write_bytes(b"1")
     assert weights_digest(one) != first
+
+
+def test_the_rows_that_the_runs_record():
+    def one(name, **settings):
+        return Contender(name, name, name, settings=settings)
+
+    runs = [one("base"), one("a", validation_file="v.jsonl"), one("b", validation_file="v.jsonl")]
+    assert str(recorded_rows(runs)) == "v.jsonl"
+    with pytest.raises(ConfigError, match=r"record several, v.jsonl, w.jsonl; pass --data ROWS"):
+        recorded_rows([*runs, one("c", validation_file="w.jsonl")])
+    with pytest.raises(ConfigError, match="record none; pass --data ROWS"):
+        recorded_rows(runs[:1])

@@ -73,6 +73,8 @@ def compare(
     settings = read_settings(config, context.args)
     listed = settings.pop(KEY, None)
     keys = {key: setting.value for key, setting in settings.items()}
+    if len(split_outside(str(keys.get("target") or ""))) > 1:
+        raise ConfigError(f"target is {keys['target']!r}, one target of the config; --targets names those to compare")
     wanted = targets_of(targets, None if listed is None else listed.value, keys)
     own = keys.get("filter") or "none"
     rules = split_outside(filters) if filters is not None else [own]

@@ -85,8 +85,9 @@ class Request:
     def _sets(self) -> list[RowSet]:
         """The sets; what is said of them in the document is in ``about``."""
         from qtarget.cli.options.datasets import load_datasets
-        from qtarget.comparison.sets import measured_set
+        from qtarget.comparison.sets import measured_set, unseen
         from qtarget.data.loading import load_dataset_file
+        from qtarget.data.overlap import content_hashes
         from qtarget.data.prompts import questions_of
 
         self.train_rows, validation = load_datasets(self.config)
@@ -97,6 +98,13 @@ class Request:
         sets = []
         for name, (file, dataset) in data.items():
             shown = Path(file[0] if isinstance(file, list) else str(file)).name
+            if name == "data":
+                field = self.config.training.dataset_text_field
+                every, dataset = len(dataset), unseen(shown, dataset, content_hashes(self.train_rows, field), field)
+                if len(dataset) < every:
+                    typer.echo(
+                        f"{shown}: {every - len(dataset)} of {every} rows are training rows too, and judge nobody"
+                    )
             rows, kept = measured_set(name, shown, dataset, self.metrics[name])
             sets.append(rows)
             self.about[name] = {
@@ -133,7 +141,7 @@ class Request:
             "settings": {key: str(value) for key, value in self.config.given.items() if key not in varied},
             "model": weights_digest(Contender(model, model, model)),
             "rows": {"train": digest(rows)} | {one.name: one.fingerprint for one in sets},
-            "metrics": {name: vars(metric) for name, metric in self.metrics.items()},
+            "metrics": {name: vars(metric) | own_judge(metric.name) for name, metric in self.metrics.items()},
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
         }
@@ -214,7 +222,8 @@ class Request:
         count = machine.at_once or at_once_here(gpus)
         choices = Choices(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         files = {name: str(one["file"]) for name, one in self.about.items()}
-        setting = Setting(recipe, tuple(contenders), dict(self.metrics), files, choices)
+        field = self.config.training.dataset_text_field
+        setting = Setting(recipe, tuple(contenders), dict(self.metrics), files, choices, field)
         parts = halves(self.questions)
         left_seconds = None if machine.seconds is None else machine.seconds - (time.monotonic() - machine.begin)
         plan = replace(plan, contenders=tuple(one.name for one in contenders))
@@ -257,14 +266,23 @@ class Request:
 def own_source(target: str) -> dict[str, str]:
     """What tells whether a user's own target was edited since: a hash of the files that define it; nothing for built-in ones."""
     from qtarget.registry import get_target
-    from qtarget.storage.files import digest
 
     modules = [part.partition(":")[0] for part in target.split("+") if ":" in part]
-    if not modules:
-        return {}
-    get_target(target)  # which imports them
+    if modules:
+        get_target(target)  # which imports them
+    return _source(modules)
+
+
+def own_judge(metric: str) -> dict[str, str]:
+    """The same of a user's own metric, which was imported when its name was checked."""
+    return _source([metric.partition(":")[0]] if ":" in metric else [])
+
+
+def _source(modules: Sequence[str]) -> dict[str, str]:
+    from qtarget.storage.files import digest
+
     files = [getattr(sys.modules[name], "__file__", None) for name in modules]
-    return {"source": digest(b"".join(Path(file).read_bytes() for file in files if file))}
+    return {"source": digest(b"".join(Path(file).read_bytes() for file in files if file))} if modules else {}
 
 
 def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -30,7 +30,10 @@ def evaluate(
         list[str],
         typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, checkpoints, model folders, adapters, hub names."),
     ],
-    data: Annotated[Path, typer.Option(help="Rows with answers that no model was trained on.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Rows with answers that no model was trained on; default: the runs' validation file."),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(help="exact, regex, number, json, or your module:function; default: exact."),
@@ -67,7 +70,7 @@ def evaluate(
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import check_outputs, progress_bar
     from qtarget.data.limits.templates import bounded_templates
-    from qtarget.evaluation.contenders import find_contenders
+    from qtarget.evaluation.contenders import find_contenders, recorded_rows
     from qtarget.evaluation.records import refuse_earlier
 
     rows = row_options(limits=limits)
@@ -79,6 +82,9 @@ def evaluate(
     judges = options.judges(forgetting)
     names = served_names(served, url)
     contenders = find_contenders(models, base)
+    if data is None:
+        data = recorded_rows(contenders)
+        typer.echo(f"rows: {data}, the validation file of the run")
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
     inputs = [data, forgetting, *(path for one in contenders if (path := Path(one.model)).is_dir())]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 HARDWARE = {"use_cpu": True, "bf16": False, "fp16": False}
 """Nothing is trained here; none of these decides a token."""
+ENOUGH_TO_JUDGE = 100
+"""Validation rows below which a warning says what they can show."""
 COMPARED = "sft,consensus,dft"
 
 
@@ -365,6 +367,11 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
         if validation
         else f"{data}: {training:,} rows to train, none to validate"
     )
+    if 0 < validation < ENOUGH_TO_JUDGE:
+        lines.append(
+            f"warning: {validation:,} validation rows can show a difference of about {shown_points(validation):.0f} points or "
+            "more; more rows, or a larger --validation, show less"
+        )
     lines.append(f"rows: {_spread(known.survey.lengths)}; {known.survey.trained:,} tokens are trained")
     fits, free = known.fit, gigabytes(known.machine.free)
     how = "an adapter (LoRA)" if fits.adapter else "all weights"
@@ -386,6 +393,16 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")
     return lines
+
+
+def shown_points(rows: int) -> float:
+    """The difference between two models that so many rows can show: two standard errors, where the models disagree on a third.
+
+    Example:
+        >>> round(shown_points(12)), round(shown_points(300))
+        (33, 7)
+    """
+    return 200 * (1 / 3 / rows) ** 0.5
 
 
 def write_start(start: Start, output: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtarget.core.errors import DataError
+from qtarget.data.overlap import content_hash
 from qtarget.evaluation.evaluate import RowSet, SetName
 from qtarget.evaluation.judges import Judge, UnfitReference, make_judge
 from qtarget.evaluation.questions import ask, has_answers, split
@@ -33,11 +34,31 @@ class Metric:
         Raises:
             ConfigError: see ``make_judge``.
         """
-        return None if self.name == "nll" else make_judge(self.name, pattern=self.pattern, ignore_case=self.ignore_case)
+        if self.name == "nll":
+            return None
+        return make_judge(self.name, pattern=self.pattern, ignore_case=self.ignore_case, more=("nll",))
+
+
+def unseen(file: str, dataset: Any, trained: frozenset[bytes], text_field: str = "text") -> Any:
+    """The rows that are no training rows: what was learned by heart judges nobody.
+
+    Args:
+        trained: contents of the training rows.
+
+    Raises:
+        DataError: none is left.
+    """
+    hashes = [content_hash(row, text_field) for row in dataset]
+    kept = [i for i, value in enumerate(hashes) if value not in trained]
+    if hashes and not kept:
+        raise DataError(
+            f"{file}: all {len(hashes):,} rows are training rows too; a verdict needs rows that no contender saw"
+        )
+    return dataset if len(kept) == len(hashes) else dataset.select(kept)
 
 
 def measured_set(name: SetName, file: str, dataset: Any, metric: Metric) -> tuple[RowSet, list[int]]:
-    """A set of the rows that the metric can judge, and the numbers of those rows in the file.
+    """A set of the rows that the metric can judge, and the numbers of those rows in the data set.
 
     Raises:
         DataError: the metric was asked for, and the rows have no answers; or it can judge none of them.

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 from qtarget.comparison.jobs import Contender, Job, run_keys
 from qtarget.comparison.memory import peak_bytes, reset_peak
-from qtarget.comparison.sets import Metric, measured_set
+from qtarget.comparison.sets import Metric, measured_set, unseen
 from qtarget.core.errors import QTargetError
+from qtarget.data.overlap import content_hashes
 from qtarget.evaluation import contenders as evaluated
 from qtarget.evaluation.evaluate import Choices, Evaluation, Loaded, RowSet, SetName
 from qtarget.evaluation.generation import context_of
@@ -52,6 +53,7 @@ class Setting:
     Attributes:
         metrics: by set: ``data``, and ``forgetting`` if there is one.
         files: names of the sets for people.
+        text_field: of rows that are text.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Setting:
     metrics: Mapping[SetName, Metric]
     files: Mapping[str, str]
     choices: Choices = field(default_factory=Choices)
+    text_field: str = "text"
 
 
 class ComparisonWorker:
@@ -75,8 +78,11 @@ class ComparisonWorker:
 
     @cached_property
     def _sets(self) -> list[RowSet]:
-        setting = self.setting
-        data = {"data": self._rows[1], "forgetting": setting.recipe.forgetting_rows()}
+        setting, (train, validation) = self.setting, self._rows
+        judged = unseen(
+            setting.files["data"], validation, content_hashes(train, setting.text_field), setting.text_field
+        )
+        data = {"data": judged, "forgetting": setting.recipe.forgetting_rows()}
         return [
             measured_set(name, setting.files[name], data[name], metric)[0] for name, metric in setting.metrics.items()
         ]  # fmt: skip

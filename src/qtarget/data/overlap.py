@@ -31,6 +31,11 @@ def content_hash(row: Mapping[str, Any], text_field: str = "text") -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def content_hashes(rows: Iterable[Any], text_field: str = "text") -> frozenset[bytes]:
+    """Of all rows; see ``content_hash``."""
+    return frozenset(content_hash(row, text_field) for row in rows)
+
+
 def shared_rows(train: Iterable[Any], validation: Iterable[Any], *, text_field: str = "text") -> list[str]:
     """A warning that counts and names the validation rows which are training rows too; nothing where there are none.
 

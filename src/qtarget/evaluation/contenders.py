@@ -137,6 +137,19 @@ def find_contender(name: str) -> Contender:
     )  # fmt: skip
 
 
+def recorded_rows(contenders: Sequence[Contender]) -> Path:
+    """The validation file that the runs record.
+
+    Raises:
+        ConfigError: there is none, or runs record different ones.
+    """
+    files = {str(file): None for one in contenders if (file := one.settings.get("validation_file")) is not None}
+    if len(files) != 1:
+        why = "the runs record none" if not files else f"the runs record several, {', '.join(files)}"
+        raise ConfigError(f"which rows are the models asked: {why}; pass --data ROWS")
+    return Path(next(iter(files)))
+
+
 def model_folder(name: str) -> str:
     """The folder of a run's model: itself where the final model is there, else its newest whole checkpoint.
 

@@ -8,7 +8,7 @@ import math
 import operator
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,19 +177,22 @@ def share(value: Any) -> float:
     return float(plain)
 
 
-def make_judge(metric: str, *, pattern: str | None = None, ignore_case: bool = False) -> Judge:
+def make_judge(
+    metric: str, *, pattern: str | None = None, ignore_case: bool = False, more: Sequence[str] = ()
+) -> Judge:
     """A judge by its name.
 
     Args:
         metric: one of ``METRICS``, or ``package.module:function``, which is called with prompt, completion and row.
         pattern: for ``regex``, with a group for the answer.
         ignore_case: for ``exact`` and ``regex``.
+        more: metrics that the caller knows beside those, for the error's words.
 
     Raises:
         ConfigError: no such metric, a pattern that is none, or an option that the metric does not read.
         MissingDependencyError: math-verify is not installed.
     """
-    _check_options(metric, pattern, ignore_case)
+    _check_options(metric, pattern, ignore_case, more)
     if metric == "exact":
         return Judge(metric, lambda _, text, wanted, row: exact_match(text, wanted, ignore_case), lambda wanted: None)
     if metric == "regex":
@@ -208,9 +211,11 @@ def _of_two(name: str, same: Callable[[str, str], bool]) -> Judge:
     return Judge(name, lambda _, text, wanted, row: same(text, wanted), lambda wanted: same(wanted, wanted))
 
 
-def _check_options(metric: str, pattern: str | None, ignore_case: bool) -> None:
+def _check_options(metric: str, pattern: str | None, ignore_case: bool, more: Sequence[str]) -> None:
     if metric not in METRICS and ":" not in metric:
-        raise ConfigError(f"--metric {metric!r} is unknown; expected {', '.join(METRICS)}, or package.module:function")
+        raise ConfigError(
+            f"--metric {metric!r} is unknown; expected {', '.join((*METRICS, *more))}, or package.module:function"
+        )
     if (metric == "regex") != (pattern is not None):
         reason = "is read by --metric regex alone" if pattern is not None else "is missing: --metric regex needs one"
         raise ConfigError(f"--pattern {reason}, with a group for the answer, as '#### (.+)'")

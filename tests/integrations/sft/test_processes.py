@@ -129,7 +129,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["asft", "talr"])
+@pytest.mark.parametrize("target", [pytest.param("talr", marks=pytest.mark.nightly), "asft"])
 def test_two_ranks_equal_one(one_process, tmp_path, target):
     """Ragged rows: a mean of per-rank means would differ."""
     two = two_processes(tmp_path, {"target": target})

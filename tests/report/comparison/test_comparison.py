@@ -107,7 +107,7 @@ def test_enough_rows_are_enough():
     assert simultaneous_differences(scores[::-1]).enough_rows[0] == np.inf
 
 
-def line(name, level, low=None, high=None, **more):
+def line(name, level, low=None, high=None, **more) -> Line:
     return Line(name, level, None if low is None else {"mean": (low + high) / 2, "low": low, "high": high}, **more)
 
 

@@ -62,7 +62,14 @@ def _model(config: RunConfig, role: str) -> list[Any]:
     """The model by name and, of a folder, by what can be seen of its files without reading them."""
     training = config.training
     other = getattr(training, f"{role}_url") or getattr(training, f"{role}_model_name_or_path")
-    seen: list[Any] = [config.model.model_revision, config.model.dtype]
+    asked = config.model
+    seen: list[Any] = [
+        asked.model_revision,
+        asked.dtype,
+        asked.load_in_4bit,
+        asked.load_in_8bit,
+        asked.bnb_4bit_quant_type,
+    ]
     for name in (str(config.model.model_name_or_path), other):
         files = sorted(path for path in Path(name).iterdir() if path.is_file()) if name and Path(name).is_dir() else []
         seen += [name, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]]

@@ -6,7 +6,7 @@
   const place = (id) => document.getElementById(id);
   const name = (text) => el("bdi", {}, visible(text));
   const isNll = (set) => data.sets[set].metric === "nll";
-  const signed = (value, digits) => (value > 0 ? "+" : "") + value.toFixed(digits);
+  const signed = (value, digits) => { const text = value.toFixed(digits); return Number(text) ? (value > 0 ? "+" : "") + text : text.replace("-", ""); };
   const level = (value, set) => value === null ? NONE : isNll(set) ? (-value).toFixed(3) : (100 * value).toFixed(1) + " %";
   /** A difference, larger is better inside; nll is shown with its own sign, so its ends change places. */
   const change = (found, set) => {

@@ -160,5 +160,19 @@ def amount(difference: Mapping[str, float], measure: Measure, *, ends: bool = Tr
     """
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if measure.is_nll:
-        return f"{-mean:+.3f} nats a token{to}" + (f" ({-high:+.3f} .. {-low:+.3f})" if ends else "")
-    return f"{100 * mean:+.1f} points{to}" + (f" ({100 * low:+.1f} .. {100 * high:+.1f})" if ends else "")
+        return f"{_signed(-mean, 3)} nats a token{to}" + (
+            f" ({_signed(-high, 3)} .. {_signed(-low, 3)})" if ends else ""
+        )
+    around = f" ({_signed(100 * low, 1)} .. {_signed(100 * high, 1)})" if ends else ""
+    return f"{_signed(100 * mean, 1)} points{to}{around}"
+
+
+def _signed(value: float, digits: int) -> str:
+    """Nothing is neither more nor less.
+
+    Example:
+        >>> _signed(0.25, 1), _signed(-0.04, 1)
+        ('+0.2', '0.0')
+    """
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]

@@ -61,9 +61,11 @@ def models_for(name):
 
 
 LIVE = [name for name in qtarget.available_targets() if "consensus" not in name]
+KINDS = ("asft", "dft", "distillation", "iw_sft", "prior_surprise", "sft", "talr")
+"""One of each kind for every commit: no weight, a live one, a reference's, a teacher, and a batch's sums."""
 
 
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in KINDS else pytest.mark.nightly) for n in LIVE])
 def test_weight_zero_is_a_mask(tmp_path, name):
     """Two optimizer steps of two ragged micro-batches each."""
     settings = {"gradient_accumulation_steps": 2, "models": models_for(name)}
@@ -300,7 +302,7 @@ def test_prompt_weight_needs_a_prompt(make_trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["asft", "talr"])
+@pytest.mark.parametrize("target", [pytest.param("asft", marks=pytest.mark.nightly), "talr"])
 def test_two_ranks_equal_one_mask(tmp_path, target):
     """Two processes with weights against one process with masks."""
     from tests.integrations.sft.test_processes import COMMON, assert_equal_runs, two_processes, work
