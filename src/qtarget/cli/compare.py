@@ -66,6 +66,7 @@ def compare(
     from qtarget.comparison.budget import Plan, parse_budget
 
     begin = time.monotonic()
+    refuse_several(config, context.args)
     check_config(config, context.args)
     seconds = None if budget is None else parse_budget(budget)
     grid = parse_rates(rates)
@@ -73,8 +74,6 @@ def compare(
     settings = read_settings(config, context.args)
     listed = settings.pop(KEY, None)
     keys = {key: setting.value for key, setting in settings.items()}
-    if len(split_outside(str(keys.get("target") or ""))) > 1:
-        raise ConfigError(f"target is {keys['target']!r}, one target of the config; --targets names those to compare")
     wanted = targets_of(targets, None if listed is None else listed.value, keys)
     own = keys.get("filter") or "none"
     rules = split_outside(filters) if filters is not None else [own]
@@ -97,6 +96,20 @@ def compare(
     machine = Machine(seconds, at_once, engine, ray_address, begin)
     document = request.run(plan, machine, resume=resume)
     print_comparison(document, [folder / DOCUMENT, folder / PAGE])
+
+
+def refuse_several(config: Path, arguments: Sequence[str]) -> None:
+    """Raise where ``target`` is a list: before it is looked up as one name.
+
+    Raises:
+        ConfigError: it is.
+    """
+    from qtarget.cli.options.contenders import split_outside
+    from qtarget.cli.options.settings import read_settings
+
+    target = read_settings(config, arguments).get("target")
+    if target is not None and len(split_outside(str(target.value))) > 1:
+        raise ConfigError(f"target is {target.value!r}, one target of the config; --targets names those to compare")
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
