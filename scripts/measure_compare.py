@@ -106,7 +106,11 @@ def missed(folder: Path, document: dict[str, Any], taken: str | None, best: str)
     if taken in (None, best):
         return None
     runs = {run["key"]: run for run in map(json.loads, (folder / "compare" / "runs.jsonl").read_text().splitlines())}
-    rates = {one["name"]: one["best_rate"] for one in document["contenders"]}
+    # the rate that is best on all rows, where it was run: as the levels of the document
+    rates = {
+        one["name"]: next(rate for rate in (one["best_rate"], *one["rates"]) if f"{one['name']}|{rate:g}|0" in runs)
+        for one in document["contenders"]
+    }
     seeds = range(document["measure"]["seeds"])
     scores = [
         [runs[f"{name}|{rates[name]:g}|{seed}"]["sets"]["forgetting"]["scores"] for seed in seeds]
