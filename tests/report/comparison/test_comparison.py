@@ -116,10 +116,10 @@ def line(name, level, low=None, high=None, **more) -> Line:
     [
         ([line("sft", 0.5), line("a", 0.55, 0.01, 0.09), line("b", 0.6, 0.02, 0.18)], "b",
          "b +10.0 points over sft (+2.0 .. +18.0); also better: a (+5.0 points); stop here"),
-        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.79, enough_rows=372)], "sft",
+        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.49, enough_rows=372)], "sft",
          "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-10.0 .. +30.0)): take sft; "
          "if it is real, about 400 validation rows would show it"),
-        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.7)], "sft",
+        ([line("sft", 0.5), line("a", 0.6, -0.1, 0.3, confidence=0.3)], "sft",
          "no difference that 3 seeds and 100 rows can show (the next is a, +10.0 points over sft (-10.0 .. +30.0)): take sft; "
          "if it is real, more than 3 seeds would be needed to show it"),
         ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21, confidence=0.93, enough_rows=130),

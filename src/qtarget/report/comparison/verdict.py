@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-PROBABLE = 0.8
-"""Confidence from which a contender is taken though its interval holds 0: waiting for proof has a price too, the gain."""
+PROBABLE = 0.5
+"""Confidence from which a contender is taken though its interval holds 0: it went further than the luckiest of equals does
+in one case of two, and waiting for proof has a price too, the gain."""
 
 
 @dataclass(frozen=True)
