@@ -41,7 +41,9 @@ class Options:
 
 def inspect(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `qtarget train`.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A config of `qtarget train`, or a run of `qtarget rl`.")
+    ],
     targets: Annotated[
         str | None,
         typer.Option(help="Targets, apart by commas: sft, dft, target_sft(eta=0.5). Default: sft and the config's."),
@@ -63,7 +65,15 @@ def inspect(
     ] = 24.0,
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
 ) -> None:
-    """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`."""
+    """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`.
+
+    Of a run of `qtarget rl`, named by its folder: the samples that it kept, coloured by weight and advantage.
+    """
+    if config.is_dir() or config.suffix == ".jsonl":
+        from qtarget.cli.inspect_samples import inspect_samples
+
+        inspect_samples(context, config, targets, output, json_file, rows)
+        return
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.early import check_settings
     from qtarget.cli.options.outputs import check_outputs
@@ -237,36 +247,16 @@ def _scored(config: RunConfig, path: str, rows: TokenRows, name: str, revision: 
 
 
 def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
-    """Targets by the name they are shown under.
+    """Targets by the name they are shown under; the config's own has its hyper-parameters.
 
     Raises:
-        ConfigError: brackets that do not close, or values that are no ``key=value``.
-        UnknownTargetError, HyperparameterError: as for ``qtarget train``.
+        ConfigError, UnknownTargetError, HyperparameterError: see ``named_targets``.
     """
-    import re
-
-    from qtarget.cli.options.settings import parse_yaml
-    from qtarget.registry import get_target
+    from qtarget.cli.options.named import named_targets
 
     own = config.training.target
-    out: dict[str, Target] = {}
-    # not at the commas inside brackets, which stand between hyper-parameters
-    for part in re.split(r",(?![^(]*\))", text or ("sft" if own == "sft" else f"sft,{own}")):
-        match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
-        if match is None:
-            raise ConfigError(f"--targets: {part!r} is no target; expected name or name(key=value, key=value)")
-        name, inside = match[1], match[2]
-        if inside is None and name == own:
-            out[config.training.target_label] = config.training.build_target()
-            continue
-        keywords = {}
-        if inside is not None:
-            pairs = [pair.partition("=") for pair in inside.split(",") if pair.strip()]
-            if any(not equals for _, equals, _ in pairs):
-                raise ConfigError(f"--targets: {part!r}: expected name(key=value, key=value)")
-            keywords = {key.strip(): parse_yaml(value) for key, _, value in pairs}
-        out[part.strip()] = get_target(name, **keywords)  # pyright: ignore[reportCallIssue]
-    return out
+    known = {own: lambda: (config.training.target_label, config.training.build_target())}
+    return named_targets(text or ("sft" if own == "sft" else f"sft,{own}"), known)
 
 
 def split_targets(

@@ -32,10 +32,10 @@ def report(
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.report.runs.document import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
     from qtarget.report.runs.figures import runs_page, write_pngs
-    from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE
+    from qtarget.report.runs.records import RECORDS
     from qtarget.storage.files import write_text
 
-    records = [run / name for run in runs for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE, STATE_FILE)]
+    records = [run / name for run in runs for name in (*RECORDS, STATE_FILE)]
     checkpoints = [path for run in runs for path in run.glob("checkpoint-*")]
     check_outputs({"--output": output, "--json": json_file}, [*records, *checkpoints, rows])
     if png is not None:

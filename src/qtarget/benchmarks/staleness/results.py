@@ -27,7 +27,7 @@ def point_name(point: Mapping[str, Any]) -> str:
     return f"lag {point['lag']}, {point['epochs']} epoch{'s' * (point['epochs'] != 1)}, mismatch {point['mismatch']:g}"
 
 
-def summarize(points: Points) -> dict[str, Any]:
+def summarize(points: Points, penalties: Points = ()) -> dict[str, Any]:
     """Per point and setting: success in percent with its interval, the paired difference, collapse, KL, share blocked."""
     rows = []
     for point in points:

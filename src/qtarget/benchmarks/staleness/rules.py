@@ -12,12 +12,13 @@ BASELINE = "policy_gradient"
 GRIDS: dict[str, tuple[float, ...]] = {
     BASELINE: (float("inf"),),
     "ppo_clip": (0.1, 0.2, 0.4, 0.8),
-    "cispo": (2.0, 3.0, 5.0),
-    "dppo_tv": (0.1, 0.15, 0.2, 0.35),
-    "dppo_kl": (0.0125, 0.05, 0.2),
-    "spo": (0.15, 0.3, 0.5, 1.0, 2.5, 12.5),
-    "drpo": (0.15, 0.3, 0.5, 1.0, 2.5, 12.5),
+    "cispo": (1.5, 2.0, 3.0, 5.0),
+    "dppo_tv": (0.05, 0.15, 0.2, 0.35),
+    "dppo_kl": (0.0125, 0.05, 0.2, 0.8),
+    "spo": (0.15, 0.5, 2.5, 12.5),
+    "drpo": (0.15, 0.5, 2.5, 12.5),
 }
+"""As many thresholds for each rule: more of them would be more draws of a best."""
 DEFAULTS = {"ppo_clip": 0.2, "cispo": 3.0, "dppo_tv": 0.15, "dppo_kl": 0.05, "spo": 0.5, "drpo": 0.5}
 
 

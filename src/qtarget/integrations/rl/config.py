@@ -38,6 +38,7 @@ class QTargetGRPOConfig(GRPOConfig):
         target_weight: its factor, beside a trust region.
         anchor: whose log-probs the ratio is taken to: ``rollout``, the policy that sampled, or ``old``, the trained model at
             the time, recomputed; by default ``rollout`` where the sampler tells log-probs, else ``old``.
+        kept_samples: of each log line, in ``qtarget_rollouts.jsonl``: what `qtarget inspect` and `qtarget report` show.
         skip_without_signal: tokens with an advantage of 0 skip the head, whose loss and gradient they do not change; what is
             logged of ratios and entropy is then of the other tokens.
         teacher_model_name_or_path: a frozen model, run live on every sample; also the anchor of ``target: reverse_kl``.
@@ -73,6 +74,7 @@ class QTargetGRPOConfig(GRPOConfig):
     skip_without_signal: bool = field(
         default=False, metadata={"help": "Skip tokens whose advantage is 0; statistics are then of the others."}
     )
+    kept_samples: int = field(default=4, metadata={"help": "Samples of each log line that are kept for inspection."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen teacher, run live."})
     teacher: str | None = field(
         default=None, metadata={"help": "The policy as its own teacher.", "choices": [SELF, BASE]}
@@ -117,6 +119,8 @@ class QTargetGRPOConfig(GRPOConfig):
                 setattr(self, key, json.loads(value))
             if not isinstance(getattr(self, key), dict | None):
                 raise ConfigError(f"{key}={getattr(self, key)!r}; expected names and values, such as {{delta: 0.5}}")
+        if self.kept_samples < 0:
+            raise ConfigError(f"kept_samples: {self.kept_samples}; expected 0 (none) or more")
         refuse_settings(self)
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.anchor == "old"

@@ -26,6 +26,7 @@ from qtarget.integrations.rl.config import QTargetGRPOConfig
 from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rewards import checked_rewards, no_reward
+from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
     BASE,
@@ -97,6 +98,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         super().__init__(model, rewards, settings, train_dataset, eval_dataset, *positional, **kwargs)
         self._sums = {"train": PolicySums(), "eval": PolicySums()}
         self._sampled_at = 0
+        self._rollouts: list[dict[str, Any]] = []
         self.caches: dict[str, Any] = {}
         self.preparation = Prompts({} if train_dataset is None else {"train": describe_prompts(train_dataset)})
         self._records = LiveRecords(RowSamples(0), self.preparation.descriptions, self.callback_handler.callbacks)
@@ -140,6 +142,10 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         except RewardError as error:
             self._records.stopped(args, self.state, str(error).partition(";")[0])
             raise
+        if args.rewarded:
+            here, names = self.accelerator, self.reward_func_names
+            found = own_rewards(self._logs["rewards"], names, len(inputs), here.process_index, here.num_processes)
+            output[REWARDS] = found.to(output["prompt_ids"].device)
         if args.privileged_column is None:
             return output
         # still in the order of ``inputs``: TRL 1.16 shuffles what this returns
@@ -158,13 +164,10 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         args: Any = self.args
         training = self.model.training  # pyright: ignore[reportOptionalMemberAccess]
         accumulation = self.current_gradient_accumulation_steps if training else 1
+        regional = self.target.needs.advantages
+        drawn = samples_of(inputs, args.anchor, ratios=regional, skip_without_signal=args.skip_without_signal)
         samples, divide_by = reduced(
-            samples_of(
-                inputs,
-                args.anchor,
-                ratios=self.target.needs.advantages,
-                skip_without_signal=args.skip_without_signal,
-            ),
+            drawn,
             args.loss_type,
             num_items=inputs["num_items_in_batch"],
             processes=self.accelerator.num_processes,
@@ -182,9 +185,25 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
                 f"{reason}; lower learning_rate, set max_grad_norm, or look at the samples (log_completions: true); the last "
                 "checkpoint is untouched"
             )
-        given = gained(samples, step.frozen["teacher"], output) if args.advantage == TAUGHT else samples.advantages
+        taught = gained(samples, step.frozen["teacher"], output) if args.advantage == TAUGHT else None
+        advantages, given = (drawn.advantages, samples.advantages) if taught is None else (taught, taught)
         self._sums["train" if training else "eval"].add(output, samples, given)
+        if training:
+            self._keep(inputs, samples, output, advantages, given)
         return output.loss.to(self.accelerator.device)
+
+    def _keep(
+        self, inputs: dict[str, Any], samples: Samples, output: TargetOutput, advantages: Tensor, given: Tensor
+    ) -> None:
+        """Samples of this step for the records, until the log line has as many as are asked."""
+        args: Any = self.args
+        missing = args.kept_samples - len(self._rollouts)
+        if missing < 1 or not self.accelerator.is_main_process:
+            return
+        names = self.reward_func_names if args.rewarded else ()
+        rows = rollout_rows(inputs, samples, output, advantages, given, self._tokenizer, names, missing)
+        step = self.state.global_step
+        self._rollouts += [{"step": step + 1, "age": max(step - self._sampled_at, 0), **row} for row in rows]
 
     def _frozen(self, role: str, samples: Samples, inputs: dict[str, Any]) -> FrozenHead:
         """What a frozen model says of the completions; a privileged teacher reads another prompt before them."""
@@ -234,6 +253,9 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             for key in [key for key in self._metrics[mode] if "reward" in key]:
                 del self._metrics[mode][key]  # of the stand-in
         super().log(logs, start_time)
+        if mode == "train":
+            self._records.rollouts(self.args, self.state, self._rollouts)
+            self._rollouts = []
 
 
 def own_config(args: GRPOConfig | None) -> QTargetGRPOConfig:

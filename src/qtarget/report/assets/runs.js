@@ -70,6 +70,7 @@
   }
 
   summary();
+  QT.completions(place("completions"), data.runs);
   tokens();
   differences();
 })();

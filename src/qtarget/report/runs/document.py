@@ -12,6 +12,7 @@ from typing import Any
 from qtarget.core.errors import DataError
 from qtarget.report.page import finite
 from qtarget.report.runs.records import LOG_FILE, RUN_FILE, SAMPLES_FILE, SCHEMA_VERSION, read_lines
+from qtarget.report.runs.rollouts import completions_of
 from qtarget.report.runs.tokens import token_changes
 
 METRICS = (
@@ -218,6 +219,7 @@ def describe_run(run: Run) -> dict[str, Any]:
         "evaluations": evaluations,
         "clean_nll": summary,
         "notes": notes_of(run, evaluations),
+        "completions": completions_of(run.folder),
     }
 
 

@@ -195,8 +195,8 @@ def runs_page(report: Mapping[str, Any]) -> str:
         "runs.html",
         report,
         title=f"Runs: {names}{more}",
-        styles=("runs.css",),
-        scripts=("runs.js",),
+        styles=("runs.css", "rollouts.css"),
+        scripts=("rollouts.js", "runs.js"),
         finding=report["finding"],
         pictures=pictures,
     )

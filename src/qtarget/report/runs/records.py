@@ -1,7 +1,8 @@
-"""The files of a run that a report reads, and that training writes: two of JSON lines and one description.
+"""The files of a run that a report reads, and that training writes: JSON lines and one description.
 
 ``qtarget_run.json`` says what the run is. ``qtarget_log.jsonl`` holds every logged line as transformers logged it, also of
-a run that is still going or was killed. ``qtarget_samples.jsonl`` holds the tokens of a few rows at each evaluation. What a
+a run that is still going or was killed. ``qtarget_samples.jsonl`` holds the tokens of a few rows at each evaluation;
+``qtarget_rollouts.jsonl`` a few samples of each log line, where a run trains on samples of its own. What a
 later run in the same folder would replace is moved to ``earlier_records/1``, ``2``, ...
 """
 
@@ -16,6 +17,8 @@ from qtarget.core.errors import DataError
 from qtarget.storage.files import append_text, write_text
 
 RUN_FILE, LOG_FILE, SAMPLES_FILE = "qtarget_run.json", "qtarget_log.jsonl", "qtarget_samples.jsonl"
+ROLLOUTS_FILE = "qtarget_rollouts.jsonl"
+RECORDS = (RUN_FILE, LOG_FILE, SAMPLES_FILE, ROLLOUTS_FILE)
 CONFIG_FILE = "qtarget_config.yaml"
 """The whole configuration, as `qtarget train` leaves it."""
 EARLIER = "earlier_records"
@@ -29,7 +32,7 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 def set_aside(folder: Path) -> Path | None:
     """Move a run's records to ``earlier_records/N`` below its folder, N the next number; None where there are none."""
-    files = [path for name in (RUN_FILE, LOG_FILE, SAMPLES_FILE) if (path := folder / name).is_file()]
+    files = [path for name in RECORDS if (path := folder / name).is_file()]
     if not files:
         return None
     taken = [int(path.name) for path in (folder / EARLIER).glob("*") if path.name.isdigit()]

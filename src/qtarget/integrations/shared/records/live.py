@@ -19,6 +19,7 @@ from qtarget.integrations.shared.records.samples import RowSamples, with_text
 from qtarget.report.heatmap import MEASURES, heatmap_image
 from qtarget.report.runs.records import (
     LOG_FILE,
+    ROLLOUTS_FILE,
     RUN_FILE,
     SAMPLES_FILE,
     SCHEMA_VERSION,
@@ -82,8 +83,9 @@ class LiveRecords(TrainerCallback):
             return
         output, step = Path(args.output_dir), state.global_step
         output.mkdir(parents=True, exist_ok=True)
-        log, samples = self._held[LOG_FILE], self._held[SAMPLES_FILE]
+        log, samples, rollouts = self._held[LOG_FILE], self._held[SAMPLES_FILE], []
         if step:
+            rollouts = [line for line in read_lines(output / ROLLOUTS_FILE) if line["step"] <= step]
             log, before = state.log_history, read_lines(output / LOG_FILE)
             samples = [line for line in read_lines(output / SAMPLES_FILE) if line["step"] <= step]
             continue_tensorboard(self._callbacks, output, step)
@@ -94,6 +96,8 @@ class LiveRecords(TrainerCallback):
                 logger.warning(f"{output} held records that this run does not go on with; they are in {earlier}")
         write_lines(output / LOG_FILE, log)
         write_lines(output / SAMPLES_FILE, samples)
+        if rollouts:
+            write_lines(output / ROLLOUTS_FILE, rollouts)
         write_json(output / RUN_FILE, self._description(args, state, kwargs["model"], kwargs["processing_class"]))
         self._held, self._training = {LOG_FILE: [], SAMPLES_FILE: []}, True
 
@@ -118,6 +122,12 @@ class LiveRecords(TrainerCallback):
     def on_predict(self, args: Any, state, control, metrics, **kwargs) -> None:
         """Predictions are no evaluation of the run."""
         self._samples.flush()
+
+    def rollouts(self, args: Any, state: Any, rows: list[dict[str, Any]]) -> None:
+        """Samples that a run on its own samples keeps of a log line."""
+        if state.is_world_process_zero and self._training:
+            for row in rows:
+                append_line(Path(args.output_dir) / ROLLOUTS_FILE, row)
 
     def stopped(self, args: Any, state: Any, reason: str) -> None:
         """Record why training is about to end with an error."""

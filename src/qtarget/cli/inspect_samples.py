@@ -1,0 +1,66 @@
+"""``qtarget inspect RUN``: the samples that a run of ``qtarget rl`` kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from qtarget.core.errors import ConfigError
+
+KNOWN = ("config", "targets", "output", "json_file", "rows")
+
+
+def inspect_samples(
+    context: typer.Context, path: Path, targets: str | None, output: Path, json_file: Path | None, rows: int
+) -> None:
+    """Write the page of the samples.
+
+    Args:
+        path: of the run's folder, or of the file of samples in it.
+        targets: trust regions under which they are weighed, too.
+        rows: samples in full, at most.
+
+    Raises:
+        ConfigError: an option that has no meaning here, or a target that samples cannot show.
+        DataError: no samples.
+    """
+    from qtarget.cli.options.named import named_targets
+    from qtarget.cli.options.outputs import check_outputs
+    from qtarget.report.runs.records import ROLLOUTS_FILE
+    from qtarget.report.runs.rollouts import check_region, rollouts_document, rollouts_page
+    from qtarget.storage.files import write_text
+
+    refuse_others(context)
+    found = {} if targets is None else named_targets(targets, {})
+    for name, target in found.items():
+        check_region(name, target)
+    check_outputs({"--output": output, "--json": json_file}, [path / ROLLOUTS_FILE if path.is_dir() else path])
+    document = rollouts_document(path, found, rows)
+    write_text(output, rollouts_page(document))
+    if json_file is not None:
+        write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    for one in document["summary"]:
+        shares = f", mean weight {one['mean']:.3f}, blocked {one['blocked']:.1%}, corrective {one['corrective']:.1%}"
+        typer.echo(f"{one['region']}: {one['tokens']:,} tokens with an advantage{shares if one['tokens'] else ''}")
+    typer.echo(f"{output}: {document['count']:,} samples")
+
+
+def refuse_others(context: typer.Context) -> None:
+    """Samples are as the run kept them: there is no model to run and no data set to look at.
+
+    Raises:
+        ConfigError: names what was given for those.
+    """
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in context.params
+        # by its name: typer 0.27 may bring a click of its own
+        if name not in KNOWN and getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+    ]
+    if given or context.args:
+        named = " ".join([*given, *context.args])
+        raise ConfigError(
+            f"{named}: not with samples of a run; expected --targets, --rows, --output and --json at most"
+        )
