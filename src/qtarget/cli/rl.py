@@ -36,6 +36,7 @@ class RolloutConfig:
         environment_factory: makes the environment of a sample.
         rollout_func: draws the samples in place of TRL.
         limits: what of a file of rows is refused beyond (docs/rows.md).
+        algorithm: so that `qtarget train` reads the config that a run leaves.
     """
 
     reward_funcs: str | list[str] | None = None
@@ -43,6 +44,7 @@ class RolloutConfig:
     environment_factory: str | None = None
     rollout_func: str | None = None
     limits: dict[str, Any] | None = None
+    algorithm: str = "rl"
 
 
 def rl(
@@ -61,10 +63,14 @@ def rl(
 
 def load_rl_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """``load_config`` with TRL's ``GRPOConfig`` and the keys of ``RolloutConfig``."""
-    from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.algorithm import RL, check_algorithm
+    from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.settings import read_settings
     from qtarget.integrations.rl.config import QTargetGRPOConfig
 
-    return load_config(path, overrides, training=QTargetGRPOConfig, parts=[RolloutConfig])
+    settings = read_settings(path, overrides)
+    check_algorithm(settings, RL)
+    return build_config(settings, path, training=QTargetGRPOConfig, parts=[RolloutConfig])
 
 
 def run_rl(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def run_rl(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, Any]:
         RewardError: a reward function raised, or returned what is no reward.
     """
     from qtarget.cli.options.interrupts import on_interrupt
-    from qtarget.cli.train import how_to_go_on
+    from qtarget.cli.options.started import how_to_go_on
     from qtarget.storage.folders import RUN, owned
 
     training, read = config.training, [*config.inputs, config.data.dataset_name]
@@ -91,7 +97,7 @@ def run_rl(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def _train_and_save(config: RunConfig) -> dict[str, Any]:
-    from qtarget.cli.train import starting_point, write_records
+    from qtarget.cli.options.started import starting_point, write_records
 
     checkpoint = starting_point(config)
     trainer = build_rl_trainer(config, *load_prompt_sets(config))

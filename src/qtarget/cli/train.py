@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from contextlib import ExitStack
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.core.errors import ConfigError
+from qtarget.cli.options.algorithm import RL, check_algorithm
+from qtarget.cli.options.started import SUMMARY_FILE, how_to_go_on, starting_point, write_records
 from qtarget.report.runs.records import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from qtarget.cli.options.config import RunConfig
 
-SUMMARY_FILE = "train_summary.json"
 TEACHER_CACHE = "teacher_cache"
 """Folder under ``output_dir`` for what a teacher behind a URL said."""
 TEACHER_URL = "teacher_url"
@@ -34,10 +33,19 @@ def train(
         Path, typer.Argument(metavar="CONFIG.yaml", help="Keys of TRL's SFTConfig and ModelConfig, and qtarget's.")
     ],
 ) -> None:
-    """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`."""
+    """Fine-tune: any key of CONFIG.yaml can be overridden by `--key value`.
+
+    With `algorithm: rl` this is `qtarget rl`.
+    """
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.early import check_config
+    from qtarget.cli.options.settings import read_settings
 
+    if check_algorithm(read_settings(config, context.args)) == RL:
+        from qtarget.cli.rl import rl
+
+        rl(context, config)
+        return
     check_config(config, context.args)
     run_training(load_config(config, context.args), beside=[config])
 
@@ -141,18 +149,6 @@ def say_advice(trainer: Any, path: str | None) -> None:
         logger.warning("%s", line)
 
 
-def how_to_go_on(output: Path) -> str:
-    """What of a run that is ended early is safe, in words."""
-    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
-
-    if (newest := last_complete_checkpoint(output)) is None:
-        return (
-            f"no checkpoint was saved to {output} yet (save_strategy, save_steps); the same command with --resume true starts "
-            "anew"
-        )
-    return f"{newest} is whole; go on from it with the same command and --resume true"
-
-
 def score_teacher(config: RunConfig) -> None:
     """Ask a teacher behind a URL once, before training: its numbers go into a cache under ``output_dir``.
 
@@ -233,43 +229,6 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
     )
 
 
-def starting_point(config: RunConfig) -> str | None:
-    """The checkpoint to go on from, or None; refuses to write over an earlier run.
-
-    Raises:
-        ConfigError: see the message.
-    """
-    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
-
-    output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
-    if explicit is not None:
-        if config.data.resume is True:
-            raise ConfigError(
-                "resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them"
-            )
-        if not Path(explicit).is_dir():
-            raise ConfigError(
-                f"resume_from_checkpoint: {explicit} is not a folder; expected something like {output}/checkpoint-100"
-            )
-        return explicit
-    found = sorted(path.name for path in output.glob("checkpoint-*"))
-    newest = last_complete_checkpoint(output)
-    if newest is not None and config.data.resume:
-        return newest
-    if found and not config.data.resume:
-        raise ConfigError(
-            f"output_dir {output} holds checkpoints of an earlier run ({', '.join(found[-3:])}); go on with --resume "
-            "true, or "
-            "choose another --output_dir"
-        )
-    if not found and (output / SUMMARY_FILE).exists():
-        raise ConfigError(f"output_dir {output} holds a finished run without checkpoints; choose another --output_dir")
-    if config.data.resume:
-        cut_off = f" ({', '.join(found[-3:])} cut off while being saved)" if found else ""
-        logger.warning("resume: %s holds no checkpoint to go on from%s; starting at step 0", output, cut_off)
-    return None
-
-
 def summarize(log_history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, float]) -> dict[str, Any]:
     """First and last logged values of the training curve, and the final evaluation.
 
@@ -289,18 +248,6 @@ def summarize(log_history: Sequence[Mapping[str, Any]], evaluation: Mapping[str,
             out |= {f"first_{name}": values[0], f"last_{name}": values[-1]}
     kept = ("eval_loss", "eval_nll", "eval_mean_token_accuracy")
     return out | {key: evaluation[key] for key in kept if key in evaluation}
-
-
-def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -> None:
-    """Write ``qtarget_config.yaml`` (``qtarget train`` reads it again) and ``train_summary.json``."""
-    import yaml
-
-    from qtarget.cli.options.config import resolved_settings
-    from qtarget.storage.files import write_text
-
-    settings = resolved_settings(config)
-    write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_text(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def print_summary(summary: Mapping[str, Any], output: Path) -> None:

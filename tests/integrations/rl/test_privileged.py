@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, ResumeError
 from qtarget.integrations.rl.config import QTargetGRPOConfig
 from qtarget.integrations.rl.teachers import privileged_prompt
 from tests.integrations.conftest import make_model
@@ -78,7 +78,8 @@ def test_the_base_is_the_policy_before_training(ours):
     ("settings", "words"),
     [
         ({"teacher": "self", "target": "reverse_kl"}, "says what the policy says"),
-        ({"teacher": "other", "target": "reverse_kl"}, "expected self or base"),
+        ({"teacher": "other", "target": "reverse_kl"}, "expected self, base or ema"),
+        ({"teacher": "ema", "target": "reverse_kl", "teacher_decay": 1.0}, "teacher_decay: 1.0.*below 1"),
         ({"teacher": "base", "teacher_model_name_or_path": "x", "target": "reverse_kl"}, "both set"),
         ({"privileged_column": "solution"}, "no target reads one"),
         ({"privileged_column": "s", "target": "reverse_kl", "privileged_template": "{prompt}"}, "no {privileged}"),
@@ -92,3 +93,53 @@ def test_teachers_that_teach_nothing(settings, words, tmp_path):
 def test_a_column_that_is_not_there(ours):
     with pytest.raises(DataError, match="privileged_column: solution"):
         ours(None, data=prompts(), teacher="self", privileged_column="solution", **OPD).train()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
+def test_a_slow_teacher_is_the_mean_of_the_policies(adapter, ours):
+    """By hand from the weights after every step; with an adapter nothing but the adapter is held twice."""
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({name: p.detach().clone() for name, p in trainer._base_model().named_parameters()})
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapter else None
+    settings = {
+        **OPD,
+        "max_steps": 3,
+        "learning_rate": 5e-2,
+        "privileged_column": "solution",
+        "privileged_template": "{privileged}{prompt}",
+    }
+    trainer = ours(None, teacher="ema", teacher_decay=0.75, data=ragged(), extra={"peft_config": lora}, **settings)
+    trainer.add_callback(Watch())
+    policy = dict(trainer._base_model().named_parameters())
+    mean = {name: p.detach().clone() for name, p in policy.items() if p.requires_grad}
+    trainer.train()
+    for weights in seen:
+        mean = {name: 0.75 * value + 0.25 * weights[name] for name, value in mean.items()}
+    teacher = dict(trainer.frozen_models["teacher"][0].named_parameters())
+    for name, value in mean.items():
+        torch.testing.assert_close(teacher[name], value, rtol=1e-5, atol=1e-6)
+    moved = [name for name, value in mean.items() if not torch.allclose(value, policy[name], atol=1e-4)]
+    assert moved, "the policy stood still"
+    assert not any(p.requires_grad for p in teacher.values())
+    shared = {name for name in teacher if teacher[name].data_ptr() == policy[name].data_ptr()}
+    assert shared == (set(policy) - set(mean)) and bool(shared) == adapter
+
+
+def test_a_slow_teacher_goes_on_where_it_was(ours, tmp_path):
+    settings = {"teacher": "ema", "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    more = {"target": "reverse_kl", "target_weight": 1.0, "max_steps": 4}
+    whole = trained(ours("dppo_tv", **settings, **more))
+    again = ours("dppo_tv", **settings, **more)
+    again.train(resume_from_checkpoint=str(tmp_path / "ours/checkpoint-2"))
+    for a, b in ((whole.model, again.model), (whole.frozen_models["teacher"][0], again.frozen_models["teacher"][0])):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    (tmp_path / "ours/checkpoint-2/teacher_ema.safetensors").unlink()
+    with pytest.raises(ResumeError, match="teacher_ema"):
+        ours("dppo_tv", **settings, **more).train(resume_from_checkpoint=str(tmp_path / "ours/checkpoint-2"))

@@ -79,3 +79,68 @@ def test_rewards_of_one_process_among_two():
     found = own_rewards(logs, ["a", "b"], count=2, process=1, processes=2).tolist()
     assert math.isnan(found[0][0])
     assert (found[0][1], found[1]) == (6.0, [3.0, 7.0])
+
+
+# -- outcomes that a region sees beside the sampled token ------------------------------------------------------------
+
+
+def test_a_region_over_listed_outcomes(ours):
+    """The rule's weights from whole distributions of both policies; half of them differ from those of the sampled token alone."""
+    settings = {
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "learning_rate": 2e-2,
+        "temperature": 0.8,
+        "max_steps": 4,
+    }
+    region = {"outcomes": "listed", "delta_low": 0.05, "delta_high": 0.05}
+    trainer = ours("dppo_tv", trust_region_kwargs=region, listed_outcomes=5, kept_samples=0, **settings)
+    steps, plain = [], trainer._step_of
+
+    def watch(samples, *rest):
+        step = plain(samples, *rest)
+        steps.append((samples, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+        return step
+
+    outputs = []
+    trainer._step_of = watch
+    add = trainer._sums["train"].add
+    trainer._sums["train"].add = lambda output, *rest: outputs.append(output) or add(output, *rest)
+    trainer.train()
+    start, now = make_model(), make_model()
+    samples, weights = steps[3]  # two batches, each used twice, all of them drawn by the start
+    now.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        mu, pi = (
+            (m(samples.ids, attention_mask=samples.attention_mask).logits / 0.8).log_softmax(-1)[:, :-1]
+            for m in (start, now)
+        )
+    ids = mu.topk(5).indices
+    lists = [
+        torch.cat([v.exp().gather(-1, ids), 1 - v.exp().gather(-1, ids).sum(-1, keepdim=True)], -1) for v in (mu, pi)
+    ]
+    moved = (lists[0] - lists[1]).abs().sum(-1) / 2
+    labels = samples.labels[:, 1:]
+    kept = labels != -100
+    a, b = (v.gather(-1, labels.clamp(min=0)[..., None])[..., 0] for v in (pi, mu))
+    given, gap = samples.advantages[:, 1:], a - b
+    ratio = gap.exp()
+    blocked = (given * gap > 0) & (moved > 0.05)
+    expected = torch.where(blocked, 0.0, ratio.clamp(max=20.0) * given)
+    torch.testing.assert_close(outputs[3].label_weights[kept], expected[kept], rtol=1e-3, atol=1e-4)
+    alone = (given * gap > 0) & ((a.exp() - b.exp()).abs() > 0.05)
+    assert bool((blocked & kept).any()) and bool(((blocked != alone) & kept).any())
+
+
+def test_outcomes_of_a_foreign_sampler_are_unknown(ours):
+    from tests.integrations.rl.test_trainer import Sampler
+
+    region = {"trust_region_kwargs": {"outcomes": "listed"}}
+    with pytest.raises(ConfigError, match=r"outcomes: listed.*anchor: old"):
+        ours("dppo_kl", extra={"rollout_func": Sampler()}, **region)
+    ours(
+        "dppo_kl", extra={"rollout_func": Sampler()}, anchor="old", steps_per_generation=2, max_steps=2, **region
+    ).train()
+    ours("dppo_kl", max_steps=1, **region).train()  # fresh samples: nothing has moved
+    with pytest.raises(ConfigError, match="listed_outcomes: 0"):
+        ours("dppo_kl", listed_outcomes=0)

@@ -22,8 +22,8 @@ from qtarget.core.errors import ConfigError
 
 TUNING_SEED = 1000
 POINTS = (
-    Point(), Point(lag=4), Point(lag=16), Point(lag=32), Point(epochs=4), Point(epochs=8),
-    Point(mismatch=0.1), Point(mismatch=0.3), Point(16, 4), Point(16, 4, 0.3),
+    Point(), Point(lag=4), Point(lag=16), Point(lag=32), Point(epochs=4), Point(mismatch=0.3), Point(16, 4),
+    Point(16, 4, 0.3), Point(mismatch=0.1), Point(epochs=8),
 )  # fmt: skip
 
 

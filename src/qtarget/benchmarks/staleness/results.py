@@ -28,7 +28,11 @@ def point_name(point: Mapping[str, Any]) -> str:
 
 
 def summarize(points: Points, penalties: Points = ()) -> dict[str, Any]:
-    """Per point and setting: success in percent with its interval, the paired difference, collapse, KL, share blocked."""
+    """Per point and setting: success in percent with its interval, the paired difference, collapse, KL, share blocked.
+
+    Per point and rule: the same difference with the threshold chosen on other seeds; per age and penalty: success and KL to
+    the start.
+    """
     rows = []
     for point in points:
         runs, base = point["runs"], point["runs"].get(f"{BASELINE} inf")
@@ -37,9 +41,11 @@ def summarize(points: Points, penalties: Points = ()) -> dict[str, Any]:
                 **{name: point[name] for name in ("lag", "epochs", "mismatch", "learning_rates")},
                 "start_percent": round(100 * fmean(run["start"] for run in next(iter(runs.values()))), 1),
                 "settings": {name: _setting(found, base) for name, found in runs.items()},
+                "rules": {} if base is None else rules_of(runs, base),
             }
         )
-    return {"points": rows, "finding": finding(rows)}
+    beside = [{"lag": one["lag"], "settings": {n: _penalty(f) for n, f in one["runs"].items()}} for one in penalties]
+    return {"points": rows, "penalties": beside, "finding": finding(rows)}
 
 
 def _setting(found: list[dict[str, float]], base: list[dict[str, float]] | None) -> dict[str, Any]:
@@ -52,25 +58,54 @@ def _setting(found: list[dict[str, float]], base: list[dict[str, float]] | None)
         "blocked": round(fmean(run["blocked"] for run in found), 4),
     }
     if base is not None:
-        out["to_no_region_points"] = rounded_interval(
-            [end - 100 * run["end"] for end, run in zip(ends, base, strict=True)]
-        )
+        out["to_no_region_points"] = rounded_interval(paired(found, base))
+    return out
+
+
+def _penalty(found: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "success_percent": rounded_interval([100 * run["end"] for run in found]),
+        "kl_to_start": rounded_interval([run["kl_to_start"] for run in found]),
+    }
+
+
+def paired(found: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]) -> list[float]:
+    """Differences of final success, percentage points, seed by seed.
+
+    Example:
+        >>> paired([{"end": 0.75}], [{"end": 0.5}])
+        [25.0]
+    """
+    return [100 * (run["end"] - other["end"]) for run, other in zip(found, base, strict=True)]
+
+
+def rules_of(runs: Mapping[str, Sequence[Mapping[str, float]]], base: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Each rule with the threshold that is best on one half of the seeds, measured on the other half, and the other way round.
+
+    The best of several on the seeds that chose it would be ahead by chance.
+    """
+    out: dict[str, Any] = {}
+    for rule in dict.fromkeys(name.split()[0] for name in runs):
+        settings = {name: found for name, found in runs.items() if name.split()[0] == rule}
+        if rule == BASELINE or len(base) < 2:
+            continue
+        gains, chosen = [0.0] * len(base), []
+        for half in (0, 1):
+            best = max(settings, key=lambda name: fmean(run["end"] for run in settings[name][1 - half :: 2]))
+            chosen.append(best.split()[1])
+            gains[half::2] = paired(settings[best], base)[half::2]
+        out[rule] = {"to_no_region_points": rounded_interval(gains), "thresholds": chosen}
     return out
 
 
 def finding(rows: Points) -> str:
-    """One sentence: where some setting beats the row without a region for certain, and where none does."""
+    """One sentence: where some rule beats the row without a region for certain, and where none does."""
     ahead, none = [], []
     for row in rows:
-        settings = {
-            name: s
-            for name, s in row["settings"].items()
-            if "to_no_region_points" in s and not name.startswith(BASELINE)
-        }
-        if not settings:
+        if not row["rules"]:
             continue
-        best = max(settings, key=lambda name: settings[name]["success_percent"]["mean"])
-        gain = settings[best]["to_no_region_points"]
+        best = max(row["rules"], key=lambda name: row["rules"][name]["to_no_region_points"]["mean"])
+        gain = row["rules"][best]["to_no_region_points"]
         if gain["low"] > 0:
             ahead.append(f"{best} at {point_name(row)} (+{gain['mean']:.1f} points)")
         else:
@@ -78,6 +113,30 @@ def finding(rows: Points) -> str:
     parts = [f"ahead of no region: {'; '.join(ahead)}"] if ahead else []
     parts += [f"nothing is for certain ahead of no region at {'; '.join(none)}"] if none else []
     return ". ".join(part[0].upper() + part[1:] for part in parts)
+
+
+def rules_table(results: Mapping[str, Any]) -> str:
+    """Rules across, points down: the gain over no region, thresholds chosen on other seeds."""
+    rows = results["summary"]["points"]
+    rules = list(rows[0]["rules"])
+    lines = []
+    for row in rows:
+        base = row["settings"][f"{BASELINE} inf"]["success_percent"]
+        gains = [with_ends(row["rules"][rule]["to_no_region_points"], "+.1f", "+.1f") for rule in rules]
+        lines.append([point_name(row), f"{row['start_percent']:.1f}", with_ends(base, ends=".1f"), *gains])
+    return markdown_table(["point", "start", "no region", *rules], lines)
+
+
+def penalties_table(results: Mapping[str, Any]) -> str:
+    """A line a penalty and weight: success and KL to the start at each age."""
+    ages = results["summary"]["penalties"]
+    lines = [
+        [name, *(c for one in ages for c in (with_ends(one["settings"][name]["success_percent"], ends=".1f"),
+                                             with_ends(one["settings"][name]["kl_to_start"], ".2f", ".2f")))]
+        for name in ages[0]["settings"]
+    ]  # fmt: skip
+    head = [c for one in ages for c in (f"success, %, lag {one['lag']}", f"KL to start, lag {one['lag']}")]
+    return markdown_table(["penalty and weight", *head], lines)
 
 
 def staleness_table(results: Mapping[str, Any]) -> str:

@@ -127,13 +127,14 @@ def staleness(
 ) -> None:
     """Which trust region stands old, reused and wrongly sampled data? A policy whose success is computed, not sampled."""
     from qtarget.benchmarks.staleness.bench import QUICK, StalenessConfig, run_staleness
-    from qtarget.benchmarks.staleness.results import staleness_figure, staleness_table
+    from qtarget.benchmarks.staleness.results import penalties_table, rules_table, staleness_figure, staleness_table
 
     check_writable(output)
     config = replace(QUICK if is_quick else StalenessConfig(), workers=workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_staleness(config, output, resume=resume, progress=advance)
-    show(results["summary"]["finding"], output, staleness_table(results), staleness_figure(results))
+    tables = "\n".join(make(results) for make in (staleness_table, penalties_table, rules_table))
+    show(results["summary"]["finding"], output, tables, staleness_figure(results))
 
 
 def kept(output: Path) -> str:

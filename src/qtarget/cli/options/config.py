@@ -36,8 +36,8 @@ PATH_KEYS = (
 FILE_KEYS = ("train_file", "validation_file")
 """Paths that may be lists or patterns."""
 SECRET_KEYS = ("hub_token",)
-OTHER_VERBS = ("compare",)
-"""Keys that one verb reads, and that change nothing of a run."""
+OTHER_VERBS = ("compare", "algorithm")
+"""Keys that one verb reads before it builds the config, and that change nothing of a run."""
 COUNTED = {
     "include_num_input_tokens_seen": "non_padding"
 }  # the one default that is not TRL's: the summary states tokens

@@ -10,6 +10,7 @@ import torch
 from qtarget.core.errors import ConfigError
 from qtarget.core.shapes import Bool, Float, Tensor
 from qtarget.core.types import Reference
+from qtarget.integrations.rl import listed
 
 BATCH_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
 """What TRL 1.16 puts into every batch."""
@@ -28,6 +29,7 @@ class Samples:
             where those without are skipped.
         advantages: of each token, times TRL's own correction where it makes one.
         anchor: log-probs of the policy that ratios are taken to; absent where that is the live model itself.
+        outcomes: what the anchor says beyond the sampled tokens, as fields of a ``Reference``; where the rule reads it.
         sampler, old: both log-probs, where both are known, to tell mismatch and staleness apart.
     """
 
@@ -39,6 +41,7 @@ class Samples:
     anchor: Tensor | None
     sampler: Tensor | None
     old: Tensor | None
+    outcomes: dict[str, Tensor] | None = None
 
     @property
     def unscored(self) -> int:
@@ -47,7 +50,7 @@ class Samples:
 
     def rollout(self) -> Reference | None:
         """The anchor as the loss takes it."""
-        return None if self.anchor is None else Reference(label_log_probs=self.anchor)
+        return None if self.anchor is None else Reference(label_log_probs=self.anchor, **(self.outcomes or {}))
 
 
 def samples_of(
@@ -102,6 +105,7 @@ def samples_of(
         anchor=chosen,
         sampler=sampler,
         old=old,
+        outcomes=listed.behind_prompt(inputs) if chosen is not None else None,
     )
 
 

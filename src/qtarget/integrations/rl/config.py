@@ -14,7 +14,7 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.regions import TrustRegion
 from qtarget.core.types import Target
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
-from qtarget.integrations.rl.teachers import BASE, SELF
+from qtarget.integrations.rl.teachers import BASE, EMA, SELF
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -39,11 +39,13 @@ class QTargetGRPOConfig(GRPOConfig):
         anchor: whose log-probs the ratio is taken to: ``rollout``, the policy that sampled, or ``old``, the trained model at
             the time, recomputed; by default ``rollout`` where the sampler tells log-probs, else ``old``.
         kept_samples: of each log line, in ``qtarget_rollouts.jsonl``: what `qtarget inspect` and `qtarget report` show.
+        listed_outcomes: how many tokens ``outcomes: listed`` of a trust region sees; all others are one outcome.
         skip_without_signal: tokens with an advantage of 0 skip the head, whose loss and gradient they do not change; what is
             logged of ratios and entropy is then of the other tokens.
         teacher_model_name_or_path: a frozen model, run live on every sample; also the anchor of ``target: reverse_kl``.
-        teacher: ``self`` (the policy as it is) or ``base`` (as it was before training; with LoRA the adapter is off), in place
-            of another model.
+        teacher: ``self`` (the policy as it is), ``base`` (as it was before training; with LoRA the adapter is off) or ``ema``
+            (a slow mean of what it has been), in place of another model.
+        teacher_decay: what the slow teacher keeps of itself at every optimizer step.
         privileged_column: a column that the teacher sees and the policy does not, such as the solution.
         privileged_template: the teacher's prompt, of ``{prompt}`` (or the last message) and ``{privileged}``.
         reference_model_name_or_path: the same for targets that read a reference.
@@ -74,11 +76,13 @@ class QTargetGRPOConfig(GRPOConfig):
     skip_without_signal: bool = field(
         default=False, metadata={"help": "Skip tokens whose advantage is 0; statistics are then of the others."}
     )
+    listed_outcomes: int = field(default=20, metadata={"help": "Tokens that outcomes: listed of a trust region sees."})
     kept_samples: int = field(default=4, metadata={"help": "Samples of each log line that are kept for inspection."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen teacher, run live."})
     teacher: str | None = field(
-        default=None, metadata={"help": "The policy as its own teacher.", "choices": [SELF, BASE]}
+        default=None, metadata={"help": "The policy as its own teacher.", "choices": [SELF, BASE, EMA]}
     )
+    teacher_decay: float = field(default=0.99, metadata={"help": "What teacher: ema keeps of itself at a step."})
     privileged_column: str | None = field(
         default=None, metadata={"help": "What the teacher sees and the policy does not."}
     )
@@ -121,6 +125,8 @@ class QTargetGRPOConfig(GRPOConfig):
                 raise ConfigError(f"{key}={getattr(self, key)!r}; expected names and values, such as {{delta: 0.5}}")
         if self.kept_samples < 0:
             raise ConfigError(f"kept_samples: {self.kept_samples}; expected 0 (none) or more")
+        if self.listed_outcomes < 1:
+            raise ConfigError(f"listed_outcomes: {self.listed_outcomes}; expected at least 1")
         refuse_settings(self)
         if self.vllm_importance_sampling_correction is None:
             self.vllm_importance_sampling_correction = self.anchor == "old"

@@ -78,10 +78,12 @@ def refuse_teachers(args: Any) -> None:
     Raises:
         ConfigError: names the keys.
     """
-    if args.teacher not in (None, "self", "base"):
+    if args.teacher not in (None, "self", "base", "ema"):
         raise ConfigError(
-            f"teacher: {args.teacher}; expected self or base; another model is teacher_model_name_or_path"
+            f"teacher: {args.teacher}; expected self, base or ema; another model is teacher_model_name_or_path"
         )
+    if not 0 <= args.teacher_decay < 1:
+        raise ConfigError(f"teacher_decay: {args.teacher_decay}; expected at least 0 and below 1, such as 0.99")
     if args.teacher is not None and args.teacher_model_name_or_path is not None:
         raise ConfigError(f"teacher: {args.teacher} and teacher_model_name_or_path are both set; keep one of them")
     if args.teacher == "self" and args.privileged_column is None:

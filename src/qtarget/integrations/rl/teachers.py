@@ -1,4 +1,4 @@
-"""A teacher that sees more than the policy: the same completion behind a prompt that holds the solution."""
+"""Teachers that are the policy itself: as it is, as it was, or as it was on average; and one that sees more than the policy."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, TrainerCallback
 from trl.trainer.utils import pad
 
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, ResumeError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import FrozenHead
+from qtarget.storage.files import writing
 
-SELF, BASE = "self", "base"
-"""Teachers that need no other model: the policy as it is, and the policy as it was before training."""
+SELF, BASE, EMA = "self", "base", "ema"
+"""Teachers that need no other model: the policy as it is, as it was before training, and a slow mean of what it has been."""
+EMA_FILE = "teacher_ema.safetensors"
+"""In a checkpoint: what the slow teacher has become."""
 PROMPT_KEYS = ("teacher_prompt_ids", "teacher_prompt_mask")
 
 
@@ -87,3 +92,55 @@ def behind_policys_prompt(head: FrozenHead, teacher_start: int, start: int) -> F
 def as_it_was(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy, before anything is trained."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+class SlowTeacher(TrainerCallback):
+    """A teacher that follows the policy: after every optimizer step ``decay`` of what it was, and the rest of the policy.
+
+    What is not trained is shared with the policy, so that with an adapter the adapter alone is held twice. The mean is kept in
+    float32: in bfloat16 a thousandth of a step would be rounded away.
+
+    Args:
+        policy: the model whose parameters are trained.
+        decay: at least 0 and below 1.
+    """
+
+    def __init__(self, policy: PreTrainedModel, decay: float) -> None:
+        self.decay = decay
+        shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(policy, shared).eval()
+        named, own = dict(policy.named_parameters()), dict(self.model.named_parameters())
+        self._policy = {name: p for name, p in named.items() if p.requires_grad}
+        self._own = {name: own[name].requires_grad_(False) for name in self._policy}
+        self._mean = {name: p.detach().float().clone() for name, p in self._policy.items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Follow the policy by one step."""
+        for name, mean in self._mean.items():
+            mean.lerp_(self._policy[name].detach().to(mean), 1 - self.decay)
+            self._own[name].copy_(mean)
+
+    def save(self, folder: Path) -> None:
+        """Write the mean beside a checkpoint's optimizer."""
+        from safetensors.torch import save
+
+        with writing(folder / EMA_FILE) as file:
+            file.write(save({name: mean.contiguous().cpu() for name, mean in self._mean.items()}))
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take up the mean of a checkpoint.
+
+        Raises:
+            ResumeError: it holds none.
+        """
+        if not (folder / EMA_FILE).is_file():
+            raise ResumeError(
+                f"{folder} has no {EMA_FILE}: it is of a run without teacher: ema, or was saved with save_only_model; start a "
+                f"from its weights (model_name_or_path: {folder}, another output_dir)"
+            )
+        found = load_file(folder / EMA_FILE)
+        for name, mean in self._mean.items():
+            mean.copy_(found[name])
+            self._own[name].copy_(mean)

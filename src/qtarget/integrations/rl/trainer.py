@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from qtarget.core.statistics import token_statistics
 from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, Target
 from qtarget.integrations.rl.batch import Samples, reduced, samples_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refuse_told
 from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rewards import checked_rewards, no_reward
@@ -30,8 +32,10 @@ from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
     BASE,
+    EMA,
     PROMPT_KEYS,
     SELF,
+    SlowTeacher,
     as_it_was,
     behind_policys_prompt,
     teacher_inputs,
@@ -69,6 +73,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "qtarget"]
+    _slow: SlowTeacher | None = None
 
     def __init__(
         self,
@@ -90,8 +95,10 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         environments = kwargs.get("environment_factory") is not None
         check_prompts(train_dataset, eval_dataset, environments)
         rewards = _rewards(settings, reward_funcs, train_dataset, environments)
-        if settings.anchor != "old" and (settings.use_vllm or kwargs.get("rollout_func") is not None):
+        told = settings.use_vllm or kwargs.get("rollout_func") is not None
+        if settings.anchor != "old" and told:
             refuse_truncated_sampling(settings)
+        refuse_told(settings, self.target, told)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
             options: Any = settings.model_init_kwargs or {}
             check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
@@ -118,13 +125,44 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         with self.accelerator.autocast():  # as in training: some attention kernels refuse float32
             spec = probe_head(base)
         add_target_head(base, at_temperature(spec, self.temperature))
+        if reads_outcomes(self.target) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "outcomes: listed asks the policy once more when it samples, which FSDP and DeepSpeed do not gather it for; set "
+                "outcomes: binary, or train with DDP"
+            )
+        self._spec = spec
         self.frozen_models = load_frozen(args, self.target, {}, given, base, self.accelerator)
-        if args.teacher is not None:
+        if args.teacher == EMA:
+            self._follow(base, spec)
+        elif args.teacher is not None:
             own = args.teacher == SELF or hasattr(self.model, "disable_adapter")
             self.frozen_models["teacher"] = (base if own else as_it_was(base), spec)
         self.vocab_rows = None
         if (live := self.frozen_models.get("teacher")) is not None:
             self.vocab_rows = vocab_with_teacher(args, head_rows(base), head_rows(live[0]), self._tokenizer)
+
+    def _follow(self, base: PreTrainedModel, spec: HeadSpec) -> None:
+        """Let a slow teacher follow the policy."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "teacher: ema keeps a mean of whole parameters, and FSDP and DeepSpeed split them; set teacher: base, or train "
+                "with DDP"
+            )
+        self._slow = SlowTeacher(base, self.args.teacher_decay)  # pyright: ignore[reportAttributeAccessIssue]
+        self.add_callback(self._slow)
+        self.frozen_models["teacher"] = (self._slow.model, spec)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Transformers', and the slow teacher beside it."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._slow is not None and self.args.should_save:
+            self._slow.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """TRL's, and the slow teacher as it was."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._slow is not None and checkpoint is not None:
+            self._slow.load(Path(checkpoint))
 
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
@@ -146,6 +184,10 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             here, names = self.accelerator, self.reward_func_names
             found = own_rewards(self._logs["rewards"], names, len(inputs), here.process_index, here.num_processes)
             output[REWARDS] = found.to(output["prompt_ids"].device)
+        if (
+            reads_outcomes(self.target) and "old_per_token_logps" in output
+        ):  # else it is the live model, and nothing has moved
+            output |= self._listed(output)
         if args.privileged_column is None:
             return output
         # still in the order of ``inputs``: TRL 1.16 shuffles what this returns
@@ -158,6 +200,12 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             tokenizer.pad_token_id,
             output["prompt_ids"].device,
         )
+
+    def _listed(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        args: Any = self.args
+        spec, rows = at_temperature(self._spec, self.temperature), args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            return listed_outcomes(output, self._base_model(), spec, args.listed_outcomes, rows, self.vocab_rows)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """In place of TRL 1.16's: the loss of the target over the completions, averaged as TRL averages."""

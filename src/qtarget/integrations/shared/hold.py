@@ -36,7 +36,7 @@ SETTINGS = (
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
     "neftune_noise_alpha", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "world_size", "trust_region", "trust_region_kwargs", "target_weight", "anchor", "num_generations", "num_iterations",
-    "steps_per_generation", "temperature", "max_completion_length", "scale_rewards",
+    "steps_per_generation", "temperature", "max_completion_length", "scale_rewards", "advantage", "teacher_decay",
 )  # fmt: skip
 """Fields of the config that decide what a run is; ``checkpoints.MAY_CHANGE`` of them may change on the way."""
 SAVING = f"saving{TEMPORARY}"

@@ -1,0 +1,81 @@
+"""Where a run starts or goes on, and what it leaves in its folder: the same for every trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtarget.core.errors import ConfigError
+from qtarget.report.runs.records import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qtarget.cli.options.config import RunConfig
+
+SUMMARY_FILE = "train_summary.json"
+
+logger = logging.getLogger(__name__)
+
+
+def how_to_go_on(output: Path) -> str:
+    """What of a run that is ended early is safe, in words."""
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
+
+    if (newest := last_complete_checkpoint(output)) is None:
+        return (
+            f"no checkpoint was saved to {output} yet (save_strategy, save_steps); the same command with --resume true starts "
+            "anew"
+        )
+    return f"{newest} is whole; go on from it with the same command and --resume true"
+
+
+def starting_point(config: RunConfig) -> str | None:
+    """The checkpoint to go on from, or None; refuses to write over an earlier run.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    from qtarget.integrations.shared.checkpoints import last_complete_checkpoint
+
+    output, explicit = Path(str(config.training.output_dir)), config.training.resume_from_checkpoint
+    if explicit is not None:
+        if config.data.resume is True:
+            raise ConfigError(
+                "resume and resume_from_checkpoint are both set; resume takes the newest, so keep one of them"
+            )
+        if not Path(explicit).is_dir():
+            raise ConfigError(
+                f"resume_from_checkpoint: {explicit} is not a folder; expected something like {output}/checkpoint-100"
+            )
+        return explicit
+    found = sorted(path.name for path in output.glob("checkpoint-*"))
+    newest = last_complete_checkpoint(output)
+    if newest is not None and config.data.resume:
+        return newest
+    if found and not config.data.resume:
+        raise ConfigError(
+            f"output_dir {output} holds checkpoints of an earlier run ({', '.join(found[-3:])}); go on with --resume "
+            "true, or "
+            "choose another --output_dir"
+        )
+    if not found and (output / SUMMARY_FILE).exists():
+        raise ConfigError(f"output_dir {output} holds a finished run without checkpoints; choose another --output_dir")
+    if config.data.resume:
+        cut_off = f" ({', '.join(found[-3:])} cut off while being saved)" if found else ""
+        logger.warning("resume: %s holds no checkpoint to go on from%s; starting at step 0", output, cut_off)
+    return None
+
+
+def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -> None:
+    """Write ``qtarget_config.yaml`` (``qtarget train`` reads it again) and ``train_summary.json``."""
+    import yaml
+
+    from qtarget.cli.options.config import resolved_settings
+    from qtarget.storage.files import write_text
+
+    settings = resolved_settings(config)
+    write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_text(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
