@@ -42,7 +42,8 @@ def test_what_is_kept(ours, tmp_path):
     assert any(row["log_probs"] != row["anchor"] for row in rows)
     first = rows[0]
     ids = tokenizer(first["prompt"])["input_ids"]
-    said = tokenizer.convert_tokens_to_ids(first["tokens"])
+    said = first["ids"]
+    assert [tokenizer.decode([i]) for i in said] == first["tokens"]
     with torch.no_grad():
         scores = model(torch.tensor([ids + said])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
     expected = scores.gather(-1, torch.tensor(said)[:, None])[:, 0].tolist()

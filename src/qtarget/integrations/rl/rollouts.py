@@ -72,6 +72,7 @@ def rollout_rows(
         row: dict[str, Any] = {
             "prompt": tokenizer.decode(inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()]),
             "completion": tokenizer.decode(ids, skip_special_tokens=True),
+            "ids": ids,
             "tokens": [tokenizer.decode([token]) for token in ids],
         }
         if len(rewards):

@@ -46,7 +46,7 @@ QT.completions = (box, runs) => {
       el("p", { class: "qt-note" }, `${number(low)} `, scale, ` ${number(high)}: ${measure.value}. Struck through: blocked. Grey: not trained on. Numbers on hover or focus. ${rows.length} samples.`),
       ...rows.map((row) => el("div", { class: "qt-sample", dir: "ltr" },
         el("div", { class: "qt-note" }, `step ${row.step}${row.age ? `, ${row.age} steps old` : ""}`,
-          Object.entries(row.rewards || {}).map(([name, value]) => [", ", el("bdi", {}, visible(name)), ` ${number(value)}`]),
+          Object.entries(row.rewards || {}).flatMap(([name, value]) => [", ", el("bdi", {}, visible(name)), ` ${number(value)}`]),
           row.rewards ? `, advantage ${number(row.advantages.find((a) => a !== null) ?? null)}` : ""),
         el("div", { class: "qt-prompt" }, visible(row.prompt.slice(-1000))),
         el("div", { class: "qt-row" }, row.tokens.map((_, t) => {
