@@ -66,7 +66,12 @@ def test_the_commands_run(there, tiny_model):
         assert len(one["train"]["rollout/age"]) == 8
     assert 'alt="samples;' in (there / "rl.html").read_text()
     log = (there / "runs/drpo/qtarget_config.yaml").read_text()
-    assert "delta: 0.5" in log and "reward_funcs: my_rewards:exact" in log
+    assert "delta: 0.5" in log and "reward_funcs: my_rewards:exact" in log and "algorithm: rl" in log
+    assert all(len(one["completions"]) == 32 for one in found["runs"])
+    shown = shlex.split(blocks("sh")[2])
+    assert called(*shown[1:]) == 0
+    rules = [one["region"] for one in json.loads((there / "samples.json").read_text())["summary"]]
+    assert [rule.split("(")[0] for rule in rules] == ["as trained", "ppo_clip", "dppo_tv", "drpo"]
     # a finished run is not written over, and goes on only when asked
     assert called("rl", "rl.yaml") == 2
     assert called("rl", "rl.yaml", "--resume", "true") == 0
@@ -81,6 +86,7 @@ def test_the_commands_run(there, tiny_model):
         (["--trust_region", "ppo"], "did you mean"),
         (["--train_file", "absent.jsonl"], "absent.jsonl"),
         (["--num_generation", "4"], "did you mean num_generations?"),
+        (["--algorithm", "sft"], "is `qtarget train`'s"),
     ],
 )
 def test_wrong_settings_say_what_and_how(there, capsys, options, words):
@@ -88,6 +94,16 @@ def test_wrong_settings_say_what_and_how(there, capsys, options, words):
     said = capsys.readouterr().err
     assert words in " ".join(said.split())
     assert "Traceback" not in said
+
+
+def test_train_with_an_algorithm_is_the_same_verb(there, capsys):
+    """Told by the errors: each verb's own, before a model is loaded."""
+    assert called("train", "rl.yaml", "--algorithm", "rl", "--reward_funcs", "null") == 2
+    assert "weighs samples by rewards" in " ".join(capsys.readouterr().err.split())
+    assert called("train", "rl.yaml", "--algorithm", "ppo") == 2
+    assert "expected sft (demonstrations) or rl" in " ".join(capsys.readouterr().err.split())
+    assert called("train", "rl.yaml", "--algorithm", "sft") == 2
+    assert "unknown keys" in capsys.readouterr().err
 
 
 def test_the_table_of_rules_is_the_registry():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -42,9 +44,21 @@ def inspect_samples(
     if json_file is not None:
         write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
     for one in document["summary"]:
-        shares = f", mean weight {one['mean']:.3f}, blocked {one['blocked']:.1%}, corrective {one['corrective']:.1%}"
-        typer.echo(f"{one['region']}: {one['tokens']:,} tokens with an advantage{shares if one['tokens'] else ''}")
+        typer.echo(said_of(one))
     typer.echo(f"{output}: {document['count']:,} samples")
+
+
+def said_of(region: Mapping[str, Any]) -> str:
+    """One line about what a rule makes of the samples.
+
+    Example:
+        >>> said_of({"region": "spo", "tokens": 0, "mean": None, "blocked": None, "corrective": None})
+        'spo: no token has an advantage'
+    """
+    if not region["tokens"]:
+        return f"{region['region']}: no token has an advantage"
+    shares = f"mean weight {region['mean']:.3f}, blocked {region['blocked']:.1%}, corrective {region['corrective']:.1%}"
+    return f"{region['region']}: {region['tokens']:,} tokens with an advantage, {shares}"
 
 
 def refuse_others(context: typer.Context) -> None:

@@ -78,7 +78,7 @@ def test_the_base_is_the_policy_before_training(ours):
     ("settings", "words"),
     [
         ({"teacher": "self", "target": "reverse_kl"}, "says what the policy says"),
-        ({"teacher": "other", "target": "reverse_kl"}, "expected self, base or ema"),
+        ({"teacher": "other", "target": "reverse_kl"}, "expected self, base or ema, or a URL"),
         ({"teacher": "ema", "target": "reverse_kl", "teacher_decay": 1.0}, "teacher_decay: 1.0.*below 1"),
         ({"teacher": "base", "teacher_model_name_or_path": "x", "target": "reverse_kl"}, "both set"),
         ({"privileged_column": "solution"}, "no target reads one"),

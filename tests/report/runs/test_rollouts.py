@@ -129,6 +129,9 @@ def test_the_command(tmp_path):
     assert page.stat().st_size > 10_000
     found = json.loads(numbers.read_text())
     assert [one["region"] for one in found["summary"]] == ["as trained", "dppo_tv", "spo(eps=0.5)"]
+    (folder / ROLLOUTS_FILE).write_text(json.dumps(rows[1]) + "\n")
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "as trained: no token has an advantage" in result.output
     for wrong in (["--mark", "a=b"], ["--learning_rate", "1"], ["--targets", "sft"]):
         refused = CliRunner().invoke(app, ["inspect", str(folder), *wrong])
         assert isinstance(refused.exception, ConfigError) and wrong[0] in str(refused.exception)

@@ -14,7 +14,6 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.regions import TrustRegion
 from qtarget.core.types import Target
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
-from qtarget.integrations.rl.teachers import BASE, EMA, SELF
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
@@ -44,7 +43,8 @@ class QTargetGRPOConfig(GRPOConfig):
             logged of ratios and entropy is then of the other tokens.
         teacher_model_name_or_path: a frozen model, run live on every sample; also the anchor of ``target: reverse_kl``.
         teacher: ``self`` (the policy as it is), ``base`` (as it was before training; with LoRA the adapter is off) or ``ema``
-            (a slow mean of what it has been), in place of another model.
+            (a slow mean of what it has been), in place of another model; or the URL of a server (`qtarget serve`, vLLM, SGLang).
+        teacher_top_k: tokens that a server lists; all others are one outcome.
         teacher_decay: what the slow teacher keeps of itself at every optimizer step.
         privileged_column: a column that the teacher sees and the policy does not, such as the solution.
         privileged_template: the teacher's prompt, of ``{prompt}`` (or the last message) and ``{privileged}``.
@@ -80,8 +80,9 @@ class QTargetGRPOConfig(GRPOConfig):
     kept_samples: int = field(default=4, metadata={"help": "Samples of each log line that are kept for inspection."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Frozen teacher, run live."})
     teacher: str | None = field(
-        default=None, metadata={"help": "The policy as its own teacher.", "choices": [SELF, BASE, EMA]}
+        default=None, metadata={"help": "The policy as its own teacher (self, base, ema), or the URL of a server."}
     )
+    teacher_top_k: int = field(default=20, metadata={"help": "Tokens that a teacher behind a URL lists."})
     teacher_decay: float = field(default=0.99, metadata={"help": "What teacher: ema keeps of itself at a step."})
     privileged_column: str | None = field(
         default=None, metadata={"help": "What the teacher sees and the policy does not."}

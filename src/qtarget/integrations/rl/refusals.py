@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from qtarget.core.errors import ConfigError
+from qtarget.integrations.rl.served import is_url
 
 TAUGHT = "teacher"
 """The value of ``advantage`` that asks a teacher in place of rewards."""
@@ -78,9 +79,14 @@ def refuse_teachers(args: Any) -> None:
     Raises:
         ConfigError: names the keys.
     """
-    if args.teacher not in (None, "self", "base", "ema"):
+    if args.teacher not in (None, "self", "base", "ema") and not is_url(args.teacher):
         raise ConfigError(
-            f"teacher: {args.teacher}; expected self, base or ema; another model is teacher_model_name_or_path"
+            f"teacher: {args.teacher}; expected self, base or ema, or a URL; another model is teacher_model_name_or_path"
+        )
+    if is_url(args.teacher) and args.temperature != 1:
+        raise ConfigError(
+            f"temperature: {args.temperature} with teacher: {args.teacher}, which tells log-probs at temperature 1; set "
+            "temperature: 1, or name a model: teacher_model_name_or_path"
         )
     if not 0 <= args.teacher_decay < 1:
         raise ConfigError(f"teacher_decay: {args.teacher_decay}; expected at least 0 and below 1, such as 0.99")

@@ -14,21 +14,22 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from qtarget.core.errors import (
     ConfigError,
-    MissingStatisticError,
     NonFiniteLossError,
     RewardError,
+    ScoringServerError,
     UnsupportedModelError,
 )
 from qtarget.core.shapes import Tensor
 from qtarget.core.statistics import token_statistics
-from qtarget.core.types import DATA_FIELDS, FrozenHead, Reference, Target
+from qtarget.core.types import FrozenHead, Reference
 from qtarget.integrations.rl.batch import Samples, reduced, samples_of
+from qtarget.integrations.rl.checks import own_config, refuse_missing, rewards_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
 from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refuse_told
 from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
-from qtarget.integrations.rl.rewards import checked_rewards, no_reward
 from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
+from qtarget.integrations.rl.served import ServedTeacher, is_url, reference_of
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
     BASE,
@@ -74,6 +75,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "qtarget"]
     _slow: SlowTeacher | None = None
+    _served: ServedTeacher | None = None
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         refuse_encoder_decoder(model)
         environments = kwargs.get("environment_factory") is not None
         check_prompts(train_dataset, eval_dataset, environments)
-        rewards = _rewards(settings, reward_funcs, train_dataset, environments)
+        rewards = rewards_of(settings, reward_funcs, train_dataset, environments)
         told = settings.use_vllm or kwargs.get("rollout_func") is not None
         if settings.anchor != "old" and told:
             refuse_truncated_sampling(settings)
@@ -132,7 +134,9 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             )
         self._spec = spec
         self.frozen_models = load_frozen(args, self.target, {}, given, base, self.accelerator)
-        if args.teacher == EMA:
+        if is_url(args.teacher):
+            self._served = ServedTeacher(str(args.teacher), base, self._tokenizer, args.teacher_top_k)
+        elif args.teacher == EMA:
             self._follow(base, spec)
         elif args.teacher is not None:
             own = args.teacher == SELF or hasattr(self.model, "disable_adapter")
@@ -188,11 +192,28 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             reads_outcomes(self.target) and "old_per_token_logps" in output
         ):  # else it is the live model, and nothing has moved
             output |= self._listed(output)
-        if args.privileged_column is None:
-            return output
+        if args.privileged_column is not None:
+            output |= self._privileged(inputs, output)
+        if self._served is not None:
+            try:
+                output |= self._asked(output)
+            except ScoringServerError as error:
+                self._records.stopped(args, self.state, str(error).partition(";")[0])
+                raise
+        return output
+
+    def _asked(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What the teacher behind a URL says of samples that were just drawn."""
+        assert self._served is not None
+        prompt = PROMPT_KEYS if PROMPT_KEYS[0] in output else ("prompt_ids", "prompt_mask")
+        seen, said = ((output[a], output[b]) for a, b in (prompt, ("completion_ids", "completion_mask")))
+        return self._served.about(seen, said)
+
+    def _privileged(self, inputs: Any, output: dict[str, Any]) -> dict[str, Tensor]:
+        args: Any = self.args
         # still in the order of ``inputs``: TRL 1.16 shuffles what this returns
         tokenizer: Any = self._tokenizer
-        return output | teacher_prompts(
+        return teacher_prompts(
             inputs,
             args.privileged_column,
             args.privileged_template,
@@ -273,6 +294,8 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         frozen: dict[str, Reference | FrozenHead | None] = {
             role: self._frozen(role, samples, inputs) for role in self.frozen_models
         }
+        if self._served is not None:
+            frozen["teacher"] = reference_of(inputs)
         if self.args.advantage == TAUGHT:  # pyright: ignore[reportAttributeAccessIssue]
             frozen["teacher"] = at_samples(frozen["teacher"], samples.labels)
         regional = self.target.needs.advantages
@@ -306,22 +329,6 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             self._rollouts = []
 
 
-def own_config(args: GRPOConfig | None) -> QTargetGRPOConfig:
-    """The configuration, or its defaults.
-
-    Raises:
-        ConfigError: something else was given.
-    """
-    if args is None:
-        return QTargetGRPOConfig("model-GRPO")
-    if not isinstance(args, QTargetGRPOConfig):
-        raise ConfigError(
-            f"args is a {type(args).__name__}; expected qtarget.QTargetGRPOConfig: it has TRL's keys, and trust_region and target "
-            "in place of loss_type and epsilon"
-        )
-    return args
-
-
 def at_temperature(spec: HeadSpec, temperature: float) -> HeadSpec:
     """The head whose softmax the sampler drew from: ``softcap(scale z) / T``.
 
@@ -333,7 +340,12 @@ def at_temperature(spec: HeadSpec, temperature: float) -> HeadSpec:
 
 
 def at_samples(teacher: Any, labels: Tensor) -> Reference:
-    """What a frozen head says of the sampled tokens alone, a chunk of logits at a time; 0 where nothing is trained on."""
+    """What a frozen head says of the sampled tokens alone, a chunk of logits at a time; 0 where nothing is trained on.
+
+    A server has said so already.
+    """
+    if isinstance(teacher, Reference):
+        return Reference(label_log_probs=teacher.label_log_probs)
     said = token_statistics(
         hidden=teacher.hidden[:, :-1], labels=labels[:, 1:], lm_head_weight=teacher.lm_head_weight, bias=teacher.bias,
         logit_scale=teacher.logit_scale, logit_softcap=teacher.logit_softcap,
@@ -346,40 +358,3 @@ def gained(samples: Samples, teacher: Any, output: TargetOutput) -> Tensor:
     """``[batch, time]`` the advantages that ``Taught`` made of the teacher's log-probs, unshifted."""
     assert output.label_log_probs is not None
     return samples.advantages + teacher.label_log_probs - torch.nn.functional.pad(output.label_log_probs, (1, 0))
-
-
-def refuse_missing(args: QTargetGRPOConfig, target: Target, given: dict[str, PreTrainedModel | None]) -> None:
-    """Refuse a target whose frozen model nobody named.
-
-    Raises:
-        MissingStatisticError: names the key.
-    """
-    for role, model in given.items():
-        fields = getattr(target.needs, role)
-        if fields & set(DATA_FIELDS):
-            raise MissingStatisticError(
-                f"target {target.name!r} reads what other rows of demonstrations say, and samples have no such rows; choose another"
-            )
-        named = getattr(args, f"{role}_model_name_or_path") or (role == "teacher" and args.teacher)
-        if fields and model is None and not named:
-            raise MissingStatisticError(
-                f"target {target.name!r} compares samples with a {role}: set {role}_model_name_or_path, or pass {role}_model"
-                + (", or set teacher: base" if role == "teacher" else "")
-            )
-
-
-def _rewards(args: QTargetGRPOConfig, functions: Any, train: Any, environments: bool) -> list[Any]:
-    if not args.rewarded:
-        if functions:
-            raise ConfigError(
-                "reward_funcs are given, and with trust_region: null or advantage: teacher nothing would read them; set "
-                "trust_region and leave advantage out, or leave the rewards out: a teacher alone teaches"
-            )
-        return [no_reward]
-    found = checked_rewards(functions, not environments, None if train is None else train.column_names)
-    if not found and not environments:
-        raise ConfigError(
-            f"trust_region: {args.trust_region} weighs samples by rewards, and there is none; give reward_funcs, or set "
-            "advantage: teacher, or trust_region: null and a target with a teacher"
-        )
-    return found
