@@ -139,6 +139,17 @@ def penalties_table(results: Mapping[str, Any]) -> str:
     return markdown_table(["penalty and weight", *head], lines)
 
 
+def drpo_table(results: Mapping[str, Any]) -> str:
+    """What `drpo` gains over no region at each of its thresholds, point by point."""
+    rows = results["summary"]["points"]
+    names = [name for name in rows[0]["settings"] if name.startswith("drpo ")]
+    lines = [
+        [point_name(row), *(with_ends(row["settings"][n]["to_no_region_points"], "+.1f", "+.1f") for n in names)]
+        for row in rows
+    ]
+    return markdown_table(["point", *names], lines)
+
+
 def staleness_table(results: Mapping[str, Any]) -> str:
     """A line a setting and point."""
     lines = []
