@@ -78,10 +78,10 @@ def test_seeds_side_by_side_do_not_see_each_other():
 
 def test_penalties_on_old_samples():
     """The whole vocabulary holds the policy near its start; the sampled k1 lets go of it."""
-    worker = StalenessWorker(16, 110)
+    worker = StalenessWorker(24, 110)
     free, k1, whole = (
         worker(Job(Point(lag=8), "policy_gradient", float("inf"), 3e-3, (0, 1), name, weight))["runs"]
-        for name, weight in ((None, 0.0), ("k1", 0.2), (WHOLE, 0.2))
+        for name, weight in ((None, 0.0), ("k1", 0.5), (WHOLE, 0.5))
     )
     assert all(w["kl_to_start"] < f["kl_to_start"] < k["kl_to_start"] for w, f, k in zip(whole, free, k1, strict=True))
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from qtarget.core.errors import ConfigError, DataError, MissingStatisticError, RewardError
 from qtarget.integrations.rl.batch import BATCH_KEYS, OPTIONAL_KEYS, Samples, samples_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.rollouts import REWARDS
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.shared.step import TargetOutput
 from tests.integrations.conftest import make_model
@@ -84,11 +85,11 @@ class Sampler:
 
 
 def test_batch_keys(ours):
-    assert set(batches_of(ours(max_steps=1))[0]) == set(BATCH_KEYS)
+    assert set(batches_of(ours(max_steps=1))[0]) == {*BATCH_KEYS, REWARDS}
     off = batches_of(ours(max_steps=2, steps_per_generation=2))
-    assert all(set(b) == {*BATCH_KEYS, "old_per_token_logps"} for b in off)
+    assert all(set(b) == {*BATCH_KEYS, REWARDS, "old_per_token_logps"} for b in off)
     both = batches_of(ours(max_steps=2, steps_per_generation=2, extra={"rollout_func": Sampler()}))
-    assert all(set(b) <= {*BATCH_KEYS, *OPTIONAL_KEYS} and "sampling_per_token_logps" in b for b in both)
+    assert all(set(b) <= {*BATCH_KEYS, *OPTIONAL_KEYS, REWARDS} and "sampling_per_token_logps" in b for b in both)
 
 
 # -- a sampler of its own --------------------------------------------------------------------------------------------
