@@ -42,10 +42,12 @@ def head_steps() -> dict[str, Callable[[], Any]]:
     weight = (0.02 * torch.randn(VOCABULARY, WIDTH, generator=rng)).requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=rng)
     advantages = torch.randn(TOKENS, generator=rng)
-    with torch.no_grad():
-        sampled = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[:, None])[:, 0] + 0.3 * torch.randn(
-            TOKENS, generator=rng
-        )
+    with torch.no_grad():  # in parts: whole logits here would be the peak of every side
+        parts = [
+            (h @ weight.T).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+            for h, y in zip(hidden.split(16), labels.split(16), strict=True)
+        ]
+        sampled = torch.cat(parts) + 0.3 * torch.randn(TOKENS, generator=rng)
 
     def rule(log_probs: torch.Tensor) -> torch.Tensor:
         gap = (log_probs - sampled).detach()
