@@ -84,7 +84,8 @@ def head_steps() -> dict[str, Callable[[], Any]]:
 def trainer_steps(folder: Path, length: int) -> dict[str, Callable[[], Any]]:
     """Loss and backward of both trainers on one batch of samples of the embedded model."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from qtarget import QTargetGRPOConfig, QTargetGRPOTrainer
     from qtarget.data.embedded import base_model_path
@@ -95,12 +96,13 @@ def trainer_steps(folder: Path, length: int) -> dict[str, Callable[[], Any]]:
         "per_device_train_batch_size": 32, "num_generations": 8, "max_completion_length": length, "gradient_checkpointing": False,
         "disable_dropout": True,
     }  # fmt: skip
+    trl_reward: Any = reward  # its alias asks for one signature
     kinds = {
         "ours": lambda: QTargetGRPOTrainer(
             str(base_model_path()), reward, QTargetGRPOConfig(str(folder / "a"), kept_samples=0, **settings), rows
         ),
         "trl": lambda: GRPOTrainer(
-            str(base_model_path()), reward, GRPOConfig(str(folder / "b"), scale_rewards="none", **settings), rows
+            str(base_model_path()), trl_reward, GRPOConfig(str(folder / "b"), scale_rewards="none", **settings), rows
         ),
     }
     out = {}

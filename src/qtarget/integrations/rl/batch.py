@@ -50,7 +50,8 @@ class Samples:
 
     def rollout(self) -> Reference | None:
         """The anchor as the loss takes it."""
-        return None if self.anchor is None else Reference(label_log_probs=self.anchor, **(self.outcomes or {}))
+        more: dict[str, Any] = self.outcomes or {}
+        return None if self.anchor is None else Reference(label_log_probs=self.anchor, **more)
 
 
 def samples_of(
