@@ -95,7 +95,7 @@ def test_a_column_that_is_not_there(ours):
         ours(None, data=prompts(), teacher="self", privileged_column="solution", **OPD).train()
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("adapter", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["whole", "lora"])
 def test_a_slow_teacher_is_the_mean_of_the_policies(adapter, ours):
     """By hand from the weights after every step; with an adapter nothing but the adapter is held twice."""
     from peft import LoraConfig

@@ -26,7 +26,9 @@ def server():
 OPD = {"target": "reverse_kl", "rewards": None, "max_steps": 3, "learning_rate": 5e-3, "steps_per_generation": 2}
 
 
-@pytest.mark.parametrize("privileged", [False, True], ids=["plain", "privileged"])
+@pytest.mark.parametrize(
+    "privileged", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["plain", "privileged"]
+)
 def test_it_teaches_as_the_model_itself(privileged, ours, server):
     """All tokens listed: the runs are one run, up to rounding."""
     seen = {"privileged_column": "solution", "privileged_template": "{privileged}{prompt}"} if privileged else {}
