@@ -147,17 +147,17 @@ def points_left(found: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]) ->
 
 
 def marked_part(found: Mapping[str, Any] | None) -> str:
-    """Real noise that people marked: what `examples/real_noise.py` found."""
+    """Real noise that people marked: what `scripts/measure_real_noise.py` found."""
     title = "### Real noise, marked: wrong solutions of GSM8K\n"
     if found is None:
-        return f"{title}\nNot measured yet: `python examples/real_noise.py --data ../shared/data`.\n"
+        return f"{title}\nNot measured yet: `python scripts/measure_real_noise.py --data ../shared/data`.\n"
     run = next(run for run in found["runs"] if run["marked_wrong"])
     share, rows = run["marked_wrong"] / run["rows"]["train"], run["rows"]
     ranked = sorted(run["clean_nll"].items(), key=lambda item: item[1])
     text = (
         f"{rows['train']} model-written solutions, {share:.0%} of them marked wrong, and a real story model of 0.66 million "
         f"parameters, which solves none: so the measure is the NLL of {rows['clean']} clean rows of other questions. One seed, one "
-        "recipe for all (`examples/real_noise.py`). The teacher of `target_sft` is the base trained on other, clean rows.\n"
+        "recipe for all (`scripts/measure_real_noise.py`). The teacher of `target_sft` is the base trained on other, clean rows.\n"
     )
     return "\n".join([title, text, markdown_table(("", "NLL, nats a token"), [(n, f"{v:.3f}") for n, v in ranked])])
 

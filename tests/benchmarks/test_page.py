@@ -28,7 +28,7 @@ def test_what_was_not_measured_is_said():
     assert "Not measured yet: `qtarget bench noise" in module.noise_part(None)
     assert "Not measured yet: `qtarget bench distill" in module.distill_part(None)
     assert "Not measured yet: `qtarget bench prior" in module.prior_part(None)
-    assert "Not measured yet: `python examples/real_noise.py" in module.marked_part(None)
+    assert "Not measured yet: `python scripts/measure_real_noise.py" in module.marked_part(None)
     assert module.real_part(None, module.SCAN) == ""
 
 
