@@ -194,7 +194,7 @@ def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open
         with pytest.raises(SystemExit):
             run(["inspect", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "page.html")])
         assert "1 of 2 rows are not in the cache" in (said := " ".join(capsys.readouterr().err.split()))
-        assert "rows 2;" in said
+        assert "row 3;" in said
 
 
 def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
@@ -311,7 +311,7 @@ def test_rows_are_sorted_and_tokens_and_masks_are_those_of_the_json(page, number
     assert [i for i in masked if i >= 0] == row["trained"]
     assert card.locator(".tok.noise").count() in (sum(row["marked"]), 0)
     page.select_option("#sort", "order")
-    assert page.locator(".row").first.get_attribute("aria-label") == "row 0"
+    assert page.locator(".row").first.get_attribute("aria-label") == "row 1"
 
 
 def test_hover_shows_the_numbers_and_alternatives_of_the_json(page, numbers):
@@ -388,7 +388,7 @@ def test_keyboard_reaches_every_token(page, numbers):
 def test_link_search_and_other_tabs(made, open_page, numbers):
     page = open_page(made / "page.html", fragment="#row=41", scheme="dark")
     page.wait_for_selector(".row.linked")
-    assert page.locator(".row.linked .facts a").inner_text() == "row 41"
+    assert page.locator(".row.linked .facts a").inner_text() == "row 42"
     word = next(t for t in numbers["rows"][5]["texts"] if len(t.strip()) > 3).strip()
     page.fill("#search", word)
     hits = sum(word.lower() in "".join(r["texts"]).lower() for r in numbers["rows"])
