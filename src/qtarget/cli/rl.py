@@ -208,6 +208,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console = Console()
     console.print(table)
     console.print(
-        Text(f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, qtarget_config.yaml, train_summary.json)"),
+        Text(
+            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, qtarget_config.yaml, train_summary.json)"
+        ),
         soft_wrap=True,
     )

@@ -335,7 +335,9 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     for warning in summary["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
     console.print(
-        Text(f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"),
+        Text(
+            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"
+        ),
         soft_wrap=True,
     )
 

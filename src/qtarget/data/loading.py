@@ -341,7 +341,9 @@ def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
     def read(row: Row, index: int) -> Row:
         made = reader.row(Place(where, f"row {index + 1}"), row)
         if made is None:
-            raise DataError(f"{name}, row {index + 1}: null_content: drop leaves no rows out of a stream; filter it before")
+            raise DataError(
+                f"{name}, row {index + 1}: null_content: drop leaves no rows out of a stream; filter it before"
+            )
         return made
 
     return dataset.map(read, with_indices=True, remove_columns=list(first))

@@ -408,7 +408,9 @@ def nll_line(rows: RowSet, name: str, row: Mapping[str, Any], scored: Mapping[st
     found = [value for value in scored["log_probs"] if value is not None]
     nats = -math.fsum(found)
     if not math.isfinite(nats):
-        raise NonFiniteLossError(f"{name} gives {rows.file}, row {row['row'] + 1}, an nll of {nats}; is the model damaged?")
+        raise NonFiniteLossError(
+            f"{name} gives {rows.file}, row {row['row'] + 1}, an nll of {nats}; is the model damaged?"
+        )
     supervised = [value is not None for value in scored["log_probs"]]
     key = digest(json.dumps([list(map(int, row["input_ids"])), supervised]).encode())
     return {

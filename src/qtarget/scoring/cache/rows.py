@@ -147,7 +147,9 @@ def check_request(
         places = [np.asarray(at, dtype=np.int64) for at in positions]
     for index, (ids, at) in enumerate(zip(rows, places, strict=True)):
         if ids.ndim != 1 or at.ndim != 1:
-            raise DataError(f"row {index + 1} has ids of shape {ids.shape}, positions of {at.shape}; expected flat lists")
+            raise DataError(
+                f"row {index + 1} has ids of shape {ids.shape}, positions of {at.shape}; expected flat lists"
+            )
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             raise DataError(
                 f"row {index + 1} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "

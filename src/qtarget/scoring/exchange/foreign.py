@@ -301,7 +301,8 @@ class ForeignSource:
         mass = np.exp(log_probs.astype(np.float64)).sum(1)
         if len(wrong := mass[~(mass <= 1 + 10 * MASS_SLACK)]):
             raise DataError(
-                f"row {index + 1}: listed probabilities sum to {wrong[0]:.4g}; expected log-probs at temperature 1, at most 1 in all"
+                f"row {index + 1}: listed probabilities sum to {wrong[0]:.4g}; expected log-probs at "
+                "temperature 1, at most 1 in all"
             )
         return mass
 
