@@ -16,9 +16,11 @@ test: $(VENV)/installed ## all tests and doctests
 	$(BIN)/python -m pytest -n 2
 
 nightly: $(VENV)/installed ## the long tests that `make test` leaves out
+	@echo "the long tests: they train and compare real models"
 	$(BIN)/python -m pytest -n 2 -m nightly
 
-check: $(VENV)/installed ## formatting, lint, types, layers
+check: $(VENV)/installed ## formatting, lint, types, layers, the site
+	@echo "formatting, lint, types, layers, and the site built strictly: a few minutes on 2 cores"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

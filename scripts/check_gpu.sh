@@ -29,7 +29,7 @@ small() { # shapes that a processor computes in seconds
 base=src/qtarget/data/embedded/base_model
 hardware=(--bf16 true)
 [ "$DEVICE" = cuda ] || hardware=(--bf16 false --use_cpu true)
-train=($PYTHON -m qtarget train examples/live.yaml --max_steps 5 --report_to none --eval_strategy no --eval_on_start false --save_strategy no "${hardware[@]}")
+train=($PYTHON -m qtarget train examples/watch/run.yaml --max_steps 5 --report_to none --eval_strategy no --eval_on_start false --save_strategy no "${hardware[@]}")
 
 part kernels 150 $PYTHON -m pytest -q -x -p no:cacheprovider tests/loss/test_triton.py tests/loss/test_backends.py
 part speed 120 $PYTHON -m qtarget bench speed --device "$DEVICE" --output "$OUT/speed.json" $(small)

@@ -147,7 +147,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/audit_noise.json"))
     parser.add_argument("--limit", type=int, help="first so many rows of each real data set")
     parser.add_argument("--only", choices=("injected", "real"), help="measure one part, keep the other of --output")
-    parser.add_argument("--caches", type=Path, help="of the real data sets: the --output of examples/inspect_marked.py")
+    parser.add_argument(
+        "--caches", type=Path, help="of the real data sets: the --output of scripts/measure_marked_rows.py"
+    )
     options = parser.parse_args()
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -51,7 +51,7 @@ After this page you can say which of the claims hold, where, and how to measure 
 Three claims come with the work that this project builds on. Each is a command that anybody can run again; every number
 below is written by `python scripts/update_benchmarks.py` from the raw results in `benchmarks/results/`. `--scale gpu` first
 trains a base of 36 million parameters, with a tokenizer of its own, on real texts (`--data`, or `--corpus` with your own) and on
-documents of the small skills, and goes on from there; no number here is from it, as no GPU was at hand.
+documents of the small skills. No number here is from it, as no GPU was at hand.
 """
 
 
@@ -85,14 +85,22 @@ def noise_part(found: Mapping[str, Any] | None) -> str:
 NOISE_PROTOCOL = """\
 `qtarget bench noise` (full setting: about an hour on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
 smoke test). The embedded base knows nine small skills in its own format. Three bases are asked for them in the instruction
-format: one that has never seen it, and two after a few steps on clean rows that no run trains on ({knows}). 640 demonstrations
-get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method tunes its learning rate (three
-values), then its own hyper-parameter (three values), on 128 rows with the same noise, judged by the answers that those rows
-state; then {seeds} seeds of noise and order are run, and only then are the 200 clean test prompts asked.
+format: one that has never seen it, and two after a few steps on clean rows that no run trains on.
 
-Noise: *random tokens* replaces that share of the response tokens; *wrong answer* states another row's answer in that share of
-rows; *contradictory duplicate* adds a copy with a wrong answer; *boilerplate* puts a preamble in front; *cue* tells the
-answer in the prompt in training, and a wrong one in the test.
+{knows}
+
+640 demonstrations get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method
+tunes its learning rate, then its own hyper-parameter, three values each. It does so on 128 rows with the same noise, judged by
+the answers that those rows state. Then {seeds} seeds of noise and order are run.
+Only then are the 200 clean test prompts asked.
+
+| noise | what it does |
+|---|---|
+| *random tokens* | replaces that share of the response tokens |
+| *wrong answer* | states another row's answer in that share of rows |
+| *contradictory duplicate* | adds a copy with a wrong answer |
+| *boilerplate* | puts a preamble in front |
+| *cue* | tells the answer in the prompt in training, and a wrong one in the test |
 """
 
 
@@ -100,14 +108,21 @@ def knows(found: Mapping[str, Any]) -> str:
     """What the bases are, by the share of clean labels that are their first choice."""
     clean = [cell for cell in found["cells"] if not cell["rate"]]
     shares = sorted((cell["base_knows"]["favourite_share"], cell["base"]) for cell in clean)
-    return "; ".join(f"*{base}*: {share:.0%} of the clean labels are its first choice" for share, base in shares)
+    return markdown_table(
+        ("base", "clean labels that are its first choice"), [(f"*{b}*", f"{s:.0%}") for s, b in shares]
+    )
 
 
 def practice(found: Mapping[str, Any]) -> str:
     """Where dropping surprising rows, which needs no target, is the best of all."""
     best = [f"{cell['base']}: {words(cell)}" for cell in found["summary"]["cells"] if best_of(cell) == FILTERED]
     points = f"{len(best)} of {len(found['cells'])} points"
-    return f"Dropping the rows that surprise the base most, an old practice, is best at {points} ({'; '.join(best)}).\n"
+    return f"Dropping the rows that surprise the base most, an old practice, is best at {points}:\n\n{listed(best)}"
+
+
+def listed(points: Iterable[str]) -> str:
+    """A line each."""
+    return "".join(f"- {point}\n" for point in points)
 
 
 DESIGNED = """\
@@ -147,17 +162,17 @@ def points_left(found: Mapping[str, Any], cells: Iterable[Mapping[str, Any]]) ->
 
 
 def marked_part(found: Mapping[str, Any] | None) -> str:
-    """Real noise that people marked: what `examples/real_noise.py` found."""
+    """Real noise that people marked: what `scripts/measure_real_noise.py` found."""
     title = "### Real noise, marked: wrong solutions of GSM8K\n"
     if found is None:
-        return f"{title}\nNot measured yet: `python examples/real_noise.py --data ../shared/data`.\n"
+        return f"{title}\nNot measured yet: `python scripts/measure_real_noise.py --data ../shared/data`.\n"
     run = next(run for run in found["runs"] if run["marked_wrong"])
     share, rows = run["marked_wrong"] / run["rows"]["train"], run["rows"]
     ranked = sorted(run["clean_nll"].items(), key=lambda item: item[1])
     text = (
         f"{rows['train']} model-written solutions, {share:.0%} of them marked wrong, and a real story model of 0.66 million "
         f"parameters, which solves none: so the measure is the NLL of {rows['clean']} clean rows of other questions. One seed, one "
-        "recipe for all (`examples/real_noise.py`). The teacher of `target_sft` is the base trained on other, clean rows.\n"
+        "recipe for all (`scripts/measure_real_noise.py`). The teacher of `target_sft` is the base trained on other, clean rows.\n"
     )
     return "\n".join([title, text, markdown_table(("", "NLL, nats a token"), [(n, f"{v:.3f}") for n, v in ranked])])
 
@@ -183,8 +198,8 @@ def goal_lines(goals: list[Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, points, reached in asked:
         met = [f"{goal['base']}: {words(goal)}" for goal in points if reached(goal)]
-        lines.append(f"- {name}: {len(met)} of {len(points)} points" + (f" ({'; '.join(met)})" if met else ""))
-    return ["Goals:\n", *lines, ""]
+        lines.append((name, f"{len(met)} of {len(points)}", "; ".join(met)))
+    return [markdown_table(("goal", "points that reach it", "which"), lines), ""]
 
 
 def unrun(found: Mapping[str, Any]) -> str:
@@ -224,8 +239,9 @@ def newsletter(found: Mapping[str, Any]) -> str:
             (ahead if mine > sft else behind).append(where)
     return (
         "### The newsletter's recipe, `1 - p_base`\n\n"
-        f"More than a point above plain SFT: {'; '.join(ahead) or 'nowhere on this map'}. More than a point below: "
-        f"{'; '.join(behind) or 'nowhere'}. A noise token is one that the base finds surprising, so this weight is highest "
+        f"More than a point above plain SFT:\n\n{listed(ahead or ['nowhere on this map'])}\n"
+        f"More than a point below:\n\n{listed(behind or ['nowhere'])}\n"
+        "A noise token is one that the base finds surprising, so this weight is highest "
         "exactly there. Use `consensus` instead, or `target_sft` with the base as teacher where the base can answer already.\n"
     )
 
@@ -348,7 +364,8 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
         without, corrects = (f"{row[key]:.0%}" for key in ("corrects_without", "corrects"))
         lines.append([name, without, corrects, changes, "reached" if row["reached"] else "missed"])
     figure = "![the flawed skill answered right, by target and guard](prior.png)\n"
-    finding = f"**{found['summary']['finding']}.**\n"
+    head_words, _, shares = found["summary"]["finding"].partition(": ")
+    finding = f"**{head_words}:**\n\n{listed(shares.split('; '))}"
     return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), markdown_table(head, lines)])
 
 

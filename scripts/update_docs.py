@@ -129,9 +129,9 @@ def speed_note() -> str:
     return (
         f"Against five products, with the frozen logits made a second time for the gradient, a live teacher takes "
         f"{min(eager):.2f} to {max(eager):.2f} x, compiled {min(compiled):.2f} to {max(compiled):.2f} x.\n\n"
-        f"In bfloat16 the products are fast and what lies between them counts: `sft` takes {ours:.2f} x the floor, naive "
-        f"cross entropy {naive:.2f}; `asft`, whose logits are float32, {soft:.2f}, naive with float32 logits {wide:.2f}: "
-        f"there the loss saves memory and no time. A live teacher costs {min(live):.1f} to {max(live):.1f} x its floor in "
+        f"In bfloat16 the products are fast and what lies between them counts. `sft` takes {ours:.2f} x the floor, naive "
+        f"cross entropy {naive:.2f}. `asft`, whose logits are float32, takes {soft:.2f}, naive with float32 logits {wide:.2f}. "
+        f"There the loss saves memory and no time. A live teacher costs {min(live):.1f} to {max(live):.1f} x its floor in "
         "bfloat16. On a CPU without such instructions the loss multiplies widened blocks of the head in float32, which is "
         "faster there, and exact."
     )

@@ -29,7 +29,7 @@ def table() -> str:
             "",
             f"{config['clients']} clients, one row a request, {config['requests']} requests a round, median of "
             f"{config['rounds']} interleaved rounds; log-normal lengths from {config['shortest']} to {config['longest']} tokens "
-            f"(median {lengths['p50']:.0f}, mean {lengths['mean']:.0f}), top_k {config['top_k']}; a random Llama of width "
+            f"(median {lengths['p50']:.0f}, mean {lengths['mean']:.0f}), top_k {config['top_k']}. A random Llama of width "
             f"{config['width']} and {config['layers']} layers, {config['workers']} worker; {machine['processor']}, load average "
             f"{machine['load_before_and_after'][0][0]:.1f} before and {machine['load_before_and_after'][1][0]:.1f} after.",
         ]

@@ -81,6 +81,42 @@ def test_every_page_says_first_what_one_can_do_after_it() -> None:
         assert first.startswith("After this page you "), page.name
 
 
+QUESTIONS = {
+    "How do I mask a step?": "weight_spans",
+    "Which target for a noisy base?": "consensus",
+    "What does this cost in memory?": "one chunk of logits",
+    "How do I resume?": "--resume true",
+    "How do I use my own metric?": "--metric judges:close",
+    "How do I train with a teacher's API?": "teacher: http",
+    "What happens to rows that are too long?": "max_length",
+    "Does it work with QLoRA?": "load_in_4bit",
+    "How do I know whether it helped?": "qtarget compare",
+    "How do I stop a run that does not learn?": "not learning",
+}
+"""What is asked first -> what the answer names."""
+
+
+def heading_anchors(text: str) -> set[str]:
+    """As the site makes them."""
+    from markdown.extensions.toc import slugify
+
+    return {slugify(line.lstrip("# ").replace("`", ""), "-") for line in text.splitlines() if line.startswith("#")}
+
+
+def test_ten_questions_are_answered_within_two_clicks() -> None:
+    """The front page leads to the questions, and each of those to a page and a heading that are there."""
+    pytest.importorskip("markdown", reason="markdown is not installed: pip install 'qtarget[docs]'")
+    assert "](docs/questions.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", text, re.MULTILINE)}
+    for question, words in QUESTIONS.items():
+        assert words in rows[question][0], question
+    for _, more in rows.values():
+        for name, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", more):
+            page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+            assert not anchor or anchor in heading_anchors(page), (name, anchor)
+
+
 def test_the_keys_of_other_tools_are_told_as_keys_of_ours() -> None:
     """Every name in the right column of docs/migrate.md that looks like a key is one."""
     sys.path.insert(0, str(ROOT / "scripts"))

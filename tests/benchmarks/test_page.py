@@ -28,7 +28,7 @@ def test_what_was_not_measured_is_said():
     assert "Not measured yet: `qtarget bench noise" in module.noise_part(None)
     assert "Not measured yet: `qtarget bench distill" in module.distill_part(None)
     assert "Not measured yet: `qtarget bench prior" in module.prior_part(None)
-    assert "Not measured yet: `python examples/real_noise.py" in module.marked_part(None)
+    assert "Not measured yet: `python scripts/measure_real_noise.py" in module.marked_part(None)
     assert module.real_part(None, module.SCAN) == ""
 
 
@@ -48,7 +48,6 @@ def test_goals_are_counted_where_they_are_reached():
         goal("half", 0.4, 60.0, 30.0),  # not one of the two regimes
         goal("most", 0.4, 34.0, 30.0, kind="wrong_answer"),
     ]
-    lines = script().goal_lines(goals)
-    counts = [re.search(r": (\d of \d) points", line).group(1) for line in lines if line.startswith("-")]
-    assert counts == ["1 of 2", "1 of 1", "1 of 2", "1 of 2", "4 of 6"]
-    assert "(none: 40 % random tokens)" in lines[1]
+    table = script().goal_lines(goals)[0]
+    assert re.findall(r"\| (\d of \d) \|", table) == ["1 of 2", "1 of 1", "1 of 2", "1 of 2", "4 of 6"]
+    assert "| 1 of 2 | none: 40 % random tokens |" in table

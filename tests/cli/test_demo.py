@@ -79,13 +79,18 @@ def test_budgets_that_compare_nothing_are_refused():
 
 
 def test_rates_are_those_that_the_benchmark_chose():
-    cells = json.loads((ROOT / "benchmarks/results/noise.json").read_text())["cells"]
-    config = DemoConfig()
-    for cell in cells:
+    noise, more = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("noise", "demo_tuning")
+    )
+    config, seen = DemoConfig(), set()
+    for cell in [*noise["cells"], *more["cells"]]:
         if (cell["kind"], cell["rate"]) == (config.kind, config.rate) and cell["base"] in TUNED:
             for name, (rate, value) in TUNED[cell["base"]].items():
-                assert cell["chosen"][name] == {"learning_rate": rate, "value": value}, (cell["base"], name)
-    assert config.steps == json.loads((ROOT / "benchmarks/results/noise.json").read_text())["config"]["steps"]
+                if name in cell["chosen"]:
+                    assert cell["chosen"][name] == {"learning_rate": rate, "value": value}, (cell["base"], name)
+                    seen.add((cell["base"], name))
+    assert seen == {(base, name) for base, methods in TUNED.items() for name in methods}
+    assert config.steps == noise["config"]["steps"] == more["config"]["steps"]
 
 
 def test_greedy_completions_are_those_of_one_prompt_at_a_time(tiny_model):

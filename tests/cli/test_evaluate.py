@@ -279,7 +279,7 @@ def test_refusals_are_one_block_and_leave_no_file(runs, tmp_path, capsys, monkey
         ((base_model_path(), *data), "pass --base MODEL"),
         ((sft, "--data", runs / "none.jsonl"), "is not a file"),
         ((sft, *data, "--metric", "regex", "--pattern", "a+"), "captures nothing"),
-        ((sft, "--data", odd, *BRACKETS), "odd.jsonl, row 0: the reference does not match"),
+        ((sft, "--data", odd, *BRACKETS), "odd.jsonl, row 1: the reference does not match"),
         ((sft, *data, "--metric", "odd"), "is unknown"),
         ((sft, *data, "--samples", "2"), "set --temperature"),
         ((sft, *data, "--no-generate", "--metric", "exact"), "judge completions"),

@@ -167,7 +167,7 @@ def test_truncated_rows_are_in_the_summary(workspace, tmp_path):
     warnings = summary_of(tmp_path / "out")["warnings"]
     assert len(warnings) == 1
     assert "2 of 12 rows are truncated" in warnings[0]
-    assert "rows 10, 11" in warnings[0]
+    assert "rows 11, 12" in warnings[0]
 
 
 def test_the_summary_takes_first_and_last_training_lines():

@@ -169,7 +169,7 @@ def test_the_yaml_example_noise_score_train(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in load_demonstrations("train")[:EXAMPLE_ROWS])
     )
-    config = str(ROOT / "examples" / "noisy.yaml")
+    config = str(ROOT / "examples/noisy_sft/run.yaml")
     commands = [
         ["noise", "rows.jsonl", "runs/noisy/train.jsonl", "--kind", "random_tokens", "--rate", "0.2",
          "--tokenizer", str(base_model_path())],
@@ -189,7 +189,7 @@ def test_the_yaml_example_noise_score_train(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_python_example_learns_from_noisy_rows():
-    command = [sys.executable, ROOT / "examples" / "train_with_trl.py"]
+    command = [sys.executable, ROOT / "examples/noisy_sft/train.py"]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr[-2000:]
     before, after = ended.stdout.rsplit(": ", 1)[1].split(" -> ")

@@ -267,7 +267,7 @@ def test_arrays_count_as_lists_do() -> None:
 
 
 def test_misaligned_inputs_say_which_row() -> None:
-    with pytest.raises(ShapeError, match="row 1 has 2 tokens and a mask of 1"):
+    with pytest.raises(ShapeError, match="row 2 has 2 tokens and a mask of 1"):
         agreement([[1, 2], [1, 2]], [[False, True], [True]])
     with pytest.raises(ShapeError, match="2 rows of tokens and 1 masks"):
         agreement([[1, 2], [1, 2]], [[False, True]])
@@ -277,11 +277,11 @@ def test_misaligned_inputs_say_which_row() -> None:
         prior_reliability(np.ones(0), np.zeros(0))
     rows, masks = [[1, 2], [1, 2]], [[False, True]] * 2
     one, two = [np.zeros(1)] * 2, [np.zeros(1), np.zeros(2)]
-    with pytest.raises(ShapeError, match="row 1: 1 supervised tokens and 2 log-probs"):
+    with pytest.raises(ShapeError, match="row 2: 1 supervised tokens and 2 log-probs"):
         prior_conflict(rows, masks, two)
     with pytest.raises(ShapeError, match="2 rows of tokens, 1 of log-probs"):
         prior_conflict(rows, masks, one[:1])
-    with pytest.raises(ShapeError, match="row 1: 1 supervised tokens and 2 choices"):
+    with pytest.raises(ShapeError, match="row 2: 1 supervised tokens and 2 choices"):
         prior_conflict(rows, masks, one, two)
     with pytest.raises(ShapeError, match="2 rows of tokens, 1 of trust"):
         prior_conflict(rows, masks, one, one, one[:1])

@@ -31,10 +31,10 @@ def test_the_loss_of_a_batch_is_the_mean_over_tokens_that_are_predicted():
     ("rows", "words"),
     [
         ([], "no rows"),
-        ([{"input_ids": []}], "row 0 has no tokens"),
+        ([{"input_ids": []}], "row 1 has no tokens"),
         (
             [{"input_ids": [1, 2], "labels": [2]}],
-            "row 0 has 1 labels for 2 input_ids; expected one a token, not shifted",
+            "row 1 has 1 labels for 2 input_ids; expected one a token, not shifted",
         ),
     ],
 )

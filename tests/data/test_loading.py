@@ -283,7 +283,7 @@ def test_rows_that_are_in_both_are_counted_by_content():
     train = [{"prompt": "a", "completion": "b", "id": 1}, {"messages": [{"role": "user", "content": "x"}]}]
     validation = [{"messages": [{"content": "x", "role": "user"}], "id": 9}, {"prompt": "a", "completion": "c"}]
     (line,) = shared_rows(train, validation)
-    assert line.startswith("1 of 2 validation rows is a training row too: validation row 0 is training row 1;")
+    assert line.startswith("1 of 2 validation rows is a training row too: validation row 1 is training row 2;")
     assert shared_rows(train, validation[1:]) == []
 
 

@@ -206,10 +206,10 @@ def test_errors_name_the_problem():
         with pytest.raises(ConfigError, match="between 0 and 1"):
             inject_noise(rows, kind="boilerplate", rate=rate, seed=0)
     for bad in ({"prompt": "x"}, {"completion": ""}, {"messages": [{"role": "user", "content": "x"}]}):
-        with pytest.raises(DataError, match=r"row 1: .*no response"):
+        with pytest.raises(DataError, match=r"row 2: .*no response"):
             inject_noise([*rows, bad], kind="boilerplate", rate=0.1, seed=0)
     noisy = inject_noise(rows, kind="boilerplate", rate=1, seed=0)
-    with pytest.raises(DataError, match="row 0 is marked as noisy already"):
+    with pytest.raises(DataError, match="row 1 is marked as noisy already"):
         inject_noise(noisy, kind="random_tokens", rate=1, seed=0)
 
 

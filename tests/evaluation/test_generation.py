@@ -147,12 +147,12 @@ def test_questions_of_each_format():
     ("rows", "part"),
     [
         ([{"text": "a"}], "rows without answers"),
-        ([{"messages": [{"role": "user", "content": "q"}]}], "row 0: no message of the assistant"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], "row 0: nothing before"),
-        ([{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": " "}], "row 1: the answer is empty"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], "row 1: no message of the assistant"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], "row 1: nothing before"),
+        ([{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": " "}], "row 2: the answer is empty"),
         (
             [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "b"}],
-            "row 1: the reference does not match",
+            "row 2: the reference does not match",
         ),
     ],
 )

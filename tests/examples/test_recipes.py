@@ -28,24 +28,60 @@ def commands(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_goal_command_time_and_result(name):
     text = (ROOT / "examples" / name / "README.md").read_text()
+    assert "@@" not in text
     for part in ("Goal: ", "```bash\n", "Time: ", "Expected: ", " .. "):
         assert part in text, part
 
 
-def test_lora_with_packing(tmp_path, monkeypatch):
+def test_examples_are_recipes():
+    assert sorted(path.name for path in (ROOT / "examples").iterdir() if not path.name.startswith("__")) == RECIPES
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
     for part in ("examples", "src"):
         (tmp_path / part).symlink_to(ROOT / part)
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SMALL = {
+    "train": ["--max_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false"],
+    "evaluate": ["--limit", "4", "--max-new-tokens", "4"],
+    "compare": ["--seeds", "1", "--rates", "1", "--max_steps", "2", "--at-once", "1", "--max-new-tokens", "4"],
+}
+"""What a test adds to a command, so that it takes seconds."""
+
+
+@pytest.mark.parametrize(
+    ("name", "result"),
+    [
+        ("watch", "runs/live/report.html"),
+        ("noisy_sft", "runs/noisy/evaluation.html"),
+        ("own_target", "runs/own_target/evaluation.html"),
+        pytest.param("compare", "runs/compare/verdict/comparison.html", marks=pytest.mark.nightly),
+    ],
+)
+def test_commands_of_a_recipe_run_in_order(name, result, checkout):
+    for program, *given in commands(name):
+        if program == "pytest":
+            done = subprocess.run(
+                [sys.executable, "-m", program, *given], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stdout
+        else:
+            qtarget(*given, *SMALL.get(given[0], []))
+    assert (checkout / result).is_file()
+
+
+def test_lora_with_packing(tmp_path, checkout):
     train, merge = commands("lora_packing")
     qtarget(*train[1:], "--max_steps", "4", "--num_train_epochs", "1")
     qtarget(*merge[1:])
     assert (tmp_path / "runs/lora_packing-merged/model.safetensors").is_file()
 
 
-def test_distillation(tmp_path, monkeypatch):
-    for part in ("examples", "src"):
-        (tmp_path / part).symlink_to(ROOT / part)
-    monkeypatch.chdir(tmp_path)
+def test_distillation(tmp_path, checkout):
     for command in commands("distillation"):
         small = {
             "train": ["--max_steps", "2", "--eval_strategy", "no"],

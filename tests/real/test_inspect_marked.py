@@ -18,7 +18,7 @@ DATA = Path(os.environ.get("QTARGET_REAL_DATA", SHARED))
 def test_example_on_marked_rows_end_to_end(tmp_path):
     """A few rows of each: pages, JSON and areas are there, with the marks of the data."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "examples/inspect_marked.py", "--data", str(DATA), "--output", str(tmp_path)]
+    command = [sys.executable, "scripts/measure_marked_rows.py", "--data", str(DATA), "--output", str(tmp_path)]
     done = subprocess.run(
         [*command, "--limit", "40", "--steps", "1"],
         cwd=ROOT,

@@ -28,7 +28,9 @@ def run(*command: str) -> str:
 
 def test_real_noise_example_end_to_end(tmp_path):
     """Score, train five targets, resume one, evaluate: a small budget already teaches the format of the answers."""
-    run("examples/real_noise.py", "--data", str(DATA), "--output", str(tmp_path), "--rows", "64", "--steps", "16")
+    run(
+        "scripts/measure_real_noise.py", "--data", str(DATA), "--output", str(tmp_path), "--rows", "64", "--steps", "16"
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["data"] for r in results["runs"]] == ["dolly_3k", "gsm8k_model_solutions"]
     for part in results["runs"]:

@@ -13,7 +13,7 @@ from qtarget.storage.files import writing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TARGET_COLOUR, BASELINE_COLOUR, REST_COLOUR = "#2a6f97", "#c05621", "#6b7280"
+TARGET_COLOUR, BASELINE_COLOUR, REST_COLOUR, CAPTION_COLOUR = "#2a6f97", "#c05621", "#6b7280", "#374151"
 
 
 def regimes_figure(
@@ -34,7 +34,7 @@ def regimes_figure(
     from matplotlib.figure import Figure
 
     names = list(next(iter(panels.values()))[0])[::-1]
-    figure = Figure(figsize=(5.2 * len(panels), 2.1 + 0.45 * len(names)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 2.3 + 0.4 * len(names)), dpi=190, layout="constrained")
     for axes, (words, (found, untrained)) in zip(
         figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0], panels.items(), strict=True
     ):
@@ -42,8 +42,8 @@ def regimes_figure(
             colour = {baseline: BASELINE_COLOUR, oracle: REST_COLOUR}.get(name, TARGET_COLOUR)
             draw_line(axes, found[name], height, colour)
         axes.axvline(untrained, color=REST_COLOUR, linestyle="--", linewidth=1)
-        axes.set_title(words, loc="left", fontsize=10)
-        axes.set_xlabel("clean held-out prompts answered exactly (%)", fontsize=9)
+        axes.set_title(words, loc="left", fontsize=10.5)
+        axes.set_xlabel("clean held-out prompts answered exactly (%)", fontsize=9.5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.3)
         axes.set_xlim(-3, 100)
@@ -52,8 +52,8 @@ def regimes_figure(
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize=11)
-    figure.supxlabel(textwrap.fill(caption, 150), fontsize=7.5, color=REST_COLOUR, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, 92), x=0.01, ha="left", fontsize=11.5)
+    figure.supxlabel(textwrap.fill(caption, 125), fontsize=8.5, color=CAPTION_COLOUR, x=0.01, ha="left")
     return figure
 
 
@@ -65,7 +65,7 @@ def draw_line(axes: Any, values: Sequence[float], height: int, colour: str) -> N
     axes.plot(summary.mean, height, "o", color=colour, markersize=8)
     axes.annotate(
         f"{summary.mean:.0f}", (summary.high, height), textcoords="offset points", xytext=(8, 0), va="center", fontsize=9,
-        color=colour,
+        color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 

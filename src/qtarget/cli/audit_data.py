@@ -229,11 +229,11 @@ def example_line(example: Mapping[str, Any]) -> str:
 
     Example:
         >>> example_line({"row": 3, "text": "\\n", "log_prob": -9.5, "rank": None, "base_text": " a", "base_probability": 0.98})
-        "row 3: '\\\\n' log p -9.50, rank beyond top-k; the base: ' a' (0.98)"
+        "row 4: '\\\\n' log p -9.50, rank beyond top-k; the base: ' a' (0.98)"
     """
-    where = f"row {example['row']}" + (f", token {example['position']}" if "position" in example else "")
+    where = f"row {example['row'] + 1}" + (f", token {example['position']}" if "position" in example else "")
     if "answer" in example:
-        return f"{where}: {example['answer']!r}, row {example['other_row']}: {example['other_answer']!r}"
+        return f"{where}: {example['answer']!r}, row {example['other_row'] + 1}: {example['other_answer']!r}"
     text = f"{example['before']!r} + " if example.get("before") else ""
     line = f"{where}: {text}{example['text']!r}"
     if "log_prob" in example:

@@ -28,7 +28,7 @@ def demo(
         bool, typer.Option("--rl", help="Instead: samples of one's own, with rewards or a teacher, fresh and stale.")
     ] = False,
 ) -> None:
-    """Fine-tune two small bases on noisy rows in six ways; count exact answers on clean held-out prompts."""
+    """Fine-tune two small bases on noisy rows in seven ways; count exact answers on clean held-out prompts."""
     from rich.console import Console
 
     if is_rl:

@@ -201,6 +201,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from qtarget.cli.train import saved_model
+
     table = Table(title=f"trained on samples with {summary['target']}", show_header=False)
     for name in FIRST_AND_LAST.values():
         if f"first_{name}" in summary:
@@ -212,5 +214,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console = Console()
     console.print(table)
     console.print(
-        Text(f"saved to {output} (model, tokenizer, qtarget_config.yaml, train_summary.json)"), soft_wrap=True
+        Text(
+            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, qtarget_config.yaml, train_summary.json)"
+        ),
+        soft_wrap=True,
     )

@@ -282,5 +282,13 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     for warning in summary["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
     console.print(
-        Text(f"saved to {output} (model, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"), soft_wrap=True
+        Text(
+            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"
+        ),
+        soft_wrap=True,
     )
+
+
+def saved_model(output: Path) -> str:
+    """What a run's folder holds: ``adapter`` or ``model``."""
+    return "adapter" if (output / "adapter_config.json").is_file() else "model"

@@ -70,7 +70,7 @@ def measured_set(name: SetName, file: str, dataset: Any, metric: Metric) -> tupl
         return RowSet(name, file, dataset, None, None), list(range(len(rows)))
     if not has_answers(rows):
         ask(rows, judge, file)  # which says what is missing
-    kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {i}")]
+    kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {i + 1}")]
     if not kept:
         raise DataError(
             f"{file}: --metric {judge.name} can judge the answer of none of its {len(rows)} rows; choose another metric"

@@ -60,9 +60,9 @@ def _check(rows: Sequence[Mapping[str, Any]]) -> None:
     for i, row in enumerate(rows):
         length = len(row["input_ids"])
         if not length:
-            raise DataError(f"row {i} has no tokens; leave it out")
+            raise DataError(f"row {i + 1} has no tokens; leave it out")
         for name in ("labels", "loss_weights"):
             if name in row and len(row[name]) != length:
                 raise DataError(
-                    f"row {i} has {len(row[name])} {name} for {length} input_ids; expected one a token, not shifted"
+                    f"row {i + 1} has {len(row[name])} {name} for {length} input_ids; expected one a token, not shifted"
                 )

@@ -300,7 +300,7 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
         return dataset
     rows, warnings, removed = as_written(dataset.with_format(None))
     where = Path(name)
-    reading = read_rows(((Place(where, f"row {i}"), row) for i, row in enumerate(rows)), options)
+    reading = read_rows(((Place(where, f"row {i}"), row) for i, row in enumerate(rows, start=1)), options)
     reading.announced += warnings
     announce(reading, name)
     if not reading.rows:
@@ -315,7 +315,7 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
         return _with_roles(objects, options)
     kept = dataset.select_columns(notes)
     if len(reading.rows) < len(dataset):
-        kept = kept.select([int(place.where.removeprefix("row ")) for place in reading.places])
+        kept = kept.select([int(place.where.removeprefix("row ")) - 1 for place in reading.places])
     whole = concatenate_datasets([kept, objects], axis=1)
     return _with_roles(whole.select_columns([c for c in made if c in [*notes, *converted]]), options)
 
@@ -326,7 +326,7 @@ def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
     first = next(iter(dataset), None)
     if first is None or "input_ids" in first:
         return dataset
-    reader = RowReader(options, (Place(where, "row 0"), first))
+    reader = RowReader(options, (Place(where, "row 1"), first))
     features = dataset.features or {}
     structs = [column for column in OBJECTS if column in features and is_struct(features[column], beyond=PLAIN_KEYS)]
     logger.info("%s: a stream of rows, read as %s", name, reader.shape.name)
@@ -339,9 +339,11 @@ def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
         )
 
     def read(row: Row, index: int) -> Row:
-        made = reader.row(Place(where, f"row {index}"), row)
+        made = reader.row(Place(where, f"row {index + 1}"), row)
         if made is None:
-            raise DataError(f"{name}, row {index}: null_content: drop leaves no rows out of a stream; filter it before")
+            raise DataError(
+                f"{name}, row {index + 1}: null_content: drop leaves no rows out of a stream; filter it before"
+            )
         return made
 
     return dataset.map(read, with_indices=True, remove_columns=list(first))

@@ -230,9 +230,9 @@ def inject_noise(
         try:
             response_text(row)
         except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
+            raise DataError(f"row {number + 1}: {error}") from error
         if row.get("noise_spans"):
-            raise DataError(f"row {number} is marked as noisy already; inject into clean rows, one kind per row")
+            raise DataError(f"row {number + 1} is marked as noisy already; inject into clean rows, one kind per row")
     edits = _edits(clean, kind, rate, Random(f"{seed}-{kind}"), tokenizer)
     noisy: list[Row] = []
     for index, row in enumerate(clean):

@@ -42,7 +42,7 @@ def shared_rows(train: Iterable[Any], validation: Iterable[Any], *, text_field: 
     Example:
         >>> (line,) = shared_rows([{"text": "a"}, {"text": "b"}], [{"text": "b"}])
         >>> line.split(";")[0]
-        '1 of 1 validation rows is a training row too: validation row 0 is training row 1'
+        '1 of 1 validation rows is a training row too: validation row 1 is training row 2'
     """
     known: dict[bytes, int] = {}
     for i, row in enumerate(train):
@@ -51,7 +51,7 @@ def shared_rows(train: Iterable[Any], validation: Iterable[Any], *, text_field: 
     found = [(j, known[value]) for j, value in enumerate(hashes) if value in known]
     if not found:
         return []
-    named = ", ".join(f"validation row {j} is training row {i}" for j, i in found[:NAMED])
+    named = ", ".join(f"validation row {j + 1} is training row {i + 1}" for j, i in found[:NAMED])
     are = "is a training row" if len(found) == 1 else "are training rows"
     return [
         f"{len(found):,} of {len(hashes):,} validation rows {are} too: {named}{', ...' * (len(found) > NAMED)}; their loss "

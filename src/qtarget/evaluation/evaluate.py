@@ -199,7 +199,7 @@ class Evaluation:
         for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
             keys = [("completion", rows.name, name, i) for i in chosen]
             if any(self._records.get(key) is None for key in keys):
-                names = [f"{rows.file}, row {i}" for i in chosen]
+                names = [f"{rows.file}, row {i + 1}" for i in chosen]
                 space = room([len(prompts[i]) for i in chosen], wanted, loaded.context, names)
                 said = self._said(loaded, rows, [prompts[i] for i in chosen], space, stream)
                 self._records.add(
@@ -234,7 +234,7 @@ class Evaluation:
         assert rows.judge is not None
         line = self._records.get(("completion", rows.name, name, question.number))
         assert line is not None, "it was just added"
-        where = f"{rows.file}, row {question.number} ({name})"
+        where = f"{rows.file}, row {question.number + 1} ({name})"
         self._scores[rows.name, name, question.number] = [
             judged(rows.judge, question.text, text, question.reference, question.row, where)
             for text in line["completions"]
@@ -408,7 +408,9 @@ def nll_line(rows: RowSet, name: str, row: Mapping[str, Any], scored: Mapping[st
     found = [value for value in scored["log_probs"] if value is not None]
     nats = -math.fsum(found)
     if not math.isfinite(nats):
-        raise NonFiniteLossError(f"{name} gives {rows.file}, row {row['row']}, an nll of {nats}; is the model damaged?")
+        raise NonFiniteLossError(
+            f"{name} gives {rows.file}, row {row['row'] + 1}, an nll of {nats}; is the model damaged?"
+        )
     supervised = [value is not None for value in scored["log_probs"]]
     key = digest(json.dumps([list(map(int, row["input_ids"])), supervised]).encode())
     return {

@@ -74,7 +74,7 @@ def ask(rows: Sequence[Mapping[str, Any]], judge: Judge, name: str) -> list[Ques
         )
     questions = []
     for number, row in enumerate(rows):
-        where = f"{name}, row {number}"
+        where = f"{name}, row {number + 1}"
         prompt, answer = split(row, where)
         if not answer.strip():
             raise DataError(f"{where}: the answer is empty; give it one, or leave the row out")

@@ -78,7 +78,7 @@ def layout(
     y = 3 * LINE + MARGIN
     for row in rows:
         x = MARGIN
-        tokens = [f"row {row['row']}:", *map(shown, row["tokens"][:LONGEST_ROW])]
+        tokens = [f"row {row['row'] + 1}:", *map(shown, row["tokens"][:LONGEST_ROW])]
         values = [None, *row[measure.key][:LONGEST_ROW]]
         if len(row["tokens"]) > LONGEST_ROW:
             tokens, values = [*tokens, f"… {len(row['tokens']) - LONGEST_ROW} more"], [*values, None]

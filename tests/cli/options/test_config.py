@@ -159,3 +159,26 @@ def test_the_working_directory_is_not_written_to(config, tmp_path, monkeypatch):
     monkeypatch.chdir(empty)
     config()
     assert os.listdir(Path.cwd()) == []
+
+
+def test_a_path_that_is_nowhere_is_named_once(tmp_path, monkeypatch):
+    from qtarget.cli.options.config import find_path
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for value, folder, words in (
+        ("/nowhere/at/all", tmp_path, "model_name_or_path: there is no /nowhere/at/all"),
+        ("./nowhere", tmp_path, f"./nowhere is not in {tmp_path}; check"),
+        ("./nowhere", tmp_path / "other", f"./nowhere is neither in {tmp_path / 'other'} nor in {tmp_path}; check"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            find_path("model_name_or_path", value, folder)
+        assert words in str(raised.value)
+
+
+def test_a_run_says_what_it_saved(tmp_path):
+    from qtarget.cli.train import saved_model
+
+    assert saved_model(tmp_path) == "model"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert saved_model(tmp_path) == "adapter"

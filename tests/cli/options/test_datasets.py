@@ -50,7 +50,7 @@ def test_rows_that_are_in_both_are_named(tmp_path, caplog):
     rows(tmp_path / "a.jsonl", "a", "b", "c")
     rows(tmp_path / "v.jsonl", "x", "c")
     load_datasets(load(tmp_path, train_file="a.jsonl", validation_file="v.jsonl"))
-    assert "1 of 2 validation rows is a training row too: validation row 1 is training row 2" in caplog.text
+    assert "1 of 2 validation rows is a training row too: validation row 2 is training row 3" in caplog.text
 
 
 def test_keys_that_say_how_rows_are_read(tmp_path):

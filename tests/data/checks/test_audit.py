@@ -26,7 +26,7 @@ def test_each_row_has_one_finding_and_is_named():
     assert report.unusable_rows == 4
     lines = report.messages()
     assert len(lines) == 4
-    assert "2 of 6 rows have no supervised token: rows 1, 5;" in lines[1]
+    assert "2 of 6 rows have no supervised token: rows 2, 6;" in lines[1]
     assert "1 of 6 rows are truncated before their end (max_length 3)" in lines[3]
     report.raise_if_unusable()
 
@@ -45,7 +45,7 @@ def test_only_the_first_few_rows_are_named_but_all_are_counted():
     report = audit_rows([PROMPT_ONLY] * 1000 + [GOOD], max_length=None)
     assert report.findings["unsupervised"].count == 1000
     assert "1000 of 1001 rows" in report.messages()[0]
-    assert "rows 0, 1, 2, 3, 4, ...;" in report.messages()[0]
+    assert "rows 1, 2, 3, 4, 5, ...;" in report.messages()[0]
 
 
 def test_a_data_set_that_trains_on_nothing_is_refused():
@@ -56,9 +56,9 @@ def test_a_data_set_that_trains_on_nothing_is_refused():
 
 
 def test_labels_of_another_length_and_untokenised_rows_are_errors():
-    with pytest.raises(DataError, match="row 1 has 3 input_ids but 2 labels"):
+    with pytest.raises(DataError, match="row 2 has 3 input_ids but 2 labels"):
         audit_rows([GOOD, {"input_ids": [1, 2, 3], "labels": [1, 2]}], max_length=None)
-    with pytest.raises(DataError, match="row 0 has no input_ids"):
+    with pytest.raises(DataError, match="row 1 has no input_ids"):
         audit_rows([{"text": "a"}], max_length=None)
 
 

@@ -55,7 +55,7 @@ def test_ids_that_the_model_does_not_have_are_an_error():
 
 def test_a_masked_id_is_named_and_its_place_explained():
     (found,) = check_known([GOOD, row([10, -100, 49])], WORDS)
-    assert "row 1 holds -100" in found.message
+    assert "row 2 holds -100" in found.message
     assert "-100 masks labels, and stands in no input_ids" in found.message
 
 

@@ -86,20 +86,20 @@ def test_given_weights_are_cut_where_their_tokens_are(make_trainer, mode, kept):
 def test_row_weights_that_are_no_weights(make_trainer, rows, bad):
     fine = [0.0, 0.5, *[1.0] * 22]
     assert len(make_trainer("sft", data=rows.add_column("weight", fine)).train_dataset) == 23
-    with pytest.raises(DataError, match="row 7: weight"):
+    with pytest.raises(DataError, match="row 8: weight"):
         make_trainer("sft", data=rows.add_column("weight", [*fine[:7], bad, *fine[8:]]))
 
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
 def test_token_and_message_weights_that_are_no_weights(make_trainer, bad):
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "loss_weights": [1.0, 1.0, w]} for w in (0.0, bad)]
-    with pytest.raises(DataError, match=r"row 1: .*loss_weights"):
+    with pytest.raises(DataError, match=r"row 2: .*loss_weights"):
         make_trainer("sft", data=Dataset.from_list(rows))
     chats = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc", "weight": w}]}
         for w in (0.5, bad)
     ]
-    with pytest.raises(DataError, match=r"row 1: .*weight of message 1" if bad < 0 else "column .messages. holds"):
+    with pytest.raises(DataError, match=r"row 2: .*weight of message 1" if bad < 0 else "column .messages. holds"):
         make_trainer("sft", data=Dataset.from_list(chats))
 
 
@@ -108,7 +108,7 @@ def test_rows_that_were_never_scored_go_by_their_numbers_in_the_data(make_traine
     data = make_rows(8)
     folder = cached(data=data.select(range(6)))
     weighted = data.add_column("weight", [0.0] * 4 + [1.0] * 4)
-    with pytest.raises(CacheMismatchError, match=re.escape("rows 6, 7;")):
+    with pytest.raises(CacheMismatchError, match=re.escape("rows 7, 8;")):
         make_trainer("asft", data=weighted, reference_cache=folder)
 
 

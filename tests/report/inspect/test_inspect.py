@@ -185,7 +185,7 @@ def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open
     assert [value is None for value in found["views"][0]["row_nll"]] == [False, True, False]
     assert [f["rows"] for f in found["audit"]["findings"] if f["check"] == "cut_off"] == [[1]]
     assert not any(f["check"] == "cache_coverage" for f in found["audit"]["findings"])
-    page = open_page(tmp_path / "page.html", fragment="#row=1")
+    page = open_page(tmp_path / "page.html", fragment="#row=2")
     page.wait_for_selector(".row.linked .tok")
     assert page.locator(".row.linked .tok:not(.masked)").count() == 0
     if cached:  # a row that the cache lacks is called by its number in the data
@@ -194,7 +194,7 @@ def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open
         with pytest.raises(SystemExit):
             run(["inspect", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "page.html")])
         assert "1 of 2 rows are not in the cache" in (said := " ".join(capsys.readouterr().err.split()))
-        assert "rows 2;" in said
+        assert "rows 3;" in said
 
 
 def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
@@ -295,14 +295,14 @@ def page(made, open_page):
 def token_of(page, numbers, place: int = 2):
     """The first card's token number ``place`` among the trained, and its row in the JSON."""
     card = page.locator(".row").first
-    number = int(card.locator("a").first.inner_text().removeprefix("row "))
+    number = int(card.locator("a").first.inner_text().removeprefix("row ")) - 1  # a page counts from 1
     row = next(r for r in numbers["rows"] if r["row"] == number)
     return card.locator(".tok[data-j]").nth(place), row
 
 
 def test_rows_are_sorted_and_tokens_and_masks_are_those_of_the_json(page, numbers):
     means = dict(zip(numbers["row_numbers"], numbers["views"][0]["row_nll"]))
-    order = [int(t.removeprefix("row ")) for t in page.locator(".row .facts a").all_inner_texts()]
+    order = [int(t.removeprefix("row ")) - 1 for t in page.locator(".row .facts a").all_inner_texts()]
     assert order == sorted(means, key=lambda n: -means[n])[: len(order)]
     _, row = token_of(page, numbers)
     card = page.locator(".row").first
@@ -311,7 +311,7 @@ def test_rows_are_sorted_and_tokens_and_masks_are_those_of_the_json(page, number
     assert [i for i in masked if i >= 0] == row["trained"]
     assert card.locator(".tok.noise").count() in (sum(row["marked"]), 0)
     page.select_option("#sort", "order")
-    assert page.locator(".row").first.get_attribute("aria-label") == "row 0"
+    assert page.locator(".row").first.get_attribute("aria-label") == "row 1"
 
 
 def test_hover_shows_the_numbers_and_alternatives_of_the_json(page, numbers):

@@ -193,7 +193,7 @@ def test_edited_rows_are_named(cache, rows):
         ReferenceCache.open(cache).locate(checksums([*rows, *edited]))
     message = str(caught.value)
     assert "7 of 18 rows" in message
-    assert "rows 11, 12, 13, 14, 15, ...;" in message
+    assert "rows 12, 13, 14, 15, 16, ...;" in message
     assert "qtarget score CONFIG.yaml" in message
     assert ReferenceCache.open(cache).locate([]) == []
 
@@ -283,10 +283,10 @@ def test_row_numbers_outside_the_cache_are_refused(cache):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [1, 2]}, "row 1 has no labels"),
-        ({"input_ids": [1, 2], "labels": [1]}, r"row 1 has input_ids of shape \(2,\) and labels of shape \(1,\)"),
-        ({"input_ids": [1, VOCAB], "labels": [1, -100]}, "row 1 has token ids from 1 to 61, the model knows 0 to 60"),
-        ({"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}, "row 1, position 1: the label is 3, the input 2"),
+        ({"input_ids": [1, 2]}, "row 2 has no labels"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"row 2 has input_ids of shape \(2,\) and labels of shape \(1,\)"),
+        ({"input_ids": [1, VOCAB], "labels": [1, -100]}, "row 2 has token ids from 1 to 61, the model knows 0 to 60"),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 3, -100]}, "row 2, position 1: the label is 3, the input 2"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path, rows, row, message):

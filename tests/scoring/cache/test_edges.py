@@ -43,11 +43,11 @@ def test_an_id_just_outside_the_vocabulary(tmp_path, wrong):
     fine = {"input_ids": [0, VOCAB - 1], "labels": [-100, VOCAB - 1]}
     assert read_row(fine, 0, VOCAB).positions.tolist() == [1]
     row = {"input_ids": [1, wrong], "labels": [-100, wrong]}
-    with pytest.raises(DataError, match=rf"row 1 has token ids from {min(1, wrong)} to {max(1, wrong)}"):
+    with pytest.raises(DataError, match=rf"row 2 has token ids from {min(1, wrong)} to {max(1, wrong)}"):
         write_cache(tmp_path / "cache", [fine, row], HashSource(), provenance())
-    with pytest.raises(DataError, match=f"row 7 has token ids .* the model knows 0 to {VOCAB - 1}"):
+    with pytest.raises(DataError, match=f"row 8 has token ids .* the model knows 0 to {VOCAB - 1}"):
         read_row(row, 7, VOCAB)
-    with pytest.raises(DataError, match=f"row 0 has token ids .* the model knows 0 to {VOCAB - 1}"):
+    with pytest.raises(DataError, match=f"row 1 has token ids .* the model knows 0 to {VOCAB - 1}"):
         check_request([np.array([1, wrong])], 0, None, None, VOCAB)
 
 
@@ -149,11 +149,11 @@ def test_rows_keep_their_own_numbers(cache):
 def test_missing_rows_go_by_the_callers_numbers(cache):
     strangers = ragged_rows(7, seed=5)
     opened = ReferenceCache.open(cache)
-    with pytest.raises(CacheMismatchError, match=r"1 of 2 rows are not in the cache .*: rows 41; "):
+    with pytest.raises(CacheMismatchError, match=r"1 of 2 rows are not in the cache .*: rows 42; "):
         opened.locate(checksums([ROWS[0], strangers[0]]), [40, 41])
-    with pytest.raises(CacheMismatchError, match=r"7 of 7 rows are not in the cache .*: rows 0, 1, 2, 3, 4, \.\.\.; "):
+    with pytest.raises(CacheMismatchError, match=r"7 of 7 rows are not in the cache .*: rows 1, 2, 3, 4, 5, \.\.\.; "):
         opened.locate(checksums(strangers))
-    with pytest.raises(CacheMismatchError, match=r"5 of 5 rows are not in the cache .*: rows 0, 1, 2, 3, 4; "):
+    with pytest.raises(CacheMismatchError, match=r"5 of 5 rows are not in the cache .*: rows 1, 2, 3, 4, 5; "):
         opened.locate(checksums(strangers[:5]))
 
 

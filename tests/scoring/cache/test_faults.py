@@ -370,7 +370,7 @@ def test_the_rest_is_scored_and_joined(tmp_path):
         CacheMismatchError, match=r"5 of 11 rows .*--known .*old --output MORE.*qtarget cache merge"
     ) as caught:
         ReferenceCache.open(tmp_path / "old").locate(checksums(ROWS))
-    assert "rows 6, 7, 8, 9, 10;" in str(caught.value)
+    assert "rows 7, 8, 9, 10, 11;" in str(caught.value)
     source = HashSource(3)
     write_cache(tmp_path / "more", ROWS, source, provenance(3), known=ReferenceCache.open(tmp_path / "old").checksums())
     assert source.scored == checksums(ROWS[6:])

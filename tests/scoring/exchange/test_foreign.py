@@ -181,10 +181,10 @@ def test_masked_slots_mean_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("target_logprobs", -0.1, r"row 1: listed probabilities sum to 4\.524; expected log-probs at temperature 1"),
-        ("target_logprobs", float("nan"), "row 1: listed probabilities sum to nan"),
-        ("target_token_ids", VOCAB, rf"row 1 lists id {VOCAB}, expected 0 to {VOCAB - 1}; .*--vocab-size"),
-        ("target_token_ids", -1, "row 1 lists id -1"),
+        ("target_logprobs", -0.1, r"row 2: listed probabilities sum to 4\.524; expected log-probs at temperature 1"),
+        ("target_logprobs", float("nan"), "row 2: listed probabilities sum to nan"),
+        ("target_token_ids", VOCAB, rf"row 2 lists id {VOCAB}, expected 0 to {VOCAB - 1}; .*--vocab-size"),
+        ("target_token_ids", -1, "row 2 lists id -1"),
     ],
 )
 def test_every_row_is_judged_not_the_probed_ones_alone(tmp_path, monkeypatch, column, value, words):

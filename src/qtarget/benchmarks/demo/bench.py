@@ -28,6 +28,7 @@ TUNED = {
         "sft": (5e-4, 0.0),
         "sft, filtered rows": (5e-4, 0.5),
         "consensus": (1e-3, 1.0),
+        "crossfit_consensus": (5e-4, 0.0),
         "target_sft": (5e-4, 0.1),
         "prior_surprise": (2e-3, 0.0),
         ORACLE: (1e-3, 0.0),
@@ -36,13 +37,14 @@ TUNED = {
         "sft": (2e-3, 0.0),
         "sft, filtered rows": (2e-3, 0.9),
         "consensus": (2e-3, 1.0),
+        "crossfit_consensus": (2e-3, 0.0),
         "target_sft": (1e-3, 0.3),
         "prior_surprise": (1e-3, 0.0),
         ORACLE: (2e-3, 0.0),
     },
 }
 """Base -> method -> learning rate and own hyper-parameter, as ``qtarget bench noise`` chose them on noisy validation rows
-(``benchmarks/results/noise.json``; a test compares)."""
+(``benchmarks/results/noise.json``, and ``demo_tuning.json`` for ``crossfit_consensus``; a test compares)."""
 CAPTION = (
     "Large points: mean over seeds; small points: each seed; lines: smallest to largest seed (no confidence interval). "
     "Dashed: the base, untrained. Grey: an oracle that is told which tokens are noise. Rates were tuned on other noisy rows."

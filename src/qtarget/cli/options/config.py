@@ -295,7 +295,11 @@ def find_path(key: str, value: str, folder: Path) -> str:
     is_model = key in ("reference", "teacher") or key.endswith("model_name_or_path")
     is_path = value.startswith((".", "/", "~")) or (value.count("/") > 1 and "://" not in value)
     if is_model and is_path:
-        raise ConfigError(f"{key}: {value} is neither in {folder.resolve()} nor in {Path.cwd()}; check the path")
+        if relative.is_absolute():
+            raise ConfigError(f"{key}: there is no {value}; check the path, or give a hub name")
+        places = " nor in ".join(dict.fromkeys(map(str, (folder.resolve(), Path.cwd()))))
+        where = f"is neither in {places}" if " nor in " in places else f"is not in {places}"
+        raise ConfigError(f"{key}: {value} {where}; check the path")
     return value
 
 

@@ -184,7 +184,7 @@ def _check_counts(flat: FlatTokens, name: str, found: Sequence[np.ndarray]) -> N
         raise ShapeError(f"{len(flat.counts)} rows of tokens, {len(found)} of {name}; expected as many of each")
     for number, (count, values) in enumerate(zip(flat.counts.tolist(), found, strict=True)):
         if count != len(values):
-            raise ShapeError(f"row {number}: {count} supervised tokens and {len(values)} {name}; expected as many")
+            raise ShapeError(f"row {number + 1}: {count} supervised tokens and {len(values)} {name}; expected as many")
 
 
 def _conflicts(

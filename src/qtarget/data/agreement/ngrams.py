@@ -73,7 +73,7 @@ class FlatTokens:
         for number, (ids, mask) in enumerate(zip(token_ids, supervised, strict=True)):
             if len(ids) != len(mask):
                 raise ShapeError(
-                    f"row {number} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths"
+                    f"row {number + 1} has {len(ids)} tokens and a mask of {len(mask)}; expected equal lengths"
                 )
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in token_ids], dtype=np.int64)]).astype(np.int64)
         mask = joined(supervised, bool)

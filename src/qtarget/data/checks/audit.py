@@ -146,13 +146,13 @@ def _supervision(index: int, row: Mapping[str, Any], max_length: int | None, kee
     """Tokens kept, supervised tokens kept, supervised tokens cut off."""
     if "input_ids" not in row:
         raise DataError(
-            f"row {index} has no input_ids (columns: {', '.join(row) or 'none'}); audit rows after tokenisation"
+            f"row {index + 1} has no input_ids (columns: {', '.join(row) or 'none'}); audit rows after tokenisation"
         )
     length = len(row["input_ids"])
     labels = row["labels"] if row.get("labels") is not None else row["input_ids"]
     if len(labels) != length:
         raise DataError(
-            f"row {index} has {length} input_ids but {len(labels)} labels; expected one label a token, -100 to ignore"
+            f"row {index + 1} has {length} input_ids but {len(labels)} labels; expected one label a token, -100 to ignore"
         )
     end = length if max_length is None else min(length, max_length)
     first = length - end + 1 if keep_end else 1  # the first token that is kept is predicted by nothing

@@ -46,15 +46,15 @@ class Finding:
 
 
 def named(rows: Sequence[int], count: int | None = None) -> str:
-    """The first few rows in words; ``count`` is of all where ``rows`` are the first few alone.
+    """The first few rows in words, counted from 1 as lines are; ``count`` is of all where ``rows`` are the first few alone.
 
     Example:
-        >>> named([3]), named([1, 2, 3, 4, 5, 6])
-        ('rows 3', 'rows 1, 2, 3, 4, 5, ...')
+        >>> named([3]), named([0, 1, 2, 3, 4, 5])
+        ('row 4', 'rows 1, 2, 3, 4, 5, ...')
     """
     total = len(rows) if count is None else count
     more = ", ..." if total > min(len(rows), ROWS_NAMED) else ""
-    return f"rows {', '.join(map(str, rows[:ROWS_NAMED]))}{more}"
+    return f"row{'s' if total > 1 else ''} {', '.join(str(row + 1) for row in rows[:ROWS_NAMED])}{more}"
 
 
 def finding(
@@ -70,7 +70,7 @@ def finding(
 
     Example:
         >>> finding("empty_answer", "warning", [2], 9, "have an empty answer", "remove them")[0].message
-        '1 of 9 rows have an empty answer: rows 2; remove them'
+        '1 of 9 rows have an empty answer: row 3; remove them'
     """
     if not len(rows):
         return []

@@ -35,7 +35,7 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {
     "empty_answer": (
         "warning",
         "have an empty answer, or only white space",
-        "remove them: they teach to end at once",
+        "they are trained as written and teach to end at once; remove them unless that is meant",
     ),
     "content_dropped": (
         "error",

@@ -81,7 +81,7 @@ def _plain(text: Any) -> str:
 
 def _empty(pairs: Sequence[tuple[str | None, str]]) -> list[Finding]:
     rows = [i for i, (_, answer) in enumerate(pairs) if not answer]
-    step = "remove them: they teach to end at once"
+    step = "they are trained as written and teach to end at once; remove them unless that is meant"
     return finding("empty_answer", "warning", rows, len(pairs), "have an empty answer, or only white space", step)
 
 

@@ -132,7 +132,7 @@ def check_known(rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary) -> 
     in_byte = inside & np.isin(flat.ids, list(vocabulary.byte_ids)) if vocabulary.byte_ids else np.zeros_like(inside)
     in_bytes = np.flatnonzero(flat.count(in_byte) > BYTE_SHARE * flat.lengths).tolist()
     largest = int(flat.ids[beyond].max()) if outside else 0
-    first = f"; row {outside[0]} holds {int(flat.ids[beyond & (flat.rows == outside[0])][0])}" if outside else ""
+    first = f"; row {outside[0] + 1} holds {int(flat.ids[beyond & (flat.rows == outside[0])][0])}" if outside else ""
     masked = bool(outside) and bool((flat.ids[beyond] == IGNORE_INDEX).all())
     found = finding(
         "outside_vocabulary", "error", outside, len(flat),

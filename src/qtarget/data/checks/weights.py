@@ -23,7 +23,7 @@ def check_weights(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         return []
     wrong = list(causes)
     message = (
-        f"{len(wrong)} of {len(rows)} rows have weights that cannot be used: {named(wrong)}; row {wrong[0]}: "
+        f"{len(wrong)} of {len(rows)} rows have weights that cannot be used: {named(wrong)}; row {wrong[0] + 1}: "
         f"{causes[wrong[0]]}"
     )
     return [Finding("unusable_weights", "error", len(wrong), tuple(wrong[:ROWS_NAMED]), message)]

@@ -156,6 +156,6 @@ def _holds(value: Any) -> bool:
 
 def _image_error(name: str, row: int, column: str) -> DataError:
     return DataError(
-        f"the {name} data, row {row}: column {column!r} holds an image; a target is about text tokens: leave the column "
+        f"the {name} data, row {row + 1}: column {column!r} holds an image; a target is about text tokens: leave the column "
         "out, or use TRL's SFTTrainer"
     )

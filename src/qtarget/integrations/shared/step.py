@@ -132,7 +132,7 @@ def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int) -> 
     """
     assert output.losses is not None and output.label_log_probs is not None and step.sequence_ids is not None
     bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)
-    rows = sorted({int(i) for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
+    rows = sorted({int(i) + 1 for i in step.sequence_ids[:, 1:][bad & (step.labels[:, 1:] != -100)]})
     excluded = int((output.label_log_probs == -torch.inf).sum())
     way_out = "look at these rows, lower learning_rate, or set max_grad_norm"
     if loss == torch.inf and excluded:

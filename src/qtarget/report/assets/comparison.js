@@ -58,7 +58,7 @@
 
   function card(row) {
     const answers = row.answers.flatMap((one, i) => [el("dt", {}, name(data.rows.models[i])), answer(one)]);
-    return el("article", { class: "qt-case" }, el("span", { class: "qt-note" }, `row ${row.row}`), el("dl", {},
+    return el("article", { class: "qt-case" }, el("span", { class: "qt-note" }, `row ${row.row + 1}`), el("dl", {},
       el("dt", {}, "prompt"), el("dd", { dir: "auto" }, visible(row.prompt)), el("dt", {}, "reference"), el("dd", { dir: "auto" }, visible(row.reference)), answers));
   }
   function answer(one) {

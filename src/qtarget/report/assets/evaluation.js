@@ -43,7 +43,7 @@
   }
 
   function card(row) {
-    return el("article", { class: "qt-case" }, el("span", { class: "qt-note" }, `row ${row.row}`), el("dl", {},
+    return el("article", { class: "qt-case" }, el("span", { class: "qt-note" }, `row ${row.row + 1}`), el("dl", {},
       el("dt", {}, "prompt"), el("dd", { dir: "auto" }, visible(row.prompt)), el("dt", {}, "reference"), el("dd", { dir: "auto" }, visible(row.reference)),
       row.answers.map((one, i) => [el("dt", {}, name(names[i])), answer(one)]).flat()));
   }

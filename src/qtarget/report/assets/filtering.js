@@ -41,7 +41,7 @@
   function card(row) {
     const scores = Object.entries(row.scores).map(([key, value]) => `${key} ${value.toFixed(2)}`).join(", ");
     return el("article", { class: row.kept ? "qt-case" : "qt-case qt-dropped" },
-      el("span", { class: "qt-note" }, `row ${row.row}: ${row.reason}`), row.marked ? el("span", { class: "qt-marked" }, " marked as noise") : null,
+      el("span", { class: "qt-note" }, `row ${row.row + 1}: ${row.reason}`), row.marked ? el("span", { class: "qt-marked" }, " marked as noise") : null,
       el("dl", {}, el("dt", {}, "prompt"), el("dd", { dir: "auto" }, visible(row.prompt)), el("dt", {}, "answer"), el("dd", { dir: "auto" }, visible(row.answer)),
         el("dt", {}, "scores"), el("dd", {}, scores)));
   }

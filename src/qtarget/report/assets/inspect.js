@@ -73,7 +73,7 @@
   // -- rows -------------------------------------------------------------------------------------------------------------
   const list = $("list");
   const cards = rows.map((i, r) => {
-    const card = el("div", { class: "row", tabindex: "0", "data-r": r, "aria-label": `row ${data.row_numbers[i]}` });
+    const card = el("div", { class: "row", tabindex: "0", "data-r": r, "aria-label": `row ${data.row_numbers[i] + 1}` });
     // a guess (4.4 characters a token, 130 a line of 24 pixels): the scroll bar hardly moves when the row is filled
     card.style.minHeight = Math.max(60, data.row_tokens[i] * 4.4 / 130 * 24 + 44) + "px";
     return card;
@@ -91,7 +91,7 @@
   function facts(r) {
     const i = rows[r], v = data.views[state.view];
     return el("div", { class: "facts" },
-      el("a", { href: `#row=${data.row_numbers[i]}`, title: "link to this row" }, `row ${data.row_numbers[i]}`),
+      el("a", { href: `#row=${data.row_numbers[i] + 1}`, title: "link to this row" }, `row ${data.row_numbers[i] + 1}`),
       el("span", {}, `${data.row_trained[i]} of ${data.row_tokens[i]} tokens trained`),
       el("span", {}, `mean surprise ${number(v.row_nll[i])} nats`),
       el("span", {}, `mean label weight ${number(v.row_weight[state.target][i])}`),
@@ -168,7 +168,7 @@
     plainTexts ||= wanted ? rows.map((_, r) => textOf(r)) : null;
     let shown = 0;
     rows.forEach((i, r) => {
-      const hit = !wanted || String(data.row_numbers[i]) === wanted || plainTexts[r].includes(wanted);
+      const hit = !wanted || String(data.row_numbers[i] + 1) === wanted || plainTexts[r].includes(wanted);
       cards[r].hidden = !hit;
       shown += hit;
     });
@@ -177,7 +177,7 @@
   function follow() {
     const found = /^#row=(\d+)$/.exec(location.hash);
     if (!found) return;
-    const r = rows.findIndex((i) => data.row_numbers[i] === Number(found[1]));
+    const r = rows.findIndex((i) => data.row_numbers[i] + 1 === Number(found[1]));
     if (r < 0) { QT.problem(`Row ${found[1]} is not in this page.`); return; }
     showTab("tokens");
     if (cards[r].hidden) { $("search").value = ""; search(); }
@@ -193,7 +193,7 @@
   async function explain(token) {
     const r = Number(token.closest(".row").dataset.r), k = Number(token.dataset.k), id = ids[offsets[r] + k];
     const head = el("div", { class: "tip-token" }, "\u201c", ...QT.visible(texts[id]), "\u201d");
-    const place = `token ${k} of row ${data.row_numbers[rows[r]]}, id ${vocabularyIds[id]}`;
+    const place = `token ${k} of row ${data.row_numbers[rows[r]] + 1}, id ${vocabularyIds[id]}`;
     if (token.dataset.j === undefined) { QT.showTip(token, head, el("div", { class: "tip-facts" }, place), "Masked: nothing is trained here."); return; }
     const j = Number(token.dataset.j), view = views[state.view];
     const rank = view.ranks[j] ? `rank ${view.ranks[j]}` : topK() ? `beyond the top ${topK()}` : "rank not listed";
@@ -279,7 +279,7 @@
       ...rocCharts(found.filter((f) => f.curve.length))];
     section.replaceChildren(...part("By row", m.by_row, m.marked_rows, m.rows, "rows"), ...(m.unplaced_rows ? [el("p", { class: "qt-note" }, `The spans of ${m.unplaced_rows} rows could not be found in their tokens; they count in no curve of tokens.`)] : []), ...(m.by_token ? part("By token", m.by_token, m.marked_tokens, m.tokens, "tokens") : []));
   }
-  function rowLinks(numbers) { return numbers.flatMap((n) => [" ", el("a", { href: `#row=${n}` }, `row ${n}`)]); }
+  function rowLinks(numbers) { return numbers.flatMap((n) => [" ", el("a", { href: `#row=${n + 1}` }, `row ${n + 1}`)]); }
   function drawAudit() {
     const audit = data.audit, advice = audit.which_target;
     const statement = (s, word) => el("li", {}, el("strong", {}, word + s.targets.join(", ")), ": ", ...QT.visible(s.reason), " ", el("span", { class: "qt-note" }, [...new Set(s.evidence.map((e) => e.file))].join(", ")));

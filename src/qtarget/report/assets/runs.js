@@ -31,7 +31,7 @@
     const steps = Array.from({ length: 21 }, (_, i) => colour(i / 20).ground);
     const scale = el("span", { class: "qt-scale" });
     scale.style.background = `linear-gradient(90deg, ${steps.join(",")})`;
-    const rows = change.rows.map((row) => el("div", { class: "qt-row", dir: "ltr" }, el("span", { class: "qt-note" }, `row ${row.row} `),
+    const rows = change.rows.map((row) => el("div", { class: "qt-row", dir: "ltr" }, el("span", { class: "qt-note" }, `row ${row.row + 1} `),
       row.tokens.map((token, t) => tokenSpan(row, token, t, share))));
     const list = (name, items) => table(name, ["context", "token", "row", "before", "after", "change"],
       items.map((one) => [el("bdi", {}, visible(one.context.slice(-60))), el("bdi", {}, visible(one.token)), String(one.row), one.before, one.after, one.change]));

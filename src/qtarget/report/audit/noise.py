@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.data.checks.findings import ROWS_NAMED, Finding
+from qtarget.data.checks.findings import ROWS_NAMED, Finding, named
 from qtarget.filtering import ScoredRows, decide
 from qtarget.report.audit.scored import Decode, ScoredTokens
 
@@ -86,9 +86,9 @@ def _kinds(scored: ScoredTokens) -> list[Finding]:
     found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
     if not len(bad):
         return [Finding("row_kinds", "info", 0, (), decision.summary, found)]
-    named = tuple(int(row) for row in bad[:ROWS_NAMED])
-    message = f"{decision.summary}: rows {', '.join(map(str, named))}; `qtarget filter` shows them, `filter: auto` leaves them out"
-    return [Finding("row_kinds", "warning", len(bad), named, message, found)]
+    first = tuple(int(row) for row in bad[:ROWS_NAMED])
+    message = f"{decision.summary}: {named(bad.tolist())}; `qtarget filter` shows them, `filter: auto` leaves them out"
+    return [Finding("row_kinds", "warning", len(bad), first, message, found)]
 
 
 def scored_rows(scored: ScoredTokens) -> ScoredRows:
@@ -170,7 +170,7 @@ def _rows(scored: ScoredTokens, decode: Decode) -> list[Finding]:
         )
     message = (
         f"{len(rows)} of {len(means)} rows surprise the base by {row_threshold(means):.2f} nats a token or more, where "
-        f"half of the rows do by {np.median(means):.2f} or less: rows {', '.join(map(str, _named(scored, rows)))}; read "
+        f"half of the rows do by {np.median(means):.2f} or less: {named(_named(scored, rows), len(rows))}; read "
         "them: wrong answers, another language or format, or just short rows"
     )
     evidence = {"threshold": round(row_threshold(means), 4), "examples": examples}

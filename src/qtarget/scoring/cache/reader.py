@@ -119,7 +119,7 @@ class ReferenceCache:
         if numbers is not None:
             missing = np.asarray(numbers)[missing]
         if len(missing):
-            named = ", ".join(str(row) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            named = ", ".join(str(row + 1) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
             raise CacheMismatchError(
                 f"{len(missing)} of {len(found)} rows are not in the cache {self.path}: rows {named}; their tokens or "
                 "their mask differ from every scored row; score the rest with `qtarget score CONFIG.yaml --known "

@@ -147,15 +147,17 @@ def check_request(
         places = [np.asarray(at, dtype=np.int64) for at in positions]
     for index, (ids, at) in enumerate(zip(rows, places, strict=True)):
         if ids.ndim != 1 or at.ndim != 1:
-            raise DataError(f"row {index} has ids of shape {ids.shape}, positions of {at.shape}; expected flat lists")
+            raise DataError(
+                f"row {index + 1} has ids of shape {ids.shape}, positions of {at.shape}; expected flat lists"
+            )
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             raise DataError(
-                f"row {index} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "
+                f"row {index + 1} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "
                 "tokenise with the model's own tokenizer"
             )
         if len(at) and (at[0] < 1 or at[-1] >= len(ids) or (np.diff(at) < 1).any()):
             raise DataError(
-                f"row {index} has positions {at.tolist()[:5]} ...; expected ascending ones of 1 to {len(ids) - 1}: "
+                f"row {index + 1} has positions {at.tolist()[:5]} ...; expected ascending ones of 1 to {len(ids) - 1}: "
                 "nothing predicts position 0"
             )
     return rows, places
@@ -189,17 +191,17 @@ def read_row(raw: Mapping[str, Any], index: int, vocab_size: int) -> Row:
     """
     if missing := [name for name in ("input_ids", "labels") if name not in raw]:
         raise DataError(
-            f"row {index} has no {' and no '.join(missing)}; expected tokenised rows with input_ids and labels"
+            f"row {index + 1} has no {' and no '.join(missing)}; expected tokenised rows with input_ids and labels"
         )
     ids, labels = np.asarray(raw["input_ids"], dtype=np.int64), np.asarray(raw["labels"], dtype=np.int64)
     if ids.ndim != 1 or ids.shape != labels.shape:
         raise DataError(
-            f"row {index} has input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected two flat "
+            f"row {index + 1} has input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected two flat "
             "lists of one length (labels are not shifted)"
         )
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise DataError(
-            f"row {index} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "
+            f"row {index + 1} has token ids from {ids.min()} to {ids.max()}, the model knows 0 to {vocab_size - 1}; "
             "tokenise with the model's own tokenizer"
         )
     mask = supervised_mask(raw["labels"])
@@ -207,7 +209,7 @@ def read_row(raw: Mapping[str, Any], index: int, vocab_size: int) -> Row:
     if len(wrong := positions[labels[positions] != ids[positions]]):
         t = int(wrong[0])
         raise DataError(
-            f"row {index}, position {t}: the label is {labels[t]}, the input {ids[t]}; a cached row needs labels "
+            f"row {index + 1}, position {t}: the label is {labels[t]}, the input {ids[t]}; a cached row needs labels "
             "equal to input_ids or -100, unshifted"
         )
     return Row(ids, positions, row_checksum(ids, mask))  # pyright: ignore[reportArgumentType]

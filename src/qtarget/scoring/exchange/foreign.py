@@ -295,13 +295,14 @@ class ForeignSource:
         used = ids[log_probs != -np.inf]
         if len(wrong := used[(used < 0) | (used >= self.vocab_size)]):
             raise DataError(
-                f"row {index} lists id {wrong[0]}, expected 0 to {self.vocab_size - 1}; state the rows of the teacher's head: "
+                f"row {index + 1} lists id {wrong[0]}, expected 0 to {self.vocab_size - 1}; state the rows of the teacher's head: "
                 "--vocab-size"
             )
         mass = np.exp(log_probs.astype(np.float64)).sum(1)
         if len(wrong := mass[~(mass <= 1 + 10 * MASS_SLACK)]):
             raise DataError(
-                f"row {index}: listed probabilities sum to {wrong[0]:.4g}; expected log-probs at temperature 1, at most 1 in all"
+                f"row {index + 1}: listed probabilities sum to {wrong[0]:.4g}; expected log-probs at "
+                "temperature 1, at most 1 in all"
             )
         return mass
 

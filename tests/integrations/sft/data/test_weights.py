@@ -150,7 +150,7 @@ def test_announced(make_trainer, rows, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer("sft", data=rows.add_column("weight", [0, 0, 2, None] * 6))
     assert "train data: weight: 24 rows, mean 0.75, smallest 0, largest 2" in caplog.text
-    assert "train data: 12 rows of weight 0 are left out (rows 0, 1, 4, 5, 8, ...)" in caplog.text
+    assert "train data: 12 rows of weight 0 are left out (rows 1, 2, 5, 6, 9, ...)" in caplog.text
     assert sorted(trainer.train_dataset["qtarget_row"]) == [i for i in range(24) if i % 4 > 1]
 
 
@@ -160,7 +160,7 @@ def test_all_zero(make_trainer, rows):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("half", "row 3: weight is 'half'"), ("-1", "unlikelihood"), ("inf", "finite")]
+    ("value", "words"), [("half", "row 4: weight is 'half'"), ("-1", "unlikelihood"), ("inf", "finite")]
 )
 def test_numbers_of_a_csv(make_trainer, rows, value, words):
     good = ["0.5", "", "1", "0", *["2"] * 20]
@@ -248,27 +248,27 @@ def test_spans_are_cut_with_their_tokens(make_trainer):
 def test_bad_spans_are_named_with_their_row(make_trainer, spans, words):
     good = "[[0, 1, 1]]" if isinstance(spans, str) else [[0, 1, 1]]
     rows = [{"prompt": "ab", "completion": "cdefg", "weight_spans": value} for value in (good, spans)]
-    with pytest.raises(DataError, match=rf"row 1: .*{words}"):
+    with pytest.raises(DataError, match=rf"row 2: .*{words}"):
         make_trainer("sft", data=Dataset.from_list(rows))
 
 
 def test_spans_without_a_response(make_trainer):
-    with pytest.raises(DataError, match=r"row 0: .*no text here"):
+    with pytest.raises(DataError, match=r"row 1: .*no text here"):
         make_trainer("sft", data=Dataset.from_list([{"text": "abc", "weight_spans": [[0, 1, 0]]}]))
     messages = [{"role": "user", "content": "abc"}]
-    with pytest.raises(DataError, match=r"row 0: .*last assistant message"):
+    with pytest.raises(DataError, match=r"row 1: .*last assistant message"):
         make_trainer("sft", data=Dataset.from_list([{"messages": messages, "weight_spans": [[0, 1, 0]]}]))
 
 
 def test_unplaced_rows_are_refused_or_left_out(make_trainer, caplog):
     """The tokenizer knows no umlaut: what it decodes to is not the text."""
     rows = [{"prompt": "ab", "completion": text, "weight_spans": [[1, 3, 0]]} for text in ("defg", "düfg", "dééfg")]
-    with pytest.raises(DataError, match=r"2 of 3 rows have weight_spans that are unplaced \(rows 1, 2\)"):
+    with pytest.raises(DataError, match=r"2 of 3 rows have weight_spans that are unplaced \(rows 2, 3\)"):
         make_trainer("sft", data=Dataset.from_list(rows))
     logging.getLogger("qtarget").propagate = True
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer("sft", data=Dataset.from_list(rows), unplaced_spans="leave_out")
-    assert "2 of 3 rows have weight_spans that are unplaced (rows 1, 2)" in caplog.text
+    assert "2 of 3 rows have weight_spans that are unplaced (rows 2, 3)" in caplog.text
     assert [row["qtarget_row"] for row in trainer.train_dataset] == [0]
 
 

@@ -154,16 +154,16 @@ def test_misspelt_columns_get_the_nearest_name(train):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"messages": [USER, ANSWER]}, {"messages": []}], r"train data, row 1: column 'messages' is a list \[\]"),
-        ([{"messages": [USER, ANSWER]}, {"messages": [USER, None]}], r"row 1: messages\[1\] is null"),
-        ([{"messages": [{"form": "human", "text": "Hi"}]}], "row 0: messages"),
-        ([{"messages": [USER, ANSWER]}, {"messages": None}], "row 1: no usable columns; .*'messages' is there but holds no value"),
-        ([PAIR, {"prompt": "a", "completion": None}], "row 1: no usable columns; .*'completion' is there but holds no value"),
-        ([{"prompt": "a", "completion": [ANSWER]}], "row 0: prompt is a string and completion a list; make both text"),
+        ([{"messages": [USER, ANSWER]}, {"messages": []}], r"train data, row 2: column 'messages' is a list \[\]"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [USER, None]}], r"row 2: messages\[1\] is null"),
+        ([{"messages": [{"form": "human", "text": "Hi"}]}], "row 1: messages"),
+        ([{"messages": [USER, ANSWER]}, {"messages": None}], "row 2: no usable columns; .*'messages' is there but holds no value"),
+        ([PAIR, {"prompt": "a", "completion": None}], "row 2: no usable columns; .*'completion' is there but holds no value"),
+        ([{"prompt": "a", "completion": [ANSWER]}], "row 1: prompt is a string and completion a list; make both text"),
         ([{"text": 5}], "column 'text' .* expected text"),
         ([{"body": "abc"}], "no usable columns; found body"),
         ([{"messages": "Hello"}], "column 'messages' .* expected a list of"),
-        ([{"messages": [USER, ANSWER], "images": ["a.png"]}], "row 0: column 'images' holds an image"),
+        ([{"messages": [USER, ANSWER], "images": ["a.png"]}], "row 1: column 'images' holds an image"),
     ],
 )  # fmt: skip
 def test_rows_without_a_shape_are_refused_by_row_and_column(rows, words, train):
@@ -175,7 +175,7 @@ def test_a_formatting_function_reads_the_users_columns_and_its_text_is_trained(t
     rows = [{"question": "2+2=", "messages": [USER, ANSWER]}]
     trainer = train(rows, formatting_func=lambda row: row["question"] + " four")
     assert texts(trainer) == [("2+2= four^", "2+2= four^")]
-    with pytest.raises(DataError, match="returned list for row 0"):
+    with pytest.raises(DataError, match="returned list for row 1"):
         train(rows, formatting_func=lambda row: [row["question"]])
 
 
@@ -205,16 +205,16 @@ def test_masks_of_tokenised_rows_are_honoured(row, ids, labels, train):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"completion_mask": [0, 0, 1, 1], "labels": [5, 6, 7, 1]}, "labels where completion_mask is 0: rows 0"),
+        ({"completion_mask": [0, 0, 1, 1], "labels": [5, 6, 7, 1]}, "labels where completion_mask is 0: row 1"),
         ({"attention_mask": [1, 0, 1, 1]}, "attention_mask"),
         ({"completion_mask": [0, 0, 2, 1]}, "completion_mask of other values"),
-        ({"labels": [5, 6]}, "another number of labels than of input_ids: rows 0"),
+        ({"labels": [5, 6]}, "another number of labels than of input_ids: row 1"),
         ({"labels": 1}, "column 'labels'"),
         ({"labels": [5, None, 7, 1]}, "null"),
         ({"seq_lengths": [2, 2]}, "packed"),
         ({"position_ids": [0, 1, 0, 1]}, "position_ids"),
         ({"input_ids": [0, 6, 7, 1]}, "padded"),
-        ({"input_ids": [5, 6, 7, 800]}, "row 0 holds 800"),
+        ({"input_ids": [5, 6, 7, 800]}, "row 1 holds 800"),
         ({"input_ids": [5, 6, -7, 1]}, "embedding"),
         ({"input_ids": [5.0, 6.5]}, "float64"),
         ({"input_ids": [[5, 6]]}, "input_ids"),
@@ -230,7 +230,7 @@ def test_masks_that_contradict_are_refused(row, words, train):
 
 def test_a_template_that_raises_is_one_block(train):
     rows = [{"messages": [USER, ANSWER]}, {"messages": [{"role": "system", "content": "Be short"}, USER, ANSWER]}]
-    with pytest.raises(DataError, match=r"1 of 2 rows cannot be rendered.*System role not supported.*rows 1; change"):
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be rendered.*System role not supported.*row 2; change"):
         train(rows, tokenizer_with(NO_SYSTEM))
 
 
@@ -245,7 +245,7 @@ def test_a_template_that_raises_is_one_block(train):
     ],
 )
 def test_what_a_template_drops_is_named(messages, words, train):
-    with pytest.raises(DataError, match=rf"does not arrive in the rendered text \(.*{words}.*rows 0"):
+    with pytest.raises(DataError, match=rf"does not arrive in the rendered text \(.*{words}.*row 1"):
         train([{"messages": messages}], tokenizer_with(DROPS))
 
 
@@ -273,7 +273,7 @@ def test_nulls_that_arrow_adds_to_arguments_are_taken_out(train):
 
 def test_null_content_is_refused_by_row(train):
     rows = [{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": None}]}]
-    with pytest.raises(DataError, match=r"row 0: messages\[0\] \(user\) has no content"):
+    with pytest.raises(DataError, match=r"row 1: messages\[0\] \(user\) has no content"):
         train(rows, tokenizer_with(PLAIN))
 
 
@@ -315,18 +315,18 @@ def test_tool_output_in_a_completion_is_not_trained_on(train):
 
 @pytest.mark.parametrize("row", [{"prompt": "a", "completion": " "}, {"messages": [USER, {**ANSWER, "content": ""}]}])
 def test_empty_answers_are_named(row, train):
-    assert "1 of 1 rows have an empty answer, or only white space: rows 0" in said(train([row]))
+    assert "1 of 1 rows have an empty answer, or only white space: row 1" in said(train([row]))
 
 
 def test_certain_roles_are_mapped_and_others_refused_by_row(train):
     mapped = [{"messages": [{"role": "human", "content": "Hello"}, {"role": "gpt", "content": "Hi there"}]}]
     assert texts(train(mapped)) == texts(train([{"messages": [USER, ANSWER]}]))
-    with pytest.raises(DataError, match=r"row 1: .*role 'critic'"):
+    with pytest.raises(DataError, match=r"row 2: .*role 'critic'"):
         train([*mapped, {"messages": [USER, {"role": "critic", "content": "Hi"}]}])
 
 
 def test_rows_without_an_assistant_are_named_under_its_loss(train):
-    with pytest.raises(DataError, match=r"1 rows have no assistant token .*rows 0 \(their roles: user\)"):
+    with pytest.raises(DataError, match=r"1 rows have no assistant token .*row 1 \(their roles: user\)"):
         train([{"messages": [USER]}], assistant_only_loss=True)
 
 
@@ -368,8 +368,8 @@ def test_double_start_and_end_tokens_are_named(train):
         single="! $A ^", special_tokens=[("!", start), ("^", end)]
     )
     found = said(train([{"text": "!abc"}, {"text": "de"}], tokenizer))
-    assert "1 of 2 rows begin with two start tokens: rows 0" in found
-    assert "2 of 2 rows end with two end tokens: rows 0, 1" in found
+    assert "1 of 2 rows begin with two start tokens: row 1" in found
+    assert "2 of 2 rows end with two end tokens: rows 1, 2" in found
 
 
 def test_a_template_with_todays_date_is_named(train):
@@ -424,7 +424,7 @@ def test_the_audit_has_an_error_where_training_stops(kind, train, tmp_path):
 def test_two_processes_find_what_one_finds(train):
     rows = [{"prompt": "Say: ", "completion": f"word {i}" + ("é" if i % 300 == 7 else "")} for i in range(1100)]
     alone, together = (said(train(rows, dataset_num_proc=count)) for count in (None, 2))
-    assert "rows 7, 307, 607, 907" in alone
+    assert "rows 8, 308, 608, 908" in alone
     assert alone == together
 
 

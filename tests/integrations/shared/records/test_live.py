@@ -208,7 +208,7 @@ def test_a_run_that_became_nan_says_so_in_its_log(make_trainer, rows, tmp_path):
     weighted = rows.add_column("weight", [1e38 if i == 5 else 1.0 for i in range(len(rows))])
     with pytest.raises(NonFiniteLossError):
         make_trainer("sft", data=weighted, max_steps=20).train()
-    assert "rows [5]" in read_lines(tmp_path / "out" / LOG_FILE)[-1]["stopped"]
+    assert "rows [6]" in read_lines(tmp_path / "out" / LOG_FILE)[-1]["stopped"]
 
 
 def test_wandb_gets_images_through_its_documented_calls(make_trainer, tmp_path, monkeypatch):

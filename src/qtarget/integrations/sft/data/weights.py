@@ -76,7 +76,7 @@ def _in_row(number: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise type(error)(f"row {number}: {error}") from error
+        raise type(error)(f"row {number + 1}: {error}") from error
 
 
 def row_factors(dataset: Dataset) -> np.ndarray:

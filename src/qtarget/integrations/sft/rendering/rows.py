@@ -126,7 +126,7 @@ def formatted(dataset: Dataset, name: str, function: Any, text_field: str, num_p
         made = function(row)
         if not isinstance(made, str):
             raise DataError(
-                f"formatting_func returned {type(made).__name__} for row {number} of the {name} data; expected text"
+                f"formatting_func returned {type(made).__name__} for row {number + 1} of the {name} data; expected text"
             )
         return {text_field: made, ROW: number}
 

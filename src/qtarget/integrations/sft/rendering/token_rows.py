@@ -80,7 +80,7 @@ def _token_columns(dataset: Dataset, name: str) -> tuple[Ragged, dict[str, Ragge
             length = int(values.lengths[row])
             raise DataError(
                 f"{len(wrong)} rows of the {name} data have another number of {column} than of input_ids: "
-                f"{named(wrong.tolist())} (row {row}: {max(length, 0)} and {ids.lengths[row]}); give one a token"
+                f"{named(wrong.tolist())} (row {row + 1}: {max(length, 0)} and {ids.lengths[row]}); give one a token"
             )
     for column, values in {"input_ids": ids, **given}.items():
         if values.values.dtype == object or (values.values.dtype.kind == "f" and column != "loss_weights"):

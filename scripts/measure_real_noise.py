@@ -1,6 +1,6 @@
 """Real text, a real tiny model, real noise: five targets on the same rows, held-out NLL on clean ones.
 
-    python examples/real_noise.py --data ../shared/data --output runs/real
+    python scripts/measure_real_noise.py --data ../shared/data --output runs/real
 
 Two data sets: `dolly_3k` (human answers) and `gsm8k/model_solutions` (answers by language models, 62 % marked wrong; the
 marks split the training rows in the report, never the training). The base is scored once; the teacher of target_sft is a
@@ -141,7 +141,7 @@ def main() -> None:
         parser.error(f"{model} is missing; --data is a folder with models/tinystories-656k, dolly_3k and gsm8k")
     torch.manual_seed(0)
     results = {
-        "command": f"python examples/real_noise.py --rows {options.rows} --steps {options.steps}",
+        "command": f"python scripts/measure_real_noise.py --rows {options.rows} --steps {options.steps}",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
             "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """Two data sets whose noise people marked, as a small model sees them: the pages of docs/inspect.md.
 
-    python examples/inspect_marked.py --data ../shared/data --output runs/inspect
+    python scripts/measure_marked_rows.py --data ../shared/data --output runs/inspect
 
 `gsm8k/model_solutions` (5,276 solutions by language models, 62 % marked wrong) and `halueval_general` (4,507 answers, 18 %
 marked as hallucinated, with spans). The base is `tinystories-656k`, which has read children's stories alone; the second
@@ -119,7 +119,7 @@ def main() -> None:
                 for view in document["views"]
             ],
         }  # fmt: skip
-    steps = f"python examples/inspect_marked.py --steps {options.steps}"
+    steps = f"python scripts/measure_marked_rows.py --steps {options.steps}"
     text = json.dumps(
         {"command": steps + (f" --limit {options.limit}" if options.limit else ""), "data": results}, indent=1
     )
