@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from click import Context
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from qtarget.benchmarks.noise.runs import Cell, Setting
@@ -18,6 +23,7 @@ from qtarget.benchmarks.real.worker import RealWorker, Scope, in_chat, mean_nll
 from qtarget.benchmarks.start import Start
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError, DataError, MissingDependencyError
+from tests import ROOT
 
 SCOPE = Scope(form="chat", train_rows=48, test_rows=12, texts=4, rank=4)
 TINY = RealConfig(
@@ -121,3 +127,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     found = CliRunner().invoke(app, ["bench", "base", "--output", str(tmp_path)])
     assert isinstance(found.exception, ConfigError) and "holds something other" in str(found.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_commands_of_the_page_are_what_the_command_line_takes():
+    """Parsed and not run: they take a real model and hours; `make real` runs the model itself."""
+    page = (ROOT / "docs/real_model.md").read_text()
+    lines = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("qtarget")]
+    assert {"bench", "init", "train"} <= {words[0] for words in commands}
+    for words in commands:
+        found: Any = get_command(app)
+        while hasattr(found, "list_commands"):
+            found = found.get_command(Context(found), words.pop(0))
+        assert found is not None and {"base", "noise", "init", "train"} >= {found.name}
+        found.make_context(found.name, words)
+    assert model.INSTALL in lines
