@@ -90,7 +90,7 @@ def save(file: Path, folder: Path) -> None:
     tokenizer.model_max_length = config.max_position_embeddings
     end = tokenizer.convert_tokens_to_ids(ENDS)
     config._name_or_path, config.eos_token_id, config.pad_token_id = NAME, end, tokenizer.pad_token_id
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(packed.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
