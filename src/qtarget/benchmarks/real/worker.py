@@ -14,9 +14,19 @@ from typing import Any, Literal
 
 import torch
 
-from qtarget.benchmarks.finetune import Encoded, completion_log_probs, encode
-from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy, of_labels
-from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode
+from qtarget.benchmarks.noise.runs import (
+    Cell,
+    Job,
+    Material,
+    NoiseWorker,
+    Setting,
+    accuracy,
+    crossfit_log_probs,
+    of_labels,
+    with_crossfit,
+)
+from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks
 from qtarget.core.errors import DataError
 from qtarget.data import tasks
 
@@ -42,7 +52,7 @@ class Scope:
 
     form: Form = "chat"
     train_rows: int = 640
-    test_rows: int = 200
+    test_rows: int = 120
     texts: int = 60
     rank: int = 16
 
@@ -60,6 +70,7 @@ class RealWorker(NoiseWorker):
         # a row's log-probs are 200 kB a token with this vocabulary: one point and seed are kept, not eight
         self.material = lru_cache(maxsize=1)(self._material)
         self.judged = lru_cache(maxsize=1)(self._judged)
+        self.told = lru_cache(maxsize=None)(self._told)  # of the labels alone, and two trainings each
         self.scope = scope
         self.task = real_tasks(scope, self.tokenizer)
         self.elsewhere = elsewhere(setting.data, scope.texts, self.tokenizer)
@@ -80,6 +91,14 @@ class RealWorker(NoiseWorker):
 
         lora = LoraConfig(r=self.scope.rank, lora_alpha=2 * self.scope.rank, target_modules=list(MODULES))
         return inject_adapter_in_model(lora, model)
+
+    def _judged(self, cell: Cell, seed: int, learning_rate: float) -> Material:
+        return with_crossfit(self.material(cell, seed), self.told(cell, seed, learning_rate))
+
+    def _told(self, cell: Cell, seed: int, learning_rate: float) -> list[torch.Tensor]:
+        """What copies say that have not seen each row's prompt."""
+        recipe = Recipe(learning_rate, BATCH_SIZE, self.setting.steps, seed)
+        return crossfit_log_probs(self.material(cell, seed).rows, lambda: self.base(cell.base), recipe)
 
     def test(self, model: Any, cell: Cell) -> dict[str, float]:
         """Clean prompts, NLL of clean rows, and NLL of what was not trained; nats a token."""
