@@ -107,7 +107,7 @@ def run_real(config: RealConfig, output: Path, *, resume: bool, progress: Progre
             chosen = chosen_jobs(config, workers, log, cell, done)
             jobs = [replace(job, seed=seed, tuning=False) for job in chosen for seed in range(noise.seeds)]
             # seed by seed, as a worker keeps what the base says of one seed's rows; then in the order of the table
-            workers.run(sorted(jobs, key=lambda job: job.seed), log, done)
+            workers.run([job for seed in range(noise.seeds) for job in jobs if job.seed == seed], log, done)
             cells.append(cell_results(cell, chosen, workers.run(jobs, log, done), noise.seeds))
             results["summary"] = summarize(results)
             save_results(output, results)
