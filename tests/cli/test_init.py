@@ -94,6 +94,30 @@ def test_what_it_writes_trains_and_it_writes_over_nothing(tmp_path, monkeypatch,
     assert (tmp_path / "run.yaml").read_text() == text
 
 
+def test_a_template_without_marks_trains_the_one_answer_of_each_row(tiny_model, tmp_path, monkeypatch, capsys):
+    """As the templates of most instruct models: nothing in them tells an answer from a prompt."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"messages": messages(f"{i}+1?", f"it is {i + 1}"), "note": i} for i in range(20)]
+    write(tmp_path / "rows.jsonl", rows)
+    assert called("init", "rows.jsonl", "--model", tiny_model, "--validation", "0") == 0
+    said = capsys.readouterr().out
+    assert "answers alone are trained" in said and "prompts are trained too" not in said
+    # one character is a token; of "<assistant>it is 1" and the end mark, "<assistant>" is not the prompt's with this template
+    made = read(tmp_path / "run.train.jsonl")
+    assert [row["prompt"] + row["completion"] for row in made] == [row["messages"] for row in rows]
+    assert [row["note"] for row in made] == list(range(20))
+    trained = sum(len(f"<assistant>it is {i + 1}") + 1 for i in range(20))
+    assert f"{trained:,} tokens are trained" in said
+    assert called("train", "run.yaml", "--max_steps", "1") == 0
+    # several answers in a row, and a user who decides, are left as they are
+    write(tmp_path / "long.jsonl", [{"messages": row["messages"] * 2} for row in rows])
+    assert called("init", "long.jsonl", "--model", tiny_model, "-o", "long.yaml", "--validation", "0") == 0
+    assert "prompts are trained too" in capsys.readouterr().out
+    said_so = ("--assistant_only_loss", "false", "--validation", "0")
+    assert called("init", "rows.jsonl", "--model", tiny_model, "-o", "own.yaml", *said_so) == 0
+    assert not (tmp_path / "own.train.jsonl").exists()
+
+
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs the data folder beside the checkout")
 def test_a_model_without_a_template_gets_one_that_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

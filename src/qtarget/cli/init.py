@@ -76,6 +76,7 @@ class Known:
     Attributes:
         template: of a model that has none.
         answers_alone: whether answers are trained without their prompts, or None where rows have no turns.
+        parted: rows whose one answer was made a completion, because the template marks none; else None.
     """
 
     reading: Reading
@@ -85,6 +86,7 @@ class Known:
     fit: Fit
     template: str | None
     answers_alone: bool | None
+    parted: Sequence[Any] | None
     packing: bool | None
 
 
@@ -121,8 +123,9 @@ def prepare(
     settings = {key: said.value if key in ours else config.given[key] for key, said in overrides.items()}
     reading, originals, renamed = read(paths, row_options_of(config))
     known = look(config, reading, model, machine)
+    originals = known.parted or originals
     training, validation = rows_apart(config, reading, share, seed)
-    copied = {"train": training} if validation or renamed else {}
+    copied = {"train": training} if validation or renamed or known.parted else {}
     copied |= {"validation": validation} if validation else {}
     files = {beside(output, f"{name}.jsonl"): lines_of([originals[i] for i in rows]) for name, rows in copied.items()}
     if known.template is not None:
@@ -218,13 +221,21 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     if reading.rows[0].get("messages") is not None and "assistant_only_loss" not in config.given:
         refuse_unanswered(reading)
         alone = answers_alone(config.training, rows, tokenizer)
-    found = alone or survey(config.training, rows, tokenizer)
+    apart = parted_rows(config, reading) if alone is None else None
+    found = alone or survey(config.training, rows if apart is None else rows_to_dataset(apart), tokenizer)
     length = config.given.get("max_length") or row_length(found.lengths, size.positions)
     fits = fit(size, length, len(reading.rows), machine)
-    marked = (alone is not None) if reading.rows[0].get("messages") is not None else None
-    return Known(
-        reading, size, found, machine, fits, template, marked, packing(name, size, found, length, fits, options)
-    )
+    marked = (alone is not None) if reading.rows[0].get("messages") is not None and apart is None else None
+    packed = packing(name, size, found, length, fits, options)
+    return Known(reading, size, found, machine, fits, template, marked, apart, packed)
+
+
+def parted_rows(config: RunConfig, reading: Reading) -> list[Any] | None:
+    """Rows as prompt and completion, where they can be, and where the user did not say what is trained."""
+    from qtarget.starting.turns import parted
+
+    said = {"assistant_only_loss", "completion_only_loss", "validation_file"} & set(config.given)
+    return None if said else parted(reading.rows)
 
 
 def refuse_unanswered(reading: Reading) -> None:
@@ -389,6 +400,10 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     if known.answers_alone is False:
         lines.append(
             "prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer loses them)"
+        )
+    if known.parted:
+        lines.append(
+            "answers alone are trained: the template marks none, so each row's one answer is its completion in the copy"
         )
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")

