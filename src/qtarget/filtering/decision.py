@@ -189,10 +189,10 @@ def _judge(
     rows: ScoredRows, rule: str, score: np.ndarray, seed: int
 ) -> tuple[str | None, dict[str, Any], Mixture | None, np.ndarray]:
     """Why nothing can be told, or None; what was measured; the mixture and each row's P(bad)."""
-    zero, apart, asks_base = np.zeros(len(rows)), WITNESSES[rule].apart, WITNESSES[rule].asks_base
+    zero, apart, asks = np.zeros(len(rows)), WITNESSES[rule].apart, WITNESSES[rule].asks
     if len(rows) < FEWEST_ROWS:
         return f"{len(rows)} rows are too few, at least {FEWEST_ROWS} are needed", {}, None, zero
-    if asks_base and rows.entropy is None:
+    if asks == "base" and rows.entropy is None:
         return "the cache has no entropy, so nobody knows what the base expected", {}, None, zero
     found = compare(score, seed)
     if found is None:
@@ -200,15 +200,17 @@ def _judge(
     mixture = found.mixture
     posterior = mixture.posterior(score)
     bad = posterior > CERTAIN
-    expected = float(rows.mean(rows.excess)[~bad].mean()) if not bad.all() else float("inf")
+    judged = rows.crossfit_excess if asks == "copies" else rows.excess
+    expected = float(rows.mean(judged)[~bad].mean()) if not bad.all() else float("inf")
     facts = {
         "gain": found.gain, "gain_error": found.error, "good_mode": mixture.good.mode, "bad_mean": mixture.bad.mean,
         "share": mixture.share, "bad_rows": int(bad.sum()), "kept_excess": expected,
     }  # fmt: skip
-    if asks_base and expected > UNEXPECTED:
+    if asks != "rows" and expected > UNEXPECTED:
+        others = "" if asks == "copies" else "; the rule `crossfit` asks copies that learn the format first"
         doubt = (
-            f"the base does not know these rows (even those it would keep surprise it by {expected:.1f} nats a token more than "
-            "it expects; the rule `agreement` asks the rows of one another)"
+            f"{'the copies do' if asks == 'copies' else 'the base does'} not know these rows (even those to keep surprise by "
+            f"{expected:.1f} nats a token more than expected{others})"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
         doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"

@@ -17,6 +17,7 @@ def rows_in_cache(
     trained: Sequence[np.ndarray],
     numbers: Sequence[int] | np.ndarray,
     alone: Sequence[np.ndarray] | None = None,
+    witness: ReferenceCache | None = None,
 ) -> ScoredRows:
     """Look up the base's numbers of rows.
 
@@ -26,13 +27,21 @@ def rows_in_cache(
         trained: ``[tokens]`` booleans of each row, ``supervised_mask``; at least one true.
         numbers: each row's number in the user's data, which messages name.
         alone: ``[trained]`` log-probs of each answer without its prompt.
+        witness: of copies that have not seen the rows.
 
     Raises:
         CacheMismatchError: a row was never scored.
     """
     checksums = [row_checksum(row, mask) for row, mask in zip(ids, trained, strict=True)]  # pyright: ignore[reportArgumentType]
+    log_probs, entropy = _said(cache, checksums, numbers)
+    told = (None, None) if witness is None else _said(witness, checksums, numbers)
+    return ScoredRows.of(ids, trained, log_probs, entropy, alone, np.asarray(numbers).tolist(), *told)
+
+
+def _said(
+    cache: ReferenceCache, checksums: Sequence[str], numbers: Sequence[int] | np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    """Log-probs of each row's labels, and the entropy there if the cache has it."""
     found = [cache.row(place) for place in cache.locate(checksums, np.asarray(numbers))]
     entropy = [row["entropy"] for row in found] if "entropy" in cache.manifest.columns else None
-    return ScoredRows.of(
-        ids, trained, [row["label_log_probs"] for row in found], entropy, alone, np.asarray(numbers).tolist()
-    )
+    return [row["label_log_probs"] for row in found], entropy
