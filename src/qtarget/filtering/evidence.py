@@ -16,7 +16,7 @@ from qtarget.data.agreement import agreement
 APART = 3.5
 """Nats: 33 times less likely than the base expected. The farthest that a skewed clean set came was 3.1 (a spike with a tail of one
 nat, drawn), and 2.4 of the measured ones; the nearest noise in a known format was 3.7."""
-CROSSFIT_APART = 1.5
+CROSSFIT_APART = 2.0
 """The same of copies, which learn from noisy rows to be surprised by little."""
 IMPOSSIBLE = -30.0
 """Nats below which no difference counts: a few labels that the base excludes must not hide the rows that are merely wrong."""
@@ -38,6 +38,8 @@ class ScoredRows:
         alone: ``[trained]`` log-probs of the labels without the prompt; None where nobody asked.
         crossfit: ``[trained]`` log-probs of the labels under a copy of the base that has not seen the row; None without one.
         crossfit_entropy: ``[trained]`` of that copy there, nats.
+        contradiction: ``[rows]`` nats by which another row's prompt makes the answer likelier to that copy than its own; None
+            where nobody asked (``qtarget.data.crossfit.neighbours``).
     """
 
     numbers: np.ndarray
@@ -49,6 +51,7 @@ class ScoredRows:
     alone: np.ndarray | None = None
     crossfit: np.ndarray | None = None
     crossfit_entropy: np.ndarray | None = None
+    contradiction: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.log_probs) != int(self.trained.sum()) or (len(self) and not (np.diff(self.bounds) > 0).all()):
@@ -71,6 +74,7 @@ class ScoredRows:
         numbers: Sequence[int] | None = None,
         crossfit: Sequence[Any] | None = None,
         crossfit_entropy: Sequence[Any] | None = None,
+        contradiction: Any = None,
     ) -> ScoredRows:
         """From one array a row each; what is less likely than ``IMPOSSIBLE`` is that.
 
@@ -100,6 +104,7 @@ class ScoredRows:
             said(alone),
             said(crossfit),
             flat(crossfit_entropy, np.float64),
+            None if contradiction is None else np.asarray(contradiction, dtype=np.float64),
         )
 
     @cached_property
@@ -190,18 +195,20 @@ def lost_by_prompt(rows: ScoredRows) -> np.ndarray:
 def crossfit_surprise(rows: ScoredRows) -> np.ndarray:
     """As ``surprise``, of a copy that was trained on the other rows: it knows the format, and has not seen this row.
 
-    What the copy is unsure of, a hard row, is expected; a row that contradicts what it is sure of is not.
+    What the copy is unsure of, a hard row, is expected; a row that contradicts what it is sure of is not. An answer that
+    another prompt makes likelier counts on top, shared among the three tokens; none ever counts for a row.
 
     Raises:
         ConfigError: nobody trained copies.
 
     Example:
         >>> rows = ScoredRows.of([[1, 2, 3]], [[False, True, True]], [[-9.0, -9.0]], crossfit=[[-0.5, -4.0]],
-        ...                      crossfit_entropy=[[0.5, 0.0]])
+        ...                      crossfit_entropy=[[0.5, 0.0]], contradiction=[3.0])
         >>> crossfit_surprise(rows).round(2).tolist()
-        [2.0]
+        [3.0]
     """
-    return rows.worst(rows.crossfit_excess)
+    found = rows.worst(rows.crossfit_excess)
+    return found if rows.contradiction is None else found + np.maximum(rows.contradiction, 0) / WORST
 
 
 Asked = Literal["base", "copies", "rows"]

@@ -58,6 +58,7 @@ class NoiseConfig:
         learning_rates: the grid, the first for the base that knows nothing; all methods share it.
         workers: processes of one thread.
         start: what the bases begin with.
+        equal_compute: contenders that train no copies get as many steps more as copies cost the others.
     """
 
     tasks: str = "embedded"
@@ -71,6 +72,7 @@ class NoiseConfig:
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
     workers: int = WORKERS
     start: Start = field(default_factory=Start)
+    equal_compute: bool = False
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.workers, *self.steps_grid, 1) < 1:
@@ -85,8 +87,8 @@ class NoiseConfig:
         found = list(methods(self.names))
         if cell in self.screen:
             found += [method for method in OTHERS if method.name not in self.names]
-        if not cell.rate:  # nothing is marked, and the rows are the clean ones
-            return [method for method in found if method.rows != "marked"]
+        if not cell.rate or cell.kind == "minority":  # nothing is marked
+            return [method for method in found if method.rows not in ("marked", "marked rows")]
         return found
 
     def runs(self) -> int:
@@ -112,7 +114,24 @@ MATH = replace(
     cells=tuple(Cell(base, RANDOM, rate) for base in ("most", "none") for rate in (0.4, 0.0)),
 )
 """The same of real questions, which are three times as long."""
-REAL = {"scan": SCAN, "math": MATH}
+FRESH = NoiseConfig(
+    cells=(
+        *(Cell(base, kind, 0.4) for base in ("none", "most") for kind in ("wrong_answer", RANDOM)),
+        Cell("most", RANDOM, 0.0), Cell("none", RANDOM, 0.0),
+    ),
+    names=(
+        "sft", "sft, marked rows left out", "consensus", "crossfit_consensus", "sft, rows by witness",
+        "sft, filtered rows", "sft, tail dropped", "sft, co-teaching",
+    ),
+    screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
+)  # fmt: skip
+"""Data that nobody looked at before the rule stood."""
+REAL = {
+    "scan": SCAN,
+    "math": MATH,
+    "cogs": replace(FRESH, tasks="cogs"),
+    "listops": replace(FRESH, tasks="listops"),
+}
 GPU = NoiseConfig(
     cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
     names=("sft", "sft, filtered rows", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
@@ -142,12 +161,13 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
         resume: go on with the finished runs there.
         progress: called with runs done, runs in all, and what was done last.
     """
-    check_settings(output, resume, {name: asdict(config)[name] for name in ("tasks", "steps", "start")})
+    same = ("tasks", "steps", "start", "equal_compute")
+    check_settings(output, resume, {name: asdict(config)[name] for name in same})
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
     claim(bases, {"tasks": config.tasks, "start": asdict(config.start)})
-    setting = Setting(config.tasks, data, bases, config.steps, config.start)
+    setting = Setting(config.tasks, data, bases, config.steps, config.start, config.equal_compute)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)
         for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from qtarget.benchmarks.start import Start, start_of
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.benchmarks.noise.bench import NoiseConfig
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
@@ -56,7 +59,7 @@ def distill(
 
 def noise(
     output: Output = Path("runs/noise.json"),
-    tasks: Annotated[str, typer.Option(help="embedded, scan or math (the last two with --data).")] = "embedded",
+    tasks: Annotated[str, typer.Option(help="embedded; or scan, math, cogs, listops (with --data).")] = "embedded",
     data: Data = None,
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
@@ -66,6 +69,20 @@ def noise(
     ] = False,
     steps_grid: Annotated[
         list[int] | None, typer.Option(min=1, help="Steps that every method tunes; give it once for each number.")
+    ] = None,
+    equal_compute: Annotated[
+        bool, typer.Option("--equal-compute", help="Contenders without copies get the steps that copies cost.")
+    ] = False,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option("--cell", help="Only this point: BASE:KIND:RATE, as none:wrong_answer:0.4; may be repeated."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this line of the table; may be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Draws of noise and order of the final runs.")] = None,
+    rates: Annotated[
+        list[float] | None, typer.Option("--rate", help="Only this learning rate; may be repeated.")
     ] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
@@ -89,11 +106,30 @@ def noise(
         data=None if data is None else str(data),
         workers=workers,
         steps_grid=tuple(steps_grid or ()),
+        equal_compute=equal_compute,
     )
+    config = chosen_part(config, cells, methods, seeds, rates)
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
+
+
+def chosen_part(
+    config: NoiseConfig, cells: list[str] | None, names: list[str] | None, seeds: int | None, rates: list[float] | None
+) -> NoiseConfig:
+    """A setting with what the command line names in the place of its own.
+
+    Raises:
+        ConfigError: a point that is none, or an unknown method.
+    """
+    from qtarget.benchmarks.noise.runs import parse_cell
+
+    if cells:
+        config = replace(config, cells=tuple(parse_cell(text) for text in cells), screen=())
+    if names:
+        config = replace(config, names=tuple(names))
+    return replace(config, seeds=seeds or config.seeds, learning_rates=tuple(rates or config.learning_rates))
 
 
 def prior(
