@@ -237,6 +237,22 @@ def _short_expression(expression: str) -> str:
     return " ".join(words).replace(" )", ")")[1:-1]
 
 
+SHIFTS = (1, 2, 3)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def caesar_tasks(train_rows: int = 640) -> TaskSet:
+    """Three or four letters, each moved on in the alphabet: a task that was made after the rules stood. Every fifth is a test."""
+    random, pairs = Random("caesar"), {}
+    while len(pairs) < 6000:
+        word, shift = random.choices(LETTERS, k=random.choice((3, 4))), random.choice(SHIFTS)
+        moved = [LETTERS[(LETTERS.index(letter) + shift) % len(LETTERS)] for letter in word]
+        pairs[f"{' '.join(word)} by {shift}"] = " ".join(moved)
+    in_test = {question: zlib.crc32(question.encode()) % TEST_SHARE == 0 for question in pairs}
+    train, test = ([pair for pair in pairs.items() if in_test[pair[0]] == side] for side in (False, True))
+    return _paired("caesar", train, test, "Move on {}.", "They become [{}].", 500, train_rows)
+
+
 Pair = tuple[str, str]
 """A question and its answer."""
 
@@ -286,6 +302,7 @@ def _paired(
 
 REAL = {"scan": scan_tasks, "math": math_tasks, "cogs": cogs_tasks, "listops": listops_tasks}
 """Tasks from files that are not part of the package."""
+GENERATED = {"embedded": embedded_tasks, "caesar": caesar_tasks}
 
 
 def task_set(name: str, data: Path | None) -> TaskSet:
@@ -294,10 +311,10 @@ def task_set(name: str, data: Path | None) -> TaskSet:
     Raises:
         ConfigError: no such name, or real tasks without their folder.
     """
-    if name == "embedded":
-        return embedded_tasks()
+    if name in GENERATED:
+        return GENERATED[name]()
     if name not in REAL:
-        raise ConfigError(f"--tasks {name!r} is unknown; expected one of embedded, {', '.join(REAL)}")
+        raise ConfigError(f"--tasks {name!r} is unknown; expected one of {', '.join((*GENERATED, *REAL))}")
     if data is None:
         raise ConfigError(f"--tasks {name} reads files that are not part of the package; name their folder with --data")
     return REAL[name](data)

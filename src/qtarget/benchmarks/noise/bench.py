@@ -94,8 +94,15 @@ class NoiseConfig:
     def runs(self) -> int:
         """How many there are in all: learning rates, then the other values of the grid, then seeds."""
         found = [method for cell in dict.fromkeys((*self.cells, *self.screen)) for method in self.methods_at(cell)]
-        steps = max(0, len(self.steps_grid) - (self.steps in self.steps_grid))
-        return sum(len(self.learning_rates) + steps + len(method.grid) - 1 + self.seeds for method in found)
+        rates, steps = _tried(len(self.learning_rates)), _tried(len(self.steps_grid))
+        steps -= bool(rates and steps and self.steps in self.steps_grid)  # the run that chose the rate
+        own = [_tried(len(method.grid)) - bool(rates + steps and len(method.grid) > 1) for method in found]
+        return sum(rates + steps + values + self.seeds for values in own)
+
+
+def _tried(values: int) -> int:
+    """Runs that choose among so many: none where there is no choice."""
+    return values if values > 1 else 0
 
 
 SCAN = NoiseConfig(
@@ -131,6 +138,7 @@ REAL = {
     "math": MATH,
     "cogs": replace(FRESH, tasks="cogs"),
     "listops": replace(FRESH, tasks="listops"),
+    "caesar": replace(FRESH, tasks="caesar"),
 }
 GPU = NoiseConfig(
     cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
@@ -214,9 +222,12 @@ def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: 
 
 
 def _best(workers: Workers, log: RunLog, groups: list[list[Job]], done: Callable[[Any], None]) -> list[Job]:
-    scores = iter(workers.run([job for group in groups for job in group], log, done))
-    # minus i, so that of equals the first of the grid is the largest
-    scored = [[(next(scores)["accuracy_percent"], -i, job) for i, job in enumerate(group)] for group in groups]
+    scores = iter(workers.run([job for group in groups if len(group) > 1 for job in group], log, done))
+    # minus i, so that of equals the first of the grid is the largest; where there is no choice nothing is run
+    scored = [
+        [(next(scores)["accuracy_percent"] if len(group) > 1 else 0.0, -i, job) for i, job in enumerate(group)]
+        for group in groups
+    ]
     return [max(group)[2] for group in scored]
 
 

@@ -59,7 +59,9 @@ def distill(
 
 def noise(
     output: Output = Path("runs/noise.json"),
-    tasks: Annotated[str, typer.Option(help="embedded; or scan, math, cogs, listops (with --data).")] = "embedded",
+    tasks: Annotated[
+        str, typer.Option(help="embedded or caesar; or scan, math, cogs, listops (with --data).")
+    ] = "embedded",
     data: Data = None,
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
