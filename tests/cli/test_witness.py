@@ -40,6 +40,18 @@ def test_train_makes_the_witness_once_and_filter_audit_and_inspect_take_it(works
     reasons = [json.loads(line) for line in (runs / "kept/reasons.jsonl").read_text().splitlines()]
     assert all({"surprise", "crossfit"} <= set(line["scores"]) for line in reasons)
     assert "copies expected that have not seen them" in (runs / "kept/filter.html").read_text()
+    capsys.readouterr()
+    assert called("audit-data", config, "--json", tmp_path / "audit.json") == 0
+    assert "by copies that have not seen the rows" in capsys.readouterr().out
+    checks = {one["check"] for one in json.loads((tmp_path / "audit.json").read_text())["findings"]}
+    assert {"crossfit_noise", "crossfit_kinds"} <= checks
+    page, numbers = tmp_path / "inspect.html", tmp_path / "inspect.json"
+    assert called("inspect", config, "--output", page, "--json", numbers) == 0
+    found = json.loads(numbers.read_text())
+    cache = ReferenceCache.open(witness)
+    told = sorted(float(-cache.row(i)["label_log_probs"].mean()) for i in range(len(cache)))
+    assert sorted(found["views"][0]["row_crossfit"]) == pytest.approx(told, rel=1e-4)
+    assert len(found["rows"][0]["views"][0]["crossfit"]) == len(found["rows"][0]["trained"])
 
 
 def test_other_steps_of_the_run_keep_the_witness_and_another_batch_size_does_not(workspace, tmp_path):

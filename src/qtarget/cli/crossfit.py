@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def run_crossfit(
     config: RunConfig,
     directory: Path,
-    recipe: tuple[int, int | None, float, int],
+    recipe: tuple[int, int | None, float, int, bool],
     of_shards: Callable[[Path], str],
     rows: tuple[Any, Any] | None = None,
     **storage: Any,
@@ -23,7 +23,7 @@ def run_crossfit(
     """Train the copies and score the rows of a config, tokenised exactly as training does.
 
     Args:
-        recipe: folds, steps, learning rate and rank of ``CrossfitRecipe``.
+        recipe: folds, steps, learning rate, rank and prompts of ``CrossfitRecipe``.
         of_shards: says what of the scoring is safe.
         rows: the config's, training and validation; read where they are not given.
         storage: of ``qtarget.integrations.sft.crossfit.crossfit_score``.
@@ -65,7 +65,8 @@ def announcement(asked_by: str, recipe: CrossfitRecipe, rows: int, place: str) -
     how = f"LoRA of rank {recipe.rank}" if recipe.rank else "all weights"
     return (
         f"witness, cross-fitted once for {asked_by}: {recipe.folds} copies of the base, each trained on about {learnt:,} of "
-        f"{rows:,} rows ({how}, rate {recipe.learning_rate:g}, {passes}), judge the other rows, into {place}; the next run "
+        f"{rows:,} rows ({how}, rate {recipe.learning_rate:g}, {passes}), judge the other rows, each answer "
+        f"under other prompts, too, into {place}; the next run "
         "with an output_dir there takes it (`qtarget score CONFIG.yaml --crossfit K` and `witness: FOLDER` choose another recipe)"
     )
 

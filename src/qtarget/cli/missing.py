@@ -134,7 +134,7 @@ def judge_rows(config: RunConfig, recipe: CrossfitRecipe, place: Path, rows: Row
     from qtarget.cli.crossfit import run_crossfit
     from qtarget.cli.score import how_to_go_on
 
-    numbers = recipe.folds, recipe.steps, recipe.learning_rate, recipe.rank
+    numbers = recipe.folds, recipe.steps, recipe.learning_rate, recipe.rank, recipe.prompts
     run_crossfit(config, place, numbers, how_to_go_on, rows=rows, top_k=0)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from qtarget.filtering.evidence import ScoredRows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum
+from qtarget.scoring.cache.side import read_side
 
 
 def rows_in_cache(
@@ -18,6 +19,7 @@ def rows_in_cache(
     numbers: Sequence[int] | np.ndarray,
     alone: Sequence[np.ndarray] | None = None,
     witness: ReferenceCache | None = None,
+    sided: bool = True,
 ) -> ScoredRows:
     """Look up the base's numbers of rows.
 
@@ -28,14 +30,16 @@ def rows_in_cache(
         numbers: each row's number in the user's data, which messages name.
         alone: ``[trained]`` log-probs of each answer without its prompt.
         witness: of copies that have not seen the rows.
+        sided: whether to read what lies beside the witness, which a signature does not cover.
 
     Raises:
-        CacheMismatchError: a row was never scored.
+        CacheMismatchError: a row was never scored, or what lies beside the witness is not its own.
     """
     checksums = [row_checksum(row, mask) for row, mask in zip(ids, trained, strict=True)]  # pyright: ignore[reportArgumentType]
     log_probs, entropy = _said(cache, checksums, numbers)
     told = (None, None) if witness is None else _said(witness, checksums, numbers)
-    return ScoredRows.of(ids, trained, log_probs, entropy, alone, np.asarray(numbers).tolist(), *told)
+    against = None if witness is None or not sided else read_side(witness.path, checksums)
+    return ScoredRows.of(ids, trained, log_probs, entropy, alone, np.asarray(numbers).tolist(), *told, against)
 
 
 def _said(

@@ -114,7 +114,8 @@ def noise(
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
-    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
+    drawn = any(cell["kind"] == "random_tokens" for cell in results["cells"])  # the figure is the map of these
+    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results) if drawn else None)
 
 
 def chosen_part(
@@ -194,8 +195,10 @@ def show(finding: str, output: Path, table: str, figure: Any, took: str = "") ->
 
     from qtarget.benchmarks.figure import save_figure
 
-    save_figure(figure, output.with_suffix(".png"))
+    if figure is not None:
+        save_figure(figure, output.with_suffix(".png"))
     console = Console()
     console.print(Markdown(table))
     console.print(finding, soft_wrap=True, highlight=False)
-    console.print(f"{took}{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)
+    drawn = "" if figure is None else f", {output.with_suffix('.png')}"
+    console.print(f"{took}{output}{drawn}", soft_wrap=True, highlight=False)

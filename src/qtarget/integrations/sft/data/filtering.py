@@ -41,11 +41,12 @@ def alone_folder(cache: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class RowFilter:
-    """A filter, the cache that it asks, and a cross-fitted one where there is one."""
+    """A filter, the cache that it asks, and a cross-fitted one where there is one; ``signed``: caches are checked by a key."""
 
     wanted: Filter
     cache: ReferenceCache
     witness: ReferenceCache | None = None
+    signed: bool = False
 
     def apply(self, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
         """The rows that stay, weighted where that is asked for, and what was decided.
@@ -73,7 +74,9 @@ class RowFilter:
                     "`qtarget filter CONFIG.yaml --rule gain` once"
                 )
             alone = read_alone([without_prompt(*row) for row in zip(ids, masks, strict=True)], folder)
-        decision = decide(rows_in_cache(self.cache, ids, masks, numbers, alone, self.witness), self.wanted)
+        decision = decide(
+            rows_in_cache(self.cache, ids, masks, numbers, alone, self.witness, sided=not self.signed), self.wanted
+        )
         weighs = self.wanted.form == "weight"
         kept = decision.weights > 0 if weighs else decision.keep
         self._say(decision, numbers[~kept])
@@ -116,7 +119,7 @@ def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset:
         )
     key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
     cache = caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key)
-    return RowFilter(wanted, cache, open_copies(args.witness, wanted, cache, key))
+    return RowFilter(wanted, cache, open_copies(args.witness, wanted, cache, key), key is not None)
 
 
 def open_copies(
