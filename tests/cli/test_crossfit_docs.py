@@ -113,5 +113,7 @@ def test_the_page_names_every_option_and_its_default(workspace):
     given = {name: p.default for name, p in inspect.signature(score).parameters.items() if name.startswith("crossfit_")}
     for name, default in given.items():
         row = next(line for line in PAGE.splitlines() if f"`--{name.replace('_', '-')}`" in line)
-        assert default is None or f"{default:g}".replace("0.0005", "5e-4") in row
+        shown = {True: "on", False: "off"}.get(default) if isinstance(default, bool) else None
+        assert shown is None or f"| {shown} |" in row
+        assert default is None or shown or f"{default:g}".replace("0.0005", "5e-4") in row
     assert yaml.safe_load(blocks("yaml")[0])["witness"] == "witness"
