@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"points": []}
-    if options.output.is_file():  # points of other tasks stay
+    if options.output.is_file():  # points that stand there are not measured again
         results = json.loads(options.output.read_text())
     results |= {
         "benchmark": "evidence", "qtarget": qtarget.__version__, "torch": torch.__version__, "machine": platform.machine(),
@@ -89,11 +89,13 @@ def main() -> None:
     start = Start()
     for task in options.tasks:
         worker = NoiseWorker(Setting(task, options.data, options.bases, options.steps, start))
-        results["points"] = [point for point in results["points"] if point["task"] != task]
+        done = {tuple(point[key] for key in ("task", "base", "kind", "rate", "seed")) for point in results["points"]}
         for seed in range(options.seeds):
             for base in ("none", "most"):
                 make_base(worker.task, base, options.bases, start)
                 for kind, rate in (WRONG, CLEAN):
+                    if (task, base, kind, rate, seed) in done:
+                        continue
                     point = {"task": task} | measured(worker, Cell(base, kind, rate), seed, options.steps)
                     results["points"].append(point)
                     options.output.write_text(json.dumps(results, indent=1) + "\n")
