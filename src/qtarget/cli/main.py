@@ -24,7 +24,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = bool(arguments) and arguments[0] == "--debug"
-    if not sys.stderr.isatty():  # a bar in a file is a line that nobody reads; the libraries look when they are imported
+    if (
+        not sys.stderr.isatty()
+    ):  # a bar in a file is a line that nobody reads; the libraries look when they are imported
         for library in ("DATASETS", "HUB"):  # transformers asks the hub's
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     with signals_end_it():

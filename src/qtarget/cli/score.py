@@ -203,4 +203,6 @@ def print_scored(manifest: Manifest, directory: Path, seconds: float | None = No
     per_token = f"{size / manifest.tokens:.1f} bytes a token" if manifest.tokens else "no tokens"
     kept = f"{manifest.sampled} draws" if manifest.sampled else f"top_k {manifest.top_k}"
     took = "" if seconds is None else f", {seconds:.1f} s"
-    typer.echo(f"{directory}: {manifest.rows:,} different rows, {manifest.tokens:,} supervised tokens, {kept}, {per_token}{took}")
+    typer.echo(
+        f"{directory}: {manifest.rows:,} different rows, {manifest.tokens:,} supervised tokens, {kept}, {per_token}{took}"
+    )
