@@ -218,10 +218,14 @@ def _judge(
         "share": mixture.share, "bad_rows": int(bad.sum()), "kept_excess": expected,
     }  # fmt: skip
     if asks != "rows" and expected > UNEXPECTED:
-        others = "" if asks == "copies" else "; the rule `crossfit` asks copies that learn the format first"
+        others = (
+            "train them longer: `qtarget score RUN.yaml --crossfit 2 --crossfit-steps N --crossfit-rate R`, and witness"
+            if asks == "copies"
+            else "the rule `crossfit` asks copies that learn the format first"
+        )
         doubt = (
             f"{'the copies do' if asks == 'copies' else 'the base does'} not know these rows (even those to keep surprise by "
-            f"{expected:.1f} nats a token more than expected{others})"
+            f"{expected:.1f} nats a token more than expected; {others})"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
         doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"
