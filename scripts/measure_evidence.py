@@ -50,7 +50,7 @@ def said(rows: ScoredRows, marks: Any, rule: str) -> dict[str, Any]:
 
 
 def measured(worker: NoiseWorker, cell: Cell, seed: int, steps: int) -> dict[str, Any]:
-    """One point: the base's surprise, copies alone, copies with other prompts, and what `auto` takes."""
+    """One point: the base's surprise, copies alone, copies with other prompts."""
     import numpy as np
 
     material = worker.material(cell, seed)
@@ -63,7 +63,7 @@ def measured(worker: NoiseWorker, cell: Cell, seed: int, steps: int) -> dict[str
         **vars(cell), "seed": seed, "rows": len(rows), "marked": int(marks.sum()),
         "rules": {
             "surprise": said(rows, marks, "surprise"), "copies alone": said(nobody, marks, "crossfit"),
-            "crossfit": said(rows, marks, "crossfit"), "auto": said(rows, marks, "auto"),
+            "crossfit": said(rows, marks, "crossfit"),
         },
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli.options.frozen import Rows, cache_place, check_place, found_witness, is_finished, shown, witness_place
+from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown, witness_place
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
         training.teacher_cache = scored_teacher(config, rows)
     if (asked_by := asks_witness(config)) is not None:
         training.witness = witness_for(config, rows, asked_by)
-    elif Filter.of(training.filter) and training.witness is None:
-        training.witness = found_witness(config, rows)
     if training.reference_model_name_or_path is not None or training.reference == "live":
         return
     if target.needs.reference or Filter.of(training.filter):

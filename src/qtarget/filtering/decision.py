@@ -20,8 +20,6 @@ RULES = ("auto", *WITNESSES, "none")
 AUTO = "surprise"
 """What ``auto`` asks: it needs no count over all rows and no second pass of the model, and is the best single witness of
 `benchmarks/results/filter.json` wherever the base knows the format."""
-COPIES = "crossfit"
-"""What ``auto`` asks next where there are copies and the base cannot tell."""
 LEAST_GAIN = 5.0
 """Nats of held-out likelihood, all rows together, that two kinds have to gain on one."""
 LEAST_ERRORS = 3.0
@@ -159,9 +157,6 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
         return Decision(
             *nothing, "not filtered", rule, None, np.zeros(count), f"not filtered: all {count:,} rows are kept", {}
         )
-    if asked.rule == "auto" and asked.keep is None and rows.crossfit is not None and rows.crossfit_entropy is not None:
-        first = _decide(rows, AUTO, seed)
-        return _decide(rows, COPIES, seed) if first.verdict == "cannot tell" else first
     if asked.keep is not None:
         return _by_share(WITNESSES[rule].score(rows), rule, asked.keep)
     return _decide(rows, rule, seed)

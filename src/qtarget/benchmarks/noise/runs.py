@@ -318,8 +318,12 @@ def kept_rows(method: Method, value: float, material: Material) -> list[int] | N
         return [i for i, row in enumerate(material.rows) if not any(row.noise)]
     if method.rows in ("witness", "witness share"):
         assert material.evidence is not None, "copies have judged the rows"
-        wanted = {"rule": "crossfit", "keep": value} if method.rows == "witness share" else "auto"
-        return np.flatnonzero(decide(material.evidence, wanted).keep).tolist()
+        if method.rows == "witness share":
+            found = decide(material.evidence, {"rule": "crossfit", "keep": value})
+        else:
+            found = decide(material.evidence, "surprise")
+            found = decide(material.evidence, "crossfit") if found.verdict == "cannot tell" else found
+        return np.flatnonzero(found.keep).tolist()
     if method.rows != "filtered":
         return None
     assert all(known.label_log_probs is not None for known in material.known)
