@@ -25,7 +25,8 @@ class Method:
         rows: ``noisy`` as they are; ``marked``: noisy, with the marked tokens left out of the loss (an oracle that is
             told where the noise is); ``filtered``: noisy rows whose mean base surprise is among the lowest ``setting``;
             ``crossfit``: those that a mixture of two puts into the likelier part by their mean NLL under the cross-fit;
-            ``marked rows``: those without a mark (an oracle); ``witness``: those that the filter keeps by `surprise`, or by `crossfit` where that cannot tell;
+            ``marked rows``: those without a mark (an oracle); ``witness``: those that the filter keeps by `surprise`, or by
+            `crossfit` where that cannot tell;
             ``witness share``: so many as ``setting`` says, by the rule `crossfit`.
         selects: what drops a share ``setting`` of each batch as it comes (``qtarget.benchmarks.noise.selection``).
         stops_early: keeps the best of five checkpoints on the noisy validation rows.
