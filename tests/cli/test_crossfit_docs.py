@@ -113,5 +113,25 @@ def test_the_page_names_every_option_and_its_default(workspace):
     given = {name: p.default for name, p in inspect.signature(score).parameters.items() if name.startswith("crossfit_")}
     for name, default in given.items():
         row = next(line for line in PAGE.splitlines() if f"`--{name.replace('_', '-')}`" in line)
-        assert default is None or f"{default:g}".replace("0.0005", "5e-4") in row
+        shown = {True: "on", False: "off"}.get(default) if isinstance(default, bool) else None
+        assert shown is None or f"| {shown} |" in row
+        assert default is None or shown or f"{default:g}".replace("0.0005", "5e-4") in row
     assert yaml.safe_load(blocks("yaml")[0])["witness"] == "witness"
+
+
+@pytest.mark.parametrize("task", ["cogs", "listops", "caesar"])
+def test_the_table_of_fresh_tasks_is_the_result_files(task):
+    results = json.loads((ROOT / f"benchmarks/results/noise_{task}.json").read_text())
+    names = (
+        "sft", "sft, marked rows left out", "crossfit_consensus", "sft, rows by witness", "crossfit_consensus, rows by witness"
+    )  # fmt: skip
+    for cell in results["cells"]:
+        kind = f"{100 * cell['rate']:g} % {cell['kind'].replace('_', ' ')}" if cell["rate"] else "clean"
+        (line,) = [row for row in PAGE.splitlines() if row.startswith(f"| {task}, {cell['base']}, {kind} |")]
+        shown = [part.strip().split(" ")[0] for part in line.strip("|").split("|")][2:]
+        for name, text in zip(names, shown, strict=True):
+            runs = cell["runs"].get(name)
+            assert (text == "") == (runs is None)
+            assert runs is None or float(text) == pytest.approx(
+                sum(run["accuracy_percent"] for run in runs) / len(runs), abs=0.05
+            )

@@ -229,3 +229,31 @@ def test_token_mask_equals_brute_force_over_characters():
         marked = {character for start, end, _ in spans for character in range(start, end)}
         expected = [bool(marked & set(range(start, end))) for start, end in offsets]
         assert noise_token_mask(offsets, spans) == expected
+
+
+def test_other_response_is_whole_and_truncation_ends_at_a_word():
+    rows = [
+        {"prompt": f"{i}?", "completion": f"the answer is {i} .", "answer": str(i), "skill": str(i)} for i in range(20)
+    ]
+    moved = inject_noise(rows, kind="other_response", rate=0.5, seed=0)
+    texts = {row["completion"] for row in rows}
+    touched = [(old, new) for old, new in zip(rows, moved, strict=True) if new["noise_spans"]]
+    assert len(touched) == 10
+    for old, new in touched:
+        assert new["completion"] in texts - {old["completion"]}
+        assert new["noise_spans"] == [[0, len(new["completion"]), "other_response"]]
+    cut = inject_noise(rows, kind="truncation", rate=0.5, seed=0)
+    touched = [(old, new) for old, new in zip(rows, cut, strict=True) if new["noise_spans"]]
+    assert len(touched) == 10
+    for old, new in touched:
+        assert old["completion"].startswith(new["completion"] + " ")
+        ((start, end, kind),) = new["noise_spans"]
+        assert (new["completion"][start:end], kind) == (new["completion"].split()[-1], "truncation")
+
+
+def test_one_response_has_no_other_and_one_word_cannot_be_cut(caplog):
+    with pytest.raises(DataError, match="two different responses"):
+        inject_noise([{"prompt": "a", "completion": "x"}] * 3, kind="other_response", rate=1.0, seed=0)
+    cut = inject_noise([{"prompt": "a", "completion": "x"}] * 3, kind="truncation", rate=1.0, seed=0)
+    assert [row["completion"] for row in cut] == ["x"] * 3
+    assert "cannot be cut" in caplog.text

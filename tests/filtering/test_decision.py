@@ -170,3 +170,55 @@ def test_a_mapping_without_a_rule_asks_the_evidence() -> None:
     assert Filter.of({"as": "weight"}) == Filter("auto", None, "weight")
     assert not Filter.of(None)
     assert not Filter.of("none")
+
+
+def judged_rows(bad: np.ndarray, *, contradicted: bool = True, hard: float = 0.0, seed: int = 0) -> ScoredRows:
+    """Rows that the base does not know, and copies do: bad ones have three tokens that the copy never says, hard ones are unsure.
+
+    Args:
+        contradicted: whether another prompt makes a bad row's answer likelier.
+        hard: share of the rows of which the copy is unsure.
+    """
+    plain = rows_of(np.zeros(len(bad), dtype=bool), known=False, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    entropy = [rng.exponential(0.4, size) for size in np.diff(plain.bounds)]
+    unsure = rng.random(len(bad)) < hard
+    said = [
+        -rng.exponential(np.maximum(values, 1e-3)) - 3 * doubt for values, doubt in zip(entropy, unsure, strict=True)
+    ]
+    entropy = [values + 3 * doubt for values, doubt in zip(entropy, unsure, strict=True)]  # twenty alike choices more
+    for row in np.flatnonzero(bad):
+        said[row][rng.choice(len(said[row]), 3, replace=False)] -= 3
+    against = np.where(bad & contradicted, rng.exponential(4, len(bad)), -rng.exponential(4, len(bad)))
+    parts = (np.split(values, plain.offsets[1:-1]) for values in (plain.ids, plain.trained))
+    assert plain.entropy is not None
+    base = (np.split(values, plain.bounds[1:-1]) for values in (plain.log_probs, plain.entropy))
+    return ScoredRows.of(*parts, *base, crossfit=said, crossfit_entropy=entropy, contradiction=against)
+
+
+def test_copies_tell_what_the_base_cannot_and_another_prompt_helps() -> None:
+    bad = share(400, 0.3)
+    rows = judged_rows(bad)
+    assert decide(rows, "surprise").verdict == "cannot tell"
+    assert decide(rows, "auto").verdict == "cannot tell"  # the base is asked, and nobody else
+    found = decide(rows, "crossfit")
+    assert found.verdict == "two kinds"
+    assert (~found.keep)[bad].mean() > 0.8
+    assert (~found.keep)[~bad].mean() < 0.05
+    alone = decide(judged_rows(bad, contradicted=False), "crossfit")
+    assert alone.score[bad].mean() + 1 < found.score[bad].mean()
+    np.testing.assert_allclose(alone.score[~bad], found.score[~bad])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_hard_rows_are_no_bad_ones(seed) -> None:
+    found = decide(judged_rows(np.zeros(300, dtype=bool), hard=0.3, seed=seed), "crossfit")
+    assert found.verdict == "cannot tell"
+    assert found.keep.all()
+
+
+def test_a_share_by_copies_keeps_the_best() -> None:
+    bad = share(200, 0.3)
+    found = decide(judged_rows(bad), {"rule": "crossfit", "keep": 0.7})
+    assert found.dropped == 60
+    assert bad[~found.keep].mean() > 0.8

@@ -24,7 +24,8 @@ def random_rows(count: int = 40, seed: int = 0) -> tuple[list, list, list, list,
 
 def test_each_witness_is_what_its_formula_says() -> None:
     ids, masks, log_probs, entropy, alone = random_rows()
-    rows = ScoredRows.of(ids, masks, log_probs, entropy, alone)
+    copies = [p * 0.5 for p in alone], [h * 0.3 for h in entropy]
+    rows = ScoredRows.of(ids, masks, log_probs, entropy, alone, None, *copies)
     agreed = agreement(ids, masks)
 
     def worst(values):
@@ -35,6 +36,7 @@ def test_each_witness_is_what_its_formula_says() -> None:
         "agreement": [np.mean(-np.log(a + 0.02)) for a in agreed],
         "combined": [worst((-p - h) * (1 - a)) for p, h, a in zip(log_probs, entropy, agreed, strict=True)],
         "gain": [np.mean(b - p) for p, b in zip(log_probs, alone, strict=True)],
+        "crossfit": [worst(-p - h) for p, h in zip(*copies, strict=True)],
     }
     assert set(expected) == set(WITNESSES)
     for name, values in expected.items():
@@ -49,6 +51,11 @@ def test_without_entropy_it_is_the_plain_surprise() -> None:
 def test_gain_needs_the_answers_alone() -> None:
     with pytest.raises(ConfigError, match="--rule gain"):
         WITNESSES["gain"].score(ScoredRows.of([[1, 2]], [[False, True]], [[-3.0]]))
+
+
+def test_crossfit_needs_copies() -> None:
+    with pytest.raises(ConfigError, match="--crossfit 2"):
+        WITNESSES["crossfit"].score(ScoredRows.of([[1, 2]], [[False, True]], [[-3.0]]))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ def completion_log_probs(
     return out
 
 
+def of_labels(log_probs: Float[Tensor, "completion vocab"], row: Encoded) -> Float[Tensor, " completion"]:
+    """Those of the row's own tokens."""
+    return log_probs.gather(-1, torch.tensor(row.completion, device=log_probs.device)[:, None])[:, 0]
+
+
 POOL = 4
 """Batches among which rows are sorted by length: padding would be a third of all tokens."""
 
@@ -132,6 +137,7 @@ def fine_tune(
     reference: Sequence[Reference] | None = None,
     teacher: Sequence[Reference] | None = None,
     after_step: Any = None,
+    select: Callable[[Any, list[int], int], list[int]] | None = None,
 ) -> Trained:
     """Train ``model`` in place, every step one batch; the loss is the mean over its supervised tokens.
 
@@ -139,12 +145,15 @@ def fine_tune(
         target: or what gives each step's, called with all that the run reports so far (a schedule).
         reference, teacher: what is known of a frozen model at the completion tokens of each row.
         after_step: called with the number of steps done; a true answer ends the run (early stopping).
+        select: called with the model, a step's rows and the step; says which of them are trained on.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     trained = Trained()
     model.train()
     for step, chosen in enumerate(order([len(row.prompt) + len(row.completion) for row in rows], recipe)):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
+        if select is not None:
+            chosen = select(model, chosen, step)
         batch = [rows[i] for i in chosen]
         ids, labels = (tensor.to(model.device) for tensor in collate(batch))
         kept = labels >= 0

@@ -87,7 +87,10 @@ def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> N
     """
     if not (resume and output.is_file()):
         return
-    then, now = {"start": asdict(Start())} | json.loads(output.read_text())["config"], json.loads(json.dumps(settings))
+    then, now = (
+        {"start": asdict(Start()), "equal_compute": False} | json.loads(output.read_text())["config"],
+        json.loads(json.dumps(settings)),
+    )
     if differing := [f"{n} was {then[n]}, is {value}" for n, value in now.items() if then[n] != value]:
         raise ConfigError(f"--resume {output}: {'; '.join(differing)}; choose another --output")
 

@@ -158,6 +158,101 @@ def _present(path: Path) -> Path:
     return path
 
 
+ROLES = {"agent": "A", "theme": "T", "recipient": "R"}
+LONGEST_FORM = 6
+"""Words and numbers of a logical form: the embedded tokenizer takes up to six tokens a word."""
+
+
+def cogs_tasks(data: Path, train_rows: int = 640) -> TaskSet:
+    """COGS sentences and their logical forms, the shortest ones, written as ``captain 1, eat A 2 1``.
+
+    Args:
+        data: the folder that holds ``compositional/cogs_{train,test}.tsv.gz``.
+
+    Raises:
+        DataError: the files are not there.
+    """
+    train, test = (_cogs_pairs(data / "compositional" / f"cogs_{split}.tsv.gz") for split in ("train", "test"))
+    return _paired(
+        "cogs", train, [p for p in test if p not in set(train)], "Parse: {}", "It means [{}].", 500, train_rows
+    )
+
+
+def _cogs_pairs(path: Path) -> list[Pair]:
+    with gzip.open(_present(path), "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file]
+    pairs = {sentence: _short_form(form) for sentence, form, kind in rows if kind == "in_distribution"}
+    return [pair for pair in pairs.items() if len(pair[1].split()) <= LONGEST_FORM]
+
+
+def _short_form(form: str) -> str:
+    """A logical form without its variables' letters and brackets, its commonest roles as letters, one token each.
+
+    Example:
+        >>> _short_form("* captain ( x _ 1 ) ; eat . agent ( x _ 2 , x _ 1 )")
+        'captain 1, eat A 2 1'
+    """
+    for role, letter in ROLES.items():
+        form = form.replace(f". {role} (", f". {letter} (")
+    parts = re.split(r" (?:;|AND) ", form.removeprefix("* "))
+    return ", ".join(" ".join(re.findall(r"\b(?!x\b)[A-Za-z]+|[0-9]+", part)) for part in parts)
+
+
+OPERATIONS = {"MIN": "N", "MAX": "X", "MED": "D", "FIRST": "F", "LAST": "L", "SM": "S"}
+"""ListOps' operations as letters, one token each."""
+MOST_OPERANDS = 6
+
+
+def listops_tasks(data: Path, train_rows: int = 640) -> TaskSet:
+    """ListOps expressions of at most six digits, written as ``X 2 (F 9 6)``; the answer is one digit. Every fifth is a test.
+
+    Args:
+        data: the folder that holds ``compositional/listops_test_d8.tsv.gz``.
+
+    Raises:
+        DataError: the file is not there.
+    """
+    pairs: dict[str, str] = {}
+    with gzip.open(_present(data / "compositional" / "listops_test_d8.tsv.gz"), "rt", encoding="utf-8") as file:
+        for line in file:
+            answer, expression = line.rstrip("\n").split("\t")
+            if len(re.findall("[0-9]", expression)) <= MOST_OPERANDS:
+                pairs[_short_expression(expression)] = answer
+    in_test = {question: zlib.crc32(question.encode()) % TEST_SHARE == 0 for question in pairs}
+    train, test = ([pair for pair in pairs.items() if in_test[pair[0]] == side] for side in (False, True))
+    return _paired("listops", train, test, "Reduce {}.", "The result is [{}].", 600, train_rows)
+
+
+def _short_expression(expression: str) -> str:
+    """ListOps without the brackets of its binary trees.
+
+    Example:
+        >>> _short_expression("( ( ( [MAX 2 ) ( ( ( [FIRST 9 ) 6 ) ] ) ) ] )")
+        'X 2 (F 9 6)'
+    """
+    tokens = [token for token in expression.split() if token not in "()"]
+    words = [
+        "(" + OPERATIONS[token[1:]] if token.startswith("[") else ")" if token == "]" else token for token in tokens
+    ]
+    return " ".join(words).replace(" )", ")")[1:-1]
+
+
+SHIFTS = (1, 2, 3)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def caesar_tasks(train_rows: int = 640) -> TaskSet:
+    """Three or four letters, each moved on in the alphabet: a task that was made after the rules stood. Every fifth is a test."""
+    random, pairs = Random("caesar"), {}
+    while len(pairs) < 6000:
+        word, shift = random.choices(LETTERS, k=random.choice((3, 4))), random.choice(SHIFTS)
+        moved = [LETTERS[(LETTERS.index(letter) + shift) % len(LETTERS)] for letter in word]
+        pairs[f"{' '.join(word)} by {shift}"] = " ".join(moved)
+    in_test = {question: zlib.crc32(question.encode()) % TEST_SHARE == 0 for question in pairs}
+    train, test = ([pair for pair in pairs.items() if in_test[pair[0]] == side] for side in (False, True))
+    return _paired("caesar", train, test, "Move on {}.", "They become [{}].", 500, train_rows)
+
+
 Pair = tuple[str, str]
 """A question and its answer."""
 
@@ -205,8 +300,9 @@ def _paired(
     )
 
 
-REAL = {"scan": scan_tasks, "math": math_tasks}
+REAL = {"scan": scan_tasks, "math": math_tasks, "cogs": cogs_tasks, "listops": listops_tasks}
 """Tasks from files that are not part of the package."""
+GENERATED = {"embedded": embedded_tasks, "caesar": caesar_tasks}
 
 
 def task_set(name: str, data: Path | None) -> TaskSet:
@@ -215,10 +311,10 @@ def task_set(name: str, data: Path | None) -> TaskSet:
     Raises:
         ConfigError: no such name, or real tasks without their folder.
     """
-    if name == "embedded":
-        return embedded_tasks()
+    if name in GENERATED:
+        return GENERATED[name]()
     if name not in REAL:
-        raise ConfigError(f"--tasks {name!r} is unknown; expected embedded, {' or '.join(REAL)}")
+        raise ConfigError(f"--tasks {name!r} is unknown; expected one of {', '.join((*GENERATED, *REAL))}")
     if data is None:
         raise ConfigError(f"--tasks {name} reads files that are not part of the package; name their folder with --data")
     return REAL[name](data)

@@ -112,7 +112,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
     """
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import found_reference
+    from qtarget.cli.options.frozen import found_reference, found_witness
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.integrations.shared.saved.ends import turn_ends
@@ -140,6 +140,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         assistant_only=training.assistant_only_loss,
         text_field=training.dataset_text_field,
         cache=cache,
+        witness=open_cache(found_witness(config), True),
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(rows)) if cache is not None else ())],
     )

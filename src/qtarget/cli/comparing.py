@@ -159,17 +159,22 @@ class Request:
         write_json(file, now | {"contenders": earlier | mine})
 
     def _recipe(self) -> ConfigRecipe:
-        """The config with one reference cache for all, scored here if it names none."""
-        from qtarget.cli.missing import reference_for
+        """The config with one reference cache for all, and one cross-fit for those that ask it, made here if it names none."""
+        from qtarget.cli.missing import asks_witness, reference_for, witness_for
         from qtarget.cli.recipe import ConfigRecipe
 
         given = dict(self.config.given)
         forgetting = None if self.forgetting is None else str(self.forgetting.resolve())
         recipe = ConfigRecipe(self.path.resolve(), given, forgetting)
-        needs = frozenset[str]()
+        needs, asked_by = frozenset[str](), None
         for one in self.contenders:
-            needs |= recipe.config({**one.overrides, "filter": "none"}).training.build_target().needs.reference
+            contender = recipe.config({**one.overrides, "filter": "none"})
+            needs |= contender.training.build_target().needs.reference
+            asked_by = asked_by or asks_witness(contender, one.overrides.get("filter"))
         config = recipe.config({"target": "sft", "target_kwargs": None})
+        if asked_by is not None:
+            given["witness"] = os.path.abspath(witness_for(config, recipe.rows(), f"{asked_by}, a contender"))
+            recipe = ConfigRecipe(recipe.path, given, forgetting)
         asked = config.training
         is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
         if is_live or not (needs or any(one.filtered for one in self.contenders)):
@@ -185,13 +190,14 @@ class Request:
         """
         from qtarget.cli.recipe import why_not_filtered
         from qtarget.integrations.sft.arguments import run_live
-        from qtarget.integrations.shared.frozen import open_caches
+        from qtarget.integrations.shared.frozen import open_caches, open_witness
 
         for one in self.contenders:
             config = recipe.config({**one.overrides, "filter": "none"})
             training = config.training
             run_live(training, str(config.model.model_name_or_path))
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
+            open_witness(training.witness, training.build_target(), training.cache_verify_key)
         reasons: dict[str, str | None] = {}
         able, left = [], []
         for one in self.contenders:

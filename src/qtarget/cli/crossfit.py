@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
+    from qtarget.integrations.sft.crossfit import CrossfitRecipe
     from qtarget.scoring.cache.schema import Manifest
 
 
 def run_crossfit(
     config: RunConfig,
     directory: Path,
-    recipe: tuple[int, int | None, float, int],
+    recipe: tuple[int, int | None, float, int, bool],
     of_shards: Callable[[Path], str],
+    rows: tuple[Any, Any] | None = None,
     **storage: Any,
 ) -> Manifest:
     """Train the copies and score the rows of a config, tokenised exactly as training does.
 
     Args:
-        recipe: folds, steps, learning rate and rank of ``CrossfitRecipe``.
+        recipe: folds, steps, learning rate, rank and prompts of ``CrossfitRecipe``.
         of_shards: says what of the scoring is safe.
+        rows: the config's, training and validation; read where they are not given.
         storage: of ``qtarget.integrations.sft.crossfit.crossfit_score``.
 
     Raises:
@@ -36,7 +39,7 @@ def run_crossfit(
     from qtarget.integrations.sft.crossfit import CrossfitRecipe, crossfit_score
 
     plan = CrossfitRecipe(*recipe)
-    train_rows, validation_rows = load_datasets(config)
+    train_rows, validation_rows = load_datasets(config) if rows is None else rows
     set_model_arguments(config)
     name, trust = str(config.model.model_name_or_path), config.training.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model.model_revision, trust_remote_code=trust)
@@ -44,6 +47,28 @@ def run_crossfit(
         return crossfit_score(
             name, config.training, train_rows, validation_rows, tokenizer, directory=directory, recipe=plan, **storage
         )
+
+
+def announcement(asked_by: str, recipe: CrossfitRecipe, rows: int, place: str) -> str:
+    """What is about to be trained and scored, and what it takes.
+
+    Args:
+        rows: of the training data.
+
+    Example:
+        >>> from qtarget.integrations.sft.crossfit import CrossfitRecipe
+        >>> print(announcement("target crossfit_consensus", CrossfitRecipe(), 600, "runs/witness-1").partition(",")[0])
+        witness
+    """
+    learnt = rows - rows // recipe.folds
+    passes = "twice over them" if recipe.steps is None else f"{recipe.steps:,} steps"
+    how = f"LoRA of rank {recipe.rank}" if recipe.rank else "all weights"
+    return (
+        f"witness, cross-fitted once for {asked_by}: {recipe.folds} copies of the base, each trained on about {learnt:,} of "
+        f"{rows:,} rows ({how}, rate {recipe.learning_rate:g}, {passes}), judge the other rows, each answer "
+        f"under other prompts, too, into {place}; the next run "
+        "with an output_dir there takes it (`qtarget score CONFIG.yaml --crossfit K` and `witness: FOLDER` choose another recipe)"
+    )
 
 
 def how_to_go_on(directory: Path, folds: int, of_shards: Callable[[Path], str]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qtarget.filtering import Decision, Filter, ScoredRows
     from qtarget.scoring.cache.reader import ReferenceCache
 
-Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "none"]
+Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "crossfit", "none"]
 COUNTED_ALWAYS = 200_000
 """Trained tokens up to which agreement is counted whatever the rule; it takes seconds a hundred thousand tokens."""
 
@@ -54,7 +54,10 @@ def filter_rows(
 
     check_config(config, context.args)
     settings = read_settings(config, context.args)
-    if "reference_cache" in settings and rule != "gain":  # then no model runs, so the machine need not be able to
+    if "reference_cache" in settings and rule not in (
+        "gain",
+        "crossfit",
+    ):  # then no model runs, so the machine need not be able to
         settings |= {key: Setting(value, "filter") for key, value in HARDWARE.items()}
     run = build_config(settings, config)
     beside = Path(str(run.training.output_dir))
@@ -113,10 +116,16 @@ class Filtered:
 
 def filter_config(config: RunConfig, wanted: Filter) -> Filtered:
     """``decide_config`` where the base may have to be scored first; training takes the same cache."""
-    from qtarget.cli.missing import reference_for
+    from qtarget.cli.missing import reference_for, witness_for
     from qtarget.cli.options.datasets import load_datasets
+    from qtarget.cli.options.frozen import found_witness
+    from qtarget.filtering import WITNESSES
 
     rows = load_datasets(config)
+    if wanted.rule in WITNESSES and WITNESSES[wanted.rule].asks_copies:
+        config.training.witness = witness_for(config, rows, f"the filter {wanted.rule}")
+    else:
+        config.training.witness = found_witness(config, rows)
     return decide_config(config, wanted, cache=reference_for(config, rows, "the filter"), data=rows[0])
 
 
@@ -138,7 +147,8 @@ def decide_config(
 
     Raises:
         ConfigError: there is no cache, or ``wanted`` is nothing known.
-        CacheMismatchError: the cache is of other rows or of another tokenizer.
+        MissingStatisticError: the rule asks copies, and the config names no ``witness``.
+        CacheMismatchError: a cache is of other rows or of another tokenizer.
         DataError: the rows are unusable.
     """
     import numpy as np
@@ -149,7 +159,7 @@ def decide_config(
     from qtarget.filtering import Filter, decide
     from qtarget.filtering.lookup import rows_in_cache
     from qtarget.integrations.sft.audit import cut, tokenise
-    from qtarget.integrations.sft.data.filtering import alone_folder
+    from qtarget.integrations.sft.data.filtering import alone_folder, open_copies
     from qtarget.integrations.shared.frozen import way_out
     from qtarget.scoring.cache.schema import supervised_mask
 
@@ -178,7 +188,8 @@ def decide_config(
     answers = None
     if asked.rule == "gain":
         answers = _answers_alone(config, ids, trained, opened, Path(alone or alone_folder(opened.path)))
-    scored = rows_in_cache(opened, ids, trained, judged, answers)
+    copies = open_copies(training.witness, asked, opened)
+    scored = rows_in_cache(opened, ids, trained, judged, answers, copies)
     return Filtered(decide(scored, asked), scored, len(rows), raw, tokens.tokenizer, opened.path)
 
 

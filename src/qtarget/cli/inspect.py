@@ -114,7 +114,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     """
     from qtarget.cli.audit_data import load_tokenizer
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import found_reference
+    from qtarget.cli.options.frozen import found_reference, found_witness
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.report.inspect.inspection import Inspection, View
     from qtarget.report.inspect.page import ids_shown
@@ -122,7 +122,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     from qtarget.report.tokens import flatten_rows
 
     training = config.training
-    training.reference_cache = found_reference(config)
+    training.reference_cache, training.witness = found_reference(config), found_witness(config)
     whole: Any = load_datasets(config)[options.split == "validation"]
     if whole is None:
         raise ConfigError(
@@ -339,6 +339,7 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
         assistant_only=training.assistant_only_loss,
         text_field=training.dataset_text_field,
         cache=cache,
+        witness=open_cache(training.witness, True),
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(raw)) if cache is not None else ())],
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
     ).as_dict()

@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown
+from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown, witness_place
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
+    from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
     from qtarget.integrations.sft.score import Cost
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,6 +46,8 @@ def score_missing(config: RunConfig, rows: Rows) -> None:
     target = training.build_target()
     if target.needs.teacher and training.teacher_url is None and training.teacher_cache is None:
         training.teacher_cache = scored_teacher(config, rows)
+    if (asked_by := asks_witness(config)) is not None:
+        training.witness = witness_for(config, rows, asked_by)
     if training.reference_model_name_or_path is not None or training.reference == "live":
         return
     if target.needs.reference or Filter.of(training.filter):
@@ -74,6 +77,65 @@ def reference_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
         score_reference(config, place, rows, asked_by)
     wait_for(place)
     return str(place)
+
+
+def asks_witness(config: RunConfig, filtered: Any = None) -> str | None:
+    """Who asks copies that have not seen the rows, in words: a config's target, or its filter; None where nobody does.
+
+    Args:
+        filtered: a filter in the place of the config's.
+    """
+    from qtarget.core.types import WITNESS_FIELDS
+    from qtarget.filtering import WITNESSES, Filter
+
+    training = config.training
+    needs = training.build_target().needs
+    if (needs.reference | needs.teacher) & set(WITNESS_FIELDS):
+        return f"target {training.target_label}"
+    rule = Filter.of(training.filter if filtered is None else filtered).rule
+    return f"the filter {rule}" if rule in WITNESSES and WITNESSES[rule].asks_copies else None
+
+
+def witness_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
+    """The cross-fit: the one that the config names, the one that an earlier run made, or a new one of the default recipe.
+
+    Args:
+        rows: the config's.
+        asked_by: who needs it, in words.
+
+    Raises:
+        ConfigError: the place cannot be written, or another process writes it.
+        DataError: fewer prompts than folds.
+    """
+    from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
+
+    training, recipe = config.training, CrossfitRecipe()
+    if training.witness is not None:
+        return training.witness
+    place = witness_place(config, recipe, rows)
+    if is_finished(place):
+        if training.process_index == 0:
+            logger.warning("witness: %s is taken, whose copies these rows have trained", shown(place))
+    elif training.process_index == 0:
+        from qtarget.cli.crossfit import announcement as of_copies
+
+        check_place(place)
+        logger.warning("%s", of_copies(asked_by, recipe, len(rows[0]), shown(place)))
+        judge_rows(config, recipe, place, rows)
+    wait_for(place)
+    return str(place)
+
+
+def judge_rows(config: RunConfig, recipe: CrossfitRecipe, place: Path, rows: Rows) -> None:
+    """Train the copies and score the rows, in this process, or in one of its own beside several ranks."""
+    if config.training.world_size > 1 or config.training.deepspeed:
+        score_apart(config, place, "--crossfit", str(recipe.folds))
+        return
+    from qtarget.cli.crossfit import run_crossfit
+    from qtarget.cli.score import how_to_go_on
+
+    numbers = recipe.folds, recipe.steps, recipe.learning_rate, recipe.rank, recipe.prompts
+    run_crossfit(config, place, numbers, how_to_go_on, rows=rows, top_k=0)
 
 
 def scored_teacher(config: RunConfig, rows: Rows) -> str | None:
@@ -126,7 +188,7 @@ def announcement(asked_by: str, cost: Cost, place: Path) -> str:
     )
 
 
-def score_apart(config: RunConfig, place: Path) -> None:
+def score_apart(config: RunConfig, place: Path, *options: str) -> None:
     """Score in a process that is no rank: TRL's preparation meets all ranks at barriers, and the others only wait.
 
     Raises:
@@ -144,7 +206,7 @@ def score_apart(config: RunConfig, place: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-        top_k = str(config.training.reference_top_k)
+        top_k = "0" if options else str(config.training.reference_top_k)
         command = [
             sys.executable,
             "-m",
@@ -155,12 +217,14 @@ def score_apart(config: RunConfig, place: Path) -> None:
             top_k,
             "--output",
             str(place),
+            *options,
         ]
-        if (url := config.training.reference_url) is not None:
+        if not options and (url := config.training.reference_url) is not None:
             from qtarget.scoring.sources.engines import detect_engine
 
             command += ["--engine", detect_engine(url), "--url", url]
-        logger.warning("reference: scored once into %s; the other ranks wait", shown(place))
+        what = "witness: cross-fitted" if options else "reference: scored"
+        logger.warning("%s once into %s; the other ranks wait", what, shown(place))
         if subprocess.run(command, env=environment, check=False).returncode:
             raise ConfigError(f"the frozen base could not be scored into {shown(place)}; the lines above say why")
 

@@ -16,7 +16,12 @@ from qtarget.core.errors import ConfigError
 def noise(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Clean rows: .jsonl, .json, .csv or .parquet.")],
     destination: Annotated[Path, typer.Argument(metavar="OUTPUT.jsonl", help="Noisy rows with `noise_spans`.")],
-    kind: Annotated[str, typer.Option(help="random_tokens, wrong_answer, boilerplate or contradictory_duplicate.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="random_tokens, wrong_answer, boilerplate, contradictory_duplicate, other_response or truncation."
+        ),
+    ],
     rate: Annotated[
         float, typer.Option(callback=finite, min=0, max=1, help="Share of response tokens (random_tokens) or of rows.")
     ],

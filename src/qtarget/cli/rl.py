@@ -201,7 +201,7 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from qtarget.cli.train import saved_model
+    from qtarget.cli.options.started import saved_model
 
     table = Table(title=f"trained on samples with {summary['target']}", show_header=False)
     for name in FIRST_AND_LAST.values():

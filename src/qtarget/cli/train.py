@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.algorithm import RL, check_algorithm
-from qtarget.cli.options.started import SUMMARY_FILE, how_to_go_on, starting_point, write_records
+from qtarget.cli.options.started import SUMMARY_FILE, how_to_go_on, saved_model, starting_point, write_records
 from qtarget.report.runs.records import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -287,8 +287,3 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
         ),
         soft_wrap=True,
     )
-
-
-def saved_model(output: Path) -> str:
-    """What a run's folder holds: ``adapter`` or ``model``."""
-    return "adapter" if (output / "adapter_config.json").is_file() else "model"

@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 Span = tuple[int, int]
 
-NOISE_KINDS = ("random_tokens", "wrong_answer", "boilerplate", "contradictory_duplicate")
+NOISE_KINDS = (
+    *("random_tokens", "wrong_answer", "boilerplate", "contradictory_duplicate"),
+    *("other_response", "truncation"),
+)
 PREAMBLES = (
     "Certainly! I would be happy to help you with that.",
     "Great question! Let me think about this step by step.",
@@ -183,11 +186,47 @@ def _boilerplate_edits(rows: Sequence[Row], rate: float, rng: Random) -> dict[in
     return {index: [Edit(0, 0, rng.choice(PREAMBLES) + "\n")] for index in chosen}
 
 
+def _other_response_edits(rows: Sequence[Row], rate: float, rng: Random) -> dict[int, list[Edit]]:
+    """For ``round(rate * rows)`` rows, the whole response of another row, whatever its skill."""
+    responses = [response_text(row) for row in rows]
+    if rate and len(set(responses)) < 2:
+        raise DataError("other_response needs rows of at least two different responses; these all have one")
+    edits = {}
+    for index in rng.sample(range(len(rows)), round(rate * len(rows))):
+        other = responses[index]
+        while other == responses[index]:  # this ends: there is another one
+            other = rng.choice(responses)
+        edits[index] = [Edit(0, len(responses[index]), other)]
+    return edits
+
+
+def _truncation_edits(rows: Sequence[Row], rate: float, rng: Random) -> dict[int, list[Edit]]:
+    """``round(rate * rows)`` responses of several words end too early; the last word that is left is marked."""
+    words = [[match.span() for match in re.finditer(r"\S+", response_text(row))] for row in rows]
+    applicable = [index for index, found in enumerate(words) if len(found) > 1]
+    wanted = round(rate * len(rows))
+    if wanted > len(applicable):
+        logger.warning(
+            "truncation: %d of %d rows are of one word and cannot be cut; %d rows asked for, %d changed",
+            len(rows) - len(applicable), len(rows), wanted, len(applicable),
+        )  # fmt: skip
+    edits = {}
+    for index in rng.sample(applicable, min(wanted, len(applicable))):
+        start, end = words[index][rng.randrange(len(words[index]) - 1)]
+        text = response_text(rows[index])
+        edits[index] = [Edit(start, len(text), text[start:end])]
+    return edits
+
+
 def _edits(rows: Sequence[Row], kind: str, rate: float, rng: Random, tokenizer: Any | None) -> dict[int, list[Edit]]:
     if kind == "random_tokens":
         return _random_token_edits(rows, rate, rng, tokenizer)
     if kind == "boilerplate":
         return _boilerplate_edits(rows, rate, rng)
+    if kind == "other_response":
+        return _other_response_edits(rows, rate, rng)
+    if kind == "truncation":
+        return _truncation_edits(rows, rate, rng)
     return _wrong_answer_edits(rows, rate, rng, kind)
 
 
@@ -201,7 +240,9 @@ def inject_noise(
         kind: ``random_tokens`` replaces response tokens by other vocabulary tokens (words by other words of the data if
             there is no ``tokenizer``); ``wrong_answer`` states another row's answer of the same skill, or another row's
             whole response where rows have no ``answer``; ``boilerplate`` puts a preamble in front;
-            ``contradictory_duplicate`` follows a row by a copy that states a wrong answer, and marks the copy.
+            ``contradictory_duplicate`` follows a row by a copy that states a wrong answer, and marks the copy;
+            ``other_response`` gives a row the whole response of another; ``truncation`` ends a response at one of its words,
+            and marks that word: what is wrong is that nothing follows.
         rate: in [0, 1]: the share of all response tokens for ``random_tokens``, of the given rows for the other kinds.
         seed: the same seed and rows give the same noise.
         tokenizer: a fast Hugging Face tokenizer; only ``random_tokens`` looks at it.

@@ -157,13 +157,19 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
         return Decision(
             *nothing, "not filtered", rule, None, np.zeros(count), f"not filtered: all {count:,} rows are kept", {}
         )
-    score = WITNESSES[rule].score(rows)
     if asked.keep is not None:
-        return _by_share(score, rule, asked.keep)
+        return _by_share(WITNESSES[rule].score(rows), rule, asked.keep)
+    return _decide(rows, rule, seed)
+
+
+def _decide(rows: ScoredRows, rule: str, seed: int) -> Decision:
+    """By the evidence of one witness."""
+    count, score = len(rows), WITNESSES[rule].score(rows)
     doubt, facts, mixture, posterior = _judge(rows, rule, score, seed)
     if doubt is not None:
         summary = f"cannot tell good rows from bad by {rule}: {doubt}; all {count:,} rows are kept"
-        return Decision(*nothing, "cannot tell", rule, None, score, summary, facts, mixture)
+        keep, nobody = np.ones(count, dtype=bool), np.zeros(count)
+        return Decision(keep, nobody, "cannot tell", rule, None, score, summary, facts, mixture)
     keep = posterior <= CERTAIN
     bad, threshold = int((~keep).sum()), float(score[keep].max())
     summary = (
@@ -189,10 +195,10 @@ def _judge(
     rows: ScoredRows, rule: str, score: np.ndarray, seed: int
 ) -> tuple[str | None, dict[str, Any], Mixture | None, np.ndarray]:
     """Why nothing can be told, or None; what was measured; the mixture and each row's P(bad)."""
-    zero, apart, asks_base = np.zeros(len(rows)), WITNESSES[rule].apart, WITNESSES[rule].asks_base
+    zero, apart, asks = np.zeros(len(rows)), WITNESSES[rule].apart, WITNESSES[rule].asks
     if len(rows) < FEWEST_ROWS:
         return f"{len(rows)} rows are too few, at least {FEWEST_ROWS} are needed", {}, None, zero
-    if asks_base and rows.entropy is None:
+    if asks == "base" and rows.entropy is None:
         return "the cache has no entropy, so nobody knows what the base expected", {}, None, zero
     found = compare(score, seed)
     if found is None:
@@ -200,15 +206,21 @@ def _judge(
     mixture = found.mixture
     posterior = mixture.posterior(score)
     bad = posterior > CERTAIN
-    expected = float(rows.mean(rows.excess)[~bad].mean()) if not bad.all() else float("inf")
+    judged = rows.crossfit_excess if asks == "copies" else rows.excess
+    expected = float(rows.mean(judged)[~bad].mean()) if not bad.all() else float("inf")
     facts = {
         "gain": found.gain, "gain_error": found.error, "good_mode": mixture.good.mode, "bad_mean": mixture.bad.mean,
         "share": mixture.share, "bad_rows": int(bad.sum()), "kept_excess": expected,
     }  # fmt: skip
-    if asks_base and expected > UNEXPECTED:
+    if asks != "rows" and expected > UNEXPECTED:
+        others = (
+            "train them longer: `qtarget score RUN.yaml --crossfit 2 --crossfit-steps N --crossfit-rate R`, and witness"
+            if asks == "copies"
+            else "the rule `crossfit` asks copies that learn the format first"
+        )
         doubt = (
-            f"the base does not know these rows (even those it would keep surprise it by {expected:.1f} nats a token more than "
-            "it expects; the rule `agreement` asks the rows of one another)"
+            f"{'the copies do' if asks == 'copies' else 'the base does'} not know these rows (even those to keep surprise by "
+            f"{expected:.1f} nats a token more than expected; {others})"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
         doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"

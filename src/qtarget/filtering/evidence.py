@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from qtarget.data.agreement import agreement
 APART = 3.5
 """Nats: 33 times less likely than the base expected. The farthest that a skewed clean set came was 3.1 (a spike with a tail of one
 nat, drawn), and 2.4 of the measured ones; the nearest noise in a known format was 3.7."""
+CROSSFIT_APART = 2.0
+"""The same of copies, which learn from noisy rows to be surprised by little."""
 IMPOSSIBLE = -30.0
 """Nats below which no difference counts: a few labels that the base excludes must not hide the rows that are merely wrong."""
 WORST = 3
@@ -34,6 +36,10 @@ class ScoredRows:
         log_probs: ``[trained]`` of the labels, nats.
         entropy: ``[trained]`` of the base there, nats; None where a cache has none.
         alone: ``[trained]`` log-probs of the labels without the prompt; None where nobody asked.
+        crossfit: ``[trained]`` log-probs of the labels under a copy of the base that has not seen the row; None without one.
+        crossfit_entropy: ``[trained]`` of that copy there, nats.
+        contradiction: ``[rows]`` nats by which another row's prompt makes the answer likelier to that copy than its own; None
+            where nobody asked (``qtarget.data.crossfit.neighbours``).
     """
 
     numbers: np.ndarray
@@ -43,6 +49,9 @@ class ScoredRows:
     log_probs: np.ndarray
     entropy: np.ndarray | None = None
     alone: np.ndarray | None = None
+    crossfit: np.ndarray | None = None
+    crossfit_entropy: np.ndarray | None = None
+    contradiction: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.log_probs) != int(self.trained.sum()) or (len(self) and not (np.diff(self.bounds) > 0).all()):
@@ -63,6 +72,9 @@ class ScoredRows:
         entropy: Sequence[Any] | None = None,
         alone: Sequence[Any] | None = None,
         numbers: Sequence[int] | None = None,
+        crossfit: Sequence[Any] | None = None,
+        crossfit_entropy: Sequence[Any] | None = None,
+        contradiction: Any = None,
     ) -> ScoredRows:
         """From one array a row each; what is less likely than ``IMPOSSIBLE`` is that.
 
@@ -77,15 +89,22 @@ class ScoredRows:
         def flat(parts: Sequence[Any] | None, dtype: type) -> np.ndarray | None:
             return None if parts is None else np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
+        def said(parts: Sequence[Any] | None) -> np.ndarray | None:
+            found = flat(parts, np.float64)
+            return None if found is None else np.maximum(found, IMPOSSIBLE)
+
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
         return cls(
             np.asarray(range(len(ids)) if numbers is None else numbers, dtype=np.int64),
             flat(ids, np.int64),  # pyright: ignore[reportArgumentType]
             offsets,
             flat(trained, bool),  # pyright: ignore[reportArgumentType]
-            np.maximum(flat(log_probs, np.float64), IMPOSSIBLE),  # pyright: ignore[reportArgumentType, reportCallIssue]
+            said(log_probs),  # pyright: ignore[reportArgumentType]
             flat(entropy, np.float64),
-            None if alone is None else np.maximum(flat(alone, np.float64), IMPOSSIBLE),  # pyright: ignore[reportArgumentType, reportCallIssue]
+            said(alone),
+            said(crossfit),
+            flat(crossfit_entropy, np.float64),
+            None if contradiction is None else np.asarray(contradiction, dtype=np.float64),
         )
 
     @cached_property
@@ -102,6 +121,20 @@ class ScoredRows:
     def excess(self) -> np.ndarray:
         """``[trained]`` surprise beyond what the base expected there, ``-log p - H``; the surprise itself without entropy."""
         return -self.log_probs - (0 if self.entropy is None else self.entropy)
+
+    @cached_property
+    def crossfit_excess(self) -> np.ndarray:
+        """``[trained]`` as ``excess``, of a copy that has not seen the row.
+
+        Raises:
+            ConfigError: nobody trained copies.
+        """
+        if self.crossfit is None or self.crossfit_entropy is None:
+            raise ConfigError(
+                "no copies of the base have judged these rows; run `qtarget score RUN.yaml --crossfit 2` and set witness, or "
+                "`qtarget filter RUN.yaml --rule crossfit`, which does it first"
+            )
+        return -self.crossfit - self.crossfit_entropy
 
     @cached_property
     def agreed(self) -> np.ndarray:
@@ -159,6 +192,28 @@ def lost_by_prompt(rows: ScoredRows) -> np.ndarray:
     return rows.mean(rows.alone - rows.log_probs)
 
 
+def crossfit_surprise(rows: ScoredRows) -> np.ndarray:
+    """As ``surprise``, of a copy that was trained on the other rows: it knows the format, and has not seen this row.
+
+    What the copy is unsure of, a hard row, is expected; a row that contradicts what it is sure of is not. An answer that
+    another prompt makes likelier counts on top, shared among the three tokens; none ever counts for a row.
+
+    Raises:
+        ConfigError: nobody trained copies.
+
+    Example:
+        >>> rows = ScoredRows.of([[1, 2, 3]], [[False, True, True]], [[-9.0, -9.0]], crossfit=[[-0.5, -4.0]],
+        ...                      crossfit_entropy=[[0.5, 0.0]], contradiction=[3.0])
+        >>> crossfit_surprise(rows).round(2).tolist()
+        [3.0]
+    """
+    found = rows.worst(rows.crossfit_excess)
+    return found if rows.contradiction is None else found + np.maximum(rows.contradiction, 0) / WORST
+
+
+Asked = Literal["base", "copies", "rows"]
+
+
 @dataclass(frozen=True)
 class Witness:
     """One kind of evidence.
@@ -167,19 +222,31 @@ class Witness:
         score: ``[rows]``, nats, larger is worse.
         apart: nats that the bad rows' mean has to lie above the good rows' mode; less is no other kind of rows.
         about: in words, for pages.
-        asks_base: whether it rests on the base alone or with others, so that the base has to know the rows.
+        asks: the ``base`` (alone or with others), cross-fitted ``copies`` of it, or the ``rows`` alone. A model has to know
+            the rows that it judges.
     """
 
     score: Callable[[ScoredRows], np.ndarray]
     apart: float
     about: str
-    asks_base: bool = True
+    asks: Asked = "base"
+
+    @property
+    def asks_copies(self) -> bool:
+        """Whether somebody has to train copies first."""
+        return self.asks == "copies"
 
 
 WITNESSES: Mapping[str, Witness] = {
     "surprise": Witness(surprise, APART, "nats by which the three worst tokens exceed what the base expected"),
-    "agreement": Witness(disagreement, 2.0, "mean -log of how far other rows say the same", asks_base=False),
+    "agreement": Witness(disagreement, 2.0, "mean -log of how far other rows say the same", "rows"),
     "combined": Witness(combined, APART, "surprise of the three worst tokens, as far as no other row says them"),
     "gain": Witness(lost_by_prompt, APART, "nats a token that the prompt takes from its answer"),
+    "crossfit": Witness(
+        crossfit_surprise,
+        CROSSFIT_APART,
+        "nats by which the three worst tokens exceed what copies expected that have not seen them",
+        "copies",
+    ),
 }
 """By the name of the rule. Another witness is another line here."""

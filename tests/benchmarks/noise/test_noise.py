@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from qtarget.benchmarks.finetune import Recipe, encode
-from qtarget.benchmarks.noise import bench, runs
+from qtarget.benchmarks.noise import bench, crossfitting
 from qtarget.benchmarks.noise.methods import METHODS, methods
 from qtarget.benchmarks.noise.mixture import likelier_part
 from qtarget.benchmarks.noise.results import noise_figure, noise_table, recovered, summarize
@@ -156,21 +156,26 @@ def test_copies_learn_what_they_do_not_judge_and_the_witness_is_what_they_say(ta
         assert target.name == "sft"
 
     def completion_log_probs(copy, rows):
-        judged.append([tuple(row.prompt) for row in rows])
+        judged.append((len(learnt), {tuple(row.prompt) for row in rows}))
         return [torch.full((len(row.completion), 512), -float(len(learnt))) for row in rows]
 
-    monkeypatch.setattr(runs, "fine_tune", fine_tune)
-    monkeypatch.setattr(runs, "completion_log_probs", completion_log_probs)
-    told = runs.crossfit_log_probs(rows, Copy, Recipe(1e-3, 4, 5, seed=1))
-    assert len(learnt) == len(judged) == 2
-    for mine, other in zip(learnt, judged, strict=True):
-        assert not set(mine) & set(other) and set(mine) | set(other) == {tuple(row.prompt) for row in rows}
-    assert [value[0].item() for value in told] == [-1.0 if tuple(row.prompt) in judged[0] else -2.0 for row in rows]
+    monkeypatch.setattr(crossfitting, "fine_tune", fine_tune)
+    monkeypatch.setattr(crossfitting, "completion_log_probs", completion_log_probs)
+    told = crossfitting.crossfit_of(rows, Copy, Recipe(1e-3, 4, 5, seed=1))
+    assert len(learnt) == 2
+    everybody, own = {tuple(row.prompt) for row in rows}, [prompts for _, prompts in judged]
+    for copy, prompts in judged:  # its own rows, and their answers under each other's prompts
+        assert prompts <= everybody - set(learnt[copy - 1])
+    first = own[0]
+    assert first | next(prompts for copy, prompts in judged if copy == 2) == everybody
+    assert [value[0].item() for value in told.log_probs] == [
+        -1.0 if tuple(row.prompt) in first else -2.0 for row in rows
+    ]
     base = [Reference(label_log_probs=torch.full((len(row.completion),), -4.0)) for row in rows]
-    found = runs.with_crossfit(Material(rows, base), told)
-    for known, value in zip(found.known, told, strict=True):
+    known_now, _ = crossfitting.with_crossfit(rows, base, told, Copy)
+    for known, value in zip(known_now, told.log_probs, strict=True):
         torch.testing.assert_close(known.crossfit, value.exp())
-    first = found.known[0]
+    first = known_now[0]
     assert 0 < float(first.perplexity_ratio[0]) < 0.2 and float(first.noise_tokens[0]) < 0.1
 
 
@@ -226,7 +231,7 @@ def test_the_sums_of_the_map_by_hand():
 def test_unknown_methods_tasks_and_settings_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="known: sft"):
         methods(("sft", "magic"))
-    with pytest.raises(ConfigError, match="embedded, scan or math"):
+    with pytest.raises(ConfigError, match="expected one of embedded, caesar, scan"):
         task_set("magic", None)
     with pytest.raises(ConfigError, match="--data"):
         task_set("scan", None)

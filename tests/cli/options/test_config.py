@@ -177,7 +177,7 @@ def test_a_path_that_is_nowhere_is_named_once(tmp_path, monkeypatch):
 
 
 def test_a_run_says_what_it_saved(tmp_path):
-    from qtarget.cli.train import saved_model
+    from qtarget.cli.options.started import saved_model
 
     assert saved_model(tmp_path) == "model"
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -259,3 +259,48 @@ def test_a_manifest_that_contradicts_itself_is_refused(judge, tmp_path, change, 
     path.write_text(json.dumps(value))
     with pytest.raises(CacheMismatchError, match=words):
         ReferenceCache.open(tmp_path / "witness")
+
+
+def test_each_answer_is_asked_under_other_prompts_of_its_fold(judge, base, tmp_path):
+    from qtarget.scoring.cache.side import SIDE, read_side
+
+    judge(rank=0)
+    rows = [dict(row) for row in ROWS]
+    tokens = [tokens_of(row) for row in rows]
+    names = [row_checksum(ids, [i >= start for i in range(len(ids))]) for ids, start in tokens]
+    found = read_side(tmp_path / "witness", names)
+    assert found is not None
+    assert found[3] == found[14]  # one row twice
+    # the copy of a fold, by hand: the rows that it has not learnt are those whose numbers it gives
+    models = []
+    for fold in range(2):
+        learnt = [row for row in rows if not _of_fold(tmp_path, rows, row, fold)]
+        models.append(by_hand(base, tmp_path, learnt, 0))
+    for (ids, start), row, told in zip(tokens, rows, found.tolist(), strict=True):
+        fold = next(n for n in range(2) if _of_fold(tmp_path, rows, row, n))
+        others = {tuple(tokens_of(one)[0][: tokens_of(one)[1]]) for one in rows if _of_fold(tmp_path, rows, one, fold)}
+        longest = max(len(one) for one, _ in tokens)
+        prompts = [p for p in others - {tuple(ids[:start])} if len(p) + len(ids) - start <= longest]
+        answer = ids[start:]
+        likelier = [_said(models[fold], [*p, *answer], len(p)) - _said(models[fold], ids, start) for p in prompts]
+        assert len(prompts) <= 7
+        # six are asked: of seven the least alike is left out, which may be the best
+        allowed = sorted(np.clip(likelier, -20, 20).tolist())[-max(1, len(prompts) - 5) :]
+        assert any(told == pytest.approx(value, abs=1e-3) for value in allowed)
+    (tmp_path / "witness" / SIDE).write_bytes(b"no archive")
+    with pytest.raises(CacheMismatchError, match="cannot be read"):
+        read_side(tmp_path / "witness", names)
+
+
+def _of_fold(tmp_path, rows, row, fold: int) -> bool:
+    from qtarget.data.crossfit.folds import assign_folds, prompt_key
+
+    parts = [tokens_of(one) for one in rows]
+    keys = [prompt_key(ids, [i >= start for i in range(len(ids))]) for ids, start in parts]
+    return bool(assign_folds(keys, 2, SETTINGS.get("seed", 42))[rows.index(row)] == fold)
+
+
+def _said(model, ids: list[int], start: int) -> float:
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.machine import machine_facts, versions
-from qtarget.benchmarks.noise.methods import CHOSEN, CROSSFIT, OTHERS, PRACTICE, Method, methods
+from qtarget.benchmarks.noise.methods import CHOSEN, OTHERS, PRACTICE, Method, methods
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting
 from qtarget.benchmarks.pool import (
@@ -58,6 +58,7 @@ class NoiseConfig:
         learning_rates: the grid, the first for the base that knows nothing; all methods share it.
         workers: processes of one thread.
         start: what the bases begin with.
+        equal_compute: contenders that train no copies get as many steps more as copies cost the others.
     """
 
     tasks: str = "embedded"
@@ -71,6 +72,7 @@ class NoiseConfig:
     learning_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3)
     workers: int = WORKERS
     start: Start = field(default_factory=Start)
+    equal_compute: bool = False
 
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.workers, *self.steps_grid, 1) < 1:
@@ -85,15 +87,22 @@ class NoiseConfig:
         found = list(methods(self.names))
         if cell in self.screen:
             found += [method for method in OTHERS if method.name not in self.names]
-        if not cell.rate:  # nothing is marked, and the rows are the clean ones
-            return [method for method in found if method.rows != "marked"]
+        if not cell.rate or cell.kind == "minority":  # nothing is marked
+            return [method for method in found if method.rows not in ("marked", "marked rows")]
         return found
 
     def runs(self) -> int:
         """How many there are in all: learning rates, then the other values of the grid, then seeds."""
         found = [method for cell in dict.fromkeys((*self.cells, *self.screen)) for method in self.methods_at(cell)]
-        steps = max(0, len(self.steps_grid) - (self.steps in self.steps_grid))
-        return sum(len(self.learning_rates) + steps + len(method.grid) - 1 + self.seeds for method in found)
+        rates, steps = _tried(len(self.learning_rates)), _tried(len(self.steps_grid))
+        steps -= bool(rates and steps and self.steps in self.steps_grid)  # the run that chose the rate
+        own = [_tried(len(method.grid)) - bool(rates + steps and len(method.grid) > 1) for method in found]
+        return sum(rates + steps + values + self.seeds for values in own)
+
+
+def _tried(values: int) -> int:
+    """Runs that choose among so many: none where there is no choice."""
+    return values if values > 1 else 0
 
 
 SCAN = NoiseConfig(
@@ -112,7 +121,25 @@ MATH = replace(
     cells=tuple(Cell(base, RANDOM, rate) for base in ("most", "none") for rate in (0.4, 0.0)),
 )
 """The same of real questions, which are three times as long."""
-REAL = {"scan": SCAN, "math": MATH}
+FRESH = NoiseConfig(
+    cells=(
+        *(Cell(base, kind, 0.4) for base in ("none", "most") for kind in ("wrong_answer", RANDOM)),
+        Cell("most", RANDOM, 0.0), Cell("none", RANDOM, 0.0),
+    ),
+    names=(
+        "sft", "sft, marked rows left out", "consensus", "crossfit_consensus", "sft, rows by witness",
+        "sft, filtered rows", "sft, tail dropped", "sft, co-teaching",
+    ),
+    screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
+)  # fmt: skip
+"""Data that nobody looked at before the rule stood."""
+REAL = {
+    "scan": SCAN,
+    "math": MATH,
+    "cogs": replace(FRESH, tasks="cogs"),
+    "listops": replace(FRESH, tasks="listops"),
+    "caesar": replace(FRESH, tasks="caesar"),
+}
 GPU = NoiseConfig(
     cells=tuple(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.4)),
     names=("sft", "sft, filtered rows", "consensus", "target_sft", "sft_kl", "dft", "prior_surprise"),
@@ -124,7 +151,7 @@ CROSSFITTED = NoiseConfig(
         *(Cell("none", kind, 0.4) for kind in (RANDOM, "wrong_answer")),
         Cell("most", RANDOM, 0.0), Cell("most", "wrong_answer", 0.4),
     ),
-    names=("sft", "consensus", *(method.name for method in CROSSFIT)), screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
+    names=("sft", "consensus", "crossfit_consensus", "sft, rows by cross-fit"), screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
 )  # fmt: skip
 """Contenders that train copies first, at a few points: small, to see whether they are worth the full map."""
 QUICK = NoiseConfig(
@@ -142,12 +169,13 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
         resume: go on with the finished runs there.
         progress: called with runs done, runs in all, and what was done last.
     """
-    check_settings(output, resume, {name: asdict(config)[name] for name in ("tasks", "steps", "start")})
+    same = ("tasks", "steps", "start", "equal_compute")
+    check_settings(output, resume, {name: asdict(config)[name] for name in same})
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
     claim(bases, {"tasks": config.tasks, "start": asdict(config.start)})
-    setting = Setting(config.tasks, data, bases, config.steps, config.start)
+    setting = Setting(config.tasks, data, bases, config.steps, config.start, config.equal_compute)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)
         for base in dict.fromkeys(cell.base for cell in (*config.cells, *config.screen)):
@@ -194,9 +222,12 @@ def tuned(workers: Workers, log: RunLog, cell: Cell, config: NoiseConfig, done: 
 
 
 def _best(workers: Workers, log: RunLog, groups: list[list[Job]], done: Callable[[Any], None]) -> list[Job]:
-    scores = iter(workers.run([job for group in groups for job in group], log, done))
-    # minus i, so that of equals the first of the grid is the largest
-    scored = [[(next(scores)["accuracy_percent"], -i, job) for i, job in enumerate(group)] for group in groups]
+    scores = iter(workers.run([job for group in groups if len(group) > 1 for job in group], log, done))
+    # minus i, so that of equals the first of the grid is the largest; where there is no choice nothing is run
+    scored = [
+        [(next(scores)["accuracy_percent"] if len(group) > 1 else 0.0, -i, job) for i, job in enumerate(group)]
+        for group in groups
+    ]
     return [max(group)[2] for group in scored]
 
 

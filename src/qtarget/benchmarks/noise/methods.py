@@ -9,7 +9,8 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.types import WITNESS_FIELDS, Target
 from qtarget.registry import get_target
 
-Rows = Literal["noisy", "marked", "filtered", "crossfit"]
+Rows = Literal["noisy", "marked", "marked rows", "filtered", "crossfit", "witness", "witness share"]
+Selects = Literal["tail", "peer"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,11 @@ class Method:
         grid: its values, the default first.
         rows: ``noisy`` as they are; ``marked``: noisy, with the marked tokens left out of the loss (an oracle that is
             told where the noise is); ``filtered``: noisy rows whose mean base surprise is among the lowest ``setting``;
-            ``crossfit``: those that a mixture of two puts into the likelier part by their mean NLL under the cross-fit.
+            ``crossfit``: those that a mixture of two puts into the likelier part by their mean NLL under the cross-fit;
+            ``marked rows``: those without a mark (an oracle); ``witness``: those that the filter keeps by `surprise`, or by
+            `crossfit` where that cannot tell;
+            ``witness share``: so many as ``setting`` says, by the rule `crossfit`.
+        selects: what drops a share ``setting`` of each batch as it comes (``qtarget.benchmarks.noise.selection``).
         stops_early: keeps the best of five checkpoints on the noisy validation rows.
     """
 
@@ -33,15 +38,18 @@ class Method:
     grid: tuple[float, ...] = (0.0,)
     rows: Rows = "noisy"
     stops_early: bool = False
+    selects: Selects | None = None
 
     @property
     def asks_crossfit(self) -> bool:
         """Whether copies are trained before it."""
-        return self.rows == "crossfit" or bool(get_target(self.target).needs.reference & set(WITNESS_FIELDS))
+        return self.rows in ("crossfit", "witness", "witness share") or bool(
+            get_target(self.target).needs.reference & set(WITNESS_FIELDS)
+        )
 
     def build(self, value: float) -> Target:
         """The target with the tuned hyper-parameter."""
-        if self.setting is None or self.rows == "filtered":
+        if self.setting is None or self.rows in ("filtered", "witness share") or self.selects:
             return get_target(self.target)
         return get_target(self.target, **{self.setting: value})
 
@@ -55,6 +63,9 @@ PRACTICE = (
     Method("sft, early stopping", stops_early=True),
     Method("sft, filtered rows", setting="share of rows kept", grid=(0.7, 0.5, 0.9), rows="filtered"),
     Method("sft, marks left out", rows="marked"),
+    Method("sft, marked rows left out", rows="marked rows"),
+    Method("sft, tail dropped", setting="share of a batch dropped", grid=(0.25, 0.1, 0.5), selects="tail"),
+    Method("sft, co-teaching", setting="share of a batch dropped", grid=(0.25, 0.1, 0.5), selects="peer"),
 )
 """Plain SFT, what is done about noise without a target, and an oracle that nobody has (the other, SFT on the rows before
 the noise, is SFT at rate 0)."""
@@ -62,6 +73,9 @@ the noise, is SFT at rate 0)."""
 CROSSFIT = (
     _target("crossfit_consensus"),
     Method("sft, rows by cross-fit", rows="crossfit"),
+    Method("sft, rows by witness", rows="witness"),
+    Method("sft, share by witness", setting="share of rows kept", grid=(0.7, 0.5, 0.9), rows="witness share"),
+    Method("crossfit_consensus, rows by witness", "crossfit_consensus", rows="witness"),
 )
 """What two fine-tunings more buy: copies of the base, trained at the rate of the run on one half of the rows each, judge the
 other half. Caution is not tuned: it follows from the noise that the copies find."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune, of_labels
 from qtarget.benchmarks.generation import accuracy_percent, greedy_completions
+from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of, forward_steps, with_crossfit
 from qtarget.benchmarks.noise.methods import METHODS, Method
 from qtarget.benchmarks.noise.mixture import likelier_part
+from qtarget.benchmarks.noise.selection import selector
 from qtarget.benchmarks.start import Start
-from qtarget.benchmarks.tasks import BATCH_SIZE, Check, Row, task_set
+from qtarget.benchmarks.tasks import BASES, BATCH_SIZE, Check, Row, task_set
+from qtarget.core.errors import ConfigError
 from qtarget.core.types import COUNTED_FIELDS, Reference
 from qtarget.data import tasks
 from qtarget.data.agreement import confident_choices, counted_fields
-from qtarget.data.crossfit.folds import assign_folds, prompt_key
-from qtarget.data.crossfit.witness import witness_fields
 from qtarget.data.noise import NOISE_KINDS, inject_noise
-from qtarget.registry import get_target
+from qtarget.filtering import ScoredRows, decide
 
-KINDS = (*NOISE_KINDS, "cue")
+KINDS = (*NOISE_KINDS, "cue", "minority")
 CHECKPOINTS = 5
 """How often early stopping looks."""
 NEW_TOKENS = 30
@@ -39,6 +40,30 @@ class Cell:
     base: str
     kind: str
     rate: float
+
+
+def parse_cell(text: str) -> Cell:
+    """``base:kind:rate`` as a point of the map.
+
+    Raises:
+        ConfigError: it is none.
+
+    Example:
+        >>> parse_cell("none:wrong_answer:0.4")
+        Cell(base='none', kind='wrong_answer', rate=0.4)
+    """
+    base, _, rest = text.partition(":")
+    kind, _, rate = rest.partition(":")
+    try:
+        share = float(rate)
+    except ValueError:
+        share = -1.0
+    if base not in BASES or kind not in KINDS or not 0 <= share <= 1:
+        raise ConfigError(
+            f"--cell {text!r}; expected BASE:KIND:RATE, a base of {', '.join(BASES)}, a kind of {', '.join(KINDS)}, a rate "
+            "from 0 to 1"
+        )
+    return Cell(base, kind, share)
 
 
 @dataclass(frozen=True)
@@ -66,21 +91,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share: the rows, the folder of the bases (by name), the number of steps, what the bases began with."""
+    """What all runs share: the rows, the folder of the bases (by name), the number of steps, what the bases began with.
+
+    ``equal_compute`` gives contenders without copies what copies cost, in steps.
+    """
 
     tasks: str
     data: Path | None
     bases: Path
     steps: int
     start: Start = field(default_factory=Start)
+    equal_compute: bool = False
 
 
 @dataclass(frozen=True)
 class Material:
-    """Noisy rows with what the base says of them."""
+    """Noisy rows with what the base says of them; ``evidence`` of the rows where copies have judged them."""
 
     rows: list[Encoded]
     known: list[Reference]
+    evidence: ScoredRows | None = None
 
 
 class NoiseWorker:
@@ -100,12 +130,15 @@ class NoiseWorker:
         rows, known = chosen_rows(method, job.value, material)
         model, target = self.base(cell.base), method.build(job.value)
         steps = job.steps or self.setting.steps
+        if self.setting.equal_compute and not method.asks_crossfit:
+            steps += forward_steps(len(material.rows), self.setting.steps, BATCH_SIZE)
         recipe = Recipe(job.learning_rate, BATCH_SIZE, steps, job.seed)
         keeper = BestCheckpoint(self, model, cell, job.seed, steps) if method.stops_early else None
         needs = target.needs
         trained = fine_tune(
             model, rows, target, recipe, reference=known if needs.reference else None,
             teacher=known if needs.teacher else None, after_step=keeper,
+            select=selector(method, job.value, rows, known, lambda: self.base(cell.base), recipe),
         )  # fmt: skip
         if keeper:
             keeper.restore()
@@ -135,9 +168,14 @@ class NoiseWorker:
 
     def _judged(self, cell: Cell, seed: int, learning_rate: float) -> Material:
         """The material with what copies say that have not seen each row's prompt."""
-        material = self.material(cell, seed)
+        material, told = self.material(cell, seed), self.told(cell, seed, learning_rate)
+        known, evidence = with_crossfit(material.rows, material.known, told, lambda: self.base(cell.base))
+        return Material(material.rows, known, evidence)
+
+    def told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
+        """What the copies say."""
         recipe = Recipe(learning_rate, BATCH_SIZE, self.setting.steps, seed)
-        return with_crossfit(material, crossfit_log_probs(material.rows, lambda: self.base(cell.base), recipe))
+        return crossfit_of(self.material(cell, seed).rows, lambda: self.base(cell.base), recipe)
 
     def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
         """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
@@ -149,6 +187,8 @@ class NoiseWorker:
         """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows."""
         rows = self.task.test
         asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows
+        if cell.kind == "minority" and cell.rate:
+            asked = [in_minority(row) for row in rows]
         log_probs = completion_log_probs(model, encoded := encode(self.tokenizer, rows))
         nll = [-of_labels(values, row) for values, row in zip(log_probs, encoded, strict=True)]
         return {
@@ -193,7 +233,16 @@ def noisy_rows(rows: list[Row], cell: Cell, seed: int, tokenizer: Any) -> list[R
         return [{**row, "noise_spans": []} for row in rows]
     if cell.kind == "cue":
         return planted_cues(rows, cell.rate, seed)
+    if cell.kind == "minority":
+        chosen = set(Random(f"{seed}-minority").sample(range(len(rows)), round(cell.rate * len(rows))))
+        return [in_minority(row) if i in chosen else {**row, "noise_spans": []} for i, row in enumerate(rows)]
     return inject_noise(rows, kind=cell.kind, rate=cell.rate, seed=seed, tokenizer=tokenizer)
+
+
+def in_minority(row: Row) -> Row:
+    """A right row in another language: nothing of it is noise, and its prompt says which it is."""
+    text = f"Die Antwort lautet also [{row['answer']}]."
+    return {**row, "prompt": f"Auf Deutsch. {row['prompt']}", "completion": text, "noise_spans": []}
 
 
 def planted_cues(rows: Sequence[Row], rate: float, seed: int) -> list[Row]:
@@ -246,51 +295,9 @@ def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     ]
 
 
-FOLDS = 2
-
-
-def crossfit_log_probs(rows: Sequence[Encoded], base: Callable[[], Any], recipe: Recipe) -> list[torch.Tensor]:
-    """`qtarget score --crossfit` by the bare loop: for each fold a copy learns the others, and judges it.
-
-    Args:
-        base: gives a new copy.
-        recipe: of the copies, all of whose weights are trained.
-    """
-    masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
-    keys = [prompt_key(row.prompt + row.completion, mask) for row, mask in zip(rows, masks, strict=True)]
-    folds, found = assign_folds(keys, FOLDS, recipe.seed), {}
-    for fold in range(FOLDS):
-        copy, judged = base(), np.flatnonzero(folds == fold).tolist()
-        learnt = [row for row, other in zip(rows, folds, strict=True) if other != fold]
-        fine_tune(copy, learnt, get_target("sft"), recipe)
-        scored = completion_log_probs(copy, [rows[i] for i in judged])
-        found |= {i: of_labels(values, rows[i]) for i, values in zip(judged, scored, strict=True)}
-    return [found[i] for i in range(len(rows))]
-
-
-def with_crossfit(material: Material, told: Sequence[torch.Tensor]) -> Material:
-    """The material with what copies say of each row (``crossfit_log_probs``)."""
-    of_row = np.repeat(np.arange(len(told)), [len(values) for values in told])
-    base_says = [known.label_log_probs for known in material.known]
-    fields, _ = witness_fields(*(torch.cat(values).cpu().numpy() for values in (base_says, told)), of_row)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    ends = np.cumsum([len(values) for values in told])[:-1]
-    parts = {name: np.split(values, ends) for name, values in fields.items()}
-    device = told[0].device
-    known = [
-        replace(known, **{name: torch.from_numpy(of_rows[i]).to(device) for name, of_rows in parts.items()})
-        for i, known in enumerate(material.known)
-    ]
-    return Material(material.rows, known)
-
-
 def _first_choices(log_probs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     first = log_probs.max(-1, keepdim=True)
     return first.indices.cpu().numpy(), first.values.cpu().numpy()
-
-
-def of_labels(log_probs: torch.Tensor, row: Encoded) -> torch.Tensor:
-    """``[completion]`` of ``[completion, vocab]``: the row's own tokens."""
-    return log_probs.gather(-1, torch.tensor(row.completion, device=log_probs.device)[:, None])[:, 0]
 
 
 def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[Encoded], list[Reference]]:
@@ -302,9 +309,26 @@ def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[
         nll = np.array([-float(known.crossfit.log().mean()) for known in material.known])  # pyright: ignore[reportOptionalMemberAccess]
         chosen = np.flatnonzero(likelier_part(nll)).tolist()
         return [material.rows[i] for i in chosen], [material.known[i] for i in chosen]
-    if method.rows != "filtered":
+    kept = kept_rows(method, value, material)
+    if kept is None:
         return material.rows, material.known
+    return [material.rows[i] for i in kept], [material.known[i] for i in kept]
+
+
+def kept_rows(method: Method, value: float, material: Material) -> list[int] | None:
+    """Numbers of the rows that a method keeps, or None for all."""
+    if method.rows == "marked rows":
+        return [i for i, row in enumerate(material.rows) if not any(row.noise)]
+    if method.rows in ("witness", "witness share"):
+        assert material.evidence is not None, "copies have judged the rows"
+        if method.rows == "witness share":
+            found = decide(material.evidence, {"rule": "crossfit", "keep": value})
+        else:
+            found = decide(material.evidence, "surprise")
+            found = decide(material.evidence, "crossfit") if found.verdict == "cannot tell" else found
+        return np.flatnonzero(found.keep).tolist()
+    if method.rows != "filtered":
+        return None
     assert all(known.label_log_probs is not None for known in material.known)
     surprise = [-float(known.label_log_probs.mean()) for known in material.known]  # pyright: ignore[reportOptionalMemberAccess]
-    calm = sorted(range(len(surprise)), key=surprise.__getitem__)[: max(1, round(value * len(surprise)))]
-    return [material.rows[i] for i in calm], [material.known[i] for i in calm]
+    return sorted(range(len(surprise)), key=surprise.__getitem__)[: max(1, round(value * len(surprise)))]

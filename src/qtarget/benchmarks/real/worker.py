@@ -14,18 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode
-from qtarget.benchmarks.noise.runs import (
-    Cell,
-    Job,
-    Material,
-    NoiseWorker,
-    Setting,
-    accuracy,
-    crossfit_log_probs,
-    of_labels,
-    with_crossfit,
-)
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
+from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
+from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks
 from qtarget.core.errors import DataError
 from qtarget.data import tasks
@@ -92,13 +83,11 @@ class RealWorker(NoiseWorker):
         lora = LoraConfig(r=self.scope.rank, lora_alpha=2 * self.scope.rank, target_modules=list(MODULES))
         return inject_adapter_in_model(lora, model)
 
-    def _judged(self, cell: Cell, seed: int, learning_rate: float) -> Material:
-        return with_crossfit(self.material(cell, seed), self.told(cell, seed, learning_rate))
-
-    def _told(self, cell: Cell, seed: int, learning_rate: float) -> list[torch.Tensor]:
-        """What copies say that have not seen each row's prompt."""
+    def _told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
+        """What copies say that have not seen each row's prompt; other prompts would take six passes more."""
         recipe = Recipe(learning_rate, BATCH_SIZE, self.setting.steps, seed)
-        return crossfit_log_probs(self.material(cell, seed).rows, lambda: self.base(cell.base), recipe)
+        rows = self.material(cell, seed).rows
+        return crossfit_of(rows, lambda: self.base(cell.base), recipe, other_prompts=False)
 
     def test(self, model: Any, cell: Cell) -> dict[str, float]:
         """Clean prompts, NLL of clean rows, and NLL of what was not trained; nats a token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from qtarget.cli.bench.real import real_noise
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.benchmarks.noise.bench import NoiseConfig
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
@@ -57,7 +60,9 @@ def distill(
 
 def noise(
     output: Output = Path("runs/noise.json"),
-    tasks: Annotated[str, typer.Option(help="embedded, scan or math (the last two with --data).")] = "embedded",
+    tasks: Annotated[
+        str, typer.Option(help="embedded or caesar; or scan, math, cogs, listops (with --data).")
+    ] = "embedded",
     data: Data = None,
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
@@ -74,6 +79,20 @@ def noise(
     is_short: Annotated[
         bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, nothing tuned.")
     ] = False,
+    equal_compute: Annotated[
+        bool, typer.Option("--equal-compute", help="Contenders without copies get the steps that copies cost.")
+    ] = False,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option("--cell", help="Only this point: BASE:KIND:RATE, as none:wrong_answer:0.4; may be repeated."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this line of the table; may be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Draws of noise and order of the final runs.")] = None,
+    rates: Annotated[
+        list[float] | None, typer.Option("--rate", help="Only this learning rate; may be repeated.")
+    ] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -88,7 +107,8 @@ def noise(
         raise ConfigError("--quick, --short and --crossfit contradict each other; give one of them")
     check_writable(output)
     if base != "embedded":
-        if is_crossfit or steps_grid or tasks != "embedded" or scale != "cpu" or corpus is not None:
+        chosen = (is_crossfit, steps_grid, equal_compute, cells, methods, seeds, rates, corpus is not None)
+        if any(chosen) or tasks != "embedded" or scale != "cpu":
             raise ConfigError(
                 f"--base {base} has sizes of its own: of the others, --quick, --short and --data go with it"
             )
@@ -106,11 +126,31 @@ def noise(
         data=None if data is None else str(data),
         workers=workers,
         steps_grid=tuple(steps_grid or ()),
+        equal_compute=equal_compute,
     )
+    config = chosen_part(config, cells, methods, seeds, rates)
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
-    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results))
+    drawn = any(cell["kind"] == "random_tokens" for cell in results["cells"])  # the figure is the map of these
+    show(results["summary"]["finding"], output, noise_table(results), noise_figure(results) if drawn else None)
+
+
+def chosen_part(
+    config: NoiseConfig, cells: list[str] | None, names: list[str] | None, seeds: int | None, rates: list[float] | None
+) -> NoiseConfig:
+    """A setting with what the command line names in the place of its own.
+
+    Raises:
+        ConfigError: a point that is none, or an unknown method.
+    """
+    from qtarget.benchmarks.noise.runs import parse_cell
+
+    if cells:
+        config = replace(config, cells=tuple(parse_cell(text) for text in cells), screen=())
+    if names:
+        config = replace(config, names=tuple(names))
+    return replace(config, seeds=seeds or config.seeds, learning_rates=tuple(rates or config.learning_rates))
 
 
 def prior(
@@ -174,8 +214,10 @@ def show(finding: str, output: Path, table: str, figure: Any, took: str = "") ->
 
     from qtarget.benchmarks.figure import save_figure
 
-    save_figure(figure, output.with_suffix(".png"))
+    if figure is not None:
+        save_figure(figure, output.with_suffix(".png"))
     console = Console()
     console.print(Markdown(table))
     console.print(finding, soft_wrap=True, highlight=False)
-    console.print(f"{took}{output}, {output.with_suffix('.png')}", soft_wrap=True, highlight=False)
+    drawn = "" if figure is None else f", {output.with_suffix('.png')}"
+    console.print(f"{took}{output}{drawn}", soft_wrap=True, highlight=False)

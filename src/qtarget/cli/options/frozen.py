@@ -13,6 +13,7 @@ from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
+    from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
 
 SETTINGS = ("unplaced_spans", "completion_only_loss", "dataset_kwargs")
 """Of a run, beside ``DATA_SETTINGS``, that decide which numbers are cached."""
@@ -38,14 +39,40 @@ def cache_place(config: RunConfig, role: str, top_k: int, rows: Rows | None = No
     Args:
         rows: the config's; read where they are not given.
     """
+    return _place(config, f"{role}_cache", [role, top_k, *_settings(config), _model(config, role)], rows)
+
+
+def witness_place(config: RunConfig, recipe: CrossfitRecipe, rows: Rows | None = None) -> Path:
+    """Where the cross-fit of these rows by this base and this recipe lies: beside ``output_dir``."""
+    from qtarget.integrations.sft.crossfit.recipe import stated
+
+    how = [recipe.folds, config.training.seed, stated(recipe, config.training)]
+    return _place(config, "witness", [*how, *_settings(config), _model(config, "reference")], rows)
+
+
+def found_witness(config: RunConfig, rows: Rows | None = None) -> str | None:
+    """The finished cross-fit that the config names, or one that lies where training would look; None without either."""
+    from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
+
+    named = config.training.witness
+    if named is not None:
+        return named if is_finished(Path(named)) else None
+    parent = Path(os.path.abspath(str(config.training.output_dir))).parent
+    if not any(parent.glob("witness-*")):
+        return None
+    place = witness_place(config, CrossfitRecipe(), rows)
+    return str(place) if is_finished(place) else None
+
+
+def _place(config: RunConfig, name: str, parts: list[Any], rows: Rows | None) -> Path:
+    """A folder beside ``output_dir`` that ``parts`` and the config's rows decide."""
     from qtarget.cli.options.datasets import load_datasets
 
     parent = Path(os.path.abspath(str(config.training.output_dir))).parent
-    parts: list[Any] = [role, top_k, *_settings(config), _model(config, role)]
     data = load_datasets(config) if rows is None else rows
     named = [_fingerprint(part, config.training.dataset_text_field) for part in data if part is not None]
     text = json.dumps([*parts, *named], sort_keys=True, default=str)
-    return parent / f"{role}_cache-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+    return parent / f"{name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
 def _settings(config: RunConfig) -> list[Any]:

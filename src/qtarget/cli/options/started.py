@@ -79,3 +79,8 @@ def write_records(output: Path, config: RunConfig, summary: Mapping[str, Any]) -
     settings = resolved_settings(config)
     write_text(output / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(output / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def saved_model(output: Path) -> str:
+    """What a run's folder holds: ``adapter`` or ``model``."""
+    return "adapter" if (output / "adapter_config.json").is_file() else "model"

@@ -37,9 +37,9 @@
   async function loadView(v) {
     if (views[v]) return;
     const packed = data.tokens.views[v];
-    const [logProbs, entropy, ranks, weights, moved] = await Promise.all([coded(packed.log_probs), coded(packed.entropy), QT.unpack(packed.ranks),
+    const [logProbs, entropy, crossfit, ranks, weights, moved] = await Promise.all([coded(packed.log_probs), coded(packed.entropy), coded(packed.crossfit), QT.unpack(packed.ranks),
       Promise.all(packed.weights.map(coded)), Promise.all(packed.moved.map(coded))]);
-    views[v] = { logProbs, entropy, ranks, weights, moved, alternatives: null };
+    views[v] = { logProbs, entropy, crossfit, ranks, weights, moved, alternatives: null };
   }
   const detailed = new Map();                         // row of the overview -> first trained token among the detailed
   { let at = 0; for (const i of data.alternatives.rows) { detailed.set(i, at); at += data.row_trained[i]; } }
@@ -63,6 +63,7 @@
   const largest = (t) => Math.max(1, ...views[state.view].weights[t].values);
   const QUANTITIES = {
     surprise: { value: (j) => -views[state.view].logProbs(j), share: (x) => x / 10, ends: () => ["0 (certain)", "10 nats or more"], name: "surprise -log p of the observed token, nats" },
+    copies: { value: (j) => views[state.view].crossfit ? -views[state.view].crossfit(j) : 0, share: (x) => x / 10, ends: () => ["0 (certain)", "10 nats or more"], name: "surprise of copies that have not seen the row, nats" },
     entropy: { value: (j) => views[state.view].entropy(j), share: (x) => x / 7, ends: () => ["0 (certain)", "7 nats or more"], name: "entropy of the model's distribution, nats" },
     weight: { value: (j) => weightOf(state.target, j), share: (x) => Math.abs(x) / largest(state.target), ends: () => ["0 (ignored)", number(largest(state.target))], name: "label weight a (1 is SFT's)" },
     gradient: { value: (j) => movedOf(state.target, j) / movedMean(state.target), share: (x) => x / 4, ends: () => ["0", "4 x the mean token or more"], name: "the token's gradient, in units of the mean token's" },
@@ -94,6 +95,7 @@
       el("a", { href: `#row=${data.row_numbers[i] + 1}`, title: "link to this row" }, `row ${data.row_numbers[i] + 1}`),
       el("span", {}, `${data.row_trained[i]} of ${data.row_tokens[i]} tokens trained`),
       el("span", {}, `mean surprise ${number(v.row_nll[i])} nats`),
+      v.row_crossfit ? el("span", {}, `to copies that have not seen it ${number(v.row_crossfit[i])} nats`) : null,
       el("span", {}, `mean label weight ${number(v.row_weight[state.target][i])}`),
       el("span", {}, `gradient ${number(v.row_moved[state.target][i] === null ? null : v.row_moved[state.target][i] / movedMean(state.target))} x the mean token`),
       data.groups ? el("span", {}, `${data.group}: `, ...QT.visible(data.groups[i])) : null,
@@ -147,6 +149,7 @@
   const SORTS = [
     ["surprising", "most surprising", () => { const x = data.views[state.view].row_nll; return (i) => x[i] === null ? -Infinity : x[i]; }],
     ["unsurprising", "least surprising", () => { const x = data.views[state.view].row_nll; return (i) => x[i] === null ? -Infinity : -x[i]; }],
+    ...(data.views.some((v) => v.row_crossfit) ? [["copies", "most surprising to copies", () => { const x = data.views[state.view].row_crossfit || []; return (i) => x[i] === null || x[i] === undefined ? -Infinity : x[i]; }]] : []),
     ["weighted", "most down-weighted", () => { const x = data.views[state.view].row_weight[state.target]; return (i) => x[i] === null ? -Infinity : -x[i]; }],
     ["trained", "least trained on", () => { const x = data.views[state.view].row_moved[state.target]; return (i) => x[i] === null ? Infinity : -x[i] * data.row_trained[i]; }],
     ["order", "order in the data", () => (i) => -i],
@@ -199,6 +202,7 @@
     const rank = view.ranks[j] ? `rank ${view.ranks[j]}` : topK() ? `beyond the top ${topK()}` : "rank not listed";
     const lines = [head, el("div", { class: "tip-facts" }, place),
       el("div", {}, `p ${number(Math.exp(view.logProbs(j)))}, log p ${number(view.logProbs(j))} nats, ${rank}, entropy ${number(view.entropy(j))} nats`),
+      view.crossfit ? el("div", {}, `copies that have not seen the row: p ${number(Math.exp(view.crossfit(j)))}`) : null,
       marks && marks[j] === 1 ? el("div", {}, "\u2691 marked as noise") : null,
       QT.table("under each target", ["target", "label weight", "mass moved", "x mean token", "share of all gradient"], data.targets.map((name, t) =>
         [name, weightOf(t, j), movedOf(t, j), number(movedOf(t, j) / (data.views[state.view].summary[t].moved_mean || 1)), percent(movedOf(t, j) / ((data.views[state.view].summary[t].moved_mean || 1) * data.views[state.view].tokens))]))];
@@ -299,6 +303,7 @@
   options("view", data.views.map((v, i) => [i, v.model]));
   options("target", data.targets.map((t, i) => [i, t]));
   options("sort", SORTS);
+  if (data.views.some((v) => v.row_crossfit)) options("quantity", [["copies", "surprise of copies that have not seen the row"]]);
   $("view").closest("label").hidden = data.views.length < 2;
   await loadView(0);
   const draw = { distribution: drawDistribution, marks: drawMarks, audit: drawAudit, about: drawAbout };

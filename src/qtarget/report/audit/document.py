@@ -15,6 +15,7 @@ from qtarget.report.audit.advice import Advice, facts_of, which_target
 from qtarget.report.audit.noise import check_noise
 from qtarget.report.audit.prior import check_prior
 from qtarget.report.audit.scored import check_coverage, score_from_cache
+from qtarget.report.audit.witness import check_witness
 from qtarget.scoring.cache.reader import ReferenceCache
 
 
@@ -81,6 +82,7 @@ def audit_data(
     assistant_only: bool = False,
     text_field: str = "text",
     cache: ReferenceCache | None = None,
+    witness: ReferenceCache | None = None,
     teacher: bool = False,
     more: Sequence[Finding] = (),
 ) -> DataAudit:
@@ -92,6 +94,7 @@ def audit_data(
         trained: cut to ``max_length`` as training cuts them; their checksums name them in the cache.
         tokenizer, chat_template, assistant_only: as in training; for the roles of a conversation's tokens.
         cache: of the base, for what it finds surprising; None leaves those checks out.
+        witness: of copies that have not seen the rows, beside ``cache``.
         teacher: whether one is at hand.
         more: findings of the caller (of the rendered rows, a cache of another model).
     """
@@ -117,6 +120,7 @@ def audit_data(
         findings += check_coverage(missing, len(missing) + len(scored.numbers), cache)
         findings += check_noise(scored, vocabulary.decode)
         findings += check_prior(scored, vocabulary.decode)
+        findings += [] if witness is None else check_witness(scored, trained, cache, witness)
     return _complete(len(raw), findings, teacher=teacher)
 
 

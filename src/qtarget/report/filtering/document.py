@@ -75,10 +75,14 @@ def row_scores(rows: ScoredRows, decision: Decision, counted: bool) -> dict[str,
     surprise = -rows.log_probs
     out = {"nll": rows.mean(surprise), "worst_nll": rows.worst(surprise)}
     for name, witness in WITNESSES.items():
-        needs_count, needs_alone = name in ("agreement", "combined"), name == "gain"
+        absent = (
+            (name in ("agreement", "combined") and not counted)
+            or (name == "gain" and rows.alone is None)
+            or (witness.asks_copies and (rows.crossfit is None or rows.crossfit_entropy is None))
+        )
         if name == decision.rule:
             out[name] = decision.score
-        elif (counted or not needs_count) and (rows.alone is not None or not needs_alone):
+        elif not absent:
             out[name] = witness.score(rows)
     return out
 

@@ -25,8 +25,8 @@ def json_parts(found: Inspection, document: Mapping[str, Any], packer: Packer) -
     """The JSON, piece by piece: the overview as it is, then the rows of the page with plain numbers.
 
     A row has ``row``, ``ids``, ``texts``, ``trained`` (places of the trained tokens), and for each view ``log_prob``,
-    ``entropy``, ``rank`` (null beyond the list), and for each target ``weight`` and ``moved``; ``alternatives`` where
-    the page has them.
+    ``crossfit`` where there are copies, ``entropy``, ``rank`` (null beyond the list), and for each target ``weight`` and
+    ``moved``; ``alternatives`` where the page has them.
     """
     packed = ("texts", "tokens", "alternatives")
     head = json.dumps({k: v for k, v in document.items() if k not in packed}, ensure_ascii=True, allow_nan=False)
@@ -73,9 +73,10 @@ def _row_json(found: Inspection, packer: Packer, tables: list[_Tables], i: int, 
         for weight, moved in zip(view.weights, view.moved, strict=True):
             size = table.text(moved, part) if moved else json.dumps(derived_moved(weight, view.log_probs, part))
             targets.append(f'{{"weight":{table.text(weight, part)},"moved":{size}}}')
+        copies = f'"crossfit":{table.text(view.crossfit, part)},' if view.crossfit else ""
         more = f',"alternatives":{json.dumps(_alternatives_json(view, part))}' if detailed else ""
         views.append(
-            f'{{"log_prob":{table.text(view.log_probs, part)},"entropy":{table.text(view.entropy, part)},'
+            f'{{"log_prob":{table.text(view.log_probs, part)},{copies}"entropy":{table.text(view.entropy, part)},'
             f'"rank":{json.dumps(ranks)},"targets":[{",".join(targets)}]{more}}}'
         )
     return json.dumps(head, ensure_ascii=True)[:-1] + f', "views":[{",".join(views)}]}}'

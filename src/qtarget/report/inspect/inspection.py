@@ -71,6 +71,8 @@ def marks_of(found: Inspection, view: View) -> dict[str, Any] | None:
     rows = found.rows
     surprise, entropy = -view.live.label_log_probs, view.live.entropy
     by_token = {"surprise, -log p": surprise, "surprise - entropy": surprise - entropy, "entropy": entropy}
+    if view.live.crossfit is not None:
+        by_token["surprise of copies that have not seen the row"] = -view.live.crossfit
     by_token |= {f"low weight under {t.name}": -t.label_weights for t in view.targets if np.ptp(t.label_weights) > 0}
     trained = np.diff(rows.trained_offsets) > 0
     by_row = {f"mean {name}": row_means(v, rows)[trained] for name, v in by_token.items()}
@@ -107,6 +109,7 @@ def overview(found: Inspection) -> dict[str, Any]:
                 **distribution(rows, view.live, view.targets, groups),
                 "marks": marks_of(found, view),
                 "row_nll": plain(row_means(-view.live.label_log_probs, rows)),
+                "row_crossfit": None if view.live.crossfit is None else plain(row_means(-view.live.crossfit, rows)),
                 "row_weight": [plain(row_means(t.label_weights, rows)) for t in view.targets],
                 "row_moved": [plain(row_means(t.moved, rows)) for t in view.targets],
             }

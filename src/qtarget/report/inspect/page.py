@@ -29,7 +29,10 @@ LEAST_SHOWN = 0.005
 
 @dataclass(frozen=True)
 class TokenView:
-    """One view's numbers at single tokens, rounded to one byte; ``alternatives`` and ``q`` at some rows alone."""
+    """One view's numbers at single tokens, rounded to one byte; ``alternatives`` and ``q`` at some rows alone.
+
+    ``crossfit``: log-probs of copies that have not seen the row, where there are any.
+    """
 
     log_probs: Codes
     entropy: Codes
@@ -39,6 +42,7 @@ class TokenView:
     alternatives: np.ndarray | None
     probs: Codes | None
     q: list[Codes | None]
+    crossfit: Codes | None = None
 
 
 def simple(target: TargetNumbers, live: ModelNumbers) -> bool:
@@ -66,6 +70,7 @@ def quantised(view: View, rows: TokenRows) -> TokenView:
         ids,
         probs,
         [None if t.q is None else quantise(t.q) for t in view.targets],
+        None if live.crossfit is None else quantise(live.crossfit),
     )
 
 
@@ -110,6 +115,7 @@ class Packer:
                 {
                     "log_probs": _packed(view.log_probs.rows(trained)),
                     "entropy": _packed(view.entropy.rows(trained)),
+                    "crossfit": None if view.crossfit is None else _packed(view.crossfit.rows(trained)),
                     "ranks": pack_column(view.ranks[trained]),
                     "weights": [_packed(codes.rows(trained)) for codes in view.weights],
                     "moved": [None if codes is None else _packed(codes.rows(trained)) for codes in view.moved],

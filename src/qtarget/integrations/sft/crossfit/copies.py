@@ -65,6 +65,10 @@ class Copies:
             )
         return self._loaded(self._path(fold))
 
+    def are_there(self) -> bool:
+        """Whether all are trained and kept."""
+        return all((self._path(fold) / RECEIPT).is_file() for fold in range(self._recipe.folds))
+
     def _path(self, fold: int) -> Path:
         return self._folder / f"fold-{fold}"
 

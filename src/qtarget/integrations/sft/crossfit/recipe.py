@@ -23,6 +23,7 @@ class CrossfitRecipe:
         steps: optimizer steps of each; absent: twice over its rows.
         learning_rate: the peak.
         rank: of LoRA on all linear layers, alpha twice that; 0 trains all weights.
+        prompts: whether each answer is asked under other rows' prompts, too: six more passes of a copy over its rows.
 
     Raises:
         ConfigError: a number that makes no sense.
@@ -32,6 +33,7 @@ class CrossfitRecipe:
     steps: int | None = None
     learning_rate: float = 5e-4
     rank: int = 16
+    prompts: bool = True
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -47,7 +49,7 @@ class CrossfitRecipe:
 
 def stated(recipe: CrossfitRecipe, args: QTargetConfig) -> dict[str, Any]:
     """A recipe in full: its own numbers, and those of the config that a copy is trained with."""
-    own = {name: value for name, value in asdict(recipe).items() if name != "folds"}
+    own = {name: value for name, value in asdict(recipe).items() if name not in ("folds", "prompts")}
     return own | {
         "passes": 2 if recipe.steps is None else None,
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from qtarget.core.errors import CacheMismatchError, ConfigError
 from qtarget.core.types import TailPolicy
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.crossfit.copies import COPIES, Copies
+from qtarget.integrations.sft.crossfit.elsewhere import write_contradictions
 from qtarget.integrations.sft.crossfit.folds import Folds, folds_of
 from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
 from qtarget.integrations.sft.crossfit.source import CrossfitSource
 from qtarget.scoring.cache.plan import PLAN, tool_versions
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.schema import Manifest, Provenance
+from qtarget.scoring.cache.side import SIDE
 from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.sources.local import LocalSource, check_storage
 from qtarget.storage.files import digest, write_json
@@ -95,6 +98,11 @@ def crossfit_score(
             crossfit=folds.facts(recipe, args) | {"copies": found},
         )
         manifest = write_judged(directory, folds, copies, provenance, shard_rows, progress)
+        if recipe.prompts and copies.are_there() and not (directory / SIDE).is_file():
+            with TokenMeter(progress, "asking under other prompts", "rows") as meter:
+                write_contradictions(
+                    directory, folds.rows, folds.by_checksum, _judge(folds, copies, found), folds.seed, meter
+                )
     shutil.rmtree(directory / COPIES, ignore_errors=True)
     return manifest
 
@@ -106,12 +114,21 @@ def write_judged(
     head: dict[str, Any] = {"logit_scale": folds.head.scale, "logit_softcap": folds.head.softcap}
     fingerprints = (provenance.crossfit or {})["copies"]
     with TokenMeter(enabled=progress) as meter:
-
-        def judge(fold: int) -> LocalSource:
-            return LocalSource(copies.load(fold, fingerprints[fold]), on_tokens=meter.advance, **head)
-
+        judge = _judge(folds, copies, fingerprints, meter.advance)
         source = CrossfitSource(folds.by_checksum, judge, folds.vocab_size)
         return write_cache(directory, folds.rows, source, provenance, shard_rows=shard_rows, meter=meter, **head)
+
+
+def _judge(
+    folds: Folds, copies: Copies, fingerprints: list[str], on_tokens: Callable[[int], None] | None = None
+) -> Callable[[int], LocalSource]:
+    """Gives the source of a fold's copy."""
+
+    def judge(fold: int) -> LocalSource:
+        model = copies.load(fold, fingerprints[fold])
+        return LocalSource(model, on_tokens=on_tokens, logit_scale=folds.head.scale, logit_softcap=folds.head.softcap)
+
+    return judge
 
 
 def said_before(directory: Path, facts: dict[str, Any]) -> list[str] | None:

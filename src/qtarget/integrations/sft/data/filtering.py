@@ -14,13 +14,14 @@ from transformers.utils import logging
 
 from qtarget.core.errors import ConfigError, MissingStatisticError
 from qtarget.data.checks.findings import named
-from qtarget.filtering import Decision, Filter, decide
+from qtarget.filtering import WITNESSES, Decision, Filter, decide
 from qtarget.filtering.alone import read_alone, without_prompt
 from qtarget.filtering.lookup import rows_in_cache
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import supervised
 from qtarget.integrations.sft.data.weights import ROW
+from qtarget.integrations.sft.data.witnesses import require_witness
 from qtarget.integrations.shared.frozen import way_out
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import MANIFEST
@@ -40,10 +41,12 @@ def alone_folder(cache: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class RowFilter:
-    """A filter and the cache that it asks."""
+    """A filter, the cache that it asks, and a cross-fitted one where there is one; ``signed``: caches are checked by a key."""
 
     wanted: Filter
     cache: ReferenceCache
+    witness: ReferenceCache | None = None
+    signed: bool = False
 
     def apply(self, dataset: Dataset) -> tuple[Dataset, dict[str, Any]]:
         """The rows that stay, weighted where that is asked for, and what was decided.
@@ -71,7 +74,9 @@ class RowFilter:
                     "`qtarget filter CONFIG.yaml --rule gain` once"
                 )
             alone = read_alone([without_prompt(*row) for row in zip(ids, masks, strict=True)], folder)
-        decision = decide(rows_in_cache(self.cache, ids, masks, numbers, alone), self.wanted)
+        decision = decide(
+            rows_in_cache(self.cache, ids, masks, numbers, alone, self.witness, sided=not self.signed), self.wanted
+        )
         weighs = self.wanted.form == "weight"
         kept = decision.weights > 0 if weighs else decision.keep
         self._say(decision, numbers[~kept])
@@ -97,9 +102,9 @@ def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset:
         dataset: the training data, which must have rows that can be counted.
 
     Raises:
-        MissingStatisticError: there is no ``reference_cache``.
+        MissingStatisticError: there is no ``reference_cache``, or no ``witness`` for a rule that asks one.
         ConfigError: a stream of rows.
-        CacheMismatchError: the cache is damaged.
+        CacheMismatchError: a cache is damaged, or the witness is none of this base.
     """
     wanted = Filter.of(args.filter)
     if not wanted:
@@ -113,7 +118,33 @@ def open_filter(args: QTargetConfig, caches: dict[str, ReferenceCache], dataset:
             f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
         )
     key = None if args.cache_verify_key is None else read_key(args.cache_verify_key)
-    return RowFilter(wanted, caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key))
+    cache = caches.get("reference") or ReferenceCache.open(args.reference_cache, key=key)
+    return RowFilter(wanted, cache, open_copies(args.witness, wanted, cache, key), key is not None)
+
+
+def open_copies(
+    path: str | None, wanted: Filter, reference: ReferenceCache, key: bytes | None = None
+) -> ReferenceCache | None:
+    """The cross-fit for a filter; None where the rule asks none and none is finished.
+
+    Args:
+        path: of ``witness``.
+
+    Raises:
+        MissingStatisticError: the rule asks copies, and no folder of theirs is named.
+        CacheMismatchError: it is damaged, no cross-fit, or one of another base.
+    """
+    asked = wanted.rule in WITNESSES and WITNESSES[wanted.rule].asks_copies
+    if path is None and asked:
+        raise MissingStatisticError(
+            f"filter: {wanted.rule} asks copies that have not seen the rows: leave witness unset and `qtarget train` trains them "
+            "first, or run `qtarget score CONFIG.yaml --crossfit 2` and set witness"
+        )
+    if path is None or not (asked or (Path(path) / MANIFEST).is_file()):
+        return None
+    found = ReferenceCache.open(path, key=key)
+    require_witness(found, reference)
+    return found
 
 
 def _weighted(dataset: Dataset, weights: dict[int, float]) -> Dataset:

@@ -1,0 +1,60 @@
+"""What copies say that have not seen the rows (`qtarget score --crossfit`): one more witness beside the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qtarget.core.errors import CacheMismatchError
+from qtarget.data.checks.findings import ROWS_NAMED, Finding
+from qtarget.data.crossfit.witness import verdict
+from qtarget.filtering import decide
+from qtarget.filtering.lookup import rows_in_cache
+from qtarget.report.audit.scored import ScoredTokens
+from qtarget.scoring.cache.reader import ReferenceCache
+
+RULE = "crossfit"
+
+
+def check_witness(
+    scored: ScoredTokens, trained: Sequence[Mapping[str, Any]], cache: ReferenceCache, witness: ReferenceCache
+) -> list[Finding]:
+    """How much of the rows the copies find to be noise, and whether they tell two kinds of rows.
+
+    Args:
+        scored: what the base says.
+        trained: all rows as they are trained; ``scored.numbers`` names those that the base has judged.
+        witness: of the copies.
+    """
+    if not len(scored.places):
+        return []
+    masks = np.zeros(len(scored.ids), dtype=bool)
+    masks[scored.places] = True
+    cuts = scored.offsets[1:-1]
+    try:
+        rows = rows_in_cache(cache, np.split(scored.ids, cuts), np.split(masks, cuts), scored.numbers, witness=witness)
+    except CacheMismatchError as error:
+        return [Finding("witness_mismatch", "error", len(trained), (), f"witness: {error}")]
+    assert rows.crossfit is not None, "a witness was given"
+    found = verdict(rows.log_probs, rows.crossfit, rows.row_of_trained)
+    message = (
+        f"by copies that have not seen the rows, {found.noise_tokens:.1%} of tokens and {found.noise_rows:.1%} of rows are noise; "
+        f"the base expects the rest with {found.perplexity_ratio:.2f} of their probability a token"
+    )
+    return [Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found))), _kinds(rows)]
+
+
+def _kinds(rows: Any) -> Finding:
+    decision = decide(rows, RULE)
+    bad = rows.numbers[~decision.keep]
+    found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
+    if not len(bad):
+        return Finding("crossfit_kinds", "info", 0, (), decision.summary, found)
+    named = tuple(int(row) for row in bad[:ROWS_NAMED])
+    message = (
+        f"{decision.summary}: rows {', '.join(map(str, named))}; `qtarget filter --rule {RULE}` shows them, "
+        f"`filter: {RULE}` leaves them out"
+    )
+    return Finding("crossfit_kinds", "warning", len(bad), named, message, found)
