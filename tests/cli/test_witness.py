@@ -62,8 +62,48 @@ def test_other_steps_of_the_run_keep_the_witness_and_another_batch_size_does_not
     def place(**keys):
         return witness_place(load_config(workspace(output_dir=str(tmp_path / "out"), **keys)), CrossfitRecipe())
 
+    rows = tmp_path / "rows.jsonl"
+    weightless, whole = place(), rows.read_text()
+    rows.write_text(whole.replace("}", ', "weight": 0.5}', 1))  # copies learn the weights, too
+    assert place() != weightless
+    rows.write_text(whole)
     assert place(max_steps=3) == place(max_steps=30) == place(learning_rate=1e-5) == place(target="dft")
     assert len({place(), place(per_device_train_batch_size=3), place(seed=7)}) == 3
+
+
+def test_a_cross_fit_with_copies_still_there_is_not_finished(tmp_path):
+    from qtarget.cli.options.frozen import is_finished
+    from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.scoring.cache.side import COPIES
+
+    (tmp_path / MANIFEST).touch()
+    assert is_finished(tmp_path)
+    (tmp_path / COPIES).mkdir()  # all rows are judged, and the answers are being asked under other prompts
+    assert not is_finished(tmp_path)
+
+
+@pytest.mark.nightly
+def test_a_cross_fit_that_was_killed_before_other_prompts_were_asked_is_finished_first(
+    workspace, tmp_path, monkeypatch
+):
+    from qtarget.cli.options.frozen import is_finished
+    from qtarget.integrations.sft.crossfit import score
+    from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.scoring.cache.side import COPIES, SIDE
+
+    config = workspace(output_dir=str(tmp_path / "runs/a"), max_steps=1, target="crossfit_consensus")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "write_contradictions", killed)
+        assert called("train", config) != 0
+    (witness,) = (tmp_path / "runs").glob("witness-*")
+    assert (witness / MANIFEST).is_file()  # all rows are judged, and other ranks wait still
+    assert not is_finished(witness)
+    assert called("train", config) == 0
+    assert is_finished(witness) and (witness / SIDE).is_file() and not (witness / COPIES).exists()
 
 
 @pytest.mark.nightly

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 from qtarget import QTargetConfig
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
 from qtarget.integrations.sft.crossfit import CrossfitRecipe, copies, crossfit_score, score
-from qtarget.integrations.sft.crossfit.copies import COPIES
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, fingerprint_model, row_checksum
+from qtarget.scoring.cache.side import COPIES
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 ROWS = Dataset.from_list([*make_rows(14), make_rows(14)[3], {"prompt": make_rows(14)[3]["prompt"], "completion": "zz"}])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import ConfigError
+from qtarget.data.fields import WEIGHTS
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -47,7 +48,7 @@ def witness_place(config: RunConfig, recipe: CrossfitRecipe, rows: Rows | None =
     from qtarget.integrations.sft.crossfit.recipe import stated
 
     how = [recipe.folds, config.training.seed, stated(recipe, config.training)]
-    return _place(config, "witness", [*how, *_settings(config), _model(config, "reference")], rows)
+    return _place(config, "witness", [*how, *_settings(config), _model(config, "reference")], rows, WEIGHTS)
 
 
 def found_witness(config: RunConfig, rows: Rows | None = None) -> str | None:
@@ -64,13 +65,18 @@ def found_witness(config: RunConfig, rows: Rows | None = None) -> str | None:
     return str(place) if is_finished(place) else None
 
 
-def _place(config: RunConfig, name: str, parts: list[Any], rows: Rows | None) -> Path:
-    """A folder beside ``output_dir`` that ``parts`` and the config's rows decide."""
+def _place(config: RunConfig, name: str, parts: list[Any], rows: Rows | None, more: tuple[str, ...] = ()) -> Path:
+    """A folder beside ``output_dir`` that ``parts`` and the config's rows decide.
+
+    Args:
+        more: columns that count beside what is trained, where a row has them.
+    """
     from qtarget.cli.options.datasets import load_datasets
 
     parent = Path(os.path.abspath(str(config.training.output_dir))).parent
     data = load_datasets(config) if rows is None else rows
-    named = [_fingerprint(part, config.training.dataset_text_field) for part in data if part is not None]
+    field = config.training.dataset_text_field
+    named = [_fingerprint(part, field, more) for part in data if part is not None]
     text = json.dumps([*parts, *named], sort_keys=True, default=str)
     return parent / f"{name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
@@ -103,20 +109,23 @@ def _model(config: RunConfig, role: str) -> list[Any]:
     return seen
 
 
-def _fingerprint(rows: Iterable[Any], text_field: str) -> str:
+def _fingerprint(rows: Iterable[Any], text_field: str, more: tuple[str, ...]) -> str:
     from qtarget.data.overlap import content_hash
 
     state = hashlib.blake2b(digest_size=16)
     for row in rows:
         state.update(content_hash(row, text_field))
+        if told := {name: row[name] for name in more if row.get(name) is not None}:
+            state.update(json.dumps(told, sort_keys=True, default=str).encode())
     return state.hexdigest()
 
 
 def is_finished(place: Path) -> bool:
-    """Whether a cache is whole; training verifies what is in it."""
+    """Whether a cache is whole, of a cross-fit with what lies beside it; training verifies what is in it."""
     from qtarget.scoring.cache.schema import MANIFEST
+    from qtarget.scoring.cache.side import COPIES
 
-    return (place / MANIFEST).is_file()
+    return (place / MANIFEST).is_file() and not (place / COPIES).exists()
 
 
 def check_place(place: Path) -> None:

@@ -80,7 +80,12 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
                        "told; choose another --metric, or nll")  # fmt: skip
     better = [line for line in others if line.difference and line.difference["low"] > 0]
     better.sort(key=lambda line: -line.level)
-    probable = [line for line in others if (line.confidence or 0.0) >= PROBABLE]
+    # half of all chance lies above 0: of one contender the confidence in no gain at all is one half
+    probable = [
+        line
+        for line in others
+        if line.difference and line.difference["mean"] > 0 and (line.confidence or 0.0) >= PROBABLE
+    ]
     likely = max(probable, key=lambda line: line.level, default=None)
     if better and measure.seeds > 1:
         take, said = better[0].name, _ahead(better, baseline, measure)

@@ -12,6 +12,8 @@ from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.cache.schema import MANIFEST
 from qtarget.storage.files import digest, write_atomic
 
+COPIES = ".copies"
+"""Folder of trained copies inside a cross-fit that is not finished; it goes when all is asked, the numbers beside it too."""
 SIDE = "contradiction.npz"
 """Of a cross-fit's folder: ``checksums`` of its rows in order, ``values`` in nats, and the digest of the manifest it is of."""
 

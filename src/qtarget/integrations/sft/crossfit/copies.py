@@ -26,8 +26,6 @@ from qtarget.storage.files import TEMPORARY, write_json
 
 logger = logging.get_logger(__name__)
 
-COPIES = ".copies"
-"""Folder of trained copies inside a cache that is not finished; it goes when all rows are scored."""
 RECEIPT = "copy.json"
 
 

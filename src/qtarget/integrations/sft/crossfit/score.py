@@ -12,7 +12,7 @@ from typing import Any
 from qtarget.core.errors import CacheMismatchError, ConfigError
 from qtarget.core.types import TailPolicy
 from qtarget.integrations.sft.config import QTargetConfig
-from qtarget.integrations.sft.crossfit.copies import COPIES, Copies
+from qtarget.integrations.sft.crossfit.copies import Copies
 from qtarget.integrations.sft.crossfit.elsewhere import write_contradictions
 from qtarget.integrations.sft.crossfit.folds import Folds, folds_of
 from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
@@ -20,7 +20,7 @@ from qtarget.integrations.sft.crossfit.source import CrossfitSource
 from qtarget.scoring.cache.plan import PLAN, tool_versions
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.schema import Manifest, Provenance
-from qtarget.scoring.cache.side import SIDE
+from qtarget.scoring.cache.side import COPIES, SIDE
 from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.sources.local import LocalSource, check_storage
 from qtarget.storage.files import digest, write_json
