@@ -123,12 +123,17 @@ def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp
 def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
     texts = [{"text": row["prompt"] + row["completion"]} for row in load_demonstrations("train")[:30]]
     write_rows(tmp_path / "train.jsonl", texts[:20])
-    write_rows(tmp_path / "held_out.jsonl", [*texts[20:], texts[3], texts[5]])
+    held_out = [texts[3], *texts[20:], texts[5]]
+    write_rows(tmp_path / "held_out.jsonl", held_out)
     qtarget("compare", config, "--targets", "dft,gem(temperature=0.8)", "--rates", "1", "--seeds", "2", "--at-once", "1",
             "--budget", "5m")  # fmt: skip
     document = document_in(tmp_path / "run-compare")
     assert document["measure"] == {"metric": "nll", "rows": 10, "seeds": 2} and document["left_out"] == []
     assert [one["name"] for one in document["contenders"]] == ["sft", "dft", "gem(temperature=0.8)"]
+    shown = document["rows"]["shown"]
+    assert shown and all(
+        held_out[one["row"]]["text"] == one["reference"] for one in shown
+    )  # rows as the file counts them
     printed = capsys.readouterr().out
     assert "nats a token over sft" in document["finding"] and "nats a token" in printed
     assert "2 of 12 rows are training rows too, and judge nobody" in printed

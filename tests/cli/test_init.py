@@ -116,6 +116,14 @@ def test_a_template_without_marks_trains_the_one_answer_of_each_row(tiny_model, 
     said_so = ("--assistant_only_loss", "false", "--validation", "0")
     assert called("init", "rows.jsonl", "--model", tiny_model, "-o", "own.yaml", *said_so) == 0
     assert not (tmp_path / "own.train.jsonl").exists()
+    # a format and roles that the user names are the file's, and the copy has neither
+    write(
+        tmp_path / "chats.jsonl",
+        [{"conversations": [{"from": "me", "value": f"{i}?"}, {"from": "gpt", "value": "a"}]} for i in range(8)],
+    )
+    named = ("--data_format", "sharegpt", "--roles", '{"me": "user"}', "--validation", "0")
+    assert called("init", "chats.jsonl", "--model", tiny_model, "-o", "chats.yaml", *named) == 0
+    assert called("audit-data", "chats.yaml") == 0
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs the data folder beside the checkout")

@@ -59,6 +59,7 @@ class Request:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.about: dict[str, dict[str, Any]] = {}
         self.questions: list[str] = []
+        self.numbers: dict[str, list[int]] = {}
 
     def run(self, plan: Plan, machine: Machine, *, resume: bool) -> dict[str, Any]:
         """Hold the folder, run what is missing, write document and page."""
@@ -98,15 +99,18 @@ class Request:
         sets = []
         for name, (file, dataset) in data.items():
             shown = Path(file[0] if isinstance(file, list) else str(file)).name
+            numbers: Sequence[int] = range(len(dataset))
             if name == "data":
                 field = self.config.training.dataset_text_field
-                every, dataset = len(dataset), unseen(shown, dataset, content_hashes(self.train_rows, field), field)
+                every = len(dataset)
+                dataset, numbers = unseen(shown, dataset, content_hashes(self.train_rows, field), field)
                 if len(dataset) < every:
                     typer.echo(
                         f"{shown}: {every - len(dataset)} of {every} rows are training rows too, and judge nobody"
                     )
-            rows, kept = measured_set(name, shown, dataset, self.metrics[name])
+            rows, kept = measured_set(name, shown, dataset, self.metrics[name], numbers)
             sets.append(rows)
+            self.numbers[name] = kept
             self.about[name] = {
                 "file": shown, "rows": len(kept), "not_judged": len(dataset) - len(kept), "fingerprint": rows.fingerprint,
                 "metric": rows.judge.name if rows.judge else "nll",
@@ -265,7 +269,7 @@ class Request:
         }  # fmt: skip
         return comparison_document(
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
-            settings=settings, rows=row_texts(sets[0]), left_out=found.left_out, cost=cost,
+            settings=settings, rows=row_texts(sets[0], self.numbers["data"]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
 
 

@@ -127,6 +127,8 @@ def prepare(
     training, validation = rows_apart(config, reading, share, seed)
     copied = {"train": training} if validation or renamed or known.parted else {}
     copied |= {"validation": validation} if validation else {}
+    if known.parted:  # the copy is of the shape that is told from its first row, with roles of its own
+        settings = {key: value for key, value in settings.items() if key not in ("data_format", "roles")}
     files = {beside(output, f"{name}.jsonl"): lines_of([originals[i] for i in rows]) for name, rows in copied.items()}
     if known.template is not None:
         files[beside(output, "chat_template.jinja")] = known.template.encode()

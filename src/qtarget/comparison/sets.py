@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,8 @@ class Metric:
         return make_judge(self.name, pattern=self.pattern, ignore_case=self.ignore_case, more=("nll",))
 
 
-def unseen(file: str, dataset: Any, trained: frozenset[bytes], text_field: str = "text") -> Any:
-    """The rows that are no training rows: what was learned by heart judges nobody.
+def unseen(file: str, dataset: Any, trained: frozenset[bytes], text_field: str = "text") -> tuple[Any, Sequence[int]]:
+    """The rows that are no training rows, and their numbers: what was learned by heart judges nobody.
 
     Args:
         trained: contents of the training rows.
@@ -54,29 +54,35 @@ def unseen(file: str, dataset: Any, trained: frozenset[bytes], text_field: str =
         raise DataError(
             f"{file}: all {len(hashes):,} rows are training rows too; a verdict needs rows that no contender saw"
         )
-    return dataset if len(kept) == len(hashes) else dataset.select(kept)
+    return dataset if len(kept) == len(hashes) else dataset.select(kept), kept
 
 
-def measured_set(name: SetName, file: str, dataset: Any, metric: Metric) -> tuple[RowSet, list[int]]:
-    """A set of the rows that the metric can judge, and the numbers of those rows in the data set.
+def measured_set(
+    name: SetName, file: str, dataset: Any, metric: Metric, numbers: Sequence[int] | None = None
+) -> tuple[RowSet, list[int]]:
+    """A set of the rows that the metric can judge, and the numbers of those rows.
+
+    Args:
+        numbers: of the rows in their file, from 0; default: their places in the data set.
 
     Raises:
         DataError: the metric was asked for, and the rows have no answers; or it can judge none of them.
     """
     judge, rows = metric.judge(), dataset.to_list()
+    numbers = list(range(len(rows)) if numbers is None else numbers)
     if not rows:
         raise DataError(f"{file} holds no rows; expected rows with answers that no model is trained on")
     if judge is None or not (has_answers(rows) or metric.asked):
-        return RowSet(name, file, dataset, None, None), list(range(len(rows)))
+        return RowSet(name, file, dataset, None, None), numbers
     if not has_answers(rows):
         ask(rows, judge, file)  # which says what is missing
-    kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {i + 1}")]
+    kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {numbers[i] + 1}")]
     if not kept:
         raise DataError(
             f"{file}: --metric {judge.name} can judge the answer of none of its {len(rows)} rows; choose another metric"
         )
     chosen = dataset.select(kept)
-    return RowSet(name, file, chosen, ask([rows[i] for i in kept], judge, file), judge), kept
+    return RowSet(name, file, chosen, ask([rows[i] for i in kept], judge, file), judge), [numbers[i] for i in kept]
 
 
 def _fits(row: Mapping[str, Any], judge: Judge, where: str) -> bool:
@@ -88,11 +94,13 @@ def _fits(row: Mapping[str, Any], judge: Judge, where: str) -> bool:
     return bool(answer.strip())
 
 
-def row_texts(rows: RowSet) -> list[dict[str, str]]:
-    """Prompt and reference a row; of a row without answers its text, or its columns."""
+def row_texts(rows: RowSet, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Number in the file, prompt and reference of each row; of a row without answers its text, or its columns."""
     if rows.questions is not None:
-        return [{"prompt": q.text, "reference": q.reference} for q in rows.questions]
-    return [{"prompt": "", "reference": _text(row)} for row in rows.dataset.to_list()]
+        texts = [{"prompt": q.text, "reference": q.reference} for q in rows.questions]
+    else:
+        texts = [{"prompt": "", "reference": _text(row)} for row in rows.dataset.to_list()]
+    return [{"row": number, **text} for number, text in zip(numbers, texts, strict=True)]
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -79,9 +79,8 @@ class ComparisonWorker:
     @cached_property
     def _sets(self) -> list[RowSet]:
         setting, (train, validation) = self.setting, self._rows
-        judged = unseen(
-            setting.files["data"], validation, content_hashes(train, setting.text_field), setting.text_field
-        )
+        trained = content_hashes(train, setting.text_field)
+        judged, _ = unseen(setting.files["data"], validation, trained, setting.text_field)
         data = {"data": judged, "forgetting": setting.recipe.forgetting_rows()}
         return [
             measured_set(name, setting.files[name], data[name], metric)[0] for name, metric in setting.metrics.items()

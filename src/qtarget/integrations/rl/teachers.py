@@ -137,7 +137,7 @@ class SlowTeacher(TrainerCallback):
         """
         if not (folder / EMA_FILE).is_file():
             raise ResumeError(
-                f"{folder} has no {EMA_FILE}: it is of a run without teacher: ema, or was saved with save_only_model; start a "
+                f"{folder} has no {EMA_FILE}: it is of a run without teacher: ema, or was saved with save_only_model; start "
                 f"from its weights (model_name_or_path: {folder}, another output_dir)"
             )
         found = load_file(folder / EMA_FILE)

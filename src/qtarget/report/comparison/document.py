@@ -68,7 +68,7 @@ def comparison_document(
     groups: Sequence[int],
     sets: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     left_out: Sequence[str] = (),
     cost: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def comparison_document(
         groups: of the judged rows, equal for one prompt.
         sets: by name: file, rows, metric and what a reader must know of them.
         settings: of all runs.
-        rows: ``prompt`` and ``reference`` of the judged rows.
+        rows: ``prompt``, ``reference`` and perhaps ``row``, the number in the file from 0, of the judged rows.
         left_out: what was not run, and why.
         cost: seconds and runs in all.
     """
@@ -209,7 +209,7 @@ def _average(values: Sequence[float] | None) -> float | None:
     return None if not values else float(np.mean(values))
 
 
-def differing_rows(one: Entry, other: Entry, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def differing_rows(one: Entry, other: Entry, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows on which two contenders' scores, means over seeds, differ; largest differences first, first seeds' answers."""
     means = [np.asarray(entry.sets["data"].scores, np.float64).mean(0) for entry in (one, other)]
     change = np.abs(means[0] - means[1])
