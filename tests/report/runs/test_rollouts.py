@@ -82,6 +82,7 @@ def test_what_is_no_file_of_samples(tmp_path):
     for row, words in (
         ({"prompt": "a"}, "sample 1: no step, tokens"),
         (sample() | {"weights": [1.0]}, "weights is no list of 3 numbers"),
+        (sample() | {"tokens": 5}, "tokens is no list"),
         (sample() | {"anchor": ["x", 1, 2]}, "anchor is no list"),
         ([1], "expected a JSON object"),
     ):

@@ -51,6 +51,8 @@ def check_sample(row: Mapping[str, Any], place: str) -> None:
         raise DataError(
             f"{place}: no {', '.join(missing)}; expected a line of {ROLLOUTS_FILE} as `qtarget rl` writes it"
         )
+    if not isinstance(row["tokens"], list):
+        raise DataError(f"{place}: tokens is no list of texts")
     for name in COLUMNS:
         values = row[name]
         good = isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values)
