@@ -72,7 +72,7 @@ def test_score_then_train_from_the_cache(workspace, tmp_path, tiny_model, capsys
     qtarget("score", config, "--reference_cache", tmp_path / "cache", "--top_k", "5")
     printed = capsys.readouterr().out
     supervised = sum(len(str(i + 1)) + 1 for i in [*range(12), *range(50, 54)])
-    assert "16 rows" in printed
+    assert "16 different rows" in printed
     assert f"{supervised} supervised tokens, top_k 5" in printed
     qtarget("train", config)
     cached = summary_of(tmp_path / "out")

@@ -74,7 +74,7 @@ def test_other_steps_of_the_run_keep_the_witness_and_another_batch_size_does_not
 def test_a_cross_fit_with_copies_still_there_is_not_finished(tmp_path):
     from qtarget.cli.options.frozen import is_finished
     from qtarget.scoring.cache.schema import MANIFEST
-    from qtarget.scoring.cache.side import COPIES
+    from qtarget.scoring.contradictions import COPIES
 
     (tmp_path / MANIFEST).touch()
     assert is_finished(tmp_path)
@@ -89,7 +89,7 @@ def test_a_cross_fit_that_was_killed_before_other_prompts_were_asked_is_finished
     from qtarget.cli.options.frozen import is_finished
     from qtarget.integrations.sft.crossfit import score
     from qtarget.scoring.cache.schema import MANIFEST
-    from qtarget.scoring.cache.side import COPIES, SIDE
+    from qtarget.scoring.contradictions import COPIES, SIDE
 
     config = workspace(output_dir=str(tmp_path / "runs/a"), max_steps=1, target="crossfit_consensus")
 

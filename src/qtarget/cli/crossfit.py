@@ -74,7 +74,7 @@ def announcement(asked_by: str, recipe: CrossfitRecipe, rows: int, place: str) -
 def how_to_go_on(directory: Path, folds: int, of_shards: Callable[[Path], str]) -> str:
     """What of a cross-fit that is ended early is safe, in words."""
     from qtarget.integrations.sft.crossfit.copies import RECEIPT
-    from qtarget.scoring.cache.side import COPIES
+    from qtarget.scoring.contradictions import COPIES
 
     trained = len(list((directory / COPIES).glob(f"fold-?*/{RECEIPT}")))
     if (directory / "plan.json").is_file():

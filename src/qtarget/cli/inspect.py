@@ -252,7 +252,7 @@ def parse_targets(text: str | None, config: RunConfig) -> dict[str, Target]:
     Raises:
         ConfigError, UnknownTargetError, HyperparameterError: see ``named_targets``.
     """
-    from qtarget.cli.options.named import named_targets
+    from qtarget.cli.options.contenders import named_targets
 
     own = config.training.target
     known = {own: lambda: (config.training.target_label, config.training.build_target())}

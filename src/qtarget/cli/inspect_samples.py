@@ -28,7 +28,7 @@ def inspect_samples(
         ConfigError: an option that has no meaning here, or a target that samples cannot show.
         DataError: no samples.
     """
-    from qtarget.cli.options.named import named_targets
+    from qtarget.cli.options.contenders import named_targets
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.report.runs.records import ROLLOUTS_FILE
     from qtarget.report.runs.rollouts import check_region, rollouts_document, rollouts_page

@@ -63,9 +63,8 @@ def rl(
 
 def load_rl_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """``load_config`` with TRL's ``GRPOConfig`` and the keys of ``RolloutConfig``."""
-    from qtarget.cli.options.algorithm import RL, check_algorithm
     from qtarget.cli.options.config import build_config
-    from qtarget.cli.options.settings import read_settings
+    from qtarget.cli.options.settings import RL, check_algorithm, read_settings
     from qtarget.integrations.rl.config import QTargetGRPOConfig
 
     settings = read_settings(path, overrides)
@@ -127,7 +126,7 @@ def load_prompt_sets(config: RunConfig) -> tuple[Any, Any]:
         ConfigError: a data set of the hub, a file that is in both, or ``eval_strategy`` without validation prompts.
     """
     from qtarget.cli.options.datasets import refuse_same_files, row_options
-    from qtarget.integrations.rl.reading import load_prompts
+    from qtarget.integrations.rl.inputs.reading import load_prompts
 
     data = config.data
     if data.train_file is None:

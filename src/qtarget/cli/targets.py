@@ -105,7 +105,7 @@ def explanation(name: str) -> dict[str, Any]:
     Raises:
         UnknownTargetError, ContractError: as ``qtarget.get_target``.
     """
-    from qtarget.cli.options.docstrings import described
+    from qtarget.cli.docstrings import described
     from qtarget.registry import check_names, get_target, target_class
     from qtarget.report.audit.measured import measured
 

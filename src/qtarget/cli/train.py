@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.cli.options.algorithm import RL, check_algorithm
+from qtarget.cli.options.settings import RL, check_algorithm
 from qtarget.cli.options.started import SUMMARY_FILE, how_to_go_on, saved_model, starting_point, write_records
 from qtarget.report.runs.records import CONFIG_FILE
 

@@ -9,7 +9,7 @@ import numpy as np
 from qtarget.filtering.evidence import ScoredRows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum
-from qtarget.scoring.cache.side import read_side
+from qtarget.scoring.contradictions import read_side
 
 
 def rows_in_cache(

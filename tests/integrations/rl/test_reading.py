@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qtarget.core.errors import DataError
-from qtarget.integrations.rl.reading import load_prompts
+from qtarget.integrations.rl.inputs.reading import load_prompts
 
 ASKED = {"role": "user", "content": "2+2"}
 SAID = {"role": "assistant", "content": "4"}

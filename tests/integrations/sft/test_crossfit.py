@@ -17,7 +17,7 @@ from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
 from qtarget.integrations.sft.crossfit import CrossfitRecipe, copies, crossfit_score, score
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, fingerprint_model, row_checksum
-from qtarget.scoring.cache.side import COPIES
+from qtarget.scoring.contradictions import COPIES
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 ROWS = Dataset.from_list([*make_rows(14), make_rows(14)[3], {"prompt": make_rows(14)[3]["prompt"], "completion": "zz"}])
@@ -262,7 +262,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(judge, tmp_path, change, 
 
 
 def test_each_answer_is_asked_under_other_prompts_of_its_fold(judge, base, tmp_path):
-    from qtarget.scoring.cache.side import SIDE, read_side
+    from qtarget.scoring.contradictions import SIDE, read_side
 
     judge(rank=0)
     rows = [dict(row) for row in ROWS]

@@ -121,7 +121,7 @@ def model_with_bias():
 @pytest.mark.parametrize(
     ("target", "text", "words"),
     [
-        ("sft", "abcd", r"the loss is inf at step 0, in rows \[0\] of the data; 1 of their labels have probability 0"),
+        ("sft", "abcd", r"the loss is inf at step 0, in rows \[1\] of the data; 1 of their labels have probability 0"),
         ("label_smoothing", "abce", "the target pulls towards a token whose logit is minus infinity"),
     ],
 )

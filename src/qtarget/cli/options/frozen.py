@@ -123,7 +123,7 @@ def _fingerprint(rows: Iterable[Any], text_field: str, more: tuple[str, ...]) ->
 def is_finished(place: Path) -> bool:
     """Whether a cache is whole, of a cross-fit with what lies beside it; training verifies what is in it."""
     from qtarget.scoring.cache.schema import MANIFEST
-    from qtarget.scoring.cache.side import COPIES
+    from qtarget.scoring.contradictions import COPIES
 
     return (place / MANIFEST).is_file() and not (place / COPIES).exists()
 

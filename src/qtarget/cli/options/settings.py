@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -276,3 +276,30 @@ def _scalar(setting: Setting, wanted: set[Any]) -> Any:
     if str in wanted and isinstance(value, int | float):
         raise ValueError("put the value in quotes")
     raise ValueError
+
+
+SFT, RL = "sft", "rl"
+"""Values of the key ``algorithm``: what a config is for, where one verb stands for several."""
+
+
+def check_algorithm(settings: Mapping[str, Setting], default: str = SFT) -> str:
+    """The algorithm of a config.
+
+    Raises:
+        ConfigError: another word, or one that the verb does not go with.
+
+    Example:
+        >>> check_algorithm({"algorithm": Setting("rl", "run.yaml")})
+        'rl'
+    """
+    if (setting := settings.get("algorithm")) is None:
+        return default
+    if setting.value not in (SFT, RL):
+        raise ConfigError(
+            f"algorithm: {setting.value} ({setting.origin}); expected {SFT} (demonstrations) or {RL} (samples of the model's own)"
+        )
+    if default == RL and setting.value != RL:
+        raise ConfigError(
+            f"algorithm: {setting.value} ({setting.origin}) is `qtarget train`'s; leave it out, or set {RL}"
+        )
+    return str(setting.value)

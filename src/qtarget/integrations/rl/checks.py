@@ -10,7 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from qtarget.core.errors import ConfigError, MissingStatisticError
 from qtarget.core.types import DATA_FIELDS, Target
 from qtarget.integrations.rl.config import QTargetGRPOConfig
-from qtarget.integrations.rl.rewards import checked_rewards, no_reward
+from qtarget.integrations.rl.inputs.rewards import checked_rewards, no_reward
 
 
 def own_config(args: GRPOConfig | None) -> QTargetGRPOConfig:

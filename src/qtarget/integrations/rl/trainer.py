@@ -25,8 +25,8 @@ from qtarget.core.types import FrozenHead, Reference
 from qtarget.integrations.rl.batch import Samples, reduced, samples_of
 from qtarget.integrations.rl.checks import own_config, refuse_missing, rewards_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.inputs.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refuse_told
-from qtarget.integrations.rl.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
 from qtarget.integrations.rl.served import ServedTeacher, is_url, reference_of

@@ -12,7 +12,7 @@ from qtarget.data.crossfit.neighbours import contradiction, nearest_prompts
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum, supervised_mask
-from qtarget.scoring.cache.side import write_side
+from qtarget.scoring.contradictions import write_side
 from qtarget.scoring.sources.local import LocalSource
 
 AT_ONCE = 512

@@ -20,8 +20,8 @@ from qtarget.integrations.sft.crossfit.source import CrossfitSource
 from qtarget.scoring.cache.plan import PLAN, tool_versions
 from qtarget.scoring.cache.progress import TokenMeter
 from qtarget.scoring.cache.schema import Manifest, Provenance
-from qtarget.scoring.cache.side import COPIES, SIDE
 from qtarget.scoring.cache.writer import write_cache
+from qtarget.scoring.contradictions import COPIES, SIDE
 from qtarget.scoring.sources.local import LocalSource, check_storage
 from qtarget.storage.files import digest, write_json
 from qtarget.storage.folders import CACHE, owned
