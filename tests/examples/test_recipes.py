@@ -60,7 +60,7 @@ SMALL = {
         ("watch", "runs/live/report.html"),
         ("noisy_sft", "runs/noisy/evaluation.html"),
         ("own_target", "runs/own_target/evaluation.html"),
-        pytest.param("rl", "runs/rl/report.html", marks=pytest.mark.nightly),
+        ("rl", "runs/rl/report.html"),
         pytest.param("compare", "runs/compare/verdict/comparison.html", marks=pytest.mark.nightly),
     ],
 )

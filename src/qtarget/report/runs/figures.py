@@ -157,7 +157,7 @@ def _paths(
         axes.set_xlabel(f"KL to the {start}, nats a token")
         axes.set_ylabel(f"reward of {what}")
         tidy(axes)
-    finish(figure, "Reward against how far the policy moved; lines go from step to step, the last is ringed", across)
+    finish(figure, "Reward against KL; lines go from step to step, the last is ringed", across)
     return figure
 
 
