@@ -47,6 +47,7 @@ def checkout(tmp_path, monkeypatch):
 
 SMALL = {
     "train": ["--max_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false"],
+    "rl": ["--max_steps", "2", "--per_device_train_batch_size", "8", "--max_completion_length", "4"],
     "evaluate": ["--limit", "4", "--max-new-tokens", "4"],
     "compare": ["--seeds", "1", "--rates", "1", "--max_steps", "2", "--at-once", "1", "--max-new-tokens", "4"],
 }
@@ -59,6 +60,7 @@ SMALL = {
         ("watch", "runs/live/report.html"),
         ("noisy_sft", "runs/noisy/evaluation.html"),
         ("own_target", "runs/own_target/evaluation.html"),
+        ("rl", "runs/rl/report.html"),
         pytest.param("compare", "runs/compare/verdict/comparison.html", marks=pytest.mark.nightly),
     ],
 )
@@ -72,6 +74,13 @@ def test_commands_of_a_recipe_run_in_order(name, result, checkout):
         else:
             qtarget(*given, *SMALL.get(given[0], []))
     assert (checkout / result).is_file()
+
+
+def test_the_reward_of_the_rl_recipe():
+    from examples.rl.rewards import in_brackets
+
+    texts = ["The largest number is [7].", "[8] [7]", "It is 7.", "[7", "[ 7]"]
+    assert in_brackets(texts, ["7"] * 5) == [1, 0, 0, 0, 0]
 
 
 def test_lora_with_packing(tmp_path, checkout):

@@ -206,6 +206,37 @@ def test_a_run_on_samples_has_its_panels_and_one_on_demonstrations_has_none(make
     assert 'alt="samples;' in page and "held out reward" in page
 
 
+def paths_of(axes):
+    """Lines of a panel without the rings: label -> (x, y)."""
+    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+    return {line.get_label(): list(zip(*(map(float, v) for v in line.get_data()), strict=True)) for line in lines}
+
+
+def test_reward_against_kl_is_drawn_where_the_policy_moved(make_run):
+    held_out = [
+        {"eval_runtime": 1.0, "eval_reward": value, "step": step} for step, value in ((0, 0.1), (1, 0.2), (3, 0.4))
+    ]
+    moved = make_run(
+        "moved", log=[held_out[0], sampling(1, 0.25), held_out[1], sampling(2, 0.5), held_out[2]], samples=[]
+    )
+    still = make_run("still", log=[sampling(i, 0.5, **{"divergence/kl_k3": 1e-9}) for i in (1, 2)], samples=[])
+    trl = make_run(
+        "trl", log=[sampling(1, 0.3, kl=0.5), sampling(2, 0.6, kl=float("nan")), sampling(3, 0.7, kl=0.7)], samples=[]
+    )
+    figure = comparison_figures(report_of(moved, still, trl))["reward_against_kl"]
+    found = {(a.get_xlabel(), a.get_ylabel()): paths_of(a) for a in figure.axes}
+    assert found == {
+        ("KL to the sampler, nats a token", "reward of samples"): {"moved": [(0.01, 0.25), (0.02, 0.5)]},
+        # an evaluation takes the KL of the last training line; the one before all has none
+        ("KL to the sampler, nats a token", "reward of held-out prompts, eval"): {"moved": [(0.01, 0.2), (0.02, 0.4)]},
+        ("KL to the start, nats a token", "reward of samples"): {"trl": [(0.5, 0.3), (0.7, 0.7)]},
+    }
+    rings = [line for axes in figure.axes for line in axes.lines if line.get_markersize() == 10]
+    assert [float(ring.get_xdata()[0]) for ring in rings] == [0.02, 0.02, 0.7]
+    assert "reward_against_kl" not in comparison_figures(report_of(still))
+    assert "reward against kl" in runs_page(report_of(moved))
+
+
 def test_steps_without_samples_are_named(make_run):
     (run,) = read_runs([make_run()])
     with pytest.raises(DataError, match="at step 1; there are some at 0, 2"):

@@ -14,6 +14,7 @@ from qtarget.report.runs.document import common_evaluation, known
 from qtarget.storage.files import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -55,6 +56,7 @@ def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     figures["samples"] = _curves(sampling, SAMPLING, samples_title(runs))
     held_out_rewards = [(f"{run['name']}, {rows}", curve) for run in runs for rows, curve in run["evaluations"].items()]
     figures["held_out_reward"] = _curves(held_out_rewards, ("reward",), "Reward of samples for held-out prompts")
+    figures["reward_against_kl"] = against_kl(runs)
     for change in report["tokens"]:
         figures[f"tokens-{_file_name(change['run'], change['rows_of'])}"] = token_figure(change)
     return {key: figure for key, figure in figures.items() if figure is not None}
@@ -95,6 +97,89 @@ def samples_title(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"Samples, first to last line: {', '.join(parts[:4])}{more}"
 
 
+def kl_of(run: Mapping[str, Any]) -> tuple[str, list[float | None]] | None:
+    """From what a run's KL was taken, and the KL of each training line; None where it never left 0.
+
+    TRL's own trainer logs ``kl``, to the model that it started from, where ``beta`` is set; ours logs it to the sampler.
+    """
+    for start, metric in (("start", "kl"), ("sampler", "divergence/kl_k3")):
+        if any(value > ROUNDING for value in known(run["train"], metric)):
+            return start, run["train"][metric]
+    return None
+
+
+def at_steps(steps: Sequence[int], train: Mapping[str, Any], values: Sequence[float | None]) -> list[float | None]:
+    """The value of the last training line at or before each step; None where there is none.
+
+    Example:
+        >>> at_steps([0, 3], {"step": [2, 4]}, [0.1, 0.2])
+        [None, 0.1]
+    """
+    pairs = list(zip(train["step"], values, strict=True))
+    return [next((value for other, value in reversed(pairs) if other <= step), None) for step in steps]
+
+
+def against_kl(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Reward, one panel of samples and one a held-out set, against KL; lines go from step to step, the last is ringed.
+
+    Runs whose KL never left 0 (samples used once) are left out.
+    """
+    panels: dict[tuple[str, str], list[tuple[str, list[tuple[float, float]]]]] = {}
+    for run in runs:
+        if (found := kl_of(run)) is None:
+            continue
+        start, moved = found
+        curves = {"samples": run["train"]} | {f"held-out prompts, {k}": v for k, v in run["evaluations"].items()}
+        for what, curve in curves.items():
+            kl = at_steps(curve["step"], run["train"], moved)
+            pairs = zip(kl, curve.get("reward", []), strict=False)
+            if points := [(x, y) for x, y in pairs if x is not None and y is not None]:
+                panels.setdefault((what, start), []).append((run["name"], points))
+    return _paths(panels, [run["name"] for run in runs]) if panels else None
+
+
+def _paths(
+    panels: Mapping[tuple[str, str], Sequence[tuple[str, list[tuple[float, float]]]]], names: list[str]
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    across = min(ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5.2 * across + 3.2, 4.4 * down), dpi=120, layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for axes, ((what, start), paths) in zip(places, panels.items(), strict=False):
+        for name, points in paths:
+            style = line_style(names.index(name))
+            axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=4, alpha=0.7, **style)
+            axes.plot(*points[-1], "o", markersize=10, fillstyle="none", color=style["color"])
+        axes.set_xlabel(f"KL to the {start}, nats a token")
+        axes.set_ylabel(f"reward of {what}")
+        tidy(axes)
+    finish(figure, "Reward against KL; lines go from step to step, the last is ringed", across)
+    return figure
+
+
+def line_style(place: int) -> dict[str, str]:
+    """Colour and dashes of the run at this place, the same in every panel of a figure."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place // len(COLOURS) % len(STYLES)]}
+
+
+def tidy(axes: Axes) -> None:
+    """A grid behind, and no box."""
+    axes.grid(color="#e5e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def finish(figure: Figure, title: str, across: int) -> None:
+    """One legend for all panels, and the title."""
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), [literal(n) for n in handles], loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle(literal(textwrap.fill(title, 46 * across + 34)), x=0.01, ha="left", fontsize=11)
+
+
 def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[str], title: str) -> Figure | None:
     from matplotlib.figure import Figure
 
@@ -113,20 +198,15 @@ def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[s
                 (s, v) for s, v in zip(curve.get("step", []), curve.get(metric, []), strict=False) if v is not None
             ]
             if points:
-                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
                 marker = "o" if len(points) <= 30 else None
-                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, **style)
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, **line_style(i))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(LABELS[metric])
         low, high = axes.get_ylim()
         if high - low < ROUNDING:
             axes.set_ylim(low - ROUNDING, high + ROUNDING)
-        axes.grid(color="#e5e7eb")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), [literal(n) for n in handles], loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(literal(textwrap.fill(title, 46 * across + 34)), x=0.01, ha="left", fontsize=11)
+        tidy(axes)
+    finish(figure, title, across)
     return figure
 
 
