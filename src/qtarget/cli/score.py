@@ -62,9 +62,12 @@ def score(
     crossfit_rank: Annotated[
         int, typer.Option(min=0, help="Of the copies' LoRA, on all linear layers; 0 trains all weights.")
     ] = 16,
-    crossfit_prompts: Annotated[
-        bool, typer.Option(help="Ask each answer under other rows' prompts, too, for `qtarget filter`.")
-    ] = True,
+    one_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--no-crossfit-prompts", help="Do not ask answers under other rows' prompts, which `qtarget filter` reads."
+        ),
+    ] = False,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows a shard: what a kill can cost, at most.")] = 2000,
     sign: Annotated[Path | None, typer.Option(help="Key file: sign the finished cache with it.")] = None,
 ) -> None:
@@ -103,7 +106,7 @@ def score(
 
         if role != "reference" or engine != "local" or known is not None:
             raise ConfigError("--crossfit trains copies of the base here; leave --role, --engine and --known out")
-        recipe = (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, crossfit_prompts)
+        recipe = (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, not one_prompt)
         manifest = run_crossfit(run, directory, recipe, how_to_go_on, top_k=top_k, tail_policy=tail_policy, **storage)
     if key is not None:
         sign_cache(directory, key)

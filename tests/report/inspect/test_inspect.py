@@ -513,7 +513,7 @@ def test_the_table_of_areas_is_the_result_file():
     data = json.loads((DOCS.parents[1] / "benchmarks/results/inspect_auc.json").read_text())["data"]
     views = [one["views"][0] for one in data.values()]
     text = DOCS.read_text()
-    lines_of_it = [line for line in text[text.index("| AUC") :].splitlines() if line[:1] == "|"]
+    lines_of_it = text[text.index("| AUC") :].split("\n\n")[0].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines_of_it]
     assert [cell.strip("`") for cell in table[0][1:]] == list(data)
     lines = {first: rest for first, *rest in table[2:]}
