@@ -71,13 +71,25 @@ def training_title(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"Training rows, plain nll with the noise in it, nats a token: {said}"
 
 
+def moved(values: Sequence[float], digits: str) -> str:
+    """From the first to the last value; one line tells of no change.
+
+    Example:
+        >>> moved([0.5, 0.25], ".2g"), moved([0.5], ".2g")
+        ('0.5 to 0.25', '0.5 (one line logged)')
+    """
+    if len(values) == 1:
+        return f"{values[0]:{digits}} (one line logged)"
+    return f"{values[0]:{digits}} to {values[-1]:{digits}}"
+
+
 def weights_title(runs: Sequence[Mapping[str, Any]]) -> str:
     """What the weights did from the first to the last logged line."""
     parts = []
     for run in runs:
         values = known(run["train"], "label_weight")
         if values:
-            parts.append(f"{run['name']} {values[0]:.2g} to {values[-1]:.2g}")
+            parts.append(f"{run['name']} {moved(values, '.2g')}")
     more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
     return f"Mean pull to the observed token, first to last line: {', '.join(parts[:4])}{more}"
 
@@ -88,7 +100,7 @@ def samples_title(runs: Sequence[Mapping[str, Any]]) -> str:
     for run in runs:
         if "rollout/age" in run["train"]:
             ends = [
-                f"{metric} {values[0]:.3g} to {values[-1]:.3g}"
+                f"{metric} {moved(values, '.3g')}"
                 for metric in ("reward", "entropy")
                 if (values := known(run["train"], metric))
             ]
