@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from qtarget.cli.boundary import told
@@ -29,6 +30,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     ):  # a bar in a file is a line that nobody reads; the libraries look when they are imported
         for library in ("DATASETS", "HUB"):  # transformers asks the hub's
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    # PEFT 0.21 reads a name that transformers 5 renamed; no user can do anything about it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     with signals_end_it():
         try:
             _app()(arguments, prog_name="qtarget")
