@@ -152,3 +152,14 @@ def test_every_class_of_the_table_exists() -> None:
     for name in boundary.BY_CLASS:
         module, _, attribute = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), attribute), BaseException), name
+
+
+def test_an_error_begins_a_line_of_its_own_below_a_bar(capsys, monkeypatch):
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=2)
+    try:
+        text, code = stopped(raising(DataError("the disk is full")), capsys, monkeypatch)
+    finally:
+        bar.close()
+    assert code == 2 and re.search(r"(?m)^DataError: the disk is full", text)

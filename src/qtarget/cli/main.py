@@ -47,8 +47,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
             )
             text, code = told(known or error, arguments)
             with contextlib.suppress(OSError):  # stderr on the full disk: the exit code says it alone
-                print(text, file=sys.stderr, flush=True)
+                print("\n" * bars_are_open() + text, file=sys.stderr, flush=True)
             sys.exit(code)
+
+
+def bars_are_open() -> bool:
+    """Whether a progress bar has the line on which the next words would go on."""
+    module = sys.modules.get("tqdm.auto") or sys.modules.get("tqdm")
+    return bool(module and len(getattr(module.tqdm, "_instances", ())))
 
 
 def _app():
