@@ -13,6 +13,7 @@ import typer
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qtarget.cli.options.settings import Setting
     from qtarget.comparison.sets import Metric
     from qtarget.evaluation.evaluate import SetName
 
@@ -66,12 +67,12 @@ def compare(
     from qtarget.comparison.budget import Plan, parse_budget
 
     begin = time.monotonic()
-    refuse_several(config, context.args)
+    settings = read_settings(config, context.args)
+    refuse_several(settings)
     check_config(config, context.args)
     seconds = None if budget is None else parse_budget(budget)
     grid = parse_rates(rates)
     metrics = _metrics(metric, pattern, ignore_case, forgetting, forgetting_metric)
-    settings = read_settings(config, context.args)
     listed = settings.pop(KEY, None)
     keys = {key: setting.value for key, setting in settings.items()}
     wanted = targets_of(targets, None if listed is None else listed.value, keys)
@@ -98,16 +99,15 @@ def compare(
     print_comparison(document, [folder / DOCUMENT, folder / PAGE])
 
 
-def refuse_several(config: Path, arguments: Sequence[str]) -> None:
+def refuse_several(settings: Mapping[str, Setting]) -> None:
     """Raise where ``target`` is a list: before it is looked up as one name.
 
     Raises:
         ConfigError: it is.
     """
     from qtarget.cli.options.contenders import split_outside
-    from qtarget.cli.options.settings import read_settings
 
-    target = read_settings(config, arguments).get("target")
+    target = settings.get("target")
     if target is not None and len(split_outside(str(target.value))) > 1:
         raise ConfigError(f"target is {target.value!r}, one target of the config; --targets names those to compare")
 

@@ -25,10 +25,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = bool(arguments) and arguments[0] == "--debug"
-    if (
-        not sys.stderr.isatty()
-    ):  # a bar in a file is a line that nobody reads; the libraries look when they are imported
-        for library in ("DATASETS", "HUB"):  # transformers asks the hub's
+    if not sys.stderr.isatty():
+        # a bar in a file is a line that nobody reads; the libraries look when they are imported, transformers at the hub's
+        for library in ("DATASETS", "HUB"):
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     # PEFT 0.21 reads a name that transformers 5 renamed; no user can do anything about it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,25 @@ def reference_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
     if training.reference_cache is not None:
         return training.reference_cache
     place = cache_place(config, "reference", training.reference_top_k, rows)
-    if is_finished(place):
-        if training.process_index == 0:
-            logger.warning("reference: %s is taken, which these rows and this model were scored into", shown(place))
-    elif training.process_index == 0:
-        check_place(place)
-        score_reference(config, place, rows, asked_by)
+    found = f"reference: {shown(place)} is taken, which these rows and this model were scored into"
+    return found_or_made(config, place, found, lambda: score_reference(config, place, rows, asked_by))
+
+
+def found_or_made(config: RunConfig, place: Path, found: str, make: Callable[[], None]) -> str:
+    """A finished cache, or one that the first rank makes while the others wait.
+
+    Args:
+        found: said where it is finished.
+
+    Raises:
+        ConfigError: the place cannot be written, or another process writes it.
+    """
+    if config.training.process_index == 0:
+        if is_finished(place):
+            logger.warning("%s", found)
+        else:
+            check_place(place)
+            make()
     wait_for(place)
     return str(place)
 
@@ -113,21 +127,15 @@ def witness_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
     if training.witness is not None:
         return training.witness
     place = witness_place(config, recipe, rows)
-    if is_finished(place):
-        if training.process_index == 0:
-            logger.warning("witness: %s is taken, whose copies these rows have trained", shown(place))
-    elif training.process_index == 0:
-        from qtarget.cli.crossfit import announcement as of_copies
-
-        check_place(place)
-        logger.warning("%s", of_copies(asked_by, recipe, len(rows[0]), shown(place)))
-        judge_rows(config, recipe, place, rows)
-    wait_for(place)
-    return str(place)
+    found = f"witness: {shown(place)} is taken, whose copies these rows have trained"
+    return found_or_made(config, place, found, lambda: judge_rows(config, recipe, place, rows, asked_by))
 
 
-def judge_rows(config: RunConfig, recipe: CrossfitRecipe, place: Path, rows: Rows) -> None:
+def judge_rows(config: RunConfig, recipe: CrossfitRecipe, place: Path, rows: Rows, asked_by: str) -> None:
     """Train the copies and score the rows, in this process, or in one of its own beside several ranks."""
+    from qtarget.cli.crossfit import announcement as of_copies
+
+    logger.warning("%s", of_copies(asked_by, recipe, len(rows[0]), shown(place)))
     if config.training.world_size > 1 or config.training.deepspeed:
         score_apart(config, place, "--crossfit", str(recipe.folds))
         return

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.integrations.rl.served import is_url
+from qtarget.integrations.shared.teacher import is_url
 
 TAUGHT = "teacher"
 """The value of ``advantage`` that asks a teacher in place of rewards."""

@@ -18,16 +18,6 @@ PREFIX = "teacher_"
 """Of the fields as keys of a batch."""
 
 
-def is_url(value: str | None) -> bool:
-    """Whether a teacher is a server.
-
-    Example:
-        >>> is_url("http://127.0.0.1:8000"), is_url("self"), is_url(None)
-        (True, False, False)
-    """
-    return value is not None and value.startswith(("http://", "https://"))
-
-
 class ServedTeacher:
     """A server of ``qtarget serve``, vLLM or SGLang, whose tokenizer is compared with the policy's.
 

@@ -29,7 +29,7 @@ from qtarget.integrations.rl.inputs.prompts import Prompts, check_prompts, descr
 from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refuse_told
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
-from qtarget.integrations.rl.served import ServedTeacher, is_url, reference_of
+from qtarget.integrations.rl.served import ServedTeacher, reference_of
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
     BASE,
@@ -48,7 +48,7 @@ from qtarget.integrations.shared.hold import HeldTrainer
 from qtarget.integrations.shared.records.live import LiveRecords
 from qtarget.integrations.shared.records.samples import RowSamples
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head
-from qtarget.integrations.shared.teacher import head_rows, vocab_with_teacher
+from qtarget.integrations.shared.teacher import head_rows, is_url, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_whole
 
 logger = logging.get_logger(__name__)

@@ -24,6 +24,16 @@ LIVE, AUTO = "live", "auto"
 """Values of ``reference`` that name no place: the model itself at each step, or a cache where `qtarget train` makes one."""
 
 
+def is_url(value: str | None) -> bool:
+    """Whether a frozen model is named by its server's address.
+
+    Example:
+        >>> is_url("http://127.0.0.1:8000"), is_url("self"), is_url(None)
+        (True, False, False)
+    """
+    return value is not None and value.startswith(("http://", "https://"))
+
+
 def place_frozen(args: FrozenSettings, role: str) -> str | None:
     """Read ``teacher`` or ``reference`` for what it is, and set the key that says so; a URL is returned.
 
@@ -34,7 +44,7 @@ def place_frozen(args: FrozenSettings, role: str) -> str | None:
     if value is None or (role == "reference" and value in (LIVE, AUTO)):
         return None
     cache, model = getattr(args, f"{role}_cache"), getattr(args, f"{role}_model_name_or_path")
-    if value.startswith(("http://", "https://")):
+    if is_url(value):
         if cache is not None:
             raise ConfigError(f"{role}: {value} and {role}_cache: {cache} are both set; keep one of them")
         return value

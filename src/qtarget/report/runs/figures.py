@@ -153,15 +153,8 @@ def against_kl(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
 def _paths(
     panels: Mapping[tuple[str, str], Sequence[tuple[str, list[tuple[float, float]]]]], names: list[str]
 ) -> Figure:
-    from matplotlib.figure import Figure
-
-    across = min(ACROSS, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.2 * across + 3.2, 4.4 * down), dpi=120, layout="constrained")
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in places[len(panels) :]:
-        axes.remove()
-    for axes, ((what, start), paths) in zip(places, panels.items(), strict=False):
+    figure, places = panelled(len(panels))
+    for axes, ((what, start), paths) in zip(places, panels.items(), strict=True):
         for name, points in paths:
             style = line_style(names.index(name))
             axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=4, alpha=0.7, **style)
@@ -169,8 +162,21 @@ def _paths(
         axes.set_xlabel(f"KL to the {start}, nats a token")
         axes.set_ylabel(f"reward of {what}")
         tidy(axes)
-    finish(figure, "Reward against KL; lines go from step to step, the last is ringed", across)
+    finish(figure, "Reward against KL; lines go from step to step, the last is ringed")
     return figure
+
+
+def panelled(count: int) -> tuple[Figure, Sequence[Any]]:
+    """A figure of so many panels, at most ``ACROSS`` beside each other, with room for one legend."""
+    from matplotlib.figure import Figure
+
+    across = min(ACROSS, count)
+    down = -(-count // across)
+    figure = Figure(figsize=(5.2 * across + 3.2, 4.4 * down), dpi=120, layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[count:]:
+        axes.remove()
+    return figure, list(places[:count])
 
 
 def line_style(place: int) -> dict[str, str]:
@@ -185,26 +191,20 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def finish(figure: Figure, title: str, across: int) -> None:
+def finish(figure: Figure, title: str) -> None:
     """One legend for all panels, and the title."""
+    across = min(ACROSS, len(figure.axes))
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), [literal(n) for n in handles], loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(literal(textwrap.fill(title, 46 * across + 34)), x=0.01, ha="left", fontsize=11)
 
 
 def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[str], title: str) -> Figure | None:
-    from matplotlib.figure import Figure
-
     shown_metrics = [metric for metric in metrics if any(known(curve, metric) for _, curve in series)]
     if not shown_metrics:
         return None
-    across = min(ACROSS, len(shown_metrics))
-    down = -(-len(shown_metrics) // across)
-    figure = Figure(figsize=(5.2 * across + 3.2, 4.4 * down), dpi=120, layout="constrained")
-    places = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in places[len(shown_metrics) :]:
-        axes.remove()
-    for axes, metric in zip(places, shown_metrics, strict=False):
+    figure, places = panelled(len(shown_metrics))
+    for axes, metric in zip(places, shown_metrics, strict=True):
         for i, (name, curve) in enumerate(series):
             points = [
                 (s, v) for s, v in zip(curve.get("step", []), curve.get(metric, []), strict=False) if v is not None
@@ -218,7 +218,7 @@ def _curves(series: Sequence[tuple[str, Mapping[str, Any]]], metrics: Sequence[s
         if high - low < ROUNDING:
             axes.set_ylim(low - ROUNDING, high + ROUNDING)
         tidy(axes)
-    finish(figure, title, across)
+    finish(figure, title)
     return figure
 
 
