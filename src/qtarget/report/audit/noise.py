@@ -59,7 +59,8 @@ def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     """How surprised the base is, and where it is surprised beyond that."""
     if not len(scored.places):
         return []
-    return [_surprise(scored), *_kinds(scored), *_tokens(scored, decode), *_rows(scored, decode)]
+    kinds = row_kinds("row_kinds", scored_rows(scored))
+    return [_surprise(scored), kinds, *_tokens(scored, decode), *_rows(scored, decode)]
 
 
 def _surprise(scored: ScoredTokens) -> Finding:
@@ -79,16 +80,17 @@ def _surprise(scored: ScoredTokens) -> Finding:
     return Finding("base_surprise", "info", len(scored.numbers), (), message, evidence)
 
 
-def _kinds(scored: ScoredTokens) -> list[Finding]:
-    """Whether surprise tells good rows from bad ones at all, by the judgement of ``filter: auto``."""
-    decision = decide(scored_rows(scored))
-    bad = scored.numbers[~decision.keep]
+def row_kinds(check: str, rows: ScoredRows, rule: str = "auto") -> Finding:
+    """Whether a rule of the filter tells good rows from bad ones at all."""
+    decision = decide(rows, rule)
+    bad = rows.numbers[~decision.keep]
     found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
     if not len(bad):
-        return [Finding("row_kinds", "info", 0, (), decision.summary, found)]
+        return Finding(check, "info", 0, (), decision.summary, found)
     first = tuple(int(row) for row in bad[:ROWS_NAMED])
-    message = f"{decision.summary}: {named(bad.tolist())}; `qtarget filter` shows them, `filter: auto` leaves them out"
-    return [Finding("row_kinds", "warning", len(bad), first, message, found)]
+    shown = "qtarget filter" + f" --rule {rule}" * (rule != "auto")
+    message = f"{decision.summary}: {named(bad.tolist())}; `{shown}` shows them, `filter: {rule}` leaves them out"
+    return Finding(check, "warning", len(bad), first, message, found)
 
 
 def scored_rows(scored: ScoredTokens) -> ScoredRows:

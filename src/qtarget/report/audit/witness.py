@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from qtarget.core.errors import CacheMismatchError
-from qtarget.data.checks.findings import ROWS_NAMED, Finding
+from qtarget.data.checks.findings import Finding
 from qtarget.data.crossfit.witness import verdict
-from qtarget.filtering import decide
 from qtarget.filtering.lookup import rows_in_cache
+from qtarget.report.audit.noise import row_kinds
 from qtarget.report.audit.scored import ScoredTokens
 from qtarget.scoring.cache.reader import ReferenceCache
 
@@ -43,18 +43,7 @@ def check_witness(
         f"by copies that have not seen the rows, {found.noise_tokens:.1%} of tokens and {found.noise_rows:.1%} of rows are noise; "
         f"the base expects the rest with {found.perplexity_ratio:.2f} of their probability a token"
     )
-    return [Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found))), _kinds(rows)]
-
-
-def _kinds(rows: Any) -> Finding:
-    decision = decide(rows, RULE)
-    bad = rows.numbers[~decision.keep]
-    found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
-    if not len(bad):
-        return Finding("crossfit_kinds", "info", 0, (), decision.summary, found)
-    named = tuple(int(row) for row in bad[:ROWS_NAMED])
-    message = (
-        f"{decision.summary}: rows {', '.join(map(str, named))}; `qtarget filter --rule {RULE}` shows them, "
-        f"`filter: {RULE}` leaves them out"
-    )
-    return Finding("crossfit_kinds", "warning", len(bad), named, message, found)
+    return [
+        Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found))),
+        row_kinds("crossfit_kinds", rows, RULE),
+    ]
