@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp
     assert not (folder / "comparison.json").exists()
     assert "--resume goes on" in refused(capsys, *command)
     write_rows(tmp_path / "train.jsonl", load_demonstrations("train")[:50])
-    assert "is of another evaluation: rows differ" in refused(capsys, *command, "--resume")
+    assert "is of another evaluation: rows.train was" in refused(capsys, *command, "--resume")
     write_rows(tmp_path / "train.jsonl", load_demonstrations("train")[:48])
     qtarget(*command[:6], "--output", folder, "--at-once", "1", *BRACKETS, "--resume")
     assert log.read_text().startswith(finished) and len(log.read_text().splitlines()) == 7
@@ -135,7 +136,7 @@ def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
         held_out[one["row"]]["text"] == one["reference"] for one in shown
     )  # rows as the file counts them
     printed = capsys.readouterr().out
-    assert "nats a token over sft" in document["finding"] and "nats a token" in printed
+    assert "nats a token against sft" in document["finding"] and "nats a token" in printed
     assert "2 of 12 rows are training rows too, and judge nobody" in printed
     assert "one run takes" in refused(
         capsys, "compare", config, "--budget", "1s", "--output", tmp_path / "b", "--at-once", "1"
@@ -172,21 +173,43 @@ def test_runs_of_an_edited_target_are_not_taken_for_its_own(config, tmp_path, ca
     qtarget("compare", config, *options, "--resume")
     source = tmp_path / "edited.py"
     source.write_text(source.read_text().replace("floor: float = 0.5", "floor: float = 0.9"))
-    assert "another source of its own target" in refused(capsys, "compare", config, *options, "--resume")
+    assert "another edited:Edited: edited:Edited.source was" in refused(capsys, "compare", config, *options, "--resume")
 
 
-def test_runs_judged_by_an_edited_metric_are_not_taken(config, tmp_path, monkeypatch):
-    from qtarget.cli.comparing import own_judge
-    from qtarget.comparison.sets import Metric
-
+def test_an_edited_metric_judges_the_kept_answers_anew(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     source = tmp_path / "own_judges.py"
-    source.write_text("def right(prompt, completion, row):\n    return 1.0\n")
-    Metric("own_judges:right").judge()
-    before = own_judge("own_judges:right")
-    source.write_text(source.read_text().replace("1.0", "0.5"))
-    assert before.keys() == {"source"} and before != own_judge("own_judges:right") and own_judge("exact") == {}
+    source.write_text("def right(prompt, completion, row):\n    return len(completion) % 2 == 0\n")
+    common = ("compare", config, "--rates", "1", "--seeds", "1", "--at-once", "1")
+    qtarget(*common, "--metric", "own_judges:right")
+    runs = (tmp_path / "run-compare" / "runs.jsonl").read_text()
+    source.write_text(source.read_text().replace("== 0", "== 1"))
+    monkeypatch.delitem(sys.modules, "own_judges")
+    capsys.readouterr()
+    qtarget(*common, "--metric", "own_judges:right", "--resume")
+    assert "the kept answers of 3 finished runs were judged anew" in capsys.readouterr().out
+    before, after = ([json.loads(line) for line in text.splitlines()]
+                     for text in (runs, (tmp_path / "run-compare" / "runs.jsonl").read_text()))  # fmt: skip
+    for one, other in zip(before, after, strict=True):
+        assert one["seconds"] == other["seconds"], "nothing ran again"
+        assert [1 - score for score in one["sets"]["data"]["scores"]] == other["sets"]["data"]["scores"]
+    qtarget(*common, "--metric", "nll", "--resume")
+    assert document_in(tmp_path / "run-compare")["measure"]["metric"] == "nll"
+
+
+def test_a_teacher_named_later_goes_on_with_the_finished_runs(config, tmp_path, capsys):
+    common = ("compare", config, "--rates", "1", "--seeds", "1", "--at-once", "1", "--metric", "nll")
+    assert "needs a frozen teacher" in refused(capsys, *common, "--targets", "distillation")
+    qtarget(*common)
+    finished = (tmp_path / "run-compare" / "runs.jsonl").read_text()
+    later = (*common, "--targets", "sft,distillation", "--resume")
+    qtarget(*later, "--teacher", base_model_path())
+    assert (tmp_path / "run-compare" / "runs.jsonl").read_text().startswith(finished)
+    assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "distillation"]
+    other = shutil.copytree(base_model_path(), tmp_path / "other")
+    assert "another distillation: distillation.teacher was" in refused(capsys, *later, "--teacher", other)
+    assert "settings.max_steps was 3 and is 4" in refused(capsys, *common, "--resume", "--max_steps", "4")
 
 
 def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):

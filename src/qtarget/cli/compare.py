@@ -185,9 +185,8 @@ def print_comparison(document: dict[str, Any], written: Sequence[Path]) -> None:
     measure = Measure(**document["measure"])
     about = document["sets"]["data"]
     table = Table(
-        box=box.SIMPLE, caption=f"{about['file']}, {about['rows']:,} rows by {about['metric']}; {measure.seeds} seeds; 95 % "
-        "intervals that hold for all contenders together",
-    )  # fmt: skip
+        box=box.SIMPLE, caption=f"{about['file']}, {about['rows']:,} rows by {about['metric']}; {measure.certainty}"
+    )
     for column in (
         "contender",
         "rate",

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import DataError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from qtarget.comparison.sets import Metric
     from qtarget.evaluation.evaluate import RowSet, SetName
 
-PLAN, DOCUMENT, PAGE = "plan.json", "comparison.json", "comparison.html"
+DOCUMENT, PAGE = "comparison.json", "comparison.html"
+FROZEN_KEYS = {
+    "reference": ("reference", "reference_cache", "reference_model_name_or_path", "reference_top_k"),
+    "teacher": ("teacher", "teacher_cache", "teacher_model_name_or_path", "teacher_top_k"),
+    "witness": ("witness",),
+}
+"""Of the config, by the frozen model that they name: a contender that asks none of them is the same without."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Request:
         """Hold the folder, run what is missing, write document and page."""
         from qtarget.benchmarks.pool import quiet_libraries
         from qtarget.cli.options.interrupts import on_interrupt
+        from qtarget.comparison.kept import claim
         from qtarget.evaluation.generation import quiet
         from qtarget.storage.folders import COMPARISON, owned
 
@@ -74,7 +81,8 @@ class Request:
             stack.enter_context(owned(self.folder, COMPARISON, inputs=read))
             stack.enter_context(on_interrupt(lambda: words))
             sets = self._sets()
-            self._claim(resume, sets)
+            if said := claim(self.folder, self._plan(sets), sets, resume=resume):
+                typer.echo(said)
             recipe = self._recipe()
             stack.enter_context(quiet_libraries())  # many trainings would fill a screen
             stack.enter_context(quiet("qtarget.integrations.shared.teacher"))  # which caches are, was said once
@@ -125,51 +133,52 @@ class Request:
             )
         return sets
 
-    def _claim(self, resume: bool, sets: Sequence[RowSet]) -> None:
-        """Leave the plan in the folder, or see that it is the same."""
-        from qtarget.comparison.compare import RUNS
+    def _plan(self, sets: Sequence[RowSet]) -> dict[str, Any]:
+        """What the finished runs in the folder depend on."""
+        from qtarget.cli.recipe import OWN
+        from qtarget.comparison.kept import CONTENDERS, METRICS
         from qtarget.evaluation.contenders import Contender, weights_digest
-        from qtarget.evaluation.records import check_plan
-        from qtarget.storage.files import digest, write_json
+        from qtarget.storage.files import digest
 
-        file = self.folder / PLAN
-        if (self.folder / RUNS).is_file() and not resume:
-            raise ConfigError(
-                f"--output {self.folder} holds an earlier comparison; --resume goes on with its finished runs (more --seeds "
-                "and --targets are welcome), or choose another folder"
-            )
-        varied = ("output_dir", "target", "target_kwargs", "guard", "filter", "learning_rate")
+        varied = {"output_dir", "learning_rate", *OWN, *(key for keys in FROZEN_KEYS.values() for key in keys)}
         model = str(self.config.model.model_name_or_path)
         rows = json.dumps(self.train_rows.to_list(), sort_keys=True, default=str).encode()
-        now = {
+        return {
             "settings": {key: str(value) for key, value in self.config.given.items() if key not in varied},
             "model": weights_digest(Contender(model, model, model)),
             "rows": {"train": digest(rows)} | {one.name: one.fingerprint for one in sets},
-            "metrics": {name: vars(metric) | own_judge(metric.name) for name, metric in self.metrics.items()},
+            METRICS: {name: vars(metric) | own_judge(metric.name) for name, metric in self.metrics.items()},
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
+            CONTENDERS: {one.name: self._own(one) for one in self.contenders},
         }
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        earlier = known.pop("contenders", {})
-        named = {one.name: dict(one.overrides) | own_source(one.overrides["target"]) for one in self.contenders}
-        mine = json.loads(json.dumps(named))
-        if known:
-            check_plan(file, known, json.loads(json.dumps(now)))
-        if changed := [name for name, keys in mine.items() if earlier.get(name, keys) != keys]:
-            raise ConfigError(
-                f"{file}: {', '.join(changed)} had other keys, or another source of its own target, when the comparison "
-                "began; give it another name under `compare:`, or choose another --output"
-            )
-        write_json(file, now | {"contenders": earlier | mine})
+
+    def _own(self, one: Contender) -> dict[str, Any]:
+        """What a contender's own runs depend on: its keys, its source, and the frozen models that it asks."""
+        from qtarget.cli.missing import asks_witness
+
+        config = self._bare().config({**one.overrides, "filter": "none"})
+        needs, given = config.training.build_target().needs, self.config.given
+        asked = {
+            "reference": bool(needs.reference) or one.filtered,
+            "teacher": bool(needs.teacher),
+            "witness": asks_witness(config, one.overrides.get("filter")) is not None,
+        }
+        frozen = {k: str(given[k]) for role, keys in FROZEN_KEYS.items() if asked[role] for k in keys if k in given}
+        return dict(one.overrides) | own_source(one.overrides["target"]) | frozen
+
+    def _bare(self) -> ConfigRecipe:
+        """The config as it was given."""
+        from qtarget.cli.recipe import ConfigRecipe
+
+        forgetting = None if self.forgetting is None else str(self.forgetting.resolve())
+        return ConfigRecipe(self.path.resolve(), dict(self.config.given), forgetting)
 
     def _recipe(self) -> ConfigRecipe:
         """The config with one reference cache for all, and one cross-fit for those that ask it, made here if it names none."""
         from qtarget.cli.missing import asks_witness, reference_for, witness_for
-        from qtarget.cli.recipe import ConfigRecipe
 
-        given = dict(self.config.given)
-        forgetting = None if self.forgetting is None else str(self.forgetting.resolve())
-        recipe = ConfigRecipe(self.path.resolve(), given, forgetting)
+        recipe = self._bare()
         needs, asked_by = frozenset[str](), None
         for one in self.contenders:
             contender = recipe.config({**one.overrides, "filter": "none"})
@@ -177,14 +186,14 @@ class Request:
             asked_by = asked_by or asks_witness(contender, one.overrides.get("filter"))
         config = recipe.config({"target": "sft", "target_kwargs": None})
         if asked_by is not None:
-            given["witness"] = os.path.abspath(witness_for(config, recipe.rows(), f"{asked_by}, a contender"))
-            recipe = ConfigRecipe(recipe.path, given, forgetting)
+            witness = os.path.abspath(witness_for(config, recipe.rows(), f"{asked_by}, a contender"))
+            recipe = replace(recipe, given={**recipe.given, "witness": witness})
         asked = config.training
         is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
         if is_live or not (needs or any(one.filtered for one in self.contenders)):
             return recipe
         cache = os.path.abspath(reference_for(config, recipe.rows(), "all contenders"))
-        return ConfigRecipe(recipe.path, {**without(given, "reference_cache"), "reference": cache}, forgetting)
+        return replace(recipe, given={**without(recipe.given, "reference_cache"), "reference": cache})
 
     def _able(self, recipe: ConfigRecipe) -> tuple[list[Contender], list[str]]:
         """Contenders whose frozen models are there, and whose filter can tell rows apart; and who is left out, why.
@@ -202,15 +211,18 @@ class Request:
             run_live(training, str(config.model.model_name_or_path))
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
             open_witness(training.witness, training.build_target(), training.cache_verify_key)
-        reasons: dict[str, str | None] = {}
-        able, left = [], []
+        able, idle = [], dict[str, list[str]]()
+        told: dict[str, str | None] = {}
         for one in self.contenders:
             rule = json.dumps(one.overrides.get("filter"))
-            if one.filtered and rule not in reasons:
-                reasons[rule] = why_not_filtered(recipe, one.overrides["filter"])
-            why = reasons.get(rule) if one.filtered else None
-            able += [one] if why is None else []
-            left += [] if why is None else [f"{one.name}: {why}"]
+            if one.filtered and rule not in told:
+                told[rule] = why_not_filtered(recipe, one.overrides["filter"])
+            why = told.get(rule) if one.filtered else None
+            if why is None:
+                able.append(one)
+            else:
+                idle.setdefault(why, []).append(one.name)
+        left = [f"{'; '.join(names)}: {why}" for why, names in idle.items()]
         for line in left:
             typer.echo(line)
         return able, left
@@ -219,8 +231,6 @@ class Request:
         self, recipe: ConfigRecipe, contenders: Sequence[Contender], left: list[str], plan: Plan, sets: Sequence[RowSet],
         machine: Machine,
     ) -> dict[str, Any]:  # fmt: skip
-        from dataclasses import replace
-
         from qtarget.cli.options.outputs import progress_bar
         from qtarget.comparison.compare import Comparison
         from qtarget.comparison.halves import groups_of, halves

@@ -175,7 +175,7 @@ class Comparison:
         """Results in order, None where a run failed; what is in the file of finished runs is read from there."""
         open_jobs = [job for job in jobs if job.key not in self._log.runs]
         if known := {job.key for job in jobs if job not in open_jobs} - self._told:
-            self._tell(known, f"{len(known)} finished before")
+            self._tell(known, f"{len(known)} run{'s' * (len(known) > 1)} finished before")
         self._pool.map(open_jobs, self._save)
         return [self._log.runs.get(job.key) for job in jobs]
 

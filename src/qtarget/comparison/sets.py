@@ -73,7 +73,7 @@ def measured_set(
     if not rows:
         raise DataError(f"{file} holds no rows; expected rows with answers that no model is trained on")
     if judge is None or not (has_answers(rows) or metric.asked):
-        return RowSet(name, file, dataset, None, None), numbers
+        return RowSet(name, file, dataset, None, None, numbers), numbers
     if not has_answers(rows):
         ask(rows, judge, file)  # which says what is missing
     kept = [i for i, row in enumerate(rows) if _fits(row, judge, f"{file}, row {numbers[i] + 1}")]
@@ -82,7 +82,8 @@ def measured_set(
             f"{file}: --metric {judge.name} can judge the answer of none of its {len(rows)} rows; choose another metric"
         )
     chosen = dataset.select(kept)
-    return RowSet(name, file, chosen, ask([rows[i] for i in kept], judge, file), judge), [numbers[i] for i in kept]
+    found = [numbers[i] for i in kept]
+    return RowSet(name, file, chosen, ask([rows[i] for i in kept], judge, file), judge, found), found
 
 
 def _fits(row: Mapping[str, Any], judge: Judge, where: str) -> bool:

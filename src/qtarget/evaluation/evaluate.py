@@ -43,6 +43,7 @@ class RowSet:
         dataset: as training reads it.
         questions: the rows asked, or None where they are scored alone.
         judge: of the answers.
+        numbers: of the rows in their file, from 0; None: their places in the data set.
     """
 
     name: SetName
@@ -50,6 +51,11 @@ class RowSet:
     dataset: Any
     questions: Sequence[Question] | None
     judge: Judge | None
+    numbers: Sequence[int] | None = None
+
+    def where(self, row: int) -> str:
+        """A row of the data set as people find it in the file."""
+        return f"{self.file}, row {(row if self.numbers is None else self.numbers[row]) + 1}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,7 +205,7 @@ class Evaluation:
         for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
             keys = [("completion", rows.name, name, i) for i in chosen]
             if any(self._records.get(key) is None for key in keys):
-                names = [f"{rows.file}, row {i + 1}" for i in chosen]
+                names = [rows.where(i) for i in chosen]
                 space = room([len(prompts[i]) for i in chosen], wanted, loaded.context, names)
                 said = self._said(loaded, rows, [prompts[i] for i in chosen], space, stream)
                 self._records.add(
@@ -234,7 +240,7 @@ class Evaluation:
         assert rows.judge is not None
         line = self._records.get(("completion", rows.name, name, question.number))
         assert line is not None, "it was just added"
-        where = f"{rows.file}, row {question.number + 1} ({name})"
+        where = f"{rows.where(question.number)} ({name})"
         self._scores[rows.name, name, question.number] = [
             judged(rows.judge, question.text, text, question.reference, question.row, where)
             for text in line["completions"]
@@ -408,9 +414,7 @@ def nll_line(rows: RowSet, name: str, row: Mapping[str, Any], scored: Mapping[st
     found = [value for value in scored["log_probs"] if value is not None]
     nats = -math.fsum(found)
     if not math.isfinite(nats):
-        raise NonFiniteLossError(
-            f"{name} gives {rows.file}, row {row['row'] + 1}, an nll of {nats}; is the model damaged?"
-        )
+        raise NonFiniteLossError(f"{name} gives {rows.where(row['row'])}, an nll of {nats}; is the model damaged?")
     supervised = [value is not None for value in scored["log_probs"]]
     key = digest(json.dumps([list(map(int, row["input_ids"])), supervised]).encode())
     return {

@@ -13,6 +13,9 @@ from qtarget.report.runs.records import read_lines
 Key = tuple[str, str, str, int]
 """Part (``nll`` or ``completion``), set (``data`` or ``forgetting``), contender, row."""
 
+LONGEST = 60
+"""Characters of a value in a message."""
+
 
 class Records:
     """A JSONL beside the output: the plan first, then a line a row of a part.
@@ -88,12 +91,35 @@ def check_plan(path: Path, known: Mapping[str, Any], plan: Mapping[str, Any]) ->
     Raises:
         ConfigError: names what differs.
     """
-    differing = [key for key in {**known, **plan} if known.get(key) != plan.get(key)]
-    if differing:
+    if differing := differences(known, plan):
         raise ConfigError(
-            f"{path} is of another evaluation: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}; choose "
-            "another --output, or delete it and evaluate from the start"
+            f"{path} is of another evaluation: {'; '.join(differing)}; give what it was begun with, or choose another "
+            "--output"
         )
+
+
+def differences(known: Any, now: Any, name: str = "") -> list[str]:
+    """What differs in two JSON values, in words, by its dotted key.
+
+    Example:
+        >>> differences({"settings": {"max_steps": "20"}, "rows": 1}, {"settings": {"max_steps": "21", "bf16": "True"}, "rows": 1})
+        ['settings.max_steps was 20 and is 21', 'settings.bf16 was not set and is True']
+    """
+    if known == now:
+        return []
+    if isinstance(known, Mapping) and isinstance(now, Mapping):
+        return [
+            line
+            for key in {**known, **now}
+            for line in differences(known.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [f"{name} was {_shown(known)} and is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    """Short; a whole list says little."""
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -126,9 +126,9 @@ def line(name, level, low=None, high=None, **more) -> Line:
           line("b", 0.58, -0.01, 0.17, confidence=0.9)], "a",
          "probably a, +10.0 points over sft (-1.0 .. +21.0), confidence 93 %: take it; about 200 validation rows would show it"),
         ([line("sft", 0.5), line("a", 0.5, -0.1, 0.1, confidence=0.5)], "sft",
-         "no difference that 3 seeds and 100 rows can show (the next is a, 0.0 points over sft (-10.0 .. +10.0)): take sft"),
+         "no difference that 3 seeds and 100 rows can show (the next is a, 0.0 points against sft (-10.0 .. +10.0)): take sft"),
         ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft",
-         "sft is best (the next is a, -10.0 points over sft (-15.0 .. -5.0)): take sft"),
+         "sft is best (the next is a, -10.0 points against sft (-15.0 .. -5.0)): take sft"),
         ([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], None,
          "no model answers one of 100 rows right by exact, so nothing can be told; choose another --metric, or nll"),
     ],
@@ -226,3 +226,24 @@ def test_shares_of_right_answers_lie_no_further_apart_than_all_and_none():
     assert ends["low"] == -1.0
     assert ends["mean"] == found.means[0]
     assert _ends(found, 0, _reach([[[-3.0]], [[-1.0]]]))["low"] == found.lows[0]  # nats have no end
+
+
+def test_contenders_that_answer_alike_may_still_differ():
+    right = np.random.default_rng(3).random((1, 1, 9)).round().repeat(3, 1)
+    found = simultaneous_differences(np.concatenate([right] * 3), reach=1.0)
+    assert found.means.tolist() == [0.0, 0.0]
+    assert (found.highs > 1 / 9).all() and (found.highs < 0.5).all() and np.allclose(found.lows, -found.highs)
+    assert (found.confidences < 0.5).all(), "no gain is never probable"
+    wide = simultaneous_differences(np.concatenate([np.tile(right, 20)] * 2), reach=1.0)
+    assert wide.highs[0] < found.highs[0] / 10, "many rows that tell nothing apart say much"
+
+
+def test_the_floor_holds_where_contenders_seldom_differ():
+    """A true loss of 1 row in 30: of ten rows two in three trials see none of it."""
+    random, misses, trials = np.random.default_rng(11), 0, 200
+    for trial in range(trials):
+        first = (random.random(10) < 0.6).astype(float)
+        second = np.where(random.random(10) < 1 / 30, 0.0, first)
+        found = simultaneous_differences(np.stack([first, second])[:, None], seed=trial, reach=1.0)
+        misses += not found.lows[0] <= -0.6 / 30 <= found.highs[0]
+    assert misses <= 0.05 * trials

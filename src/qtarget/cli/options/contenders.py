@@ -159,24 +159,16 @@ def named_targets(text: str, known: Mapping[str, Callable[[], tuple[str, Target]
         ConfigError: brackets that do not close, or values that are no ``key=value``.
         UnknownTargetError, HyperparameterError: as for ``qtarget train``.
     """
+    from qtarget.composed.guarded import Guarded
     from qtarget.registry import get_target
 
     out: dict[str, Target] = {}
-    # not at the commas inside brackets, which stand between hyper-parameters
-    for part in re.split(r",(?![^(]*\))", text):
-        match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
-        if match is None:
-            raise ConfigError(f"--targets: {part!r} is no target; expected name or name(key=value, key=value)")
-        name, inside = match[1], match[2]
-        if inside is None and name in known:
-            label, target = known[name]()
-            out[label] = target
-            continue
-        keywords = {}
-        if inside is not None:
-            pairs = [pair.partition("=") for pair in inside.split(",") if pair.strip()]
-            if any(not equals for _, equals, _ in pairs):
-                raise ConfigError(f"--targets: {part!r}: expected name(key=value, key=value)")
-            keywords = {key.strip(): parse_yaml(value) for key, _, value in pairs}
-        out[part.strip()] = get_target(name, **keywords)  # pyright: ignore[reportCallIssue]
+    for part in split_outside(text):
+        if part in known:
+            label, target = known[part]()
+        else:
+            keys = parse_target(part)
+            label, target = part, get_target(keys["target"], **keys.get("target_kwargs", {}))
+            target = Guarded(target) if keys.get("guard") else target
+        out[label] = target
     return out

@@ -27,7 +27,7 @@
       ...(forgets ? [level(one.forgetting.level, "forgetting"), change(one.forgetting.to_base, "forgetting")] : []),
       one.seconds.length ? mean(one.seconds).toFixed(1) : NONE, one.memory_bytes === null ? NONE : (one.memory_bytes / 1e9).toFixed(1)]);
     const left = about.not_judged ? `; ${number(about.not_judged)} more have no answer that it can judge` : "";
-    const drawn = table(el("span", {}, name(about.file), `, ${number(about.rows)} rows by ${about.metric}${left}; ${data.measure.seeds} seeds`), head, rows);
+    const drawn = table(el("span", {}, name(about.file), `, ${number(about.rows)} rows by ${about.metric}${left}; ${data.certainty}`), head, rows);
     drawn.querySelectorAll("tbody tr").forEach((row, i) => { if (all[i].name === data.take) row.classList.add("qt-taken"); });
     place("summary").append(drawn);
     const lines = [...data.contenders.flatMap((one) => one.notes.map((note) => `${one.name}: ${note}`)), ...data.left_out.map((line) => `left out: ${line}`)];

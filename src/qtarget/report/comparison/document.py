@@ -96,6 +96,7 @@ def comparison_document(
         "better": list(found.better),
         "baseline": entries[0].name,
         "measure": asdict(measure),
+        "certainty": measure.certainty,
         "sets": {name: dict(about) for name, about in sets.items()},
         "settings": dict(settings),
         "base": _contender(base, untrained, base, groups),
@@ -118,10 +119,11 @@ def _lines(entries: Sequence[Entry], groups: Sequence[int]) -> list[Line]:
     if len(entries) == 1:
         level, deviation = _mean(data[0]), 0.0
         return [Line(entries[0].name, level, None, deviation)]
-    found = simultaneous_differences([one.scores for one in data], data[0].weights, groups)
+    reach = _reach([one.scores for one in data])
+    found = simultaneous_differences([one.scores for one in data], data[0].weights, groups, reach=reach or 0.0)
     out = [Line(entries[0].name, float(found.levels[0]), None, float(found.seed_deviations[0]))]
     for i, entry in enumerate(entries[1:]):
-        ends = _ends(found, i, _reach([one.scores for one in data]))
+        ends = _ends(found, i, reach)
         enough = float(found.enough_rows[i])
         out.append(
             Line(
@@ -149,19 +151,22 @@ def _pair(one: Entry, other: Entry, name: str, groups: Sequence[int] | None) -> 
     a, b = one.sets[name], other.sets[name]
     seeds = max(len(a.scores), len(b.scores))
     both = [np.broadcast_to(np.asarray(x.scores, np.float64), (seeds, len(x.weights))) for x in (b, a)]
-    found = simultaneous_differences(np.stack(both), a.weights, groups)
-    return _ends(found, 0, _reach([a.scores, b.scores]))
+    reach = _reach([a.scores, b.scores])
+    found = simultaneous_differences(np.stack(both), a.weights, groups, reach=reach or 0.0)
+    return _ends(found, 0, reach)
 
 
-def _ends(found: Differences, i: int, reach: float) -> dict[str, float]:
-    ends = (float(found.means[i]), max(float(found.lows[i]), -reach), min(float(found.highs[i]), reach))
+def _ends(found: Differences, i: int, reach: float | None) -> dict[str, float]:
+    ends = float(found.means[i]), float(found.lows[i]), float(found.highs[i])
+    if reach is not None:
+        ends = ends[0], max(ends[1], -reach), min(ends[2], reach)
     return dict(zip(("mean", "low", "high"), ends, strict=True))
 
 
-def _reach(scores: Sequence[Any]) -> float:
-    """How far two means can lie apart: shares of right answers no further than 1."""
+def _reach(scores: Sequence[Any]) -> float | None:
+    """How far two means can lie apart: shares of right answers no further than 1; None where there is no bound."""
     lowest, highest = min(np.min(one) for one in scores), max(np.max(one) for one in scores)
-    return 1.0 if 0 <= lowest <= highest <= 1 else float("inf")
+    return 1.0 if 0 <= lowest <= highest <= 1 else None
 
 
 def _against(base: Entry, entries: Sequence[Entry], groups: Sequence[int], lines: Sequence[Line]) -> dict[str, Line]:

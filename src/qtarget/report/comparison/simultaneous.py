@@ -38,7 +38,12 @@ class Differences:
 
 
 def simultaneous_differences(
-    scores: ArrayLike, weights: ArrayLike | None = None, groups: Sequence[int] | None = None, seed: int = 0
+    scores: ArrayLike,
+    weights: ArrayLike | None = None,
+    groups: Sequence[int] | None = None,
+    seed: int = 0,
+    *,
+    reach: float = 0.0,
 ) -> Differences:
     """Means of every contender minus the first one's, with simultaneous 95 % intervals.
 
@@ -48,11 +53,16 @@ def simultaneous_differences(
     widens all intervals is the 95 % quantile of the largest deviation among the contenders, in standard errors
     (max-t; Westfall and Young 1993): the best of many is not called better because there were many.
 
+    Where no row tells two contenders apart, nothing varies in the rows drawn, and yet the next row may tell them apart. So
+    no standard error is below that of a half of a row won and a half of a row lost (Agresti and Min 2005, paired
+    proportions).
+
     Args:
         scores: ``[contenders, seeds, rows]``, the baseline first.
         weights: ``[rows]``, as tokens for nats a token; default: 1.
         groups: ``[rows]``, equal for rows that are drawn together, as those of one prompt; default: each its own.
         seed: of the draws.
+        reach: how far apart the scores of one row can lie, 1 for shares of right answers; 0 where there is no bound.
 
     Raises:
         ShapeError: fewer than two contenders, no seeds or rows, or lengths that differ.
@@ -61,6 +71,9 @@ def simultaneous_differences(
         >>> found = simultaneous_differences([[[0.0, 0.0]] * 3, [[1.0, 1.0]] * 3])
         >>> found.means.tolist(), found.lows.tolist()
         ([1.0], [1.0])
+        >>> alike = simultaneous_differences([[[0.0, 1.0] * 10] * 3] * 2, reach=1.0)
+        >>> alike.means.tolist(), [round(float(end), 2) for end in (alike.lows[0], alike.highs[0])]
+        ([0.0], [-0.09, 0.09])
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 3 or len(values) < 2 or not values.size:
@@ -70,16 +83,18 @@ def simultaneous_differences(
     means = levels.mean(-1)
     random = np.random.default_rng(seed)
     by_rows = (_row_draws(sums.mean(1), shares, random) - means[:, None]) * _widening(len(shares), random)
+    apart = by_rows[1:] - by_rows[0]
+    apart += _unseen_rows(apart.std(-1), reach / (len(shares) + 2), random)
     deviations = _seed_deviations(sums / shares.sum(), levels)
     by_seeds = _seed_draws(deviations, values.shape[1], random)
-    found, moved = means[1:] - means[0], by_rows[1:] - by_rows[0] + by_seeds[1:] - by_seeds[0]
+    found, moved = means[1:] - means[0], apart + by_seeds[1:] - by_seeds[0]
     errors = moved.std(-1)
     safe = np.where(errors > 0, errors, 1.0)
     chance = moved / safe[:, None]
     factor = np.percentile(np.abs(chance).max(0), COVERAGE)
     confidences = (chance.max(0) < (found / safe)[:, None]).mean(-1)
-    rows, seeds = ((part[1:] - part[0]).var(-1) for part in (by_rows, by_seeds))
-    enough = _enough(found / factor if factor else found, rows * values.shape[-1], seeds)
+    rows, seeds = apart.var(-1) * values.shape[-1], (by_seeds[1:] - by_seeds[0]).var(-1)
+    enough = _enough(found / factor if factor else found, rows, seeds)
     ends = found - factor * errors, found + factor * errors
     return Differences(means, found, *ends, deviations, np.where(errors > 0, confidences, found > 0), enough)
 
@@ -144,6 +159,14 @@ def _widening(groups: int, random: np.random.Generator) -> NDArray[np.float64] |
     if groups < 2:
         return 1.0
     return np.sqrt(groups / random.chisquare(groups - 1, DRAWS))
+
+
+def _unseen_rows(errors: NDArray[np.float64], floor: float, random: np.random.Generator) -> NDArray[np.float64]:
+    """``[contenders - 1, DRAWS]``: what lifts standard errors of the rows to the floor; zeros where they reach it."""
+    missing = np.sqrt(np.maximum(floor**2 - errors**2, 0.0))
+    return (
+        missing[:, None] * random.standard_normal((len(errors), DRAWS)) if missing.any() else np.zeros((len(errors), 1))
+    )
 
 
 def _seed_draws(deviations: NDArray[np.float64], seeds: int, random: np.random.Generator) -> NDArray:

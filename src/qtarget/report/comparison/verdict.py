@@ -27,6 +27,13 @@ class Measure:
     def is_nll(self) -> bool:
         return self.metric == "nll"
 
+    @property
+    def certainty(self) -> str:
+        """What the intervals are of."""
+        if self.seeds == 1:
+            return "1 seed, so the 95 % intervals are of the rows alone: another seed may lie outside"
+        return f"{self.seeds} seeds; 95 % intervals that hold for all contenders together"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -152,7 +159,8 @@ def _untrained(take: str, untrained: Mapping[str, Line], measure: Measure) -> st
 
 def _change(line: Line, measure: Measure, *, to: str | None = None) -> str:
     assert line.difference is not None
-    return amount(line.difference, measure, ends=to is not None, to=f" over {to}" if to else "")
+    ahead = "over" if line.difference["mean"] > 0 and not measure.is_nll else "against"
+    return amount(line.difference, measure, ends=to is not None, to=f" {ahead} {to}" if to else "")
 
 
 def amount(difference: Mapping[str, float], measure: Measure, *, ends: bool = True, to: str = "") -> str:
