@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.core.errors import ConfigError
-from qtarget.data.fields import GROUP_COLUMNS
+from qtarget.data.groups import row_groups
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,9 @@ def filter_rows(
         Path | None,
         typer.Option(help="Folder for rows, reasons and page; default: the config's output_dir with -filtered."),
     ] = None,
-    group: Annotated[str | None, typer.Option("--group_by", help="Column to count by; default: source, ...")] = None,
+    group: Annotated[
+        str | None, typer.Option("--group_by", help="Column to count by, or language; default: source, ...")
+    ] = None,
     mark: Annotated[
         str | None, typer.Option(help="Known noise for the ROC: COLUMN=VALUE; default: rows with noise_spans.")
     ] = None,
@@ -232,7 +234,8 @@ def write_filtered(
 
     marks = row_marks(found.raw, mark)
     check_marks(mark, marks)
-    groups = _groups(found.raw, group)
+    training = config.training
+    groups = row_groups(found.raw, group or training.group_by, text_field=training.dataset_text_field)
     counted = len(found.rows.log_probs) <= COUNTED_ALWAYS
     document = filter_document(
         found.decision, found.rows, found.count, title=config.data.name, cache=str(found.cache),
@@ -295,14 +298,6 @@ def _weighted(text: str, factor: float) -> str:
     row = json.loads(text)
     own = row.get("weight")
     return json.dumps(row | {"weight": round((1.0 if own is None else float(own)) * factor, 6)}, ensure_ascii=False)
-
-
-def _groups(raw: Sequence[Mapping[str, Any]], column: str | None) -> tuple[str, list[str]] | None:
-    """The column to count by, and each row's value."""
-    if column is not None and column not in raw[0]:
-        raise ConfigError(f"--group_by {column}: the data has no such column; columns: {', '.join(raw[0])}")
-    name = column or next((c for c in GROUP_COLUMNS if isinstance(raw[0].get(c), str)), None)
-    return None if name is None else (name, [str(row.get(name)) for row in raw])
 
 
 def print_filtered(document: Mapping[str, Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from qtarget.cli.audit_data import HARDWARE
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
-from qtarget.data.fields import GROUP_COLUMNS
+from qtarget.data.groups import row_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,7 +57,9 @@ def inspect(
     mark: Annotated[
         str | None, typer.Option(help="COLUMN=VALUE of rows known to be noise; default: rows with noise_spans.")
     ] = None,
-    group_by: Annotated[str | None, typer.Option(help="Column to compare by; default: source, dataset, ...")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Column to compare by, or language; default: source, ...")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     page_megabytes: Annotated[
         float,
@@ -152,7 +154,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         views,
         hidden,
         token_texts(tokens.tokenizer, ids_shown(rows, views)),
-        _groups(options, raw),
+        row_groups(raw, options.group or training.group_by, text_field=training.dataset_text_field),
         row_marks,
         token_marks,
         _audit(config, raw, tokens, cut_rows, loaded) if options.audit and not sampled else None,
@@ -287,16 +289,6 @@ def _weigh(
     from qtarget.report.inspect.weights import target_numbers
 
     return [target_numbers(target, rows, live, frozen, name=name, shown=SHOWN) for name, target in targets.items()]
-
-
-def _groups(options: Options, raw: list[dict[str, Any]]) -> tuple[str, list[str]] | None:
-    """The column to compare by, and each row's value."""
-    names = [options.group] if options.group else [n for n in GROUP_COLUMNS if isinstance(raw[0].get(n), str)]
-    if not names:
-        return None
-    if names[0] not in raw[0]:
-        raise ConfigError(f"--group_by {names[0]}: the data has no such column; columns: {', '.join(raw[0])}")
-    return names[0], [str(row.get(names[0])) for row in raw]
 
 
 def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokenizer: Any) -> tuple[Any, Any]:

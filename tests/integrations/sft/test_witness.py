@@ -11,9 +11,10 @@ from datasets import Dataset
 
 import qtarget
 from qtarget import QTargetConfig
-from qtarget.core.errors import CacheMismatchError, MissingStatisticError
+from qtarget.core.errors import CacheMismatchError, ConfigError, MissingStatisticError
 from qtarget.data.crossfit.witness import verdict
 from qtarget.integrations.sft.crossfit import CrossfitRecipe, crossfit_score
+from qtarget.integrations.sft.data.witnesses import Sources
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum
 from tests.integrations.conftest import SETTINGS, make_model, make_tokenizer
@@ -129,6 +130,23 @@ def test_reliability_is_told_of_each_source_without_a_cross_fit_too(make_trainer
     assert [line.split(", ")[2].split(":")[0] for line in lines] == ["books", "web"]
     rho = {row["qtarget_row_ids"][0]: max(row["reference_reliability"]) for row in trainer.train_dataset}
     assert len({round(rho[i], 5) for i in (0, 1, 13)}) >= 2  # each source has its own
+    own = sourced_rows().rename_column("source", "origin")
+    named = make_trainer(
+        "consensus", data=own, group_by="origin", reference_cache=path, reference_model_name_or_path="base"
+    )
+    assert {row["qtarget_row_ids"][0]: max(row["reference_reliability"]) for row in named.train_dataset} == rho
+    with pytest.raises(ConfigError, match="no such column"):
+        make_trainer(
+            "consensus", data=own, group_by="colour", reference_cache=path, reference_model_name_or_path="base"
+        )
+
+
+def test_a_language_is_a_source_too():
+    pytest.importorskip("py3langid")
+    texts = ["The answer is [3], as everybody can see.", "Die Antwort lautet also [3].", "I do not know what you mean."]
+    found = Sources.of(Dataset.from_list([{"prompt": "?", "completion": text} for text in texts]), "language")
+    assert found.groups(np.array([2, 1, 0]))[0] == ["de", "en"]
+    assert found.groups(np.array([2, 1, 0]))[1].tolist() == [1, 0, 1]
 
 
 def test_what_is_missing_or_does_not_fit_is_refused_with_the_way_out(make_trainer, judged, tmp_path, cached):

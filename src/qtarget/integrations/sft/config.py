@@ -57,6 +57,8 @@ class QTargetConfig(SFTConfig):
         filter: leave out rows that look bad (`qtarget.filtering`): ``none``, ``auto`` where the base's numbers show two kinds of
             rows, another rule of ``qtarget.filtering.RULES``, or a mapping ``{rule: surprise, keep: 0.6, as: weight}``. Needs a
             ``reference_cache``, whatever the target.
+        group_by: column whose values are judged apart, as ``source``; or ``language``, which is detected where there is no such
+            column. Absent: the first of ``source``, ``dataset``, ``category``, ``skill`` and ``role`` that the rows have.
         allow_new_weights: train a model whose checkpoint lacks weights of its architecture, or has others; refused without.
         limits: how much is taken, where more than usual is right: ``{rows: 20000000}`` (``qtarget.data.limits.Limits``).
         heatmap_rows: evaluation rows whose tokens are recorded at each evaluation and sent to trackers as pictures; 0: none.
@@ -94,6 +96,9 @@ class QTargetConfig(SFTConfig):
     )
     filter: dict[str, Any] | str | None = field(
         default="none", metadata={"help": "Rows to leave out: none, auto, a rule, or {rule, keep, as}."}
+    )
+    group_by: str | None = field(
+        default=None, metadata={"help": "Column whose values are judged apart; or language, which is detected."}
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "How the loss is computed.", "choices": list(get_args(Backend))}

@@ -59,7 +59,9 @@ class Preparation:
         caches: dict[str, ReferenceCache],
         row_filter: RowFilter | None = None,
         witness: ReferenceCache | None = None,
+        group_by: str | None = None,
     ) -> None:
+        self._group_by = group_by
         self._target, self._caches, self._filter, self._witness = target, caches, row_filter, witness
         self.filtered: dict[str, Any] | None = None
         if witness is not None:
@@ -77,7 +79,7 @@ class Preparation:
             return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
         rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
         if isinstance(dataset, Dataset) and len(rows) == len(dataset):  # their column is left out here
-            self._sources[name] = Sources.of(dataset)
+            self._sources[name] = Sources.of(dataset, self._group_by, text_field)
         return rows
 
     def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool, chat_stream: bool = False) -> None:

@@ -92,7 +92,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         self.caches = open_caches(settings, self.target, given)
         self._row_filter = open_filter(settings, self.caches, train_dataset)
         witness = open_witness(settings.witness, self.target, settings.cache_verify_key)
-        self.preparation = Preparation(self.target, self.caches, self._row_filter, witness)
+        self.preparation = Preparation(self.target, self.caches, self._row_filter, witness, settings.group_by)
         self._may_prepare = False
         self._shared_rows = shared_rows_key(settings, eval_dataset)
         read: Any = {

@@ -31,7 +31,7 @@ from qtarget.storage.locks import locked
 logger = logging.get_logger(__name__)
 
 SETTINGS = (
-    "target", "target_kwargs", "guard", "seed", "data_seed", "packing", "packing_strategy", "shuffle_dataset",
+    "target", "target_kwargs", "guard", "group_by", "seed", "data_seed", "packing", "packing_strategy", "shuffle_dataset",
     "dataloader_drop_last", "optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
     "neftune_noise_alpha", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",

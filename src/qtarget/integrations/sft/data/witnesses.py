@@ -20,6 +20,7 @@ from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
 from qtarget.data.agreement.ngrams import FlatTokens
 from qtarget.data.crossfit.witness import witness_fields
 from qtarget.data.fields import GROUP_COLUMNS
+from qtarget.data.groups import LANGUAGE, row_groups
 from qtarget.integrations.sft.data.arrow import flat_lists, list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import locate_rows, supervised
 from qtarget.integrations.sft.data.start import can_weigh, silent_rows, start_weights
@@ -49,21 +50,31 @@ class Sources:
     of_row: np.ndarray | None = None
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Sources:
+    def of(cls, dataset: Dataset, column: str | None = None, text_field: str = "text") -> Sources:
         """Of rows that are yet to be numbered, or are.
+
+        Args:
+            column: see ``qtarget.data.groups.row_groups``.
+
+        Raises:
+            ConfigError: no such column.
+            MissingDependencyError: a language is to be detected, without the library.
 
         Example:
             >>> Sources.of(Dataset.from_list([{"text": "a", "source": "web"}])).column
             'source'
         """
-        for name in GROUP_COLUMNS:
-            if name in dataset.column_names and getattr(dataset.features[name], "dtype", "") == "string":
-                numbers = np.asarray(dataset[ROW][:]) if ROW in dataset.column_names else np.arange(len(dataset))
-                values = np.full(int(numbers.max()) + 1 if len(numbers) else 0, "", dtype=object)
-                values[numbers] = said = dataset[name][:]
-                if len(set(said)) <= MOST_SOURCES:
-                    return cls(name, values)
-        return cls()
+        detected = column == LANGUAGE and LANGUAGE not in dataset.column_names
+        asked = GROUP_COLUMNS if column is None else (column,)
+        read = dataset.column_names if detected else [name for name in asked if name in dataset.column_names]
+        rows = dataset.select_columns(read).to_list() if read else [dict.fromkeys(dataset.column_names)]
+        found = row_groups(rows, column, text_field=text_field, at_most=MOST_SOURCES)
+        if found is None or not len(dataset):
+            return cls()
+        numbers = np.asarray(dataset[ROW][:]) if ROW in dataset.column_names else np.arange(len(dataset))
+        values = np.full(int(numbers.max()) + 1, "", dtype=object)
+        values[numbers] = found[1]
+        return cls(found[0], values)
 
     def groups(self, numbers: np.ndarray) -> tuple[list[str], np.ndarray]:
         """The names of the sources of these rows, and which of them each is of."""
