@@ -56,7 +56,7 @@ def test_warnings_exit_with_0_and_errors_with_1(audit, workspace, tmp_path):
     code, value, printed = audit(config)
     assert code == 0
     assert by_name(value)["duplicates"]["rows"] == [9]
-    assert by_name(value)["contradictory_duplicates"]["rows"] == [10]
+    assert by_name(value)["contradictory_duplicates"]["rows"] == [1, 10]
     assert "'[red]no[/red]'" in printed  # text of the data is not taken for markup
     write(tmp_path / "rows.jsonl", [*rows, {"prompt": "x" * 70, "completion": "y"}])
     code, value, printed = audit(config)

@@ -54,7 +54,11 @@ def test_duplicates_fold_white_space_and_leave_other_rows_alone():
     assert (found["duplicates"].count, found["duplicates"].rows) == (2, (2, 4))
     assert found["duplicates"].evidence == {"distinct": 3}
     contrary = found["contradictory_duplicates"]
-    assert (contrary.count, contrary.rows, contrary.evidence["prompts"]) == (1, (3,), 1)
+    assert (contrary.count, contrary.rows, contrary.evidence["prompts"]) == (4, (0, 2, 3, 4), 1)
+    assert (
+        "4 of 5 rows share their prompt with a row that answers otherwise (1 prompt): rows 1, 3, 4, 5;"
+        in contrary.message
+    )
     example = contrary.evidence["examples"][0]
     assert example == {"row": 3, "other_row": 0, "prompt": "a", "answer": "B", "other_answer": "b", "votes": [3, 1]}
 
@@ -65,7 +69,7 @@ def test_what_a_conversation_asks_is_all_before_its_last_answer():
     other_tools = talk(("system", "Be brief"), ("user", "Hi"), ("assistant", "Hey"), tools='[{"name": "clock"}]')
     assert check_texts([first, other_system, other_tools]) == []
     contrary = talk(("system", "Be brief"), ("user", "Hi"), ("assistant", "Bye"))
-    assert checks([first, contrary])["contradictory_duplicates"].rows == (1,)
+    assert checks([first, contrary])["contradictory_duplicates"].rows == (0, 1)
     split = {"prompt": first["messages"][:2], "completion": first["messages"][2:]}
     assert exchange(split) == exchange(first)
 
@@ -97,7 +101,7 @@ def test_tokens_are_split_at_their_first_label():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, last]} for last in (7, 7)]
     rows.append({"input_ids": [5, 6, 8], "labels": [-100, -100, 8]})
     found = checks(rows)
-    assert (found["duplicates"].rows, found["contradictory_duplicates"].rows) == ((1,), (2,))
+    assert (found["duplicates"].rows, found["contradictory_duplicates"].rows) == ((1,), (0, 1, 2))
     assert check_texts([{"input_ids": [5, 6]}, {"input_ids": [5, 7]}]) == []  # all trained on: nothing is asked
 
 
@@ -111,15 +115,30 @@ def test_lone_surrogates_are_hashed_like_other_text():
     assert [found.check for found in check_texts([row("\ud800", "a"), row("\ud800", "a")])] == ["duplicates"]
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=12))
-def test_duplicates_agree_with_comparing_every_pair(pairs):
-    found = checks([row(prompt, answer) for prompt, answer in pairs])
-    repeated, contrary = set(), set()
-    for i, j in combinations(range(len(pairs)), 2):
-        if pairs[i] == pairs[j]:
+def asked(prompt: str, answer: str, form: str) -> dict:
+    return row(prompt, answer) if form == "pair" else talk(("user", prompt), ("assistant", answer))
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", " a ", "", "b\n b"]), st.sampled_from(["x", "y", " x"])), max_size=14
+    ),
+    st.sampled_from(["pair", "messages"]),
+)
+def test_duplicates_agree_with_comparing_every_pair(pairs, form):
+    found = checks([asked(prompt, answer, form) for prompt, answer in pairs])
+    folded = [(" ".join(prompt.split()), " ".join(answer.split())) for prompt, answer in pairs]
+    repeated, contrary, prompts = set(), set(), set()
+    for i, j in combinations(range(len(folded)), 2):
+        if folded[i] == folded[j]:
             repeated.add(j)
-    for prompt in "ab":
-        rows = [i for i, pair in enumerate(pairs) if pair[0] == prompt]
-        contrary |= {i for i in rows if pairs[i][1] != pairs[rows[0]][1]}
+        elif folded[i][0] == folded[j][0] != "":
+            contrary |= {i, j}
+            prompts.add(folded[i][0])
     assert (found["duplicates"].count if "duplicates" in found else 0) == len(repeated)
-    assert (found["contradictory_duplicates"].count if "contradictory_duplicates" in found else 0) == len(contrary)
+    assert ("contradictory_duplicates" in found) == bool(contrary)
+    if contrary:
+        said = found["contradictory_duplicates"]
+        assert (said.count, said.rows) == (len(contrary), tuple(sorted(contrary)[:5]))
+        assert said.evidence["prompts"] == len(prompts)
+        assert len(said.evidence["examples"]) == min(5, len(prompts))

@@ -26,7 +26,7 @@ def check_texts(rows: Sequence[Mapping[str, Any]], *, text_field: str = "text") 
     Example:
         >>> rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "3"}]
         >>> [(found.check, found.rows) for found in check_texts(rows)]
-        [('contradictory_duplicates', (1,))]
+        [('contradictory_duplicates', (0, 1))]
     """
     pairs = [exchange(row, text_field) for row in rows]
     return [*_empty(pairs), *_broken(pairs), *_duplicates(pairs)]
@@ -107,16 +107,17 @@ def _duplicates(pairs: Sequence[tuple[str | None, str]]) -> list[Finding]:
     groups = [list(answers.values()) for answers in answers_of.values()]
     repeated = sorted(chain.from_iterable(rows[1:] for group in groups for rows in group))
     contrary = [group for group in groups if len(group) > 1]
-    others = sorted(chain.from_iterable(rows for group in contrary for rows in group[1:]))
+    disagreeing = sorted(chain.from_iterable(chain.from_iterable(contrary)))
     same = {"distinct": len(pairs) - len(repeated)}
     found = finding(
         "duplicates", "warning", repeated, len(pairs), "repeat an earlier row, prompt and answer",
         "remove them, or give the first a `weight`: each copy is one more vote for its tokens", **same,
     )  # fmt: skip
     examples = [_contradiction(pairs, group) for group in contrary[:ROWS_NAMED]]
+    prompts = f"{len(contrary):,} prompt{'s'[: len(contrary) != 1]}"
     return found + finding(
-        "contradictory_duplicates", "warning", others, len(pairs),
-        "answer the prompt of an earlier row differently",
+        "contradictory_duplicates", "warning", disagreeing, len(pairs),
+        f"share their prompt with a row that answers otherwise ({prompts})",
         "keep the right answer where only one can be right; several good answers to one prompt are no fault",
         prompts=len(contrary), examples=examples,
     )  # fmt: skip
