@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,12 +43,18 @@ def audit_data(
     from rich.console import Console
 
     from qtarget.cli.options.settings import parse_overrides
+    from qtarget.core.command import remember
+    from qtarget.data.files import READABLE
     from qtarget.storage.files import write_text
 
+    is_data = source.name.lower().endswith(READABLE)
+    remember("run.yaml" if is_data else source, () if is_data else context.args)
     audit = run_audit(source, parse_overrides(context.args), split, json_file)
     if json_file is not None:
         write_text(json_file, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")
     print_audit(audit, Console())
+    if is_data:
+        print_start(source, context.args, Console())
     if audit.errors:
         raise typer.Exit(FAILED)
 
@@ -111,6 +118,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     Args:
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
     """
+    from qtarget.cli.compared import found_comparison
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.cli.options.frozen import found_reference, found_witness
     from qtarget.data.checks.tokens import Vocabulary
@@ -119,7 +127,8 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
-    rows = load_datasets(config)[split == "validation"]
+    both = load_datasets(config)
+    rows = both[split == "validation"]
     if rows is None:
         raise ConfigError("--split validation: the config names no validation_file; set it, or audit the training rows")
     tokenizer, size, ends = load_tokenizer(config)
@@ -127,7 +136,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
     raw: Any = list(rows)
     if tokens.rows is None:
         return audit_unrendered(raw, tokens.findings, text_field=training.dataset_text_field)
-    cache = open_cache(found_reference(config), cache_required)
+    cache = open_cache(found_reference(config, both), cache_required)
     return audit_data(
         raw,
         tokens.rows,
@@ -140,8 +149,10 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         assistant_only=training.assistant_only_loss,
         text_field=training.dataset_text_field,
         cache=cache,
-        witness=open_cache(found_witness(config), True),
+        witness=open_cache(found_witness(config, both), True),
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
+        validation=both[1] is not None,
+        compared=found_comparison(config, both[0]),
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(rows)) if cache is not None else ())],
     )
 
@@ -223,6 +234,19 @@ def _print_advice(advice: Advice, console: Console) -> None:
         console.print(Text(f"  {name}: {statement.reason} [{sources}]"), soft_wrap=True)
     for note in advice.notes:
         console.print(Text(f"  note: {note}"), soft_wrap=True)
+
+
+def print_start(source: Path, arguments: Sequence[str], console: Console) -> None:
+    """How the config comes about that the commands above name: nothing but a config can be scored, compared and trained."""
+    from rich.text import Text
+
+    words = [
+        "--model" + word.removeprefix("--model_name_or_path") if word.startswith("--model_name") else word
+        for word in arguments
+    ]
+    unknown = () if any(word.startswith("--model") for word in words) else ("--model", "MODEL")
+    command = shlex.join(["qtarget", "init", str(source), *unknown, *words])
+    console.print(Text(f"Commands above that name run.yaml: `{command}` writes it"), soft_wrap=True)
 
 
 def example_line(example: Mapping[str, Any]) -> str:

@@ -137,16 +137,12 @@ class Request:
         """What the finished runs in the folder depend on."""
         from qtarget.cli.recipe import OWN
         from qtarget.comparison.kept import CONTENDERS, METRICS
-        from qtarget.evaluation.contenders import Contender, weights_digest
-        from qtarget.storage.files import digest
 
         varied = {"output_dir", "learning_rate", *OWN, *(key for keys in FROZEN_KEYS.values() for key in keys)}
-        model = str(self.config.model.model_name_or_path)
-        rows = json.dumps(self.train_rows.to_list(), sort_keys=True, default=str).encode()
         return {
             "settings": {key: str(value) for key, value in self.config.given.items() if key not in varied},
-            "model": weights_digest(Contender(model, model, model)),
-            "rows": {"train": digest(rows)} | {one.name: one.fingerprint for one in sets},
+            "model": model_digest(self.config),
+            "rows": {"train": rows_digest(self.train_rows)} | {one.name: one.fingerprint for one in sets},
             METRICS: {name: vars(metric) | own_judge(metric.name) for name, metric in self.metrics.items()},
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
@@ -281,6 +277,21 @@ class Request:
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
             settings=settings, rows=row_texts(sets[0], self.numbers["data"]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
+
+
+def rows_digest(rows: Any) -> str:
+    """Of training rows: whether they are those that a comparison began with."""
+    from qtarget.storage.files import digest
+
+    return digest(json.dumps(rows.to_list(), sort_keys=True, default=str).encode())
+
+
+def model_digest(config: RunConfig) -> str:
+    """The same of the model's files."""
+    from qtarget.evaluation.contenders import Contender, weights_digest
+
+    model = str(config.model.model_name_or_path)
+    return weights_digest(Contender(model, model, model))
 
 
 def own_source(target: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ HARDWARE = {"use_cpu": True, "bf16": False, "fp16": False}
 """Nothing is trained here; none of these decides a token."""
 ENOUGH_TO_JUDGE = 100
 """Validation rows below which a warning says what they can show."""
-COMPARED = "sft,consensus,dft"
 
 
 def init(
@@ -49,9 +49,42 @@ def init(
     write_start(start, output)
     for line in start.said:
         typer.echo(line)
-    typer.echo(f"wrote {output}{''.join(f', {path}' for path in start.files)}\n\nnext:")
-    typer.echo(f"  qtarget compare {output} --targets {COMPARED} --filters none,auto")
-    typer.echo(f"  qtarget train {output}")
+    typer.echo(f"wrote {output}{''.join(f', {path}' for path in start.files)}\n")
+    for line in next_steps(output, start.validated):
+        typer.echo(line)
+
+
+def next_steps(output: Path, validated: bool) -> list[str]:
+    """Commands to go on with, each of which runs as it stands.
+
+    Args:
+        validated: whether there are validation rows.
+
+    Example:
+        >>> print("\\n".join(next_steps(Path("run.yaml"), True)))
+        what is wrong with the rows, by their text, their tokens and what the base expects:
+          qtarget score run.yaml
+          qtarget audit-data run.yaml
+        which target, on the validation rows:
+          qtarget compare run.yaml --targets sft,consensus --filters none,auto
+        or train as it stands:
+          qtarget train run.yaml
+    """
+    from qtarget.report.audit.contenders import proposal
+
+    compare = ("  " + shlex.join(["qtarget", "compare", str(output), *proposal().options()]),)
+    name = shlex.quote(str(output))
+    return [
+        "what is wrong with the rows, by their text, their tokens and what the base expects:",
+        f"  qtarget score {name}",
+        f"  qtarget audit-data {name}",
+        "which target, on the validation rows:"
+        if validated
+        else "no validation rows, so `qtarget compare` cannot judge",
+        *(compare if validated else ()),
+        "or train as it stands:",
+        f"  qtarget train {name}",
+    ]
 
 
 @dataclass(frozen=True)
@@ -62,11 +95,13 @@ class Start:
         config: text of the YAML file.
         files: what lies beside it.
         said: lines about rows, model and choices.
+        validated: whether the config names validation rows.
     """
 
     config: str
     files: Mapping[Path, bytes]
     said: Sequence[str]
+    validated: bool
 
 
 @dataclass(frozen=True)
@@ -135,7 +170,8 @@ def prepare(
     lines = config_lines(known, model, output, paths, list(copied))
     heading = f"{data}: {len(reading.rows):,} rows as {reading.shape}, for {model}. Keys are TRL's and qtarget's."
     said = summary(known, data, len(training), len(validation), seed)
-    return Start(config_text(with_given(lines, settings), heading), files, said)
+    validated = bool(validation) or config.data.validation_file is not None
+    return Start(config_text(with_given(lines, settings), heading), files, said, validated)
 
 
 def refuse_existing(output: Path, inputs: Sequence[Path]) -> None:

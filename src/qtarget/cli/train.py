@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.options.frozen import Rows
 
 TEACHER_CACHE = "teacher_cache"
 """Folder under ``output_dir`` for what a teacher behind a URL said."""
@@ -40,6 +41,7 @@ def train(
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.settings import read_settings
+    from qtarget.core.command import remember
 
     if check_algorithm(read_settings(config, context.args)) == RL:
         from qtarget.cli.rl import rl
@@ -47,6 +49,7 @@ def train(
         rl(context, config)
         return
     check_config(config, context.args)
+    remember(config, context.args)
     run_training(load_config(config, context.args), beside=[config])
 
 
@@ -81,7 +84,6 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
     """``run_training`` in a folder that is ours."""
     from qtarget.cli.missing import score_missing
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import found_reference
 
     # first: it refuses a folder in use before a server is asked or rows are read
     checkpoint = starting_point(config)
@@ -90,7 +92,7 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
     train_rows, validation_rows = load_datasets(config)
     score_missing(config, (train_rows, validation_rows))
     trainer = build_trainer(config, train_rows, validation_rows)
-    say_advice(trainer, found_reference(config, (train_rows, validation_rows)))
+    say_advice(trainer, config, (train_rows, validation_rows))
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint, force_resume=config.data.resume == "force")
     seconds = time.perf_counter() - begin
@@ -131,21 +133,30 @@ def let_gloo_go() -> None:
         time.sleep(0.2)
 
 
-def say_advice(trainer: Any, path: str | None) -> None:
-    """What `qtarget audit-data` would say of the chosen target, where the base's numbers are at hand.
+def say_advice(trainer: Any, config: RunConfig, rows: Rows) -> None:
+    """What `qtarget audit-data` would say of the chosen target: by a comparison of these rows, by the base's numbers.
 
     Args:
-        path: a cache of the base, which this target may not need; one that is not finished says nothing.
+        rows: the config's.
     """
+    from qtarget.cli.compared import found_comparison
+    from qtarget.cli.options.frozen import found_reference
     from qtarget.integrations.sft.advice import advice_for
     from qtarget.report.audit.advice import about_target
     from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.cache.schema import MANIFEST
 
-    if path is None or not (Path(path) / MANIFEST).is_file() or not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
         return
-    advice = advice_for(trainer, trainer.caches.get("reference") or ReferenceCache.open(path, verify=False))
-    for line in about_target(advice, trainer.args.target) if advice is not None else ():
+    compared, path = found_comparison(config, rows[0]), found_reference(config, rows)
+    lines = [] if compared is None else [compared.in_training()]
+    # a cache of the base, which this target may not need; one that is not finished says nothing
+    if path is not None and (Path(path) / MANIFEST).is_file():
+        cache = trainer.caches.get("reference") or ReferenceCache.open(path, verify=False)
+        advice = advice_for(trainer, cache, compared)
+        if advice is not None:
+            lines = about_target(advice, trainer.args.target, guard=trainer.args.guard)
+    for line in lines:
         logger.warning("%s", line)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
 
 import qtarget
 from qtarget.data.checks.findings import Finding
-from qtarget.report.audit.advice import evidence, facts_of, which_target
+from qtarget.report.audit.advice import about_target, facts_of, which_target
+from qtarget.report.audit.compared import Compared
+from qtarget.report.audit.contenders import Proposal, proposal
+from qtarget.report.audit.evidence import evidence
 from tests import ROOT
 
 
@@ -16,7 +20,7 @@ def facts(favourite: float | None, **more) -> dict:
     surprise = None if favourite is None else 9.0
     base = {"favourite_share": favourite, "mean_surprise": surprise, "median_surprise": surprise, "mean_entropy": 1.0,
             "suspected_share": 0.0, "flawed_prior_share": 0.0, "duplicate_share": 0.0, "contradictory_share": 0.0,
-            "rows": 600, "scored_rows": 600, "teacher": False}  # fmt: skip
+            "rows": 600, "scored_rows": 600, "teacher": False, "validation": True}  # fmt: skip
     return base | more
 
 
@@ -53,8 +57,10 @@ def test_the_first_target_is_the_one_of_least_regret_on_the_map(base):
     assert {name for statement in advice.avoid for name in statement.targets} == {
         name for name in names if regret[name] > regret["sft"] + 5
     }
-    assert f"has {shown[0]} least behind" in advice.summary
-    assert advice.summary.startswith("No verdict on your rows")
+    assert advice.summary.startswith("No verdict on your rows yet. On your validation rows `qtarget compare ")
+    assert "The order below is the synthetic map's: " in advice.summary
+    assert advice.compare.targets[0] == "sft" and set(advice.compare.targets) - {"sft"} <= set(shown)
+    assert f"--targets {','.join(advice.compare.targets)} --filters none,auto`" in advice.summary
 
 
 def test_a_base_that_knows_little_is_not_told_from_noise_by_one_share():
@@ -62,7 +68,7 @@ def test_a_base_that_knows_little_is_not_told_from_noise_by_one_share():
     shares = {(point["base"], point["kind"], point["rate"]): point["favourite_share"] for point in POINTS}
     little, noisy = shares["none", "random_tokens", 0.0], shares["most", "random_tokens", 0.4]
     assert abs(little - noisy) < 0.05
-    tried = which_target(facts((little + noisy) / 2)).ranked[0].reason
+    tried = which_target(facts((little + noisy) / 2)).summary
     assert "base that knows none" in tried and "base that knows most" in tried
 
 
@@ -100,6 +106,79 @@ def test_no_name_stands_bare_and_every_name_and_file_exists():
     assert advice.as_dict()["ranked"][0]["targets"] == list(advice.ranked[0].targets)
 
 
+FLAWS = [flaw["corrected_percent"] for flaw in evidence()["flawed_prior"]["flaws"]]
+
+
+def mean_corrected(name: str) -> float | None:
+    found = [flaw[name] for flaw in FLAWS if name in flaw]
+    return sum(found) / len(found) if found else None
+
+
+@pytest.mark.parametrize("base", ["none", "half", "most"])
+def test_a_flawed_prior_puts_what_corrects_it_before_what_keeps_it(base):
+    """The order is by the raw percentages of `bench prior` first, by the map second; the reason is said."""
+    clean = next(point["favourite_share"] for point in POINTS if point["base"] == base and not point["rate"])
+    plain, flawed = which_target(facts(clean)), which_target(facts(clean, flawed_prior_share=0.01))
+    sft = mean_corrected("sft")
+    assert sft is not None
+    keeps = [(mean_corrected(s.targets[0]) or 0) < sft - 5 for s in flawed.ranked]
+    assert keeps == sorted(keeps) and not keeps[0] and "sft" in [s.targets[0] for s in flawed.ranked]
+    for statement, keeps_it in zip(flawed.ranked, keeps, strict=True):
+        measured = mean_corrected(statement.targets[0])
+        said = "was not measured" if measured is None else f"corrected {measured:.0f} % of a planted flaw"
+        assert (said in statement.reason) or not keeps_it
+    changed = [s.targets for s in plain.ranked] != [s.targets for s in flawed.ranked]
+    assert ("for what your rows show (`flawed_prior`)" in flawed.summary) == changed
+    assert flawed.avoid == plain.avoid
+    assert all("flaw" not in statement.reason for statement in plain.ranked)
+
+
+def test_training_is_told_what_a_flawed_prior_does_to_its_target():
+    found = which_target(facts(0.8, flawed_prior_share=0.01))
+    told = about_target(found, "consensus")
+    assert f"consensus corrected {mean_corrected('consensus'):.0f} % of a planted flaw" in told[1]
+    assert "consensus with guard corrected" in about_target(found, "consensus", guard=True)[1]
+    for target, guard in (("sft", False), ("dft", True)):
+        assert not any("planted flaw" in line for line in about_target(found, target, guard=guard))
+    assert "no verdict on your rows" in about_target(found, "sft")[-1]
+
+
+def test_one_place_says_what_to_compare():
+    assert proposal() == Proposal(("sft", "consensus"), ("none", "auto"))
+    for favourite in (None, 0.15, 0.5, 0.8, 1.0):
+        for flawed in (0.0, 0.02):
+            advice = which_target(facts(favourite, flawed_prior_share=flawed, bad_rows=None))
+            avoided = {name for statement in advice.avoid for name in statement.targets}
+            assert advice.compare.targets[0] == "sft" and len(advice.compare.targets) >= 2
+            assert not avoided & set(advice.compare.targets)
+            assert " ".join(advice.compare.options()) in advice.summary
+            if advice.ranked:
+                assert {advice.ranked[0].targets[0]} <= set(advice.compare.targets)
+    assert which_target(facts(0.5, bad_rows=0)).compare.filters == ("none",)
+    assert which_target(facts(0.5, bad_rows=9)).compare.filters == ("none", "auto")
+    assert "qtarget compare CONFIG" not in which_target(facts(0.5, validation=False)).summary
+    assert "set validation_file" in which_target(facts(0.5, validation=False)).summary
+
+
+def test_a_comparison_of_these_rows_is_the_verdict():
+    found = Compared("runs/c/comparison.json", "dft +10.0 points over sft (+2.0 .. +18.0); stop here", "dft",
+                     {"target": "dft", "learning_rate": "0.002"}, "runs/dft")  # fmt: skip
+    advice = which_target(facts(None, flawed_prior_share=0.02), found)
+    assert (advice.verdict, advice.ranked, advice.avoid) == ("compared", (), ())
+    assert found.finding in advice.summary and "synthetic" not in advice.summary
+    assert "--target dft --learning_rate 0.002 --output_dir runs/dft`" in advice.summary
+    said = about_target(advice, "sft")
+    assert said[-1].endswith("This run is another one: `--target dft --learning_rate 0.002` trains dft.")
+    same = dataclasses.replace(found, options={})
+    assert about_target(which_target(facts(None), same), "dft") == [
+        f"Compared on your validation rows (runs/c/comparison.json): {found.finding}."
+    ]
+    assert "Look at the rows" in which_target(facts(0.5), dataclasses.replace(found, helps=False)).summary
+    nothing = dataclasses.replace(found, take=None, options={})
+    assert "no verdict" in which_target(facts(0.5), nothing).summary
+    assert advice.as_dict()["compared"]["take"] == "dft"
+
+
 def test_notes_follow_the_facts():
     assert which_target(facts(0.5)).notes == ()
     notes = which_target(
@@ -107,6 +186,7 @@ def test_notes_follow_the_facts():
     ).notes
     assert len(notes) == 4
     assert "10.0% of the rows repeat" in notes[0]
+    assert "sft corrects it" in notes[1] and "not in consensus" in notes[1]
     assert "2.00% of the labels" in notes[1] and "guard: true" in notes[1]
     assert "3.00% of the labels" in notes[2]
     assert "not enough evidence" in notes[3]
@@ -122,7 +202,7 @@ def test_facts_are_taken_from_the_findings():
     found = facts_of(findings, rows=10, teacher=True)
     assert found == surprise | {
         "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
-        "bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True,
+        "bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True, "validation": None,
     }  # fmt: skip
     unscored = facts_of(findings[2:], rows=10, teacher=False)
     assert [unscored[name] for name in ("mean_surprise", "suspected_share", "flawed_prior_share")] == [None] * 3

@@ -8,6 +8,7 @@ from typing import Any
 
 from qtarget.integrations.sft.trainer import QTargetTrainer
 from qtarget.report.audit.advice import Advice, facts_of, which_target
+from qtarget.report.audit.compared import Compared
 from qtarget.report.audit.noise import check_noise
 from qtarget.report.audit.prior import check_prior
 from qtarget.report.audit.scored import score_from_cache
@@ -17,11 +18,12 @@ ROWS = 5000
 """Rows that are looked at: the shares that advice rests on are then known to a point."""
 
 
-def advice_for(trainer: QTargetTrainer, cache: ReferenceCache) -> Advice | None:
+def advice_for(trainer: QTargetTrainer, cache: ReferenceCache, compared: Compared | None = None) -> Advice | None:
     """``qtarget audit-data``'s advice, from rows that are tokenised already; None where the cache holds none of them.
 
     Args:
         cache: of the base.
+        compared: a finished comparison of these rows and this model.
     """
     rows = list(islice(_rows(trainer.train_dataset), ROWS))
     scored, _ = score_from_cache(rows, cache)
@@ -30,7 +32,9 @@ def advice_for(trainer: QTargetTrainer, cache: ReferenceCache) -> Advice | None:
     tokenizer: Any = trainer.processing_class
     findings = [*check_noise(scored, tokenizer.decode), *check_prior(scored, tokenizer.decode)]
     needs_teacher = bool(trainer.target.needs.teacher)
-    return which_target(facts_of(findings, rows=len(rows), teacher=needs_teacher))
+    validation = trainer.eval_dataset is not None
+    facts = facts_of(findings, rows=len(rows), teacher=needs_teacher, validation=validation)
+    return which_target(facts, compared)
 
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:

@@ -1,20 +1,20 @@
-"""Which target? What the benchmarks of this repository say about data and a base like these, and where they say nothing."""
+"""Which target? By a comparison of the user's rows, else by what was measured on them and the synthetic map, each named."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from qtarget.core.command import command_for
 from qtarget.data.checks.findings import Finding
+from qtarget.report.audit.compared import Compared
+from qtarget.report.audit.contenders import USUAL, Proposal, proposal
+from qtarget.report.audit.evidence import evidence
+from qtarget.report.audit.flaw import flaw_words, guard_words, keeps_flaw
+from qtarget.report.audit.noise_map import FARTHEST, at, nearest, point_words, points_like, regrets
 
-FARTHEST = 0.15
-"""Difference of the share of labels that are the base's first choice, beyond which the map says nothing."""
-ALIKE = 0.05
-"""Difference of that share up to which two bases cannot be told apart."""
 RANKED = 3
 CLEARLY_WORSE = 5.0
 """Points of accuracy beyond plain SFT's worst at which a target is advised against."""
@@ -42,12 +42,14 @@ class Advice:
     """The answer to "which target?", for a terminal, JSON (``as_dict``) and a page.
 
     Attributes:
-        verdict: ``suggestion``, or ``not enough evidence``.
-        summary: one or two sentences.
+        verdict: ``compared``: by a comparison of these rows; ``suggestion``: what to compare; or ``not enough evidence``.
+        summary: a few sentences, the next command among them.
         facts: what was measured here; null where there was no cache.
-        ranked: best first; empty without enough evidence.
+        ranked: best first; empty without enough evidence, and where a comparison has decided.
         avoid: targets that failed under the same conditions.
         notes: what to do with this data whatever the target, and what to measure next.
+        compare: what is worth a comparison.
+        compared: the comparison that has decided.
     """
 
     verdict: str
@@ -56,6 +58,8 @@ class Advice:
     ranked: tuple[Statement, ...] = ()
     avoid: tuple[Statement, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    compare: Proposal = field(default_factory=Proposal)
+    compared: Compared | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Lists, mappings, text and numbers only."""
@@ -63,19 +67,16 @@ class Advice:
         return json.loads(json.dumps(asdict(self)))
 
 
-@cache
-def evidence() -> dict[str, Any]:
-    """``evidence.json``, which ``scripts/update_evidence.py`` collects from ``benchmarks/results``."""
-    return json.loads(files("qtarget.report.audit").joinpath("evidence.json").read_text(encoding="utf-8"))
-
-
-def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[str, Any]:
+def facts_of(
+    findings: Sequence[Finding], *, rows: int, teacher: bool, validation: bool | None = None
+) -> dict[str, Any]:
     """The numbers that a suggestion may use.
 
     Args:
         findings: of the whole audit.
         rows: of the data.
         teacher: whether a teacher is at hand (``teacher``).
+        validation: whether the config names validation rows; None where there is no config.
     """
     by_name = {found.check: found for found in findings}
 
@@ -98,45 +99,71 @@ def facts_of(findings: Sequence[Finding], *, rows: int, teacher: bool) -> dict[s
         "rows": rows,
         "scored_rows": scored_rows,
         "teacher": teacher,
+        "validation": validation,
     }
 
 
-def which_target(facts: Mapping[str, Any]) -> Advice:
-    """A short ranked suggestion from measured facts, or "not enough evidence".
+def which_target(facts: Mapping[str, Any], compared: Compared | None = None) -> Advice:
+    """What a comparison has decided; else a short ranking that says what it rests on, or "not enough evidence".
 
     The rule: find the points of the noise map (`qtarget bench noise`) whose base knows as much of its rows as this one of
     these. Several bases may: one that knows little of clean rows, and one that knows most of noisy ones. At all of them, rank
-    targets by how far they ever fall behind the best one, over all noise that was tried.
+    targets by how far they ever fall behind the best one, over all noise that was tried. Where rows agree against a sure
+    base, targets that keep a flaw of the base come after those that correct it.
 
     Args:
         facts: of ``facts_of``.
+        compared: a finished comparison of these rows and this model.
     """
     notes = _notes(facts)
+    if compared is not None:
+        return Advice("compared", compared.in_audit(), facts, notes=notes, compared=compared)
     gap = _what_is_missing(facts)
     if gap is not None:
-        return Advice("not enough evidence", f"Not enough evidence: {gap}", facts, notes=notes)
-    return Advice("suggestion", *_from_the_map(facts), notes=notes)
+        wanted = proposal(facts)
+        summary = f"Not enough evidence: {gap} {next_step(facts, wanted)}"
+        return Advice("not enough evidence", summary, facts, notes=notes, compare=wanted)
+    return _from_the_map(facts, notes)
 
 
-def about_target(advice: Advice, target: str) -> list[str]:
-    """Advice on one target in two lines: what the user's own rows say, and what the synthetic map alone does.
+def next_step(facts: Mapping[str, Any], wanted: Proposal) -> str:
+    """How a verdict comes about."""
+    if facts.get("validation") is False:
+        return (
+            "A verdict needs validation rows, and this config names none: set validation_file (`qtarget init` splits some "
+            "off), then `qtarget compare`."
+        )
+    return f"On your validation rows `{command_for('compare', *wanted.options())}` decides."
+
+
+def about_target(advice: Advice, target: str, *, guard: bool = False) -> list[str]:
+    """Advice on one target in a few lines: what the user's own rows say, and what the synthetic map alone does.
 
     Args:
         target: a registry name.
+        guard: whether the run has ``guard: true``.
     """
-    lines = [f"your rows: {'; '.join(own_evidence(advice.facts)) or 'nothing was measured'}"]
-    named = [statement for statement in (*advice.ranked, *advice.avoid) if target in statement.targets]
+    own = own_evidence(advice.facts)
+    if advice.compared is not None:
+        return [*(f"your rows: {'; '.join(own)}" for _ in own[:1]), advice.compared.in_training()]
+    lines = [f"your rows: {'; '.join(own) or 'nothing was measured'}"]
+    if advice.facts["flawed_prior_share"] and keeps_flaw(target, guard=guard):
+        lines.append(f"where your rows agree against a sure base: {flaw_words(target, guard=guard)}; {guard_words()}")
     if advice.verdict != "suggestion":
         return [*lines, advice.summary]
-    best = advice.ranked[0].targets[0]
-    if any(statement in advice.avoid for statement in named):
-        word = f"advises against {target}: {named[0].reason.rstrip('.')}; it has {best} least behind"
-    elif named:
-        word = f"has {target} among the {len(advice.ranked)} that fall least behind the best one"
+    names = [statement.targets[0] for statement in (*advice.ranked, *advice.avoid)]
+    avoided = {name: statement.reason for statement in advice.avoid for name in statement.targets}
+    first = advice.ranked[0].targets[0]
+    if target in avoided:
+        word = f"advises against {target}: {avoided[target].rstrip('.')}; first is {first}"
+    elif target in names:
+        word = f"has {target} among its first {len(advice.ranked)}"
     else:
-        word = f"has {best} least behind, and says little of {target}"
-    own = "; compare both on validation rows of yours: `qtarget compare`"
-    return [*lines, f"the synthetic map alone, no evidence of your rows: it {word}{own}"]
+        word = f"has {first} first, and says little of {target}"
+    return [
+        *lines,
+        f"the synthetic map alone, no verdict on your rows: it {word}. {next_step(advice.facts, advice.compare)}",
+    ]
 
 
 def own_evidence(facts: Mapping[str, Any]) -> list[str]:
@@ -149,127 +176,92 @@ def own_evidence(facts: Mapping[str, Any]) -> list[str]:
     if facts["suspected_share"]:
         out.append(f"{facts['suspected_share']:.2%} of the labels look suspicious")
     if facts["flawed_prior_share"]:
-        out.append(f"on {facts['flawed_prior_share']:.2%} rows agree against a sure base (`guard: true`)")
+        out.append(f"on {facts['flawed_prior_share']:.2%} rows agree against a sure base")
     return out
 
 
 def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
     """Why nothing can be suggested, and the next step; None where something can."""
     favourite, scored_rows = facts["favourite_share"], facts["scored_rows"]
+    again = f"`{command_for('audit-data')}`"
     if favourite is None:
-        missing = "no cache with top-k" if facts["mean_surprise"] is not None else "no reference cache"
-        return (
-            f"{missing}, so how much the base already knows is unmeasured. Run `qtarget score CONFIG.yaml` and "
-            "audit again."
-        )
+        has_cache = facts["mean_surprise"] is not None
+        missing = "the base's cache holds no top-k" if has_cache else "the base has not been asked"
+        into = ("--top_k", "32", "--output", "base_cache") if has_cache else ()
+        named = " and audit again with `--reference base_cache`." if has_cache else f", then {again}."
+        return f"{missing}, so what it knows of these rows is unmeasured: `{command_for('score', *into)}`{named}"
     if scored_rows < FEWEST_SCORED_ROWS:
         return (
             f"only {scored_rows} rows were scored; below {FEWEST_SCORED_ROWS} the share of labels that are the base's "
-            "first choice is known to no better than 5 points. Score more rows and audit again."
+            "first choice is known to no better than 5 points, so it says nothing of targets."
         )
-    share = _nearest(facts)["favourite_share"]
+    share = nearest(favourite)["favourite_share"]
     if abs(favourite - share) > FARTHEST:
         return (
             f"{favourite:.0%} of the labels are the base's first choice, and the nearest base that targets were compared on "
-            f"had {share:.0%}. Train `sft` and one other with equal budgets and compare them on clean held-out rows."
+            f"had {share:.0%}."
         )
     return None
 
 
-def _nearest(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The point of the map whose base knows most nearly as much of its rows."""
-    points = evidence()["noise_map"]["points"]
-    return min(points, key=lambda point: abs(point["favourite_share"] - facts["favourite_share"]))
-
-
-def _from_the_map(
-    facts: Mapping[str, Any],
-) -> tuple[str, Mapping[str, Any], tuple[Statement, ...], tuple[Statement, ...]]:
-    """Summary, facts, ranked and avoided targets."""
-    near, known = _nearest(facts), evidence()["noise_map"]["points"]
-    farthest = abs(near["favourite_share"] - facts["favourite_share"]) + ALIKE
-    bases = {p["base"] for p in known if abs(p["favourite_share"] - facts["favourite_share"]) <= farthest}
-    points = [point for point in known if point["base"] in bases]
+def _from_the_map(facts: Mapping[str, Any], notes: tuple[str, ...]) -> Advice:
+    """By the synthetic map, put in another order by what the user's rows say of the base."""
+    points = points_like(facts["favourite_share"])
     regret = regrets(points)
     avoided = [name for name in regret if regret[name] > regret["sft"] + CLEARLY_WORSE]
-    ranked = [name for name in sorted(regret, key=lambda name: regret[name]) if name not in avoided][:RANKED]
-    where = (
-        f"{facts['favourite_share']:.0%} of the labels are the base's first choice ({near['favourite_share']:.0%} at the "
-        "benchmark's nearest point)"
-    )
-    tried = ", ".join(point_words(point) for point in points)
-    best = tuple(
-        Statement(
-            (name,),
-            f"{where}. There {name} was never more than {regret[name]:.1f} points behind the best target ({tried}).",
-            (_at(points, name),),
-        )
-        for name in ranked
-    )
+    flawed = bool(facts["flawed_prior_share"])
+    by_map = sorted((name for name in regret if name not in avoided), key=lambda name: regret[name])
+    order = sorted(by_map, key=keeps_flaw) if flawed else by_map
+    ranked = order[:RANKED]
+    firsts = [next(name for name in names if name != "sft") for names in (order, by_map) if set(names) - {"sft"}]
+    wanted = proposal(facts, firsts or USUAL)
+    best = tuple(Statement((name,), _reason(name, regret, flawed), (at(points, name),)) for name in ranked)
     avoid = tuple(
-        Statement(
-            (name,), f"{regret[name]:.1f} points behind the best target at its worst there.", (_at(points, name),)
-        )
+        Statement((name,), f"{regret[name]:.1f} points behind the best target at its worst there.", (at(points, name),))
         for name in avoided
     )
+    near = nearest(facts["favourite_share"])["favourite_share"]
+    rests = "The order below is the synthetic map's"
+    if order[: len(ranked)] != by_map[: len(ranked)]:
+        rests += f", with {ranked[0]} put first for what your rows show (`flawed_prior`)"
     summary = (
-        f"No verdict on your rows yet. The synthetic map (one family of tasks, a tiny base) has {ranked[0]} least behind where "
-        "the base knows as much of its rows: compare it with plain sft on validation rows of yours, `qtarget compare`."
+        f"No verdict on your rows yet. {next_step(facts, wanted)} {rests}: one family of tasks, a tiny base that knew as much of "
+        f"its rows ({near:.0%} of the labels its first choice, {facts['favourite_share']:.0%} here), at {len(points)} points: "
+        f"{', '.join(point_words(point) for point in points)}."
     )
-    return summary, facts, best, avoid
+    return Advice("suggestion", summary, facts, best, avoid, notes, wanted)
 
 
-def regrets(points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How far each target that stands at all points ever is behind the best one, in points of accuracy.
-
-    Example:
-        >>> regrets([{"accuracy_percent": {"sft": [50, 0, 0], "dft": [60, 0, 0]}},
-        ...          {"accuracy_percent": {"sft": [70, 0, 0], "dft": [0, 0, 0], "asft": [1, 0, 0]}}])
-        {'sft': 10, 'dft': 70}
-    """
-    found = [point["accuracy_percent"] for point in points]
-    everywhere = [name for name in found[0] if all(name in accuracy for accuracy in found)]
-    best = [max(mean for mean, _, _ in accuracy.values()) for accuracy in found]
-    return {
-        name: max(top - accuracy[name][0] for top, accuracy in zip(best, found, strict=True)) for name in everywhere
-    }
-
-
-def point_words(point: Mapping[str, Any]) -> str:
-    """``base that knows most: 40 % random tokens``."""
-    noise = f"{100 * point['rate']:g} % {point['kind'].replace('_', ' ')}" if point["rate"] else "clean rows"
-    return f"base that knows {point['base']}: {noise}"
-
-
-def _at(points: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
-    """A target's numbers and sft's, with their file."""
-    known = evidence()["noise_map"]
-    return {
-        "file": known["file"],
-        "seeds": known["seeds"],
-        "accuracy_percent": {
-            point_words(point): {name: point["accuracy_percent"][name] for name in (target, "sft")} for point in points
-        },
-    }
+def _reason(name: str, regret: Mapping[str, float], flawed: bool) -> str:
+    behind = f"never more than {regret[name]:.1f} points behind the best target there"
+    if not flawed:
+        return f"{behind}."
+    if name == "sft":
+        return f"{behind}; no weight or anchor of the base holds it back where your rows agree against it."
+    return f"{behind}; {flaw_words(name)}."
 
 
 def _notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
-    if facts["duplicate_share"] or facts["contradictory_share"]:
+    if facts["duplicate_share"]:
         notes.append(
-            f"{facts['duplicate_share']:.1%} of the rows repeat an earlier one and {facts['contradictory_share']:.1%} answer "
-            "an earlier prompt differently: correct that in the data; no benchmark here compares targets on it."
+            f"{facts['duplicate_share']:.1%} of the rows repeat an earlier one: remove the copies, or mean them as votes."
+        )
+    if facts["contradictory_share"]:
+        notes.append(
+            f"{facts['contradictory_share']:.1%} of the rows share a prompt with a row that answers otherwise: where only one "
+            "answer can be right, correct that in the data."
         )
     if facts["flawed_prior_share"]:
         notes.append(
-            f"on {facts['flawed_prior_share']:.2%} of the labels demonstrations agree against a confident base: a weight or "
-            "anchor from this base (dft, p_power, asft, sft_kl, target_sft with the base as teacher) pulls least there: set "
-            "`guard: true` (docs/benchmarks.md, `qtarget bench prior`)."
+            f"on {facts['flawed_prior_share']:.2%} of the labels demonstrations agree against a confident base, which is wrong "
+            f"there, or does not know the format: sft corrects it, what leans on this base less; {guard_words()} "
+            "(docs/benchmarks.md, `qtarget bench prior`)."
         )
     if facts.get("bad_rows"):
         notes.append(
-            f"{facts['bad_rows']:,} rows look bad to the base, and the evidence shows two kinds of rows: `qtarget filter` shows "
-            "them, and `filter: auto` leaves them out of any target's training."
+            f"{facts['bad_rows']:,} rows look bad to the base, and the evidence shows two kinds of rows: "
+            f"`{command_for('filter')}` shows them, and `filter: auto` leaves them out of any target's training."
         )
     if facts["suspected_share"]:
         notes.append(

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget.core.command import command_for
 from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.findings import Finding, in_order
 from qtarget.data.checks.text import check_texts
 from qtarget.data.checks.tokens import Vocabulary, check_roles, check_tokens
 from qtarget.data.checks.weights import check_weights
 from qtarget.report.audit.advice import Advice, facts_of, which_target
+from qtarget.report.audit.compared import Compared
 from qtarget.report.audit.noise import check_noise
 from qtarget.report.audit.prior import check_prior
 from qtarget.report.audit.scored import check_coverage, score_from_cache
@@ -51,13 +53,11 @@ class DataAudit:
 def audit_texts(raw: Sequence[Mapping[str, Any]], *, text_field: str = "text") -> DataAudit:
     """The checks that need no tokenizer."""
     message = (
-        "tokens, masks, lengths and the base's surprise were not checked: no tokenizer; pass CONFIG.yaml, or "
-        "--model_name_or_path MODEL"
+        "tokens, masks, lengths and the base's surprise were not checked: no tokenizer; audit the config that `qtarget init` "
+        "writes, or pass --model_name_or_path MODEL"
     )
     unchecked = Finding("tokens_unchecked", "info", len(raw), (), message)
-    return _complete(
-        len(raw), [*check_texts(raw, text_field=text_field), *check_weights(raw), unchecked], teacher=False
-    )
+    return _complete(len(raw), [*check_texts(raw, text_field=text_field), *check_weights(raw), unchecked])
 
 
 def audit_unrendered(
@@ -66,7 +66,7 @@ def audit_unrendered(
     """The checks that are left where rows cannot be tokenised, for reasons that ``findings`` name."""
     message = "tokens, masks, lengths and the base's surprise were not checked: training stops before, see the errors"
     unchecked = Finding("tokens_unchecked", "info", len(raw), (), message)
-    return _complete(len(raw), [*findings, *check_texts(raw, text_field=text_field), unchecked], teacher=False)
+    return _complete(len(raw), [*findings, *check_texts(raw, text_field=text_field), unchecked])
 
 
 def audit_data(
@@ -84,6 +84,8 @@ def audit_data(
     cache: ReferenceCache | None = None,
     witness: ReferenceCache | None = None,
     teacher: bool = False,
+    validation: bool | None = None,
+    compared: Compared | None = None,
     more: Sequence[Finding] = (),
 ) -> DataAudit:
     """Every check, on rows in three states; row i is the same in each.
@@ -96,6 +98,8 @@ def audit_data(
         cache: of the base, for what it finds surprising; None leaves those checks out.
         witness: of copies that have not seen the rows, beside ``cache``.
         teacher: whether one is at hand.
+        validation: whether there are validation rows to compare on; None where nobody knows.
+        compared: a finished comparison of these rows and this model.
         more: findings of the caller (of the rendered rows, a cache of another model).
     """
     known = {found.check for found in more}
@@ -112,7 +116,8 @@ def audit_data(
     ]
     if cache is None:
         message = (
-            "what the base finds surprising was not checked: no cache of the base; run `qtarget score CONFIG.yaml`"
+            "what the base finds surprising, which rows look bad to it and where rows agree against it were not checked: run "
+            f"`{command_for('score')}`, then `{command_for('audit-data')}`"
         )
         findings.append(Finding("base_unchecked", "info", len(raw), (), message))
     elif not any(found.check == "outside_vocabulary" for found in findings):
@@ -121,8 +126,11 @@ def audit_data(
         findings += check_noise(scored, vocabulary.decode)
         findings += check_prior(scored, vocabulary.decode)
         findings += [] if witness is None else check_witness(scored, trained, cache, witness)
-    return _complete(len(raw), findings, teacher=teacher)
+    facts = facts_of(in_order(findings), rows=len(raw), teacher=teacher, validation=validation)
+    return DataAudit(len(raw), tuple(in_order(findings)), which_target(facts, compared))
 
 
-def _complete(rows: int, findings: Sequence[Finding], *, teacher: bool) -> DataAudit:
-    return DataAudit(rows, tuple(in_order(findings)), which_target(facts_of(findings, rows=rows, teacher=teacher)))
+def _complete(rows: int, findings: Sequence[Finding]) -> DataAudit:
+    """An audit without tokens."""
+    found = tuple(in_order(findings))
+    return DataAudit(rows, found, which_target(facts_of(found, rows=rows, teacher=False)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtarget.report.audit.advice import evidence
+from qtarget.report.audit.evidence import evidence
 
 SHOWN = 3
 """Places that are named; the others are counted."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.command import command_for
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, named
 from qtarget.filtering import ScoredRows, decide
 from qtarget.report.audit.scored import Decode, ScoredTokens
@@ -88,7 +89,7 @@ def row_kinds(check: str, rows: ScoredRows, rule: str = "auto") -> Finding:
     if not len(bad):
         return Finding(check, "info", 0, (), decision.summary, found)
     first = tuple(int(row) for row in bad[:ROWS_NAMED])
-    shown = "qtarget filter" + f" --rule {rule}" * (rule != "auto")
+    shown = command_for("filter", *(("--rule", rule) if rule != "auto" else ()))
     message = f"{decision.summary}: {named(bad.tolist())}; `{shown}` shows them, `filter: {rule}` leaves them out"
     return Finding(check, "warning", len(bad), first, message, found)
 

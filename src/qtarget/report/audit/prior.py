@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.command import command_for
 from qtarget.data.checks.findings import ROWS_NAMED, Finding
 from qtarget.report.audit.scored import Decode, ScoredTokens
 
@@ -128,7 +129,8 @@ def check_prior(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     if scored.top_ids is None:
         message = (
             "whether demonstrations agree against a confident base cannot be told: the cache holds the labels' "
-            "log-probs alone; run `qtarget score CONFIG.yaml --top_k 32`"
+            f"log-probs alone; run `{command_for('score', '--top_k', '32', '--output', 'base_cache')}` and audit again with "
+            "`--reference base_cache`"
         )
         return [Finding("flawed_prior_unchecked", "info", len(scored.numbers), (), message, {})]
     groups = flawed_prior(scored)
@@ -139,8 +141,8 @@ def check_prior(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     examples = [_example(scored, group, decode) for group in groups[: 2 * ROWS_NAMED]]
     message = (
         f"{len(labels)} labels in {len(rows)} rows, {len(groups)} contexts: the base puts more than {CONFIDENCE:.0%} on "
-        f"one token where {FEWEST_ROWS} or more demonstrations agree on another; a weight or anchor from this base would "
-        "keep the flaw, plain sft corrects it; read the examples"
+        f"one token where {FEWEST_ROWS} or more demonstrations agree on another: the base is wrong there, or does not know the "
+        "format; a weight or anchor from this base would keep that, plain sft corrects it; read the examples"
     )
     evidence = {"labels": len(labels), "contexts": len(groups), "share": round(len(labels) / len(scored.places), 5)}
     named = tuple(int(scored.numbers[row]) for row in rows[:ROWS_NAMED])

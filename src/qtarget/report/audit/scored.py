@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.command import command_for
 from qtarget.data.checks.findings import Finding, finding
 from qtarget.report.tokens import flatten_rows, numbers_at
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -112,6 +113,7 @@ def score_from_cache(rows: Sequence[Mapping[str, Any]], cache: ReferenceCache) -
 
 def check_coverage(missing: Sequence[int], of: int, cache: ReferenceCache) -> list[Finding]:
     """Rows that the cache lacks: training with it refuses to start."""
-    step = "run `qtarget score CONFIG.yaml` into a new folder: their tokens or their mask differ from every scored row"
+    again = command_for("score", "--output", "new_cache")
+    step = f"run `{again}`: their tokens or their mask differ from every scored row"
     what = f"are not in the cache {cache.path.name} (of model {cache.manifest.model_id!r})"
     return finding("cache_coverage", "error", missing, of, what, step, cache_rows=len(cache))

@@ -1,0 +1,101 @@
+"""A finished `qtarget compare` beside a run: found by its rows and its model, whatever its folder is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtarget.cli.options.config import RunConfig
+    from qtarget.report.audit.compared import Compared
+
+DECIDES = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
+    "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps",
+    "warmup_ratio", "assistant_only_loss", "completion_only_loss",
+)  # fmt: skip
+"""Keys that a verdict holds for, beside rows and model."""
+
+
+def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
+    """The newest finished comparison beside ``output_dir`` of these training rows and this model; None without one.
+
+    Args:
+        rows: to be trained on, as ``load_datasets`` reads them.
+    """
+    from qtarget.cli.comparing import model_digest, rows_digest
+
+    finished = list(_finished(Path(os.path.abspath(str(config.training.output_dir))).parent))
+    if not finished:
+        return None
+    now = {"model": model_digest(config), "train": rows_digest(rows)}
+    for file, plan, document in finished:
+        if {"model": plan.get("model"), "train": plan.get("rows", {}).get("train")} == now:
+            return _compared(config, file, plan, document)
+    return None
+
+
+def _finished(parent: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Documents beside a run, each with its plan; the newest first, what cannot be read is none."""
+    from qtarget.cli.comparing import DOCUMENT
+    from qtarget.comparison.kept import PLAN
+    from qtarget.storage.folders import COMPARISON, kind_of
+
+    files = sorted(parent.glob(f"*/{DOCUMENT}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    for file in files:
+        if kind_of(file.parent) != COMPARISON:
+            continue
+        try:
+            plan, document = (json.loads((file.parent / name).read_text(encoding="utf-8")) for name in (PLAN, DOCUMENT))
+        except (OSError, ValueError):
+            continue
+        if isinstance(plan, dict) and isinstance(document, dict) and "finding" in document:
+            yield file, plan, document
+
+
+def _compared(config: RunConfig, file: Path, plan: Mapping[str, Any], document: Mapping[str, Any]) -> Compared:
+    from qtarget.cli.options.frozen import shown
+    from qtarget.report.audit.compared import Compared
+
+    taken = next((one for one in document["contenders"] if one["name"] == document["take"]), None)
+    settings = plan.get("settings", {})
+    now = {key: str(config.given[key]) for key in DECIDES if key in config.given}
+    return Compared(
+        file=shown(file),
+        finding=document["finding"],
+        take=document["take"],
+        options={} if taken is None else _options(config, taken),
+        output_dir=shown(_free(Path(os.path.abspath(str(config.training.output_dir))), str(document["take"]))),
+        helps=taken is None or taken["level"] > document["base"]["level"],
+        others=tuple(key for key in DECIDES if now.get(key) != settings.get(key)),
+    )
+
+
+def _options(config: RunConfig, taken: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of the contender, and its best rate, where the config's differ; values as the command line takes them."""
+    wanted = dict(taken["overrides"])
+    if taken["best_rate"] is not None:
+        wanted["learning_rate"] = taken["best_rate"]
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in wanted.items()
+        if (value or None) != (_current(config, key) or None)
+    }
+
+
+def _current(config: RunConfig, key: str) -> Any:
+    """The config's own, in the words of a contender."""
+    if key == "filter":
+        return config.given.get(key) or "none"
+    return next((getattr(part, key) for part in (config.training, config.model) if hasattr(part, key)), None)
+
+
+def _free(output_dir: Path, name: str) -> Path:
+    """A folder beside the run's that nothing lies in yet, called after a contender."""
+    stem = re.sub(r"[^\w.=-]+", "-", name).strip("-")
+    places = (output_dir.with_name(stem + (f"-{i}" if i else "")) for i in range(1000))
+    return next(place for place in places if not place.exists() or not any(place.iterdir()))

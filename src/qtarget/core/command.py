@@ -1,0 +1,70 @@
+"""The command line that runs, for messages that name the next one: what they print runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+from contextvars import ContextVar
+from pathlib import Path
+
+PLACEHOLDER = "CONFIG.yaml"
+"""Of a config, where a library call and no command line is running."""
+_given: ContextVar[tuple[str, tuple[str, ...]]] = ContextVar("given", default=(PLACEHOLDER, ()))
+
+
+OWN = (
+    "witness", "target", "target_kwargs", "guard", "filter", "resume", "max_steps", "num_train_epochs", "learning_rate",
+)  # fmt: skip
+"""Keys of one training, which say nothing to a frozen model and its copies."""
+
+
+def remember(config: str | Path, overrides: Iterable[str] = ()) -> None:
+    """Remember the config of this command line, and those of its ``--key value`` overrides that a scoring reads."""
+    _given.set((str(config), tuple(_kept(overrides, set(OWN)))))
+
+
+def _kept(arguments: Iterable[str], without: set[str]) -> Iterable[str]:
+    """The arguments but for some options and their values.
+
+    Example:
+        >>> list(_kept(["--target", "sft", "--seed=1", "--packing"], {"target"}))
+        ['--seed=1', '--packing']
+    """
+    kept = True
+    for argument in arguments:
+        if argument.startswith("--"):
+            kept = argument[2:].partition("=")[0].replace("-", "_") not in without
+        if kept:
+            yield argument
+
+
+def command_for(verb: str, *options: str) -> str:
+    """A verb with this command line's config and overrides, quoted for a shell.
+
+    Example:
+        >>> remember("run.yaml", ["--seed", "1", "--target", "dft"])
+        >>> command_for("score", "--output", "my cache")
+        "qtarget score run.yaml --seed 1 --output 'my cache'"
+    """
+    config, overrides = _given.get()
+    shortened = [from_here(option) if os.path.isabs(option) else option for option in options]
+    return shlex.join(["qtarget", verb, config, *overrides, *shortened])
+
+
+def crossfit_command(folder: str | Path = "witness") -> str:
+    """How copies of the default recipe come about, and how they are named; in words that run as they stand."""
+    return (
+        f"`{command_for('score', '--crossfit', '2', '--output', str(folder))}`, then add `--witness {quoted(folder)}`"
+    )
+
+
+def quoted(path: str | Path) -> str:
+    """A path from here where that is shorter, quoted for a shell."""
+    return shlex.quote(from_here(path))
+
+
+def from_here(path: str | Path) -> str:
+    """A path from here where it lies below, else as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
