@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,7 +122,29 @@ def test_killed_and_gone_on_with_it_redoes_nothing_that_was_finished(config, tmp
     assert not list(folder.glob("**/checkpoint-*"))
 
 
-def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
+def assert_repeated(config: Path, document: dict, tmp_path: Path, capsys, caplog) -> None:
+    """The verdict is said by audit and training of the same rows, and the command beside it trains what was taken."""
+    capsys.readouterr()
+    qtarget("audit-data", config)
+    said = capsys.readouterr().out
+    assert document["finding"] in said and "run-compare/comparison.json" in said and "No verdict" not in said
+    rate = document["contenders"][0]["best_rate"]
+    assert document["take"] == "sft" and rate == 0.002, "the config's own target and rate"
+    [command] = [shlex.split(part) for part in said.split("`") if part.startswith("qtarget train ")]
+    qtarget(*command[1:], "--max_steps", "1")
+    assert document["finding"] in caplog.text and "of runs with other max_steps" in caplog.text
+    assert "differs from this run" not in caplog.text
+    qtarget("train", config, "--target", "dft", "--output_dir", tmp_path / "other")
+    assert caplog.text.count("What was taken differs from this run: `--target sft`.") == 1
+    capsys.readouterr()
+    rows = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(rows + rows.splitlines()[0] + "\n")
+    qtarget("audit-data", config)
+    assert document["finding"] not in capsys.readouterr().out, "a verdict on other rows is none on these"
+    (tmp_path / "train.jsonl").write_text(rows)
+
+
+def test_rows_without_answers_and_a_budget(config, tmp_path, capsys, caplog):
     texts = [{"text": row["prompt"] + row["completion"]} for row in load_demonstrations("train")[:30]]
     write_rows(tmp_path / "train.jsonl", texts[:20])
     held_out = [texts[3], *texts[20:], texts[5]]
@@ -138,6 +161,7 @@ def test_rows_without_answers_and_a_budget(config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "nats a token against sft" in document["finding"] and "nats a token" in printed
     assert "2 of 12 rows are training rows too, and judge nobody" in printed
+    assert_repeated(config, document, tmp_path, capsys, caplog)
     assert "one run takes" in refused(
         capsys, "compare", config, "--budget", "1s", "--output", tmp_path / "b", "--at-once", "1"
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
     from qtarget.cli.options.settings import Setting
     from qtarget.data.checks.findings import Finding
-    from qtarget.report.audit.advice import Advice
+    from qtarget.report.audit.advice import Advice, Statement
     from qtarget.report.audit.document import DataAudit
     from qtarget.scoring.cache.reader import ReferenceCache
 
@@ -92,7 +92,8 @@ def run_audit(
     check_settings(settings, source)
     config = build_config(settings, source)
     check_outputs({"--json": json_file}, [source, *config.inputs])
-    return audit_config(config, split, cache_required=not {"reference", "reference_cache"}.isdisjoint(overrides))
+    required = not {"reference", "reference_cache"}.isdisjoint(overrides)
+    return audit_config(config, split, cache_required=required, alone=is_data)
 
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:
@@ -112,11 +113,14 @@ def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> 
     return audit_texts(rows, text_field=text_field)
 
 
-def audit_config(config: RunConfig, split: Literal["train", "validation"], *, cache_required: bool) -> DataAudit:
+def audit_config(
+    config: RunConfig, split: Literal["train", "validation"], *, cache_required: bool, alone: bool = False
+) -> DataAudit:
     """Audit the rows of a config, tokenised exactly as training does; the model's weights are not read.
 
     Args:
         cache_required: a ``reference_cache`` that is not there is an error; else its checks are left out.
+        alone: the config was made of a file of rows, and no config that trains.
     """
     from qtarget.cli.compared import found_comparison
     from qtarget.cli.options.datasets import load_datasets
@@ -151,7 +155,7 @@ def audit_config(config: RunConfig, split: Literal["train", "validation"], *, ca
         cache=cache,
         witness=open_cache(found_witness(config, both), True),
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
-        validation=both[1] is not None,
+        validation=None if alone else both[1] is not None,
         compared=found_comparison(config, both[0]),
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(rows)) if cache is not None else ())],
     )
@@ -227,13 +231,20 @@ def _print_advice(advice: Advice, console: Console) -> None:
     if own := own_evidence(advice.facts):
         console.print(Text("Your rows: ", style="bold") + Text("; ".join(own)), soft_wrap=True)
     console.print(Text("Which target? ", style="bold") + Text(advice.summary, style=""), soft_wrap=True)
-    lines = [(f"{i}. {', '.join(s.targets)}", s) for i, s in enumerate(advice.ranked, start=1)]
-    lines += [(f"not {', '.join(s.targets)}", s) for s in advice.avoid]
-    for name, statement in lines:
-        sources = ", ".join(dict.fromkeys(entry["file"] for entry in statement.evidence))
-        console.print(Text(f"  {name}: {statement.reason} [{sources}]"), soft_wrap=True)
+    for i, statement in enumerate(advice.ranked, start=1):
+        console.print(
+            Text(f"  {i}. {', '.join(statement.targets)}: {statement.reason} {_files([statement])}"), soft_wrap=True
+        )
+    if advice.avoid:
+        words = "; ".join(f"{', '.join(one.targets)}: {one.reason}" for one in advice.avoid)
+        console.print(Text(f"  not {words} {_files(advice.avoid)}"), soft_wrap=True)
     for note in advice.notes:
         console.print(Text(f"  note: {note}"), soft_wrap=True)
+
+
+def _files(statements: Sequence[Statement]) -> str:
+    """Files that statements rest on."""
+    return f"[{', '.join(dict.fromkeys(entry['file'] for one in statements for entry in one.evidence))}]"
 
 
 def print_start(source: Path, arguments: Sequence[str], console: Console) -> None:

@@ -125,7 +125,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
 
     training = config.training
     training.reference_cache, training.witness = found_reference(config), found_witness(config)
-    whole: Any = load_datasets(config)[options.split == "validation"]
+    both = load_datasets(config)
+    whole: Any = both[options.split == "validation"]
     if whole is None:
         raise ConfigError(
             "--split validation: the config names no validation_file; set it, or look at the training rows"
@@ -157,7 +158,7 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
         row_groups(raw, options.group or training.group_by, text_field=training.dataset_text_field),
         row_marks,
         token_marks,
-        _audit(config, raw, tokens, cut_rows, loaded) if options.audit and not sampled else None,
+        _audit(config, both, raw, tokens, cut_rows, loaded) if options.audit and not sampled else None,
     )
 
 
@@ -309,9 +310,12 @@ def _marks(options: Options, raw: list[dict[str, Any]], rows: TokenRows, tokeniz
     return by_row, np.concatenate(parts)
 
 
-def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple) -> Any:
+def _audit(
+    config: RunConfig, both: tuple[Any, Any], raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple
+) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
     from qtarget.cli.audit_data import cache_findings, open_cache
+    from qtarget.cli.compared import found_comparison
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data
@@ -334,6 +338,8 @@ def _audit(config: RunConfig, raw: list[dict[str, Any]], tokens: Any, cut_rows: 
         witness=open_cache(training.witness, True),
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(raw)) if cache is not None else ())],
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
+        validation=both[1] is not None,
+        compared=found_comparison(config, both[0]),
     ).as_dict()
 
 

@@ -79,6 +79,9 @@ def test_a_mask_that_runs_away_is_measured_against_the_other_rows():
     assert (found.check, found.rows, found.evidence) == ("runaway_mask", (1,), {"median_share": 0.4})
     assert check_runaway([whole] * 3) == []  # plain text is trained on as a whole
     assert check_runaway([masked] * 3) == []
+    long_answer = row(list(range(10, 410)), trained_from=7)
+    assert check_runaway([masked, long_answer, masked]) == [], "its prompt is masked, though it is little of the row"
+    assert check_runaway([masked, row(list(range(10, 410)), trained_from=2), masked])[0].rows == (1,)
 
 
 def test_lengths_are_those_of_numpy():

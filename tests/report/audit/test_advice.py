@@ -69,7 +69,7 @@ def test_a_base_that_knows_little_is_not_told_from_noise_by_one_share():
     little, noisy = shares["none", "random_tokens", 0.0], shares["most", "random_tokens", 0.4]
     assert abs(little - noisy) < 0.05
     tried = which_target(facts((little + noisy) / 2)).summary
-    assert "base that knows none" in tried and "base that knows most" in tried
+    assert "bases that know none, most" in tried
 
 
 def test_prior_surprise_is_advised_against_where_the_base_knows_the_format():
@@ -137,6 +137,8 @@ def test_training_is_told_what_a_flawed_prior_does_to_its_target():
     found = which_target(facts(0.8, flawed_prior_share=0.01))
     told = about_target(found, "consensus")
     assert f"consensus corrected {mean_corrected('consensus'):.0f} % of a planted flaw" in told[1]
+    assert "`guard: true` does not make up for it in consensus" in told[1]
+    assert "`guard: true` makes up for it in dft" in about_target(found, "dft")[1]
     assert "consensus with guard corrected" in about_target(found, "consensus", guard=True)[1]
     for target, guard in (("sft", False), ("dft", True)):
         assert not any("planted flaw" in line for line in about_target(found, target, guard=guard))
@@ -168,7 +170,7 @@ def test_a_comparison_of_these_rows_is_the_verdict():
     assert found.finding in advice.summary and "synthetic" not in advice.summary
     assert "--target dft --learning_rate 0.002 --output_dir runs/dft`" in advice.summary
     said = about_target(advice, "sft")
-    assert said[-1].endswith("This run is another one: `--target dft --learning_rate 0.002` trains dft.")
+    assert said[-1].endswith(" What was taken differs from this run: `--target dft --learning_rate 0.002`.")
     same = dataclasses.replace(found, options={})
     assert about_target(which_target(facts(None), same), "dft") == [
         f"Compared on your validation rows (runs/c/comparison.json): {found.finding}."
@@ -184,12 +186,9 @@ def test_notes_follow_the_facts():
     notes = which_target(
         facts(0.5, teacher=True, duplicate_share=0.1, flawed_prior_share=0.02, suspected_share=0.03)
     ).notes
-    assert len(notes) == 4
-    assert "10.0% of the rows repeat" in notes[0]
-    assert "sft corrects it" in notes[1] and "not in consensus" in notes[1]
-    assert "2.00% of the labels" in notes[1] and "guard: true" in notes[1]
-    assert "3.00% of the labels" in notes[2]
-    assert "not enough evidence" in notes[3]
+    assert len(notes) == 2, "what a finding says itself is not said again"
+    assert "2.00% of the labels" in notes[0] and "sft corrects that" in notes[0]
+    assert "not enough evidence" in notes[1]
 
 
 def test_facts_are_taken_from_the_findings():
@@ -204,6 +203,8 @@ def test_facts_are_taken_from_the_findings():
         "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
         "bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True, "validation": None,
     }  # fmt: skip
+    unknown = [findings[0], dataclasses.replace(findings[1], severity="info")]
+    assert facts_of(unknown, rows=10, teacher=False)["suspected_share"] == 0.0  # of a base that does not know the rows
     unscored = facts_of(findings[2:], rows=10, teacher=False)
     assert [unscored[name] for name in ("mean_surprise", "suspected_share", "flawed_prior_share")] == [None] * 3
     assert unscored["scored_rows"] == 0

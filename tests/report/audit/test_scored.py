@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtarget.data.roc import roc_auc
-from qtarget.report.audit.noise import check_noise, row_means, suspected_rows, suspected_tokens, token_threshold
+from qtarget.report.audit.noise import (
+    check_noise,
+    knows_rows,
+    row_means,
+    suspected_rows,
+    suspected_tokens,
+    token_threshold,
+)
 from qtarget.report.audit.prior import agreed_labels, check_prior, flawed_prior
 from qtarget.report.audit.scored import ScoredTokens, check_coverage, score_from_cache
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -112,6 +119,13 @@ class TestNoise:
         found = {f.check: f for f in check_noise(mixed, decode)}["row_kinds"]
         assert (found.severity, found.count, found.rows[:2]) == ("warning", 20, (100, 105))
         assert "two kinds: 20 of 100 rows look bad" in found.message
+        strange = scored([[START, *[(9, -9.0 - 0.01 * (i % 7) - (i == 3) * 9, 5, 0.5)] * 3] for i in range(100)])
+        of_unknown = {f.check: f for f in check_noise(strange, decode)}
+        assert "does not know these rows" in of_unknown["row_kinds"].message
+        assert of_unknown["surprising_rows"].severity == "info", "what such a base finds strange accuses nobody"
+        assert "no noise" in of_unknown["surprising_rows"].message
+        (agreed,) = check_prior(strange, decode, known=knows_rows(check_noise(strange, decode)))
+        assert (agreed.check, agreed.severity) == ("flawed_prior", "info")
         without = check_noise(scored([[START, odd(9)]] * 30, top=False), decode)[0]
         assert without.evidence["favourite_share"] is None
 

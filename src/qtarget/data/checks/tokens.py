@@ -17,6 +17,8 @@ from qtarget.data.columns import message_token_weights
 
 END_WINDOW = 3
 """An end mark counts within so many last labels: ChatML writes a line end after its own."""
+HEADER = 4
+"""First tokens of a row, of which a mask that hides its prompt hides every one."""
 RUNAWAY_SHARE, USUAL_SHARE = 0.98, 0.8
 """A mask that keeps this share of a row has run away when half of all rows keep less than the other."""
 BYTE_SHARE = 0.2
@@ -168,10 +170,16 @@ def check_runaway(rows: Sequence[TokenRow] | FlatRows) -> list[Finding]:
     usual = float(np.median(shares[shares > 0])) if (shares > 0).any() else 1.0
     if usual > USUAL_SHARE:
         return []
-    what = f"train on {RUNAWAY_SHARE:.0%} or more of their tokens, where half of the rows train on {usual:.0%} or less"
+    # a long answer to a short prompt is trained on nearly whole, too: a mask that runs away begins where the row does
+    places = np.arange(len(flat.ids)) - flat.starts[flat.rows]
+    unmasked = flat.count(flat.trained & (places <= HEADER)) > 0
+    what = (
+        f"train on {RUNAWAY_SHARE:.0%} or more of their tokens, the first ones too, where half of the rows train on {usual:.0%} or "
+        "less"
+    )
     step = "look at their mask: prompt and system text should be masked as in the other rows"
     return finding(
-        "runaway_mask", "warning", np.flatnonzero(shares >= RUNAWAY_SHARE).tolist(), len(flat), what, step,
+        "runaway_mask", "warning", np.flatnonzero((shares >= RUNAWAY_SHARE) & unmasked).tolist(), len(flat), what, step,
         median_share=round(usual, 4),
     )  # fmt: skip
 

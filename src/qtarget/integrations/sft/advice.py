@@ -9,7 +9,7 @@ from typing import Any
 from qtarget.integrations.sft.trainer import QTargetTrainer
 from qtarget.report.audit.advice import Advice, facts_of, which_target
 from qtarget.report.audit.compared import Compared
-from qtarget.report.audit.noise import check_noise
+from qtarget.report.audit.noise import check_noise, knows_rows
 from qtarget.report.audit.prior import check_prior
 from qtarget.report.audit.scored import score_from_cache
 from qtarget.scoring.cache.reader import ReferenceCache
@@ -30,7 +30,8 @@ def advice_for(trainer: QTargetTrainer, cache: ReferenceCache, compared: Compare
     if not len(scored.places):
         return None
     tokenizer: Any = trainer.processing_class
-    findings = [*check_noise(scored, tokenizer.decode), *check_prior(scored, tokenizer.decode)]
+    noise = check_noise(scored, tokenizer.decode)
+    findings = [*noise, *check_prior(scored, tokenizer.decode, known=knows_rows(noise))]
     needs_teacher = bool(trainer.target.needs.teacher)
     validation = trainer.eval_dataset is not None
     facts = facts_of(findings, rows=len(rows), teacher=needs_teacher, validation=validation)

@@ -13,7 +13,7 @@ from qtarget.report.audit.compared import Compared
 from qtarget.report.audit.contenders import USUAL, Proposal, proposal
 from qtarget.report.audit.evidence import evidence
 from qtarget.report.audit.flaw import flaw_words, guard_words, keeps_flaw
-from qtarget.report.audit.noise_map import FARTHEST, at, nearest, point_words, points_like, regrets
+from qtarget.report.audit.noise_map import FARTHEST, at, bases_words, nearest, points_like, regrets
 
 RANKED = 3
 CLEARLY_WORSE = 5.0
@@ -47,7 +47,7 @@ class Advice:
         facts: what was measured here; null where there was no cache.
         ranked: best first; empty without enough evidence, and where a comparison has decided.
         avoid: targets that failed under the same conditions.
-        notes: what to do with this data whatever the target, and what to measure next.
+        notes: what the findings say of targets, beyond their own words.
         compare: what is worth a comparison.
         compared: the comparison that has decided.
     """
@@ -86,7 +86,9 @@ def facts_of(
     surprise = dict(by_name["base_surprise"].evidence) if "base_surprise" in by_name else {}
     names = ("mean_surprise", "median_surprise", "mean_entropy", "favourite_share")
     scored = bool(surprise)
-    suspected = by_name["surprising_tokens"].evidence["share"] if "surprising_tokens" in by_name else 0.0
+    surprising = by_name.get("surprising_tokens")
+    # of a base that does not know the rows it is a fact about the base
+    suspected = surprising.evidence["share"] if surprising is not None and surprising.severity == "warning" else 0.0
     flawed = by_name["flawed_prior"].evidence["share"] if "flawed_prior" in by_name else 0.0
     scored_rows = by_name["base_surprise"].count if scored else 0
     checked = scored and "flawed_prior_unchecked" not in by_name
@@ -115,15 +117,14 @@ def which_target(facts: Mapping[str, Any], compared: Compared | None = None) -> 
         facts: of ``facts_of``.
         compared: a finished comparison of these rows and this model.
     """
-    notes = _notes(facts)
     if compared is not None:
-        return Advice("compared", compared.in_audit(), facts, notes=notes, compared=compared)
+        return Advice("compared", compared.in_audit(), facts, compared=compared)
     gap = _what_is_missing(facts)
     if gap is not None:
         wanted = proposal(facts)
         summary = f"Not enough evidence: {gap} {next_step(facts, wanted)}"
-        return Advice("not enough evidence", summary, facts, notes=notes, compare=wanted)
-    return _from_the_map(facts, notes)
+        return Advice("not enough evidence", summary, facts, notes=_notes(facts), compare=wanted)
+    return _from_the_map(facts)
 
 
 def next_step(facts: Mapping[str, Any], wanted: Proposal) -> str:
@@ -148,7 +149,10 @@ def about_target(advice: Advice, target: str, *, guard: bool = False) -> list[st
         return [*(f"your rows: {'; '.join(own)}" for _ in own[:1]), advice.compared.in_training()]
     lines = [f"your rows: {'; '.join(own) or 'nothing was measured'}"]
     if advice.facts["flawed_prior_share"] and keeps_flaw(target, guard=guard):
-        lines.append(f"where your rows agree against a sure base: {flaw_words(target, guard=guard)}; {guard_words()}")
+        ways = "" if guard else guard_words([target])
+        lines.append(
+            f"where your rows agree against a sure base: {flaw_words(target, guard=guard)}" + f"; {ways}" * bool(ways)
+        )
     if advice.verdict != "suggestion":
         return [*lines, advice.summary]
     names = [statement.targets[0] for statement in (*advice.ranked, *advice.avoid)]
@@ -174,7 +178,7 @@ def own_evidence(facts: Mapping[str, Any]) -> list[str]:
     if facts["mean_surprise"] is not None:
         out.append(f"its surprise is {facts['mean_surprise']:.2f} nats a token")
     if facts["suspected_share"]:
-        out.append(f"{facts['suspected_share']:.2%} of the labels look suspicious")
+        out.append(f"{facts['suspected_share']:.2%} of the labels surprise it far beyond what it expected")
     if facts["flawed_prior_share"]:
         out.append(f"on {facts['flawed_prior_share']:.2%} rows agree against a sure base")
     return out
@@ -204,7 +208,7 @@ def _what_is_missing(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _from_the_map(facts: Mapping[str, Any], notes: tuple[str, ...]) -> Advice:
+def _from_the_map(facts: Mapping[str, Any]) -> Advice:
     """By the synthetic map, put in another order by what the user's rows say of the base."""
     points = points_like(facts["favourite_share"])
     regret = regrets(points)
@@ -217,7 +221,7 @@ def _from_the_map(facts: Mapping[str, Any], notes: tuple[str, ...]) -> Advice:
     wanted = proposal(facts, firsts or USUAL)
     best = tuple(Statement((name,), _reason(name, regret, flawed), (at(points, name),)) for name in ranked)
     avoid = tuple(
-        Statement((name,), f"{regret[name]:.1f} points behind the best target at its worst there.", (at(points, name),))
+        Statement((name,), f"{regret[name]:.1f} points behind the best one at its worst there", (at(points, name),))
         for name in avoided
     )
     near = nearest(facts["favourite_share"])["favourite_share"]
@@ -226,10 +230,9 @@ def _from_the_map(facts: Mapping[str, Any], notes: tuple[str, ...]) -> Advice:
         rests += f", with {ranked[0]} put first for what your rows show (`flawed_prior`)"
     summary = (
         f"No verdict on your rows yet. {next_step(facts, wanted)} {rests}: one family of tasks, a tiny base that knew as much of "
-        f"its rows ({near:.0%} of the labels its first choice, {facts['favourite_share']:.0%} here), at {len(points)} points: "
-        f"{', '.join(point_words(point) for point in points)}."
+        f"its rows ({near:.0%} of the labels its first choice, {facts['favourite_share']:.0%} here); {bases_words(points)}."
     )
-    return Advice("suggestion", summary, facts, best, avoid, notes, wanted)
+    return Advice("suggestion", summary, facts, best, avoid, _notes(facts, ranked), wanted)
 
 
 def _reason(name: str, regret: Mapping[str, float], flawed: bool) -> str:
@@ -237,36 +240,18 @@ def _reason(name: str, regret: Mapping[str, float], flawed: bool) -> str:
     if not flawed:
         return f"{behind}."
     if name == "sft":
-        return f"{behind}; no weight or anchor of the base holds it back where your rows agree against it."
+        return f"first where your rows agree against the base: no weight or anchor of it holds sft back; {behind}."
     return f"{behind}; {flaw_words(name)}."
 
 
-def _notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(facts: Mapping[str, Any], named: Sequence[str] = ()) -> tuple[str, ...]:
+    """What the findings do not say themselves."""
     notes = []
-    if facts["duplicate_share"]:
-        notes.append(
-            f"{facts['duplicate_share']:.1%} of the rows repeat an earlier one: remove the copies, or mean them as votes."
-        )
-    if facts["contradictory_share"]:
-        notes.append(
-            f"{facts['contradictory_share']:.1%} of the rows share a prompt with a row that answers otherwise: where only one "
-            "answer can be right, correct that in the data."
-        )
     if facts["flawed_prior_share"]:
+        ways = guard_words(named)
         notes.append(
-            f"on {facts['flawed_prior_share']:.2%} of the labels demonstrations agree against a confident base, which is wrong "
-            f"there, or does not know the format: sft corrects it, what leans on this base less; {guard_words()} "
-            "(docs/benchmarks.md, `qtarget bench prior`)."
-        )
-    if facts.get("bad_rows"):
-        notes.append(
-            f"{facts['bad_rows']:,} rows look bad to the base, and the evidence shows two kinds of rows: "
-            f"`{command_for('filter')}` shows them, and `filter: auto` leaves them out of any target's training."
-        )
-    if facts["suspected_share"]:
-        notes.append(
-            f"{facts['suspected_share']:.2%} of the labels look suspicious: read the examples. How far base surprise can be "
-            "trusted on a base like yours: docs/audit.md."
+            f"rows agree against a sure base on {facts['flawed_prior_share']:.2%} of the labels (`flawed_prior`): sft corrects "
+            f"that, what leans on this base less{f'; {ways}' * bool(ways)} (docs/benchmarks.md, `qtarget bench prior`)."
         )
     if facts["teacher"]:
         real = evidence()["real_noise"]

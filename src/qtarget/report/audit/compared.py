@@ -40,7 +40,7 @@ class Compared:
         if self.take is None or not self.options:
             return self._verdict()
         given = " ".join(f"--{key} {shlex.quote(value)}" for key, value in self.options.items())
-        return f"{self._verdict()} This run is another one: `{given}` trains {self.take}."
+        return f"{self._verdict()} What was taken differs from this run: `{given}`."
 
     def _verdict(self) -> str:
         under = f", of runs with other {', '.join(self.others)}" if self.others else ""

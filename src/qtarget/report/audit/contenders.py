@@ -29,7 +29,8 @@ class Proposal:
             >>> " ".join(Proposal().options())
             '--targets sft,consensus --filters none,auto'
         """
-        return ("--targets", ",".join(self.targets), "--filters", ",".join(self.filters))
+        filters = () if self.filters == ("none",) else ("--filters", ",".join(self.filters))
+        return ("--targets", ",".join(self.targets), *filters)
 
 
 def proposal(facts: Mapping[str, Any] | None = None, others: Sequence[str] = USUAL) -> Proposal:
@@ -41,7 +42,7 @@ def proposal(facts: Mapping[str, Any] | None = None, others: Sequence[str] = USU
 
     Example:
         >>> " ".join(proposal({"bad_rows": 0}, ["asft", "sft"]).options())
-        '--targets sft,asft --filters none'
+        '--targets sft,asft'
     """
     one_kind = facts is not None and facts.get("bad_rows") == 0
     return Proposal(tuple(dict.fromkeys(("sft", *others))), ("none",) if one_kind else ("none", "auto"))

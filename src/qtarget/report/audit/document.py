@@ -14,7 +14,7 @@ from qtarget.data.checks.tokens import Vocabulary, check_roles, check_tokens
 from qtarget.data.checks.weights import check_weights
 from qtarget.report.audit.advice import Advice, facts_of, which_target
 from qtarget.report.audit.compared import Compared
-from qtarget.report.audit.noise import check_noise
+from qtarget.report.audit.noise import check_noise, knows_rows
 from qtarget.report.audit.prior import check_prior
 from qtarget.report.audit.scored import check_coverage, score_from_cache
 from qtarget.report.audit.witness import check_witness
@@ -123,8 +123,8 @@ def audit_data(
     elif not any(found.check == "outside_vocabulary" for found in findings):
         scored, missing = score_from_cache(trained, cache)
         findings += check_coverage(missing, len(missing) + len(scored.numbers), cache)
-        findings += check_noise(scored, vocabulary.decode)
-        findings += check_prior(scored, vocabulary.decode)
+        findings += (noise := check_noise(scored, vocabulary.decode))
+        findings += check_prior(scored, vocabulary.decode, known=knows_rows(noise))
         findings += [] if witness is None else check_witness(scored, trained, cache, witness)
     facts = facts_of(in_order(findings), rows=len(raw), teacher=teacher, validation=validation)
     return DataAudit(len(raw), tuple(in_order(findings)), which_target(facts, compared))

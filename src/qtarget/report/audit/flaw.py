@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from qtarget.report.audit.evidence import evidence
 from qtarget.report.audit.measured import measured
 
 AS_GOOD = 5.0
@@ -39,15 +40,20 @@ def flaw_words(target: str, *, guard: bool = False) -> str:
     return f"{named} corrected {own:.0f} % of a planted flaw of the base, sft {corrected('sft'):.0f} %"
 
 
-def guard_words() -> str:
-    """For which targets ``guard: true`` makes up for it, and for which it does not."""
-    keeps = [name for name in _measured() if keeps_flaw(name)]
+def guard_words(names: Iterable[str]) -> str:
+    """For which of some targets that keep a flaw ``guard: true`` makes up for it, and for which it does not; may be empty.
+
+    Example:
+        >>> guard_words(["sft", "dft", "consensus"])
+        '`guard: true` makes up for it in dft, and does not in consensus'
+    """
+    keeps = [name for name in names if keeps_flaw(name) and corrected(name, guard=True) is not None]
     repaired = [name for name in keeps if not keeps_flaw(name, guard=True)]
-    parts = [f"`guard: true` makes up for it in {', '.join(repaired)}"] if repaired else []
-    return "; ".join([*parts, *(f"not in {name}" for name in keeps if name not in repaired)])
-
-
-def _measured() -> list[str]:
-    """Targets that were measured with a guard."""
-    known = [name for flaw in evidence()["flawed_prior"]["flaws"] for name in flaw["corrected_percent"]]
-    return list(dict.fromkeys(name.removesuffix(", guarded") for name in known if name.endswith(", guarded")))
+    others = [name for name in keeps if name not in repaired]
+    if not keeps:
+        return ""
+    if not repaired:
+        return f"`guard: true` does not make up for it in {', '.join(others)}"
+    return f"`guard: true` makes up for it in {', '.join(repaired)}" + f", and does not in {', '.join(others)}" * bool(
+        others
+    )

@@ -7,6 +7,7 @@ fluent, hardly at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from qtarget.core.command import command_for
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, named
 from qtarget.filtering import ScoredRows, decide
+from qtarget.filtering.decision import UNEXPECTED
 from qtarget.report.audit.scored import Decode, ScoredTokens
 
 DEVIATIONS = 4.0
@@ -26,6 +28,7 @@ MAD_TO_DEVIATION = 1.4826
 """Of a normal distribution."""
 FEWEST_ROWS = 20
 """Below this, "usual on this data" means nothing for rows."""
+UNKNOWN = "the base does not know these rows (`row_kinds`), so this tells what it has to learn, and no noise"
 
 
 def token_threshold(scored: ScoredTokens) -> float:
@@ -61,7 +64,13 @@ def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     if not len(scored.places):
         return []
     kinds = row_kinds("row_kinds", scored_rows(scored))
-    return [_surprise(scored), kinds, *_tokens(scored, decode), *_rows(scored, decode)]
+    known = knows_rows([kinds])
+    return [_surprise(scored), kinds, *_tokens(scored, decode, known), *_rows(scored, decode, known)]
+
+
+def knows_rows(findings: Sequence[Finding]) -> bool:
+    """Whether the base knows rows of this kind, as far as ``row_kinds`` could judge that."""
+    return all(found.evidence.get("kept_excess", 0.0) <= UNEXPECTED for found in findings if found.check == "row_kinds")
 
 
 def _surprise(scored: ScoredTokens) -> Finding:
@@ -104,7 +113,7 @@ def scored_rows(scored: ScoredTokens) -> ScoredRows:
     )  # fmt: skip
 
 
-def _tokens(scored: ScoredTokens, decode: Decode) -> list[Finding]:
+def _tokens(scored: ScoredTokens, decode: Decode, known: bool) -> list[Finding]:
     suspected, rows_of = suspected_tokens(scored), scored.rows
     rows, worst = np.unique(rows_of[suspected]), np.flatnonzero(suspected)
     if not len(worst):
@@ -114,8 +123,8 @@ def _tokens(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     threshold, share = token_threshold(scored), float(suspected.mean())
     message = (
         f"{suspected.sum()} of {len(suspected)} labels ({share:.1%}, in {len(rows)} of {len(scored.numbers)} rows, "
-        f"{len(found_spans)} spans) surprise the base by {threshold:.1f} nats more than it expected there; read the "
-        "examples: noise, or something that the base has to learn"
+        f"{len(found_spans)} spans) surprise the base by {threshold:.1f} nats more than it expected there; "
+        + ("read the examples: noise, or something that the base has to learn" if known else UNKNOWN)
     )
     evidence = {
         "labels": int(suspected.sum()),
@@ -127,7 +136,9 @@ def _tokens(scored: ScoredTokens, decode: Decode) -> list[Finding]:
             _span(scored, *s, decode) for s in sorted(found_spans, key=lambda s: s[0] - s[1])[:ROWS_NAMED]
         ],
     }
-    return [Finding("surprising_tokens", "warning", len(rows), _named(scored, rows), message, evidence)]
+    return [
+        Finding("surprising_tokens", "warning" if known else "info", len(rows), _named(scored, rows), message, evidence)
+    ]
 
 
 def spans(suspected: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
@@ -157,7 +168,7 @@ def _span(scored: ScoredTokens, start: int, stop: int, decode: Decode) -> dict[s
     }
 
 
-def _rows(scored: ScoredTokens, decode: Decode) -> list[Finding]:
+def _rows(scored: ScoredTokens, decode: Decode, known: bool) -> list[Finding]:
     rows = np.flatnonzero(suspected_rows(scored))
     if not len(rows):
         return []
@@ -173,11 +184,13 @@ def _rows(scored: ScoredTokens, decode: Decode) -> list[Finding]:
         )
     message = (
         f"{len(rows)} of {len(means)} rows surprise the base by {row_threshold(means):.2f} nats a token or more, where "
-        f"half of the rows do by {np.median(means):.2f} or less: {named(_named(scored, rows), len(rows))}; read "
-        "them: wrong answers, another language or format, or just short rows"
+        f"half of the rows do by {np.median(means):.2f} or less: {named(_named(scored, rows), len(rows))}; "
+        + ("read them: wrong answers, another language or format, or just short rows" if known else UNKNOWN)
     )
     evidence = {"threshold": round(row_threshold(means), 4), "examples": examples}
-    return [Finding("surprising_rows", "warning", len(rows), _named(scored, rows), message, evidence)]
+    return [
+        Finding("surprising_rows", "warning" if known else "info", len(rows), _named(scored, rows), message, evidence)
+    ]
 
 
 def _named(scored: ScoredTokens, rows: np.ndarray) -> tuple[int, ...]:

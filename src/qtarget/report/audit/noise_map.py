@@ -52,6 +52,18 @@ def point_words(point: Mapping[str, Any]) -> str:
     return f"base that knows {point['base']}: {noise}"
 
 
+def bases_words(points: Sequence[Mapping[str, Any]]) -> str:
+    """Which bases the points are of.
+
+    Example:
+        >>> bases_words([{"base": "none"}, {"base": "most"}, {"base": "none"}])
+        '3 points of noise, bases that know none or most of the format'
+    """
+    bases = list(dict.fromkeys(point["base"] for point in points))
+    named = " or ".join(bases) if len(bases) < 3 else f"{', '.join(bases[:-1])} or {bases[-1]}"
+    return f"{len(points)} points of noise, bases that know {named} of the format"
+
+
 def at(points: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
     """A target's numbers and sft's, with their file."""
     known = evidence()["noise_map"]

@@ -122,8 +122,12 @@ def agreed_labels(scored: ScoredTokens) -> np.ndarray:
     return agreed
 
 
-def check_prior(scored: ScoredTokens, decode: Decode) -> list[Finding]:
-    """The finding ``flawed_prior``; ``flawed_prior_unchecked`` where the cache holds no top-k."""
+def check_prior(scored: ScoredTokens, decode: Decode, *, known: bool = True) -> list[Finding]:
+    """The finding ``flawed_prior``; ``flawed_prior_unchecked`` where the cache holds no top-k.
+
+    Args:
+        known: whether the base knows rows of this kind; else what they agree on is what it has to learn, and no fault of theirs.
+    """
     if not len(scored.places):
         return []
     if scored.top_ids is None:
@@ -141,12 +145,17 @@ def check_prior(scored: ScoredTokens, decode: Decode) -> list[Finding]:
     examples = [_example(scored, group, decode) for group in groups[: 2 * ROWS_NAMED]]
     message = (
         f"{len(labels)} labels in {len(rows)} rows, {len(groups)} contexts: the base puts more than {CONFIDENCE:.0%} on "
-        f"one token where {FEWEST_ROWS} or more demonstrations agree on another: the base is wrong there, or does not know the "
-        "format; a weight or anchor from this base would keep that, plain sft corrects it; read the examples"
+        f"one token where {FEWEST_ROWS} or more demonstrations agree on another: the base "
+        f"{'is wrong there' if known else 'does not know these rows (`row_kinds`), and has this to learn'}; a weight or anchor from "
+        f"this base would keep that, plain sft corrects it{'; read the examples' if known else ''}"
     )
     evidence = {"labels": len(labels), "contexts": len(groups), "share": round(len(labels) / len(scored.places), 5)}
     named = tuple(int(scored.numbers[row]) for row in rows[:ROWS_NAMED])
-    return [Finding("flawed_prior", "warning", len(rows), named, message, evidence | {"examples": examples})]
+    return [
+        Finding(
+            "flawed_prior", "warning" if known else "info", len(rows), named, message, evidence | {"examples": examples}
+        )
+    ]
 
 
 def _example(scored: ScoredTokens, group: dict[str, Any], decode: Decode) -> dict[str, Any]:
