@@ -143,11 +143,11 @@ def check_prior(scored: ScoredTokens, decode: Decode, *, known: bool = True) -> 
     labels = np.concatenate([group["labels"] for group in groups])
     rows = np.unique(scored.rows[labels])
     examples = [_example(scored, group, decode) for group in groups[: 2 * ROWS_NAMED]]
+    why = "is wrong there" if known else "does not know these rows (`row_kinds`), and has this to learn"
     message = (
-        f"{len(labels)} labels in {len(rows)} rows, {len(groups)} contexts: the base puts more than {CONFIDENCE:.0%} on "
-        f"one token where {FEWEST_ROWS} or more demonstrations agree on another: the base "
-        f"{'is wrong there' if known else 'does not know these rows (`row_kinds`), and has this to learn'}; a weight or anchor from "
-        f"this base would keep that, plain sft corrects it{'; read the examples' if known else ''}"
+        f"{len(labels)} labels in {len(rows)} rows, {len(groups)} contexts: the base puts more than {CONFIDENCE:.0%} on one token "
+        f"where {FEWEST_ROWS} or more demonstrations agree on another: it {why}; a weight or anchor from this base would keep "
+        f"that, plain sft corrects it{'; read the examples' if known else ''}"
     )
     evidence = {"labels": len(labels), "contexts": len(groups), "share": round(len(labels) / len(scored.places), 5)}
     named = tuple(int(scored.numbers[row]) for row in rows[:ROWS_NAMED])
