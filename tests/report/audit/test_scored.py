@@ -119,7 +119,9 @@ class TestNoise:
         found = {f.check: f for f in check_noise(mixed, decode)}["row_kinds"]
         assert (found.severity, found.count, found.rows[:2]) == ("warning", 20, (100, 105))
         assert "two kinds: 20 of 100 rows look bad" in found.message
-        strange = scored([[START, *[(9, -9.0 - 0.01 * (i % 7) - (i == 3) * 9, 5, 0.95)] * 3] for i in range(100)])
+        strange = scored(
+            [[(i, 0.0, 0, 1.0), *[(9, -9.0 - 0.01 * (i % 7) - (i == 3) * 9, 5, 0.95)] * 3] for i in range(100)]
+        )
         of_unknown = {f.check: f for f in check_noise(strange, decode)}
         assert "does not know these rows" in of_unknown["row_kinds"].message
         assert of_unknown["surprising_rows"].severity == "info", "what such a base finds strange accuses nobody"
