@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 from qtarget.cli.main import run
 from qtarget.cli.options.config import load_config
 from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.report.audit.contenders import proposal
 from tests import SHARED
 
 BASE = str(base_model_path())
@@ -61,7 +62,12 @@ def test_every_shape_gets_a_config_and_loses_nothing(shape, tmp_path, monkeypatc
     assert called("init", "rows.jsonl", "--model", BASE, "-o", "made/run.yaml", "--num_train_epochs", "1") == 0
     said = capsys.readouterr().out
     assert "qtarget train made/run.yaml" in said
-    assert "qtarget compare made/run.yaml" in said
+    proposed = f"qtarget compare made/run.yaml {' '.join(proposal().options())}"
+    assert f"  {proposed}\n" in said and "  qtarget score made/run.yaml\n" in said
+    if shape == "pairs":  # the audit, before it has the base's numbers, proposes the same
+        assert called("audit-data", "made/run.yaml") == 0
+        audited = capsys.readouterr().out
+        assert f"`{proposed}`" in audited and "`qtarget score made/run.yaml`" in audited
     config = load_config("made/run.yaml")
     assert config.training.num_train_epochs == 1
     assert config.training.assistant_only_loss == (shape in ("messages", "sharegpt"))
@@ -102,6 +108,7 @@ def test_a_template_without_marks_trains_the_one_answer_of_each_row(tiny_model, 
     assert called("init", "rows.jsonl", "--model", tiny_model, "--validation", "0") == 0
     said = capsys.readouterr().out
     assert "answers alone are trained" in said and "prompts are trained too" not in said
+    assert "cannot judge" in said and "  qtarget compare" not in said, "no command that would be refused"
     # one character is a token; of "<assistant>it is 1" and the end mark, "<assistant>" is not the prompt's with this template
     made = read(tmp_path / "run.train.jsonl")
     assert [row["prompt"] + row["completion"] for row in made] == [row["messages"] for row in rows]

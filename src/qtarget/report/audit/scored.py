@@ -113,7 +113,7 @@ def score_from_cache(rows: Sequence[Mapping[str, Any]], cache: ReferenceCache) -
 
 def check_coverage(missing: Sequence[int], of: int, cache: ReferenceCache) -> list[Finding]:
     """Rows that the cache lacks: training with it refuses to start."""
-    again = command_for("score", "--output", "new_cache")
-    step = f"run `{again}`: their tokens or their mask differ from every scored row"
+    again = command_for("score", "--top_k", "32", "--output", "new_cache")
+    step = f"their tokens or their mask differ from every scored row: run `{again}`, and set `--reference new_cache`"
     what = f"are not in the cache {cache.path.name} (of model {cache.manifest.model_id!r})"
     return finding("cache_coverage", "error", missing, of, what, step, cache_rows=len(cache))
