@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.core.errors import ConfigError
+from qtarget.report.audit.contenders import USUAL
 
 if TYPE_CHECKING:
     from qtarget.cli.options.settings import Setting
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "compare"
 """Of a config: a list of contenders, for `qtarget compare` alone."""
-TARGETS, RATES = "sft,consensus,dft", "0.3,1,3"
+TARGETS, RATES = ",".join(USUAL), "0.3,1,3"
 PIPED_WIDTH = 160
 
 

@@ -220,7 +220,12 @@ class Sorted:
             weights: ``[n]`` in the order of the observations, not of the keys.
         """
         placed = None if weights is None else weights[self.order]
-        return np.bincount(self.group, placed)[self.group] - np.bincount(self.own, placed)[self.own]
+        whole, own = np.bincount(self.group, placed), np.bincount(self.own, placed)
+        if weights is None:  # a part may be one context of half of all tokens: four bytes a token less count
+            whole, own = whole.astype(np.uint32), own.astype(np.uint32)
+        out = whole[self.group]
+        out -= own[self.own]
+        return out
 
 
 Done = Callable[[int], object]
@@ -232,14 +237,20 @@ def largest_shares(flat: FlatTokens, kinds: Sequence[Kind], on_done: Done | None
     best = scratch(len(flat.rows), np.float32)
     for kind in kinds:
         for index in in_parts(keys := flat.keys(kind)):
-            rows = flat.rows[index]
-            context = Sorted.by(keys[index], rows)
-            same_context = context.others()
-            token = flat.trained[index[context.order]].astype(np.uint64)
-            pair = Sorted.by((context.group.astype(np.uint64) << np.uint64(TOKEN_BITS)) | token, rows[context.order])
-            share = pair.others() / (same_context[pair.order] + 1)
-            at = index[context.order[pair.order]]
-            best[at] = np.maximum(best[at], share)
+            context = Sorted.by(keys[index], flat.rows[index])
+            index, group, same_context = index[context.order], context.group, context.others()
+            del context
+            key = group.astype(np.uint64)
+            key <<= np.uint64(TOKEN_BITS)
+            key |= flat.trained[index]
+            pair = Sorted.by(key, flat.rows[index])
+            del key, group
+            index, same_context = index[pair.order], same_context[pair.order]
+            share = pair.others().astype(np.float32)
+            del pair
+            same_context += np.uint32(1)
+            share /= same_context
+            best[index] = np.maximum(best[index], share)
             if on_done:
                 on_done(len(index))
     return best
