@@ -30,7 +30,6 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench.lazy import Benchmarks
-from qtarget.cli.options.outputs import one_writer
 
 
 def dashed(token: str) -> str:
@@ -61,7 +60,7 @@ app.command("filter", context_settings=PASS_ON)(filter.filter_rows)
 app.command("noise")(noise.noise)
 app.command("lens")(lens.lens)
 app.command("report")(report.report)
-app.command("evaluate")(one_writer(evaluate.evaluate))
+app.command("evaluate")(evaluate.evaluate)
 app.command("compare", context_settings=PASS_ON)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("card")(card.card)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtarget.cli.options.outputs import Mark, OverwriteOption
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -38,23 +38,26 @@ def audit_data(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write everything as JSON.")
     ] = None,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Check rows, tokens, masks and the base's surprise; exit code 1 on errors. Any key can be set by `--key value`."""
     from rich.console import Console
 
+    from qtarget.cli.options.outputs import say_written, write_numbers
     from qtarget.cli.options.settings import parse_overrides
     from qtarget.core.command import remember
     from qtarget.data.files import READABLE
-    from qtarget.storage.files import write_text
 
     is_data = source.name.lower().endswith(READABLE)
     remember("run.yaml" if is_data else source, () if is_data else context.args)
-    audit = run_audit(source, parse_overrides(context.args), split, json_file)
+    audit = run_audit(source, parse_overrides(context.args), split, json_file, overwrite=overwrite)
     if json_file is not None:
-        write_text(json_file, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")
+        write_numbers(json_file, audit.as_dict(), mark_of(source, split))
     print_audit(audit, Console())
     if is_data:
         print_start(source, context.args, Console())
+    if json_file is not None:
+        say_written([json_file])
     if audit.errors:
         raise typer.Exit(FAILED)
 
@@ -64,11 +67,14 @@ def run_audit(
     overrides: Mapping[str, Setting],
     split: Literal["train", "validation"] = "train",
     json_file: Path | None = None,
+    *,
+    overwrite: bool = False,
 ) -> DataAudit:
     """Audit the rows of a config, or of a file: with its tokens where ``model_name_or_path`` is given.
 
     Args:
         json_file: where the caller will write, which must be none of the files read here.
+        overwrite: whoever made what is there.
 
     Raises:
         ConfigError: no such split, settings that training refuses too, or see ``check_outputs``.
@@ -83,7 +89,7 @@ def run_audit(
 
     is_data = source.name.lower().endswith(READABLE)
     if is_data and "model_name_or_path" not in overrides:
-        check_outputs({"--json": json_file}, [source])
+        check_outputs({"--json": json_file}, [source], mark=mark_of(source, split), replaces=overwrite)
         return _texts_alone(source, overrides, split)
     settings = dict(overrides) if is_data else read_settings(source, []) | dict(overrides)
     if is_data:
@@ -91,9 +97,14 @@ def run_audit(
     settings |= {key: Setting(value, "audit-data") for key, value in HARDWARE.items()}
     check_settings(settings, source)
     config = build_config(settings, source)
-    check_outputs({"--json": json_file}, [source, *config.inputs])
+    check_outputs({"--json": json_file}, [source, *config.inputs], mark=mark_of(source, split), replaces=overwrite)
     required = not {"reference", "reference_cache"}.isdisjoint(overrides)
     return audit_config(config, split, cache_required=required, alone=is_data)
+
+
+def mark_of(source: Path, split: str) -> Mark:
+    """Of a file of findings."""
+    return Mark.of("audit-data", [source, split])
 
 
 def _texts_alone(source: Path, overrides: Mapping[str, Setting], split: str) -> DataAudit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,17 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.datasets import LimitsOption
+from qtarget.cli.options.outputs import OverwriteOption
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qtarget.cli.options.outputs import Mark
     from qtarget.data.formats.shape import ReadOptions
     from qtarget.evaluation.contenders import Contender
     from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, Served
     from qtarget.evaluation.judges import Judge
 
 PIPED_WIDTH = 160  # characters
+BETWEEN_LINES = 10.0
+"""Seconds between two lines of progress, where there is no terminal."""
 ROWS_SUFFIX = ".rows.jsonl"
 """Of the file of records beside the output."""
 
@@ -45,7 +48,9 @@ def evaluate(
         str | None, typer.Option(help="As --metric, or none for the likelihood alone; default: --metric's.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The untrained model; default: what the runs record.")] = None,
-    output: Annotated[Path, typer.Option(help="The numbers: one JSON file.")] = Path("evaluation.json"),
+    output: Annotated[
+        Path | None, typer.Option(help="The numbers: one JSON file; default: RUN-evaluation.json beside the run.")
+    ] = None,
     page: Annotated[Path | None, typer.Option(help="One HTML file; default: beside the output.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are known.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
@@ -64,11 +69,12 @@ def evaluate(
         list[str] | None, typer.Option(metavar="MODEL=ID", help="Which of the models is served under which id.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As transformers has it.")] = False,
+    overwrite: OverwriteOption = False,
     limits: LimitsOption = None,
 ) -> None:
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.datasets import row_options
-    from qtarget.cli.options.outputs import check_outputs, progress_bar
+    from qtarget.cli.options.outputs import Mark, check_outputs, held, progress_bar, say_written
     from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders, recorded_rows
     from qtarget.evaluation.records import refuse_earlier
@@ -77,6 +83,8 @@ def evaluate(
     options = Options(
         metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit, rows
     )
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with what --overwrite replaces; leave one of them out")
     if no_nll and no_generate:
         raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
     judges = options.judges(forgetting)
@@ -85,11 +93,13 @@ def evaluate(
     if data is None:
         data = recorded_rows(contenders)
         typer.echo(f"rows: {data}, the validation file of the run")
+    output = output or default_output(models)
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
     inputs = [data, forgetting, *(path for one in contenders if (path := Path(one.model)).is_dir())]
-    refuse_earlier(records_file, resume)
-    check_outputs({"--output": output, "--page": page}, inputs)
+    mark = Mark.of("evaluate", [*models, data, forgetting])
+    refuse_earlier(records_file, resume or overwrite)
+    check_outputs({"--output": output, "--page": page}, inputs, mark=mark, replaces=overwrite)
     check_outputs(
         {"the records": records_file}, inputs, replaces=True
     )  # lines of ours, which a resumed run goes on with
@@ -105,12 +115,27 @@ def evaluate(
         not no_nll, Decoding(temperature, samples, seed), max_new_tokens, batch_size, trust_remote_code, server
     )
     sets = [part.with_dataset() for part in texts]
-    records = Records(records_file, plan(contenders, sets, choices), resume=resume)
-    with bounded_templates(rows.limits.template_seconds), progress_bar() as advance:
-        evaluation = Evaluation(contenders, sets, choices, records, advance)
-        document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
-    save(document, output, page)
-    print_evaluation(document, [output, page, records_file])
+    with held(output, mark=mark, replaces=overwrite):
+        if overwrite:
+            records_file.unlink(missing_ok=True)
+        records = Records(records_file, plan(contenders, sets, choices), resume=resume)
+        with bounded_templates(rows.limits.template_seconds), progress_bar(BETWEEN_LINES) as advance:
+            evaluation = Evaluation(contenders, sets, choices, records, advance)
+            document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
+        save(document, output, page, mark)
+    print_evaluation(document)
+    say_written([output, page, records_file])
+
+
+def default_output(models: Sequence[str]) -> Path:
+    """Beside the runs among the models, else in the current folder."""
+    from qtarget.cli.options.outputs import beside_runs, named_after
+    from qtarget.report.runs.records import is_run
+
+    paths = [path for name in models if (path := Path(name)).is_dir() and (is_run(path) or is_run(path.parent))]
+    if paths:
+        return beside_runs(paths, "evaluation.json")
+    return Path(named_after([Path(name).resolve().name for name in models], "evaluation.json"))
 
 
 @dataclass(frozen=True)
@@ -259,17 +284,17 @@ def write_up(
     return evaluation_document(entries, about, results, settings=settings, texts=texts, seed=choices.decoding.seed)
 
 
-def save(document: dict[str, Any], output: Path, page: Path) -> None:
+def save(document: dict[str, Any], output: Path, page: Path, mark: Mark) -> None:
     """Write both files, each whole or not at all."""
+    from qtarget.cli.options.outputs import write_numbers, write_page
     from qtarget.report.evaluation.page import evaluation_page
-    from qtarget.storage.files import write_atomic
 
-    write_atomic(output, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    write_atomic(page, evaluation_page(document).encode(errors="replace"))
+    write_numbers(output, document, mark)
+    write_page(page, evaluation_page(document), mark)
 
 
-def print_evaluation(document: dict[str, Any], written: Sequence[Path]) -> None:
-    """A table a set, the notes, the finding, and where the files are."""
+def print_evaluation(document: dict[str, Any]) -> None:
+    """A table a set, the notes, and the finding."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -300,4 +325,3 @@ def print_evaluation(document: dict[str, Any], written: Sequence[Path]) -> None:
         for note in one["notes"]:
             console.print(Text(f"{one['name']}: {note}", style="yellow"), soft_wrap=True)
     console.print(Text(document["finding"]), soft_wrap=True)
-    console.print(Text(", ".join(map(str, written))), soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtarget.cli.options.outputs import OverwriteOption
 from qtarget.core.errors import ConfigError
 from qtarget.data.groups import row_groups
 
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.options.outputs import Mark
     from qtarget.filtering import Decision, Filter, ScoredRows
     from qtarget.scoring.cache.reader import ReferenceCache
 
 Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "crossfit", "none"]
+ROW_FILES = ("keep.jsonl", "drop.jsonl", "weights.jsonl", "reasons.jsonl")
+PAGE, VERDICT = "filter.html", "filter.json"
 COUNTED_ALWAYS = 200_000
 """Trained tokens up to which agreement is counted whatever the rule; it takes seconds a hundred thousand tokens."""
 
@@ -44,11 +48,14 @@ def filter_rows(
     mark: Annotated[
         str | None, typer.Option(help="Known noise for the ROC: COLUMN=VALUE; default: rows with noise_spans.")
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Split the training rows into those to keep and those to drop; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.audit_data import HARDWARE
     from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_config
+    from qtarget.cli.options.outputs import Mark, refuse_existing, say_written
     from qtarget.cli.options.settings import Setting, read_settings
     from qtarget.filtering.decision import Filter
     from qtarget.integrations.sft.config import refuse_prompts
@@ -67,10 +74,14 @@ def filter_rows(
     refuse_prompts(run.training.prompt_weight)  # before the base is scored
     wanted = wish(Filter.of(run.training.filter), rule, keep)
     read = [config, *run.inputs]
+    made = Mark.of("filter", [config, *row_files(run)])
     with owned(output, FILTER, inputs=read):
+        if not overwrite:
+            refuse_existing(output / VERDICT, "--output", made)
         found = filter_config(run, wanted)
-        document = write_filtered(run, found, output, group, mark)
-    print_filtered(document, output)
+        document = write_filtered(run, found, output, group, mark, made)
+    print_filtered(document)
+    say_written(output / name for name in (*ROW_FILES, PAGE, VERDICT))
 
 
 def wish(named: Filter, rule: str | None, keep: float | None) -> Filter:
@@ -220,17 +231,17 @@ def _answers_alone(
 
 
 def write_filtered(
-    config: RunConfig, found: Filtered, folder: Path, group: str | None, mark: str | None
+    config: RunConfig, found: Filtered, folder: Path, group: str | None, mark: str | None, made: Mark
 ) -> dict[str, Any]:
     """Write rows, reasons, numbers and page, ``filter.json`` last; returns the document.
 
     Raises:
         ConfigError: no such column.
     """
+    from qtarget.cli.options.outputs import write_numbers, write_page
     from qtarget.report.filtering.document import filter_document
     from qtarget.report.filtering.page import filter_page
     from qtarget.report.inspect.marks import check_marks, row_marks
-    from qtarget.storage.files import write_text
 
     marks = row_marks(found.raw, mark)
     check_marks(mark, marks)
@@ -242,11 +253,11 @@ def write_filtered(
         marks=None if marks is None else marks[found.rows.numbers], groups=groups, counted=counted,
         decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False),
     )  # fmt: skip
-    (folder / "filter.json").unlink(missing_ok=True)  # while the files are of two calls, there is none
+    (folder / VERDICT).unlink(missing_ok=True)  # while the files are of two calls, there is none
     write_rows(config, found, folder, document["scores"])
     del document["scores"]
-    write_text(folder / "filter.html", filter_page(document))
-    write_text(folder / "filter.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_page(folder / PAGE, filter_page(document), made)
+    write_numbers(folder / VERDICT, document, made)
     return document
 
 
@@ -300,8 +311,8 @@ def _weighted(text: str, factor: float) -> str:
     return json.dumps(row | {"weight": round((1.0 if own is None else float(own)) * factor, 6)}, ensure_ascii=False)
 
 
-def print_filtered(document: Mapping[str, Any], folder: Path) -> None:
-    """The verdict, counts by source, and where the files are."""
+def print_filtered(document: Mapping[str, Any]) -> None:
+    """The verdict, and counts by source."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -318,5 +329,3 @@ def print_filtered(document: Mapping[str, Any], folder: Path) -> None:
         console.print(Text(f"ROC-AUC against the marks of {roc['marked']:,} rows: {said}"), soft_wrap=True)
     if document["not_judged"]:
         console.print(Text(f"{document['not_judged']:,} rows train on nothing and were not judged"), soft_wrap=True)
-    names = "keep.jsonl, drop.jsonl, weights.jsonl, reasons.jsonl, filter.html, filter.json"
-    console.print(Text(f"{folder}: {names}"), soft_wrap=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.audit_data import HARDWARE
+from qtarget.cli.options.outputs import OverwriteOption
+from qtarget.core.counts import counted
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
 from qtarget.data.groups import row_groups
 
@@ -42,18 +44,21 @@ class Options:
 def inspect(
     context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A config of `qtarget train`, or a run of `qtarget rl`.")
+        Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="A config of `qtarget train`, or the folder of a run.")
     ],
     targets: Annotated[
         str | None,
         typer.Option(help="Targets, apart by commas: sft, dft, target_sft(eta=0.5). Default: sft and the config's."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
+    output: Annotated[Path | None, typer.Option(help="The page; default: RUN-inspect.html beside output_dir.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="The same numbers as JSON.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows at most; more are sampled uniformly.")] = 5000,
     sample_seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which rows of the config.")] = "train",
-    checkpoints: Annotated[str | None, typer.Option(help="Folders of trained models, apart by commas.")] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Folders of trained models, apart by commas; default: the run's, if RUN is named."),
+    ] = None,
     mark: Annotated[
         str | None, typer.Option(help="COLUMN=VALUE of rows known to be noise; default: rows with noise_spans.")
     ] = None,
@@ -66,19 +71,30 @@ def inspect(
         typer.Option(min=0.1, help="Beyond it fewer rows are shown in full."),
     ] = 24.0,
     audit: Annotated[bool, typer.Option(help="Also run the checks of `qtarget audit-data`.")] = True,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Show every token's surprise, weight and gradient in one HTML file; any key of CONFIG.yaml can be set by `--key value`.
 
-    Of a run of `qtarget rl`, named by its folder: the samples that it kept, coloured by weight and advantage.
+    Of a run, named by its folder: its rows before and after, with the config that it left. Of a run of `qtarget rl`: the
+    samples that it kept, coloured by weight and advantage.
     """
-    if config.is_dir() or config.suffix == ".jsonl":
+    run = config if config.is_dir() else None
+    config = recorded_config(config)
+    if config.suffix == ".jsonl":
         from qtarget.cli.inspect_samples import inspect_samples
 
-        inspect_samples(context, config, targets, output, json_file, rows)
+        inspect_samples(context, run or config, targets, output, json_file, rows, overwrite)
         return
     from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_settings
-    from qtarget.cli.options.outputs import check_outputs
+    from qtarget.cli.options.outputs import (
+        Mark,
+        beside_runs,
+        check_outputs,
+        say_written,
+        write_page,
+    )
     from qtarget.cli.options.settings import Setting, read_settings
 
     settings = read_settings(config, context.args)
@@ -86,25 +102,59 @@ def inspect(
     check_settings(settings, config)
     from qtarget.report.inspect.document import write_json
     from qtarget.report.inspect.page import pack, render_inspection
-    from qtarget.storage.files import write_text
 
-    paths = tuple(part for part in (checkpoints or "").split(",") if part)
+    paths = checkpoint_paths(checkpoints, run)
     options = Options(targets, rows, sample_seed, split, paths, mark, group_by, title, audit)
     built = build_config(settings, config)
     parse_targets(targets, built)  # names and contracts, before a model is run
-    check_outputs({"--output": output, "--json": json_file}, [config, *built.inputs, *paths])
+    folder = run or Path(str(built.training.output_dir))
+    output, made = (
+        output or beside_runs([folder], "inspect.html"),
+        Mark.of("inspect", [folder, *row_files(built, split)]),
+    )
+    read = [config, *built.inputs, *paths]
+    check_outputs({"--output": output, "--json": json_file}, read, mark=made, replaces=overwrite)
     found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))
-    write_text(output, render_inspection(document))
+    write_page(output, render_inspection(document), made)
     if json_file is not None:
-        write_json(json_file, found, document, packer)
-    kept, trained = len(document["tokens"]["rows"]), len(found.rows.labels)
-    typer.echo(
-        f"{output}: {kept:,} rows, {trained:,} trained tokens, targets {', '.join(document['targets'])}, "
-        f"{output.stat().st_size / 1e6:.1f} MB"
-    )
+        write_json(json_file, found, made.numbers(document), packer)
     for name, reason in found.hidden.items():
         typer.echo(f"not shown: {name} {reason}")
+    kept, trained = len(document["tokens"]["rows"]), len(found.rows.labels)
+    typer.echo(
+        f"{counted(kept, 'row')}, {counted(trained, 'trained token')}, targets {', '.join(document['targets'])}, "
+        f"{output.stat().st_size / 1e6:.1f} MB"
+    )
+    say_written([output, json_file])
+
+
+def recorded_config(named: Path) -> Path:
+    """What there is to show: a config as it is, of a run its samples, or else the config that it left.
+
+    Raises:
+        ConfigError: a folder holds neither.
+    """
+    from qtarget.report.runs.records import CONFIG_FILE, ROLLOUTS_FILE
+
+    if not named.is_dir():
+        return named
+    found = next((named / name for name in (ROLLOUTS_FILE, CONFIG_FILE) if (named / name).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"{named} holds neither {CONFIG_FILE} nor {ROLLOUTS_FILE}; expected a config of `qtarget train`, or the "
+            "output_dir of a finished run"
+        )
+    return found
+
+
+def checkpoint_paths(named: str | None, run: Path | None) -> tuple[str, ...]:
+    """Trained models to show beside the start: those that are named, else the run's own."""
+    from qtarget.evaluation.contenders import model_folder
+
+    if named is None:
+        return (model_folder(str(run)),) if run is not None else ()
+    return tuple(part for part in named.split(",") if part)
 
 
 def inspect_config(config: RunConfig, options: Options) -> Inspection:

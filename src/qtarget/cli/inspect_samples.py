@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError
 
-KNOWN = ("config", "targets", "output", "json_file", "rows")
+KNOWN = ("config", "targets", "output", "json_file", "rows", "overwrite")
 
 
 def inspect_samples(
-    context: typer.Context, path: Path, targets: str | None, output: Path, json_file: Path | None, rows: int
+    context: typer.Context,
+    path: Path,
+    targets: str | None,
+    output: Path | None,
+    json_file: Path | None,
+    rows: int,
+    overwrite: bool,
 ) -> None:
     """Write the page of the samples.
 
@@ -29,23 +35,37 @@ def inspect_samples(
         DataError: no samples.
     """
     from qtarget.cli.options.contenders import named_targets
-    from qtarget.cli.options.outputs import check_outputs
-    from qtarget.report.runs.records import ROLLOUTS_FILE
+    from qtarget.cli.options.outputs import (
+        Mark,
+        beside_runs,
+        check_outputs,
+        named_after,
+        say_written,
+        write_numbers,
+        write_page,
+    )
+    from qtarget.report.runs.records import ROLLOUTS_FILE, is_run
     from qtarget.report.runs.rollouts import check_region, rollouts_document, rollouts_page
-    from qtarget.storage.files import write_text
 
     refuse_others(context)
     found = {} if targets is None else named_targets(targets, {})
     for name, target in found.items():
         check_region(name, target)
-    check_outputs({"--output": output, "--json": json_file}, [path / ROLLOUTS_FILE if path.is_dir() else path])
+    samples = path / ROLLOUTS_FILE if path.is_dir() else path
+    if output is None:  # a file of samples that was moved out of its run is named after itself
+        run = path if path.is_dir() else path.absolute().parent
+        of_run = path.is_dir() or is_run(run)
+        output = beside_runs([run], "inspect.html") if of_run else Path(named_after([path.stem], "inspect.html"))
+    mark = Mark.of("inspect", [samples])
+    check_outputs({"--output": output, "--json": json_file}, [samples], mark=mark, replaces=overwrite)
     document = rollouts_document(path, found, rows)
-    write_text(output, rollouts_page(document))
+    write_page(output, rollouts_page(document), mark)
     if json_file is not None:
-        write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_numbers(json_file, document, mark)
     for one in document["summary"]:
         typer.echo(said_of(one))
-    typer.echo(f"{output}: {document['count']:,} samples")
+    typer.echo(counted(document["count"], "sample"))
+    say_written([output, json_file])
 
 
 def said_of(region: Mapping[str, Any]) -> str:
@@ -76,5 +96,5 @@ def refuse_others(context: typer.Context) -> None:
     if given or context.args:
         named = " ".join([*given, *context.args])
         raise ConfigError(
-            f"{named}: not with samples of a run; expected --targets, --rows, --output and --json at most"
+            f"{named}: not with samples of a run; expected --targets, --rows, --output, --json and --overwrite at most"
         )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtarget.cli.options.outputs import OverwriteOption
 from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from qtarget.cli.options.outputs import Mark
     from qtarget.report.runs.document import Run
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
-    output: Annotated[Path, typer.Option(help="The page: one HTML file.")] = Path("report.html"),
+    output: Annotated[
+        Path | None, typer.Option(help="The page: one HTML file; default: RUN-report.html beside the run.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the figures as PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="The same numbers as JSON.")] = None,
     rows: Annotated[
@@ -27,19 +30,28 @@ def report(
         typer.Option("--from-step", help="Compare tokens from this evaluation or checkpoint; default: first."),
     ] = None,
     to_step: Annotated[int | None, typer.Option("--to-step", help="... to this one; default: last.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compare runs: NLL on evaluation rows, objective, weights over time, and what changed token by token."""
-    from qtarget.cli.options.outputs import check_outputs
+    from qtarget.cli.options.outputs import (
+        Mark,
+        beside_runs,
+        check_outputs,
+        say_written,
+        write_numbers,
+        write_page,
+    )
     from qtarget.report.runs.document import STATE_FILE, check_comparable, compare_runs, read_runs, sample_changes
     from qtarget.report.runs.figures import runs_page, write_pngs
     from qtarget.report.runs.records import RECORDS
-    from qtarget.storage.files import write_text
 
     records = [run / name for run in runs for name in (*RECORDS, STATE_FILE)]
     checkpoints = [path for run in runs for path in run.glob("checkpoint-*")]
-    check_outputs({"--output": output, "--json": json_file}, [*records, *checkpoints, rows])
+    mark, read = Mark.of("report", [*runs, rows]), [*records, *checkpoints, rows]
+    output = output or beside_runs(runs, "report.html")
+    check_outputs({"--output": output, "--json": json_file}, read, mark=mark, replaces=overwrite)
     if png is not None:
-        check_pictures(png, [*records, *checkpoints, rows])
+        check_pictures(png, read, None if overwrite else mark)
     found = read_runs(runs)
     check_comparable(found, same_rows=rows is not None)
     changes = [
@@ -52,19 +64,25 @@ def report(
         )
     ]
     result = compare_runs(found, changes, same_rows=rows is not None)
-    write_text(output, runs_page(result))
+    write_page(output, runs_page(result), mark)
     if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    written = [output, *([json_file] if json_file else []), *(write_pngs(result, png) if png else [])]
-    print_report(result, written)
+        write_numbers(json_file, result, mark)
+    pictures = write_pngs(result, png, str(mark)) if png else []
+    print_report(result)
+    say_written([output, json_file, *pictures])
 
 
-def check_pictures(folder: Path, inputs: list[Path | None]) -> None:
+def check_pictures(folder: Path, inputs: list[Path | None], mark: Mark | None) -> None:
     """Raise where figures must not be written.
 
+    Args:
+        mark: which pictures there must carry, where their names are ours; None: they may be replaced.
+
     Raises:
-        ConfigError: the folder is a file, or a model, a cache or a checkpoint lies there.
+        ConfigError: the folder is a file, a model, a cache or a checkpoint lies there, or somebody's pictures.
     """
+    from qtarget.cli.options.outputs import refuse_existing
+    from qtarget.report.runs.figures import FIGURES
     from qtarget.storage.folders import CACHE, MODEL, NAMES, is_inside, is_same, kind_of
 
     if folder.exists() and not folder.is_dir():
@@ -74,6 +92,9 @@ def check_pictures(folder: Path, inputs: list[Path | None]) -> None:
             raise ConfigError(f"--png {folder} is in {source}, which is read here; choose another folder")
     if (kind := kind_of(folder)) in (MODEL, CACHE):
         raise ConfigError(f"--png {folder} holds {NAMES[kind]}; choose another folder")
+    if mark is not None:
+        for path in (found for name in FIGURES for found in folder.glob(f"{name}.png")):
+            refuse_existing(path, "--png", mark)
 
 
 def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None) -> dict[str, Any]:
@@ -107,8 +128,8 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     return where | token_changes(before, after)
 
 
-def print_report(result: dict[str, Any], written: list[Path]) -> None:
-    """A line a run, the finding, and where the files are."""
+def print_report(result: dict[str, Any]) -> None:
+    """A line a run, and the finding."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -131,4 +152,3 @@ def print_report(result: dict[str, Any], written: list[Path]) -> None:
         for note in [*run["notes"], *([run["status"]["reason"]] if run["status"]["reason"] else [])]:
             console.print(Text(f"{run['name']}: {note}", style="yellow"), soft_wrap=True)
     console.print(Text(result["finding"]), soft_wrap=True)
-    console.print(Text(", ".join(map(str, written))), soft_wrap=True)

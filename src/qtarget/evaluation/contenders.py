@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.report.runs.records import CONFIG_FILE, RUN_FILE
+from qtarget.report.runs.records import CONFIG_FILE, RUN_FILE, is_run
 from qtarget.storage.files import digest
 from qtarget.storage.models import adapter_base
 
@@ -124,7 +124,7 @@ def find_contender(name: str) -> Contender:
     if not path.is_dir():
         return Contender(name, name, name)
     model = model_folder(name)
-    run = next((folder for folder in (path, path.parent) if _is_run(folder)), None)
+    run = next((folder for folder in (path, path.parent) if is_run(folder)), None)
     settings = _settings(run) if run is not None else {}
     base = settings.get("model_name_or_path") or adapter_base(model)
     tokenizer = next((str(folder) for folder in (Path(model), path, run) if folder and _has_tokenizer(folder)), None)
@@ -190,10 +190,6 @@ def refuse_missing(name: str, what: str, hint: str = "") -> None:
         raise ConfigError(
             f"{what} {name}: there is no such folder; {hint}expected a run, a model's folder or a hub name"
         )
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_FILE, RUN_FILE))
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -76,8 +76,8 @@ def refuse_earlier(path: Path, resume: bool) -> None:
     """
     if not resume and path.is_file() and path.stat().st_size:
         raise ConfigError(
-            f"{path} holds an earlier evaluation; --resume goes on with it (and judges the same completions anew), or "
-            "choose another --output"
+            f"{path} holds an earlier evaluation; --resume goes on with it (and judges the same completions anew), "
+            "--overwrite begins anew, or choose another --output"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -177,6 +178,8 @@ def build_config(
         model.lora_target_modules = (
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
         )
+    if "disable_tqdm" not in given and not sys.stderr.isatty():
+        trained.disable_tqdm = True  # a bar in a file is a line that nobody reads; log lines say how far it is
     trained.build_target()  # its hyper-parameters, and the contract of one of the user's own
     return RunConfig(trained, model, data, given, tuple(others))
 

@@ -140,3 +140,9 @@ def _split(config: RunConfig, split: str) -> Dataset:
             f"dataset_name {data.dataset_name!r}, split {split!r}: {error}; check dataset_name, dataset_config, "
             "dataset_train_split and dataset_test_split, or download the rows and use train_file"
         ) from error
+
+
+def row_files(config: RunConfig, split: str = "train") -> list[str]:
+    """Files of a config's rows, or the name of their data set."""
+    files = config.data.train_file if split == "train" else config.data.validation_file
+    return [*map(str, expand(files))] if files else [str(config.data.dataset_name), split]

@@ -75,9 +75,9 @@ def _panel(axes: Axes, loss: dict[str, Any]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG without a display."""
+def save_figure(figure: Figure, path: Path, made_by: str = "qtarget") -> None:
+    """Write a PNG without a display; it says who made it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with writing(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+        FigureCanvasAgg(figure).print_png(file, metadata={"Source": made_by})

@@ -41,6 +41,10 @@ ACROSS = 4  # panels in a line
 ROUNDING = 1e-6  # a curve that moves less is drawn flat
 
 
+FIGURES = ("evaluation_nll", "training", "weights", "samples", "held_out_reward", "reward_against_kl", "tokens-*")
+"""Names of all figures that there can be."""
+
+
 def comparison_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     """Name -> figure; those without a single value are left out."""
     runs = report["runs"]
@@ -254,21 +258,21 @@ def _file_name(*parts: str) -> str:
     return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts)
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """A PNG without a display."""
+def png_bytes(figure: Figure, made_by: str = "qtarget") -> bytes:
+    """A PNG without a display; it says who made it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Source": made_by})
     return buffer.getvalue()
 
 
-def write_pngs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_pngs(report: Mapping[str, Any], folder: Path, made_by: str = "qtarget") -> list[Path]:
     """One file a figure; their paths."""
     paths = []
     for name, figure in comparison_figures(report).items():
         paths.append(folder / f"{name}.png")
-        write_atomic(paths[-1], png_bytes(figure))
+        write_atomic(paths[-1], png_bytes(figure, made_by))
     return paths
 
 

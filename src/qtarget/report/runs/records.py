@@ -25,6 +25,11 @@ EARLIER = "earlier_records"
 SCHEMA_VERSION = 1
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run of ours, finished or not, left its records in a folder."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, RUN_FILE))
+
+
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """A new file of JSON lines."""
     write_text(path, "".join(json.dumps(value, default=_plain) + "\n" for value in values))

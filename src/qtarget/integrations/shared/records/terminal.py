@@ -35,7 +35,7 @@ class ShortPrints(PrinterCallback):
         """One line."""
         text = short_line(logs or {}, state.global_step)
         if text and state.is_local_process_zero:
-            print(text)
+            print(text, flush=True)
 
 
 def short_line(logs: Mapping[str, Any], step: int) -> str:
