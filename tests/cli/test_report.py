@@ -64,7 +64,7 @@ def test_two_runs_compared_and_their_checkpoints_scored_again(workspace, tmp_pat
         assert run["evaluations"]["eval"]["nll"][-1] == pytest.approx(
             json.loads((folder / "train_summary.json").read_text())["eval_nll"]
         )
-    qtarget("report", sft, dft, "--rows", held_out, "--output", page, "--json", numbers)
+    qtarget("report", sft, dft, "--rows", held_out, "--output", page, "--json", numbers, "--overwrite")
     changes = json.loads(numbers.read_text())["tokens"]
     for change, folder in zip(changes, (sft, dft), strict=True):
         assert (change["source"], change["from_step"], change["to_step"]) == ("checkpoints", 2, 4)

@@ -85,7 +85,10 @@ BROKEN = {
     ),
     "typo.jsonl": ('{"promt": "a", "completions": "b"}', ["'promt' to 'prompt'", "'completions' to 'completion'"]),
     "share.jsonl": ('{"conversations": []}', ["line 1", "'conversations' is a list []"]),
-    "half.jsonl": ('{"prompt": "a"}', ["line 1", "'prompt' needs its other half"]),
+    "half.jsonl": (
+        '{"prompt": "a"}',
+        ["line 1", "the row has 'prompt' without an answer: add 'completion', or remove the row"],
+    ),
     "nothing.jsonl": ('{"prompt": "a", "completion": null}', ["'completion' is there but holds no value"]),
     "mixed.jsonl": ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', ["line 2", "line 1", "`text`", "one shape"]),
     "number.jsonl": ('{"text": 5}', ["line 1", "'text' is a int 5", "expected text"]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import Mark, OverwriteOption
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -230,8 +231,8 @@ def print_audit(audit: DataAudit, console: Console) -> None:
             console.print(Text(f"          {example_line(example)}", style="dim"), soft_wrap=True)
     console.print()
     _print_advice(audit.advice, console)
-    words = f"{audit.errors} kind{'s'[: audit.errors != 1]} of errors" if audit.errors else "no errors"
-    console.print(Text(f"\n{audit.rows} rows: {words}", style="bold red" if audit.errors else "bold green"))
+    words = f"{counted(audit.errors, 'kind')} of errors" if audit.errors else "no errors"
+    console.print(Text(f"\n{counted(audit.rows, 'row')}: {words}", style="bold red" if audit.errors else "bold green"))
 
 
 def _print_advice(advice: Advice, console: Console) -> None:
@@ -289,7 +290,7 @@ def example_line(example: Mapping[str, Any]) -> str:
         rank = example["rank"] or "beyond top-k"
         line += f", rank {rank}; the base: {example['base_text']!r} ({example['base_probability']:.2f})"
     if "rows_agreeing" in example:
-        line += f"; {example['rows_agreeing']} rows agree"
+        line += f"; {counted(example['rows_agreeing'], 'row')} {inflected(example['rows_agreeing'], 'agree')}"
     return line
 
 

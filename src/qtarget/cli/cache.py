@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.numbers import finite
+from qtarget.core.counts import counted
 from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def verify(
     check_counts(cache)
     signed = "" if verify_key is None else ", and so is the signature"
     typer.echo(
-        f"{directory}: {len(cache.manifest.shards)} shards, {len(cache):,} rows: every hash and count is right{signed}"
+        f"{directory}: {counted(len(cache.manifest.shards), 'shard')}, {counted(len(cache), 'row')}: "
+        f"every hash and count is right{signed}"
     )
     if model is not None and config is not None:
         again(cache, rows_of(config, context.args, model), model, rows, tolerance, seed)
@@ -242,4 +244,4 @@ def export(
     check_folder(output, EXPORT, inputs=[directory, config, *run.inputs])
     student = str(run.model.model_name_or_path)
     count = export_rows(ReferenceCache.open(directory), rows_of(config, context.args, student).rows, name, output)
-    typer.echo(f"{output}: {count:,} rows for {name}")
+    typer.echo(f"{output}: {counted(count, 'row')} for {name}")

@@ -29,6 +29,5 @@ def card(
     document = card_document(run, files)
     model = (name or "").split("/")[-1] or run.resolve().name
     text = card_text(document, model, tags=read_tags(run / CARD), hub_name=name, merged=kind_of(run) == MODEL)
-    typer.echo(
-        f"{write_card(run, text)}: {len(document['evaluations'])} tables of {', '.join(map(str, files)) or 'no evaluation'}"
-    )
+    tables = counted(len(document["evaluations"]), "table")
+    typer.echo(f"{write_card(run, text)}: {tables} of {', '.join(map(str, files)) or 'no evaluation'}")

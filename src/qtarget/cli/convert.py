@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qtarget.cli.options.datasets import LimitsOption
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError
 
 
@@ -60,7 +61,7 @@ def convert(
     write_atomic(output, text.encode())
     for line in reading.announced:
         typer.echo(line)
-    typer.echo(f"{output}: {len(reading.rows):,} row{'s'[: len(reading.rows) != 1]}")
+    typer.echo(f"{output}: {counted(len(reading.rows), 'row')}")
 
 
 def parse_roles(given: list[str]) -> dict[str, str]:

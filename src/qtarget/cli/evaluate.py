@@ -10,6 +10,7 @@ import typer
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.outputs import OverwriteOption
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -306,7 +307,9 @@ def print_evaluation(document: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     for name, about in document["sets"].items():
-        table = Table(box=box.SIMPLE, caption=f"{name}: {about['file']}, {about['rows']:,} rows; 95 % intervals")
+        table = Table(
+            box=box.SIMPLE, caption=f"{name}: {about['file']}, {counted(about['rows'], 'row')}; 95 % intervals"
+        )
         for column in ("model", "completed", "to the base", "nll, nats a token", "to the base"):
             table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
         for one in document["contenders"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError
 from qtarget.data.groups import row_groups
 
@@ -326,6 +327,8 @@ def print_filtered(document: Mapping[str, Any]) -> None:
     console.print(Text(document["summary"]), soft_wrap=True)
     if (roc := document["roc"]) is not None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
-        console.print(Text(f"ROC-AUC against the marks of {roc['marked']:,} rows: {said}"), soft_wrap=True)
+        console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)
     if document["not_judged"]:
-        console.print(Text(f"{document['not_judged']:,} rows train on nothing and were not judged"), soft_wrap=True)
+        console.print(
+            Text(f"{counted(document['not_judged'], 'row')} trained on nothing, and not judged"), soft_wrap=True
+        )

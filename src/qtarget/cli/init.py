@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -168,7 +169,9 @@ def prepare(
     if known.template is not None:
         files[beside(output, "chat_template.jinja")] = known.template.encode()
     lines = config_lines(known, model, output, paths, list(copied))
-    heading = f"{data}: {len(reading.rows):,} rows as {reading.shape}, for {model}. Keys are TRL's and qtarget's."
+    heading = (
+        f"{data}: {counted(len(reading.rows), 'row')} as {reading.shape}, for {model}. Keys are TRL's and qtarget's."
+    )
     said = summary(known, data, len(training), len(validation), seed)
     validated = bool(validation) or config.data.validation_file is not None
     return Start(config_text(with_given(lines, settings), heading), files, said, validated)
@@ -412,21 +415,25 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     lines = list(known.reading.announced)
     lines += [f"warning: {note}" for note in known.survey.notes]
     lines.append(
-        f"{data}: {training:,} rows to train, {validation:,} to validate (split by prompt, seed {seed})"
+        f"{data}: {counted(training, 'row')} to train, {validation:,} to validate (split by prompt, seed {seed})"
         if validation
-        else f"{data}: {training:,} rows to train, none to validate"
+        else f"{data}: {counted(training, 'row')} to train, none to validate"
     )
     if 0 < validation < ENOUGH_TO_JUDGE:
+        least = shown_points(validation)
+        what = f"a difference of about {least:.0f} points or more" if least < 100 else "no difference, however large"
         lines.append(
-            f"warning: {validation:,} validation rows can show a difference of about {shown_points(validation):.0f} points or "
-            "more; more rows, or a larger --validation, show less"
+            f"warning: {counted(validation, 'validation row')} can show {what}; more rows, or a larger --validation, show less"
         )
-    lines.append(f"rows: {_spread(known.survey.lengths)}; {known.survey.trained:,} tokens are trained")
+    trained = known.survey.trained
+    lines.append(
+        f"rows: {_spread(known.survey.lengths)}; {counted(trained, 'token')} {inflected(trained, 'are')} trained"
+    )
     fits, free = known.fit, gigabytes(known.machine.free)
     how = "an adapter (LoRA)" if fits.adapter else "all weights"
     lines.append(
-        f"memory: {how}, {fits.batch} rows at once, about {gigabytes(fits.needed)} of {free} free on {known.machine.name}; "
-        "estimate: parameters, their gradients and moments, activations, logits"
+        f"memory: {how}, {counted(fits.batch, 'row')} at once, about {gigabytes(fits.needed)} of {free} free on "
+        f"{known.machine.name}; estimate: parameters, their gradients and moments, activations, logits"
     )
     if not fits.fits:
         lines.append("warning: by this estimate it does not fit; take a smaller model, or a machine with more memory")
@@ -450,6 +457,8 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
 
 def shown_points(rows: int) -> float:
     """The difference between two models that so many rows can show: two standard errors, where the models disagree on a third.
+
+    Beyond 100 there is no such difference.
 
     Example:
         >>> round(shown_points(12)), round(shown_points(300))

@@ -402,7 +402,7 @@ def about(
     frozen: dict[str, ModelNumbers],
 ) -> list[tuple[str, str]]:
     """Where the numbers come from."""
-    of = f"{len(rows):,} of {available:,} rows"
+    of = f"{len(rows):,} of {counted(available, 'row')}"
     how = (
         f"{of}, sampled uniformly without replacement, seed {options.seed}"
         if len(rows) < available

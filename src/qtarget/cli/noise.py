@@ -10,6 +10,7 @@ import typer
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.numbers import finite
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError
 
 
@@ -49,8 +50,8 @@ def noise(
     touched = sum(bool(row["noise_spans"]) for row in noisy)
     spans = sum(len(row["noise_spans"]) for row in noisy)
     typer.echo(
-        f"{destination}: {len(noisy)} rows, {touched} with noise, {spans} marked spans ({kind}, rate {rate}, seed "
-        f"{seed})"
+        f"{destination}: {counted(len(noisy), 'row')}, {touched} with noise, {counted(spans, 'marked span')} "
+        f"({kind}, rate {rate}, seed {seed})"
     )
 
 

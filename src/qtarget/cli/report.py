@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     steps = dict(run.checkpoints)
     if len(steps) < 2:
         raise DataError(
-            f"{run.name} has {len(steps)} checkpoint{'' if len(steps) == 1 else 's'}, and two are compared; train with "
+            f"{run.name} has {counted(len(steps), 'checkpoint')}, and two are compared; train with "
             "save_strategy: epoch (or steps), or leave --rows out"
         )
     ends = [min(steps) if first is None else first, max(steps) if last is None else last]

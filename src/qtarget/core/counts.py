@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+IRREGULAR = {"have": "has", "are": "is", "do": "does"}
+
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """So many of a thing.
@@ -13,14 +15,17 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
         >>> counted(1, "row"), counted(2000, "row"), counted(0, "copy", "copies")
         ('1 row', '2,000 rows', '0 copies')
     """
-    return f"{count:,} {inflected(count, noun, plural or f'{noun}s')}"
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
-def inflected(count: int, one: str, many: str) -> str:
-    """The word that goes with a number.
+def inflected(count: int, verb: str) -> str:
+    """What so many things do.
+
+    Args:
+        verb: of several, in the present.
 
     Example:
-        >>> inflected(1, "has", "have"), inflected(3, "has", "have")
-        ('has', 'have')
+        >>> inflected(1, "have"), inflected(3, "have"), inflected(1, "hold")
+        ('has', 'have', 'holds')
     """
-    return one if count == 1 else many
+    return verb if count != 1 else IRREGULAR.get(verb, f"{verb}s")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import DataError
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, finding, named
@@ -195,7 +196,11 @@ def check_lengths(rows: Sequence[TokenRow] | FlatRows, max_length: int | None) -
     values = {name: int(np.percentile(lengths, q, method="higher")) for name, q in names.items()}
     over = int((lengths > max_length).sum()) if max_length is not None else 0
     words = ", ".join(f"{name} {value}" for name, value in values.items())
-    limit = "no max_length" if max_length is None else f"max_length {max_length}: {over} rows are longer"
+    limit = (
+        "no max_length"
+        if max_length is None
+        else f"max_length {max_length}: {counted(over, 'row')} {inflected(over, 'are')} longer"
+    )
     message = f"tokens a row: {words}; {limit}; {labels.sum() / max(1, lengths.sum()):.0%} of all tokens are trained on"
     evidence = values | {
         "max_length": max_length,

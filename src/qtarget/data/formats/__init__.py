@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.files import Located, Place, excerpt, names_of
 from qtarget.data.formats.alpaca import ALPACA
@@ -44,6 +45,8 @@ OTHER_NAMES = {
     "content": "text",
     "tokens": "input_ids",
 }
+HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
+"""Columns that need each other."""
 
 
 @dataclass
@@ -235,8 +238,8 @@ class RowReader:
     def _announced(self, name: str, count: int) -> list[str]:
         shape = NAMED.get(name, self.shape)
         reading = f": {shape.reading}" if shape.reading else ""
-        lines = [f"read {_rows(count)} as {name}{reading}"]
-        lines += [f"{_rows(n)}: {what}" for what, n in sorted(self.said.items())]
+        lines = [f"read {counted(count, 'row')} as {name}{reading}"]
+        lines += [f"{counted(n, 'row')}: {what}" for what, n in sorted(self.said.items())]
         names = [name for name, n in self.removed.items() if n]
         if names:
             they = "are not" if len(names) > 1 else "is not"
@@ -245,12 +248,8 @@ class RowReader:
             )
         if self.dropped:
             where = ", ".join(str(place) for place in self.dropped[:5])
-            lines.append(f"{_rows(len(self.dropped))} left out, a message without content or call: {where}")
+            lines.append(f"{counted(len(self.dropped), 'row')} left out, a message without content or call: {where}")
         return lines
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s'[: count != 1]}"
 
 
 def _is_openai(row: Row) -> bool:
@@ -279,7 +278,7 @@ def _sessions(values: Iterator[tuple[Place, Row]], options: ReadOptions) -> Read
             continue
         rows.append({"messages": messages, **({"tools": options.tools} if options.tools else {})})
         places.append(Place(path, "session"))
-    lines = [f"read {count:,} messages as openviking: {OPENVIKING.reading} ({_rows(len(rows))})"]
+    lines = [f"read {counted(count, 'message')} as openviking: {OPENVIKING.reading} ({counted(len(rows), 'row')})"]
     lines += [f"{n:,} {what}" if what[0] not in "`" else f"{n:,} x {what}" for what, n in sorted(said.items())]
     calls = any(message.get("tool_calls") for row in rows for message in row["messages"])
     if calls and not options.tools:
@@ -336,10 +335,28 @@ def _empty(row: Row, known: Iterable[str]) -> str:
     return f" Next: {empty} is there but holds no value: fill it in, or remove the row." if empty else ""
 
 
+def _half(row: Row) -> str:
+    """The advice for a row with one half of a pair: the column that may be the other half, or that there is none."""
+    here = next((name for name in HALVES if name in row), None)
+    if here is None:
+        return ""
+    there = HALVES[here]
+    meaning = "completion" if there in ("completion", "output") else "prompt"
+    for name in row:
+        alike = difflib.get_close_matches(name.lower(), [there], cutoff=0.7)
+        # alpaca's input is a part of what is asked
+        if alike or (OTHER_NAMES.get(name.lower()) == meaning and name != "input"):
+            return f" Next: rename {name!r} to {there!r}."
+    lacks = "an answer" if meaning == "completion" else "what it answers"
+    return f" Next: the row has {here!r} without {lacks}: add {there!r}, or remove the row."
+
+
 def _hint(row: Row, known: list[str]) -> str:
     if set(row) >= {"role", "content"}:
         return ' Next: these are single messages; put each conversation into one row, {"messages": [...]}.'
     if hint := _empty(row, known):
+        return hint
+    if hint := _half(row):
         return hint
     hints: list[str] = []
     for name in row:
@@ -349,7 +366,4 @@ def _hint(row: Row, known: list[str]) -> str:
         meant = OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
         if meant in known and row.get(meant) is None:
             hints.append(f"rename {name!r} to {meant!r}")
-    if not hints:
-        present = [name for name in ("prompt", "completion", "instruction", "output") if name in row]
-        hints = [f"{name!r} needs its other half" for name in present]
     return f" Next: {'; '.join(hints)}." if hints else ""

@@ -100,6 +100,8 @@ def _role(name: str, where: str, said: Said, roles: Mapping[str, str]) -> str:
         return roles[name]
     low = name.strip().lower()
     mapped = low if low in ROLES else CERTAIN_ROLES.get(low)
+    if not low:
+        raise DataError(f"{where} has an empty role; expected one of {', '.join(ROLES)}")
     if mapped is None:
         raise DataError(
             f"{where} has the role {name!r}, expected one of {', '.join(ROLES)}; rename it, or say what it is with "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtarget.core.counts import counted
 from qtarget.core.errors import DataError
 
 EVALUATION, COMPARISON = "qtarget evaluation", "qtarget comparison"
@@ -93,7 +94,7 @@ def _set_table(document: Mapping[str, Any], name: str, about: Mapping[str, Any],
     found = [(one["name"], one["sets"][name]) for one in document["contenders"]]
     title = "Other rows, for what was forgotten" if name == "forgetting" else "Evaluation"
     return {
-        "title": f"{title}: {about['file']}, {about['rows']:,} rows (`{about['fingerprint']}`)",
+        "title": f"{title}: {about['file']}, {counted(about['rows'], 'row')} (`{about['fingerprint']}`)",
         "finding": document["finding"] if name == "data" else None,
         "columns": [f"right answers ({metric})", "nll, nats a token"],
         "lines": [
@@ -115,7 +116,8 @@ def _comparison(document: Mapping[str, Any], target: str) -> dict[str, Any]:
     sign = -1 if about["metric"] == "nll" else 1
     lines = [("untrained", document["base"]), *((one["name"], one) for one in document["contenders"])]
     return {
-        "title": f"Compared with other targets: {about['file']}, {about['rows']:,} rows, {document['measure']['seeds']} seeds",
+        "title": f"Compared with other targets: {about['file']}, {counted(about['rows'], 'row')}, "
+        f"{counted(document['measure']['seeds'], 'seed')}",
         "finding": document["finding"],
         "columns": [f"{about['metric']}, mean over seeds", f"better than {baseline} by"],
         "lines": [

@@ -8,6 +8,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
+from qtarget.core.counts import counted, inflected
 from qtarget.report.intervals import paired_interval, ratio_interval, share_interval
 
 SCHEMA_VERSION = 1
@@ -124,7 +125,9 @@ def _notes(name: str, entry: Entry, results: Results) -> list[str]:
     mine, notes = results[name, entry.name], []
     lost = sum(not line["tokens"] for line in mine["nll"] or [])
     if lost:
-        notes.append(f"{name}: {lost} rows have no answer token within max_length, and no nll")
+        notes.append(
+            f"{name}: {counted(lost, 'row')} {inflected(lost, 'have')} no answer token within max_length, and no nll"
+        )
     if entry.base is not None and mine["nll"] is not None and not _same_tokens(mine, results[name, entry.base]):
         notes.append(f"{name}: rows are other tokens than for {entry.base}, so their nll is not compared")
     if mine["completion"] is not None:
@@ -132,7 +135,8 @@ def _notes(name: str, entry: Entry, results: Results) -> list[str]:
         if cut:
             limit = entry.max_new_tokens.get(name)
             notes.append(
-                f"{name}: {cut} rows have a completion cut off at {limit} new tokens; --max-new-tokens allows more"
+                f"{name}: {counted(cut, 'row')} {inflected(cut, 'have')} a completion cut off at {limit} new tokens; "
+                "--max-new-tokens allows more"
             )
     return notes
 
@@ -188,7 +192,7 @@ def finding(document: Mapping[str, Any]) -> str:
 def _level(one: Mapping[str, Any]) -> str:
     found = one["sets"]["data"]
     if found["completion"] is not None:
-        return f"completes {percent(found['completion'])} of {found['completion']['rows']} rows"
+        return f"completes {percent(found['completion'])} of {counted(found['completion']['rows'], 'row')}"
     return f"has an nll of {nats(found['nll'])}" if found["nll"] is not None else "was not measured"
 
 
@@ -197,7 +201,7 @@ def _verdict(difference: Mapping[str, Any] | None, what: str, rows: int) -> str:
         return "the two are not comparable"
     words = points(difference) if what == "completion" else f"{nats(difference, '+')} nats a token"
     if difference["low"] <= 0 <= difference["high"]:
-        return f"{words}: no difference that {rows} rows can show"
+        return f"{words}: no difference that {counted(rows, 'row')} can show"
     return words
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.counts import counted
 from qtarget.report.inspect.inspection import Inspection, View, overview, row_means
 from qtarget.report.inspect.quantise import Codes, quantise
 from qtarget.report.inspect.weights import TargetNumbers
@@ -195,8 +196,9 @@ def pack(found: Inspection, budget: int = PAGE_BYTES) -> tuple[dict[str, Any], P
     notes = [
         "Numbers at single tokens are rounded to 255 levels (square scale, finest at zero); page and JSON hold the same. "
         "Means, shares, distributions and areas come from unrounded numbers.",
-        f"Single tokens of {len(kept):,} of {len(found.rows):,} rows are in this page; alternatives of {len(order):,} rows, "
-        f"most surprising first: at most {SHOWN} a token, each of probability {LEAST_SHOWN:g} or more.",
+        f"Single tokens of {len(kept):,} of {counted(len(found.rows), 'row')} are in this page; alternatives of "
+        f"{counted(len(order), 'row')}, most surprising first: at most {SHOWN} a token, "
+        f"each of probability {LEAST_SHOWN:g} or more.",
     ]
     return {**everything, "notes": notes, "texts": texts, "tokens": tokens, "alternatives": alternatives}, packer
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers.utils import logging
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import CacheMismatchError, DataError
 from qtarget.core.types import DATA_FIELDS
 from qtarget.data.checks.findings import named
@@ -85,7 +86,10 @@ def trained_rows(dataset: Dataset, weights: TokenWeights, *, zero_masks: bool, n
     if not kept.all():
         left_out = numbers[placed & ~kept]
         if len(left_out):
-            logger.warning(f"{name} data: {len(left_out):,} rows of weight 0 are left out ({named(left_out.tolist())})")
+            logger.warning(
+                f"{name} data: {counted(len(left_out), 'row')} of weight 0 {inflected(len(left_out), 'are')} left out "
+                f"({named(left_out.tolist())})"
+            )
         return dataset.select(np.flatnonzero(kept))
     return dataset
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers.utils import logging
 
+from qtarget.core.counts import counted
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.core.types import Target
 from qtarget.data.checks.findings import named
@@ -255,7 +256,7 @@ def _weights_by_text(tokens: Dataset, tokenizer: Any, chat_template: str | None,
     if not numbers:
         return found
     first = next(reason for reason in reasons if reason is not None)
-    what = f"{len(numbers)} of {len(found)} rows have weight_spans that are unplaced ({named(numbers)}): {first}"
+    what = f"{len(numbers)} of {counted(len(found), 'row')} have weight_spans that are unplaced ({named(numbers)}): {first}"
     if args.unplaced_spans == "refuse":
         raise DataError(
             f"{what}; weigh their tokens with `loss_weights`, take the spans away, or set unplaced_spans: leave_out to train "
@@ -280,11 +281,11 @@ def announcement(dataset: Dataset, weights: TokenWeights, prompt_weight: float |
     lines = []
     if weighting.rows:
         factors = row_factors(dataset)
-        lines.append(f"weight: {len(factors):,} rows, {_spread(factors)}")
+        lines.append(f"weight: {counted(len(factors), 'row')}, {_spread(factors)}")
     if weighting.tokens or weighting.text:
         trained = weights.values[labels != -100]
         if len(trained):
-            lines.append(f"weights of tokens: {len(trained):,} trained tokens, {_spread(trained)}")
+            lines.append(f"weights of tokens: {counted(len(trained), 'trained token')}, {_spread(trained)}")
     if prompt_weight is not None:
         lines.append(f"prompt_weight {prompt_weight:g}: {int((labels == -100).sum()):,} prompt tokens are trained too")
     return lines

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import DataError, QTargetError
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import Finding, finding, named
@@ -22,6 +23,7 @@ from qtarget.data.checks.rendered import Issue, findings_of
 from qtarget.integrations.sft.data.columns import ROW, with_row_ids
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.rendering.probes import probe_template, todays_date
+from qtarget.integrations.sft.rendering.prompt_ends import changed_prompts, held_back
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.scan import nulls, scan
 from qtarget.integrations.sft.rendering.token_rows import given_tokens
@@ -39,12 +41,14 @@ class Rendered:
         findings: what ``qtarget audit-data`` says of them; errors are what training stops at.
         silent: conversations without a single assistant token under ``assistant_only_loss``, by number, all their labels
             ignored; TRL stops at them, so ``tokens`` has the others.
+        unanswered: those of them in which nobody answers, or the answer is empty; of the others the template marks none.
         roles: of their messages.
     """
 
     tokens: Dataset | None
     findings: list[Finding] = field(default_factory=list)
     silent: dict[int, TokenRow] = field(default_factory=dict)
+    unanswered: frozenset[int] = frozenset()
     roles: tuple[str, ...] = ()
 
     def raise_errors(self, name: str) -> None:
@@ -54,12 +58,18 @@ class Rendered:
             DataError: names rows, cause and next step of every error.
         """
         errors = [found.message for found in self.findings if found.severity == "error"]
-        if self.silent:
-            rows = sorted(self.silent)
+        if rows := sorted(self.unanswered):
             errors.append(
-                f"{len(rows)} rows have no assistant token under assistant_only_loss: {named(rows)} (their roles: "
-                f"{', '.join(self.roles)}); mark assistant text with {{% generation %}} ... {{% endgeneration %}} in the chat "
-                "template, name the answers' role assistant, or drop those rows"
+                f"{counted(len(rows), 'row')} {inflected(len(rows), 'have')} no answer to train on: {named(rows)} (roles: "
+                f"{', '.join(self.roles)}); add a message of the role assistant that says something, or remove "
+                f"them; assistant_only_loss: false trains whole conversations"
+            )
+        if rows := sorted(set(self.silent) - self.unanswered):
+            errors.append(
+                f"{counted(len(rows), 'row')} {inflected(len(rows), 'have')} no assistant token under "
+                f"assistant_only_loss: {named(rows)} (roles: {', '.join(self.roles)}); mark assistant text with "
+                "{% generation %} ... {% endgeneration %} in the chat template, or remove "
+                f"them"
             )
         if errors:
             raise DataError(f"{name} data: " + "\n".join(errors))
@@ -92,7 +102,8 @@ def render(
         raise DataError(f"the {name} data is text, and the tokenizer has no end-of-sequence token; set eos_token")
     silent: dict[int, TokenRow] = {}
     try:
-        tokens = trl(dataset, renderer.tokenizer, args, False, None, name)
+        with held_back() as told:
+            tokens = trl(dataset, renderer.tokenizer, args, False, None, name)
     except (QTargetError, MemoryError, OSError):  # no fault of a row
         raise
     except Exception as error:  # a template raises what it likes (jinja2.TemplateError, TypeError, KeyError)
@@ -102,16 +113,18 @@ def render(
         if not silent:
             return Rendered(None, findings_of(why(dataset, name, trl, args, renderer, error), len(dataset)))
         rest = dataset.select([i for i, number in enumerate(dataset[ROW]) if number not in silent])
-        tokens = trl(rest, renderer.tokenizer, args, False, None, name) if len(rest) else None
-    roles = roles_of(dataset, renderer, silent)
+        with held_back() as told:
+            tokens = trl(rest, renderer.tokenizer, args, False, None, name) if len(rest) else None
+    unanswered, roles = unanswered_of(dataset, renderer, silent), roles_of(dataset, renderer, silent)
     if tokens is None:
-        return Rendered(None, [], silent, roles)
+        return Rendered(None, [], silent, unanswered, roles)
     issues, features = scan(tokens, renderer, args.dataset_num_proc)
     issues += probe_template(tokens, renderer, features)
     found = findings_of(issues, len(dataset))
-    return Rendered(
-        tokens, [*found, *doubled_marks(tokens, renderer.tokenizer), *todays_date(tokens, renderer)], silent
-    )
+    if told:
+        found += changed_prompts(tokens, renderer)
+    found += [*doubled_marks(tokens, renderer.tokenizer), *todays_date(tokens, renderer)]
+    return Rendered(tokens, found, silent, unanswered, roles)
 
 
 def formatted(dataset: Dataset, name: str, function: Any, text_field: str, num_proc: int | None) -> Dataset:
@@ -156,6 +169,19 @@ def without_assistant(dataset: Dataset, renderer: Renderer) -> dict[int, TokenRo
             ids = np.asarray(processed["input_ids"], dtype=np.int64)
             found[row[ROW]] = {"input_ids": ids, "labels": np.full_like(ids, IGNORE_INDEX)}
     return found
+
+
+def unanswered_of(dataset: Dataset, renderer: Renderer, numbers: Collection[int]) -> frozenset[int]:
+    """Those rows of these numbers in which no message of the assistant holds text or a call."""
+    rows: Any = dataset.select([i for i, n in enumerate(dataset[ROW]) if n in numbers]) if numbers else []
+    return frozenset(
+        row[ROW]
+        for row in rows
+        if not any(
+            message.get("role") in ("assistant", "model") and (message.get("content") or message.get("tool_calls"))
+            for message in renderer.messages(row)
+        )
+    )
 
 
 def roles_of(dataset: Dataset, renderer: Renderer, numbers: Collection[int]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset, Json, Value
 from pyarrow import compute
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import DataError
 from qtarget.data import fields
 from qtarget.data.checks.findings import Finding, named
@@ -86,7 +87,7 @@ def chosen_shape(dataset: Dataset, name: str, text_field: str) -> Shape:
     if lacking:
         shape, rows = min(lacking.items(), key=lambda item: len(item[1]))
         raise DataError(
-            f"{len(rows)} of {len(dataset)} rows of the {name} data have no value in {_words(shape)}: "
+            f"{len(rows)} of {counted(len(dataset), 'row')} of the {name} data have no value in {_words(shape)}: "
             f"{named(rows.tolist())}; all rows of a data set have one shape: fill them in, remove them, or split the data"
         )
     wanted = "; ".join(_words(shape) for shape in fields.shapes(text_field))
@@ -128,8 +129,9 @@ def _check_images(dataset: Dataset, name: str) -> None:
         filled = [i for i, value in enumerate(dataset.with_format("arrow")[:][column].to_pylist()) if value]
         if filled:
             raise DataError(
-                f"{len(filled)} rows of the {name} data hold something in the column {column!r}: {named(filled)}; only text "
-                "is trained on here: remove these rows, or the column if the text stands alone"
+                f"{counted(len(filled), 'row')} of the {name} data {inflected(len(filled), 'hold')} something in "
+                f"the column {column!r}: {named(filled)}; only text is trained on here: remove "
+                "these rows, or the column if the text stands alone"
             )
 
 
@@ -153,8 +155,8 @@ def _check_types(dataset: Dataset, name: str, shape: Shape) -> bool:
         empty = _rows_where(dataset, shape, _has_no_entries)
         if len(empty):
             raise DataError(
-                f"{len(empty)} of {len(dataset)} rows of the {name} data have no message, or a null for one, in {_words(shape)}: "
-                f"{named(empty.tolist())}; remove them, or give all messages in a column `messages`"
+                f"{len(empty)} of {counted(len(dataset), 'row')} of the {name} data have no message, or a null for one, "
+                f"in {_words(shape)}: {named(empty.tolist())}; remove them, or give all messages in a column `messages`"
             )
         return True
     if shape in (("messages",), ("conversations",)):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import DataError
 from qtarget.data import fields
 from qtarget.data.checks.audit import IGNORE_INDEX
@@ -79,7 +80,7 @@ def _token_columns(dataset: Dataset, name: str) -> tuple[Ragged, dict[str, Ragge
             row = int(wrong[0])
             length = int(values.lengths[row])
             raise DataError(
-                f"{len(wrong)} rows of the {name} data have another number of {column} than of input_ids: "
+                f"{subject(wrong, name, 'have')} another number of {column} than of input_ids: "
                 f"{named(wrong.tolist())} (row {row + 1}: {max(length, 0)} and {ids.lengths[row]}); give one a token"
             )
     for column, values in {"input_ids": ids, **given}.items():
@@ -88,14 +89,22 @@ def _token_columns(dataset: Dataset, name: str) -> tuple[Ragged, dict[str, Ragge
     return ids, given
 
 
+def subject(rows: np.ndarray, name: str, verb: str) -> str:
+    """Which rows do something: the beginning of a sentence.
+
+    Example:
+        >>> subject(np.array([4]), "train", "have")
+        '1 row of the train data has'
+    """
+    return f"{counted(len(rows), 'row')} of the {name} data {inflected(len(rows), verb)}"
+
+
 def _refuse_packed(dataset: Dataset, name: str, ids: Ragged) -> None:
     step = "give whole rows, one document each; packing: true packs them and keeps them apart"
     if "seq_lengths" in dataset.column_names and hasattr(dataset.features["seq_lengths"], "feature"):
         rows = np.flatnonzero(Ragged.of(dataset, "seq_lengths").lengths > 1)
         if len(rows):
-            raise DataError(
-                f"{len(rows)} rows of the {name} data are packed (seq_lengths): {named(rows.tolist())}; {step}"
-            )
+            raise DataError(f"{subject(rows, name, 'are')} packed (seq_lengths): {named(rows.tolist())}; {step}")
     if "position_ids" in dataset.column_names and hasattr(dataset.features["position_ids"], "feature"):
         places = Ragged.of(dataset, "position_ids")
         usual = np.arange(len(ids.values)) - np.repeat(ids.starts, ids.lengths)
@@ -103,7 +112,7 @@ def _refuse_packed(dataset: Dataset, name: str, ids: Ragged) -> None:
         rows = np.unique(ids.rows[places.values != usual]) if same else np.flatnonzero(places.lengths != ids.lengths)
         if len(rows):
             raise DataError(
-                f"{len(rows)} rows of the {name} data have position_ids other than 0, 1, 2, ...: {named(rows.tolist())}; "
+                f"{subject(rows, name, 'have')} position_ids other than 0, 1, 2, ...: {named(rows.tolist())}; "
                 f"training numbers positions itself, so remove the column; if they are packed, {step}"
             )
 
@@ -116,7 +125,7 @@ def _labels(ids: Ragged, given: dict[str, Ragged], name: str, completion_only: b
         wrong = np.unique(ids.rows[(values != 0) & (values != 1)])
         if len(wrong):
             raise DataError(
-                f"{len(wrong)} rows of the {name} data have a {mask} of other values than 0 and 1: {named(wrong.tolist())}"
+                f"{subject(wrong, name, 'have')} a {mask} of other values than 0 and 1: {named(wrong.tolist())}"
             )
     if completion_only is False:
         used = [m for m in used if m != "completion_mask"]
@@ -130,7 +139,7 @@ def _labels(ids: Ragged, given: dict[str, Ragged], name: str, completion_only: b
         rows = np.unique(ids.rows[(labels != IGNORE_INDEX) & (given[mask].values == 0)])
         if len(rows):
             raise DataError(
-                f"{len(rows)} rows of the {name} data have labels where {mask} is 0: {named(rows.tolist())}; labels and mask "
+                f"{subject(rows, name, 'have')} labels where {mask} is 0: {named(rows.tolist())}; labels and mask "
                 "contradict each other, so remove the column that is wrong"
             )
     return labels
@@ -146,7 +155,7 @@ def _attended(ids: Ragged, given: dict[str, Ragged], name: str) -> np.ndarray | 
     holes = np.unique(rows[places[1:]][(np.diff(places) > 1) & (np.diff(rows[places]) == 0)])
     if len(holes):
         raise DataError(
-            f"{len(holes)} rows of the {name} data hide tokens between others (attention_mask): {named(holes.tolist())}; "
+            f"{subject(holes, name, 'hide')} tokens between others (attention_mask): {named(holes.tolist())}; "
             "expected 0 for padding at one end alone; a token that is not to be trained gets the label -100"
         )
     return keep
@@ -160,6 +169,6 @@ def _refuse_padding(ids: Ragged, labels: np.ndarray, pad: int, name: str) -> Non
     rows = filled[left | right]
     if len(rows):
         raise DataError(
-            f"{len(rows)} rows of the {name} data are padded (token {pad} at their start, or trained on at their end) without "
+            f"{subject(rows, name, 'are')} padded (token {pad} at their start, or trained on at their end) without "
             f"an attention_mask: {named(rows.tolist())}; give rows without padding, or the attention_mask"
         )
