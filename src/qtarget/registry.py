@@ -12,7 +12,13 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtarget import divergences, targets, trust_regions
-from qtarget.core.errors import HyperparameterError, QTargetError, UnknownTargetError
+from qtarget.core.errors import (
+    HyperparameterError,
+    QTargetError,
+    UnknownNameError,
+    UnknownTargetError,
+    UnknownTrustRegionError,
+)
 
 # no torch here: the command line lists and refuses names before anything heavy is loaded
 if TYPE_CHECKING:
@@ -96,15 +102,17 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
     """The object behind ``package.module:name`` (or ``package.module:Class.method``); runs that module's code.
 
     Raises:
-        UnknownTargetError: there is no such module, or nothing of that name in it, or its code raises or exits.
+        UnknownNameError: there is no such module, or nothing of that name in it, or its code raises or exits; of a target an
+            ``UnknownTargetError``.
     """
+    unknown = UnknownTargetError if what == "target" else UnknownNameError
     module_name, _, path = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module's own code runs here, and may raise anything
         own = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.partition(".")[0])
         hint = f"; is {own_file(module_name)} in the current folder?" if own else ""
-        raise UnknownTargetError(
+        raise unknown(
             f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); expected {expected}{hint}"
         ) from error
     try:
@@ -112,7 +120,7 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
     except AttributeError as error:
         near = difflib.get_close_matches(path, [key for key in vars(module) if not key.startswith("_")], n=1)
         hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
-        raise UnknownTargetError(
+        raise unknown(
             f"{what} {name!r} cannot be imported: {getattr(module, '__file__', None) or module_name} has no {path!r}; expected "
             f"{expected}{hint}"
         ) from error
@@ -188,6 +196,24 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
         chosen[owner_of(key, name, [hyperparameters(cls) for cls in classes], bare=bare)][key] = value
     built = [_built(*made) for made in zip(name.split("+"), classes, chosen, strict=True)]
     return built[0] if len(built) == 1 else Combined(*built)
+
+
+def get_trust_region(name: str, **hyperparameters_: Any) -> Target:
+    """``get_target`` of what is asked for as a rule for samples; whether it is one, the caller says.
+
+    Raises:
+        UnknownTrustRegionError: no such name, with the nearest rules.
+        HyperparameterError, IncompatibleError, ContractError: see ``get_target``.
+    """
+    regions = available_trust_regions()
+    if ":" not in name and name not in (*regions, *available_targets()):
+        near = difflib.get_close_matches(name, regions, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(regions)}"
+        raise UnknownTrustRegionError(
+            f"trust_region {name!r} is unknown; {hint} `qtarget targets` explains them; your own is given as "
+            "package.module:Class"
+        )
+    return get_target(name, **hyperparameters_)
 
 
 def owner_of(key: str, name: str, known: Sequence[Collection[str]], *, bare: bool = False) -> int:

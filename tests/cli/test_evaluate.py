@@ -285,7 +285,7 @@ def test_refusals_are_one_block_and_leave_no_file(runs, tmp_path, capsys, monkey
         ((sft, *data, "--no-generate", "--metric", "exact"), "judge completions"),
         ((sft, *data, "--no-generate", "--no-nll"), "nothing to do"),
         ((sft, *data, "--forgetting-metric", "none"), "name that file"),
-        ((sft, *data, "--page", "evaluation.json"), "choose two paths"),
+        ((sft, *data, "--output", "e.json", "--page", "e.json"), "choose two paths"),
         ((sft, *data, "--url", "localhost:1"), "is no URL"),
     ]:
         assert part in refused(capsys, "evaluate", *arguments), arguments

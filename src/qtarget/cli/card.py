@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qtarget.core.counts import counted
+
 
 def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or a merged model of it.")],

@@ -169,7 +169,7 @@ def loaded(name: str | list[str] | None, what: str) -> Any:
     """The Python behind ``package.module:function``; a name without a colon is that of a model.
 
     Raises:
-        UnknownTargetError: nothing of that name can be imported.
+        UnknownNameError: nothing of that name can be imported.
     """
     from qtarget.registry import load_outside
 

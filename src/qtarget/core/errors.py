@@ -10,8 +10,16 @@ class QTargetError(Exception):
     """Root of all errors that qtarget raises on purpose."""
 
 
-class UnknownTargetError(QTargetError, LookupError):
+class UnknownNameError(QTargetError, LookupError):
+    """Nothing goes by this name, or no ``package.module:function`` can be imported by it."""
+
+
+class UnknownTargetError(UnknownNameError):
     """No target, divergence or ``package.module:Class`` goes by this name."""
+
+
+class UnknownTrustRegionError(UnknownNameError):
+    """No trust region goes by this name."""
 
 
 class HyperparameterError(QTargetError, ValueError):

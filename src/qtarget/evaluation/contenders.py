@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 from qtarget.core.errors import ConfigError
 from qtarget.report.runs.records import CONFIG_FILE, RUN_FILE, is_run
 from qtarget.storage.files import digest
+from qtarget.storage.folders import near_folders
 from qtarget.storage.models import adapter_base
 
 WHOLE, ADAPTER = "config.json", "adapter_config.json"
@@ -183,10 +183,9 @@ def refuse_missing(name: str, what: str, hint: str = "") -> None:
     if path.exists():
         return
     parent = path.parent
-    beside = [str(parent / other.name) for other in parent.iterdir() if other.is_dir()] if parent.is_dir() else []
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and parent.is_dir()):
-        near = difflib.get_close_matches(name, beside, n=1)
-        hint = hint or (f"did you mean {near[0]}? " if near else "")
+        near = near_folders(path)
+        hint = hint or (f"did you mean {' or '.join(near)}? " if near else "")
         raise ConfigError(
             f"{what} {name}: there is no such folder; {hint}expected a run, a model's folder or a hub name"
         )

@@ -6,10 +6,11 @@ versions without markers are known by what lies in them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -206,6 +207,39 @@ def foreign_names(path: Path, beside: Iterable[str | Path] = ()) -> list[str]:
         and os.path.realpath(found) not in own
         and not (found.is_dir() and kind_of(found) == CACHE)  # of a teacher that was scored before the run began
     )
+
+
+def missing_folder(name: str, places: Sequence[Path] = (Path(),)) -> str | None:
+    """What to say of a model's folder that is not there, with those of like names; None for what may be a hub's name.
+
+    Args:
+        places: where it is looked for.
+
+    Example:
+        >>> missing_folder("owner/name"), missing_folder("/nowhere/model")
+        (None, 'there is no folder /nowhere/model; check the path, or give the name of a model on the hub')
+    """
+    path = Path(name).expanduser()
+    found = [place / path for place in places]
+    inside = any("/" in name and one.parent.is_dir() for one in found)
+    if any(one.exists() for one in found) or "://" in name:
+        return None
+    if not (name.startswith((".", "/", "~")) or name.count("/") > 1 or inside):
+        return None
+    looked = list(dict.fromkeys(str(place.resolve()) for place in places))
+    where = "" if path.is_absolute() else f" in {' or in '.join(looked)}"
+    near = list(dict.fromkeys(like for one in found for like in near_folders(one)))
+    hint = f"did you mean {' or '.join(near)}?" if near else "check the path, or give the name of a model on the hub"
+    return f"there is no folder {name}{where}; {hint}"
+
+
+def near_folders(path: Path) -> list[str]:
+    """Folders named like the first part of a path that is not there, beside where it would be."""
+    gone = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
+    if not gone.parent.is_dir() or not os.access(gone.parent, os.R_OK):
+        return []
+    beside = sorted(found.name for found in gone.parent.iterdir() if found.is_dir())
+    return [str(gone.parent / like) for like in difflib.get_close_matches(gone.name, beside)]
 
 
 def refuse_overlap(output: str | Path, inputs: Iterable[str | Path | None], option: str = "--output") -> None:

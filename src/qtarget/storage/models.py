@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.core.errors import ConfigError
-from qtarget.storage.folders import whole_folder
+from qtarget.storage.folders import missing_folder, whole_folder
 
 NAMED = 4
 """Weights that an error names; the others are counted."""
@@ -185,6 +185,8 @@ def loading(key: str, name: str) -> Iterator[None]:
     Raises:
         ConfigError: there is nothing of that name, or its files are empty, cut off or broken.
     """
+    if (words := missing_folder(name)) is not None:
+        raise ConfigError(f"{key}: {words}")
     try:
         yield
     except (MemoryError, ConfigError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtarget.core.errors import HyperparameterError, LossUnderLensError, UnknownTargetError
+from qtarget.core.errors import HyperparameterError, LossUnderLensError, UnknownNameError, UnknownTargetError
 from qtarget.report.lens.document import look
 from qtarget.report.lens.losses import callable_under_lens, load_loss, parse_arguments
 
@@ -129,8 +129,8 @@ def test_arguments_are_literals() -> None:
     ("text", "kind", "words"),
     [
         ("dfft", UnknownTargetError, "did you mean dft"),
-        ("no_such_module:loss", UnknownTargetError, "loss 'no_such_module:loss' cannot be imported"),
-        ("torch.nn.functional:no_such", UnknownTargetError, "no_such"),
+        ("no_such_module:loss", UnknownNameError, "loss 'no_such_module:loss' cannot be imported"),
+        ("torch.nn.functional:no_such", UnknownNameError, "no_such"),
         ("math:pi", LossUnderLensError, "is a float; expected a callable"),
         ("p_power(beta=1)", HyperparameterError, "'beta' is unknown"),
         ("torch.nn:CrossEntropyLoss(smoothing=1)", LossUnderLensError, "could not be made"),

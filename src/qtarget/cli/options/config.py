@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qtarget.cli.options.settings import Setting, coerce, read_settings
 from qtarget.core.errors import ConfigError, QTargetError
+from qtarget.storage.folders import missing_folder
 
 if TYPE_CHECKING:
     from trl import ModelConfig  # pyright: ignore[reportPrivateImportUsage]
@@ -178,7 +179,7 @@ def build_config(
         model.lora_target_modules = (
             modules  # ModelConfig unpacks a list of one, which peft reads as a regular expression
         )
-    if "disable_tqdm" not in given and not sys.stderr.isatty():
+    if given.get("disable_tqdm") is None and not sys.stderr.isatty():
         trained.disable_tqdm = True  # a bar in a file is a line that nobody reads; log lines say how far it is
     trained.build_target()  # its hyper-parameters, and the contract of one of the user's own
     return RunConfig(trained, model, data, given, tuple(others))
@@ -296,13 +297,8 @@ def find_path(key: str, value: str, folder: Path) -> str:
     if found is not None:
         return str(found)
     is_model = key in ("reference", "teacher") or key.endswith("model_name_or_path")
-    is_path = value.startswith((".", "/", "~")) or (value.count("/") > 1 and "://" not in value)
-    if is_model and is_path:
-        if relative.is_absolute():
-            raise ConfigError(f"{key}: there is no {value}; check the path, or give a hub name")
-        places = " nor in ".join(dict.fromkeys(map(str, (folder.resolve(), Path.cwd()))))
-        where = f"is neither in {places}" if " nor in " in places else f"is not in {places}"
-        raise ConfigError(f"{key}: {value} {where}; check the path")
+    if is_model and (words := missing_folder(value, (folder, Path()))) is not None:
+        raise ConfigError(f"{key}: {words}")
     return value
 
 

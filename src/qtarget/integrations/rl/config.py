@@ -16,7 +16,7 @@ from qtarget.core.types import Target
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.loss.backends import Backend
-from qtarget.registry import get_target
+from qtarget.registry import get_target, get_trust_region
 
 ANCHORS = ("rollout", "old")
 
@@ -159,7 +159,7 @@ class QTargetGRPOConfig(GRPOConfig):
             if target is None:
                 raise ConfigError("neither trust_region nor target is set: nothing would be taught; set one of them")
             return target
-        region = get_target(self.trust_region, **(self.trust_region_kwargs or {}))  # pyright: ignore[reportCallIssue]
+        region = get_trust_region(self.trust_region, **(self.trust_region_kwargs or {}))  # pyright: ignore[reportCallIssue]
         if not isinstance(region, TrustRegion):
             raise ConfigError(
                 f"trust_region: {self.trust_region} is no rule for samples; set it as target, or choose one (`qtarget targets`)"

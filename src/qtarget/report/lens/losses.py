@@ -169,7 +169,8 @@ def load_loss(text: str) -> Loss:
     its code.
 
     Raises:
-        UnknownTargetError: there is no such name, module or attribute.
+        UnknownTargetError: there is no such name.
+        UnknownNameError: ... or no such module or attribute.
         HyperparameterError: a built-in does not know the argument.
         LossUnderLensError: what was found is not callable, or its signature cannot be served.
     """
