@@ -93,6 +93,15 @@ def test_checkpoints_of_an_adapter_without_records(workspace, tmp_path):
     assert any("cannot be checked" in note for note in report["runs"][0]["notes"])
 
 
+def test_a_run_of_samples_leads_with_its_rewards(tmp_path, capsys):
+    (tmp_path / "rl").mkdir()
+    lines = [{"loss": 0.1, "reward": value, "step": step} for step, value in ((1, 0.25), (2, 0.5))]
+    (tmp_path / "rl/qtarget_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    qtarget("report", tmp_path / "rl")
+    said = capsys.readouterr().out
+    assert "0.2500" in said and "0.5000" in said and "first reward" in said and "nll" not in said.split("rl:")[0]
+
+
 def test_refusals_are_one_block(workspace, tmp_path, capsys):
     out = tmp_path / "out"
     assert "not a folder" in refused(capsys, "report", tmp_path / "none")

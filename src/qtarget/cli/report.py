@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from qtarget.cli.options.outputs import Mark
     from qtarget.report.runs.document import Run
 
+MEASURES = (
+    ("nll", "clean_nll", "nll on evaluation rows, nats a token"),
+    ("reward", "rewards", "reward of samples; of other rows where they were evaluated"),
+)
+"""Metric, its summary in the document, and what its table says."""
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
@@ -136,19 +142,23 @@ def print_report(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE, caption="nll on evaluation rows, nats a token")
-    for column in ("run", "target", "state", "step", "rows", "first nll", "last nll"):
-        table.add_column(column, justify="right" if "nll" in column or column == "step" else "left", overflow="fold")
-    for run in result["runs"]:
-        status = run["status"]
-        for name, nll in run["clean_nll"].items() or [("-", None)]:
-            ends = [f"{nll[end]['nll']:.4f}" for end in ("first", "last")] if nll else ["-", "-"]
-            table.add_row(
-                *map(Text, (run["name"], run["target"] or "-", status["state"], str(status["step"]), name, *ends))
-            )
-    # ``Text``, because names and notes may hold brackets, which rich would read as markup
     console = Console()
-    console.print(table)
+    for metric, summary, caption in MEASURES:
+        # a run of samples has rewards and often no nll; one that has neither stands in the first table
+        shown = [run for run in result["runs"] if run[summary] or (metric == "nll" and not run["rewards"])]
+        table = Table(box=box.SIMPLE, caption=caption)
+        for column in ("run", "target", "state", "step", "rows", f"first {metric}", f"last {metric}"):
+            table.add_column(
+                column, justify="right" if metric in column or column == "step" else "left", overflow="fold"
+            )
+        for run in shown:
+            about = (run["name"], run["target"] or "-", run["status"]["state"], str(run["status"]["step"]))
+            for name, found in run[summary].items() or [("-", None)]:
+                ends = [f"{found[end][metric]:.4f}" for end in ("first", "last")] if found else ["-", "-"]
+                # ``Text``, because names and notes may hold brackets, which rich would read as markup
+                table.add_row(*map(Text, (*about, name, *ends)))
+        if shown:
+            console.print(table)
     for run in result["runs"]:
         for note in [*run["notes"], *([run["status"]["reason"]] if run["status"]["reason"] else [])]:
             console.print(Text(f"{run['name']}: {note}", style="yellow"), soft_wrap=True)

@@ -228,7 +228,7 @@ def missing_folder(name: str, places: Sequence[Path] = (Path(),)) -> str | None:
         return None
     looked = list(dict.fromkeys(str(place.resolve()) for place in places))
     where = "" if path.is_absolute() else f" in {' or in '.join(looked)}"
-    near = list(dict.fromkeys(like for one in found for like in near_folders(one)))
+    near = list({os.path.realpath(like): like for one in found for like in near_folders(one)}.values())
     hint = f"did you mean {' or '.join(near)}?" if near else "check the path, or give the name of a model on the hub"
     return f"there is no folder {name}{where}; {hint}"
 

@@ -188,6 +188,10 @@ def test_a_run_on_samples_has_its_panels_and_one_on_demonstrations_has_none(make
     train = report["runs"][0]["train"]
     assert train["region/blocked_positive"] == [0.125, None] and "region/blocked_negative" not in train
     assert report["runs"][0]["evaluations"]["eval"]["reward"] == [0.2, 0.3]
+    assert report["runs"][0]["rewards"]["samples"]["first"] == {"reward": 0.25, "step": 1}
+    assert report["runs"][0]["rewards"]["eval"] == {
+        "first": {"reward": 0.2, "step": 1}, "last": {"reward": 0.3, "step": 2}, "highest": {"reward": 0.3, "step": 2},
+    }  # fmt: skip
     figures = comparison_figures(report)
     drawn = {axes.get_ylabel().split(",")[0]: list(axes.lines[0].get_ydata()) for axes in figures["samples"].axes}
     assert drawn == {

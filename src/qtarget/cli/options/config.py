@@ -57,6 +57,7 @@ OTHER_NAMES = {
     "test_file": "validation_file",
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
+    "max_length": "max_completion_length",
     "objective": "target",
     "loss": "target",
     "torch_dtype": "dtype",
@@ -272,7 +273,8 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], argume
 def _hint(key: str, known: list[str], target: Setting | None) -> str:
     if key in _target_hyperparameters(target):
         return f"; a hyper-parameter of the target: write target_kwargs: {{{key}: ...}}"
-    near = [OTHER_NAMES[key]] if key in OTHER_NAMES else difflib.get_close_matches(key, known, n=1)
+    meant = OTHER_NAMES.get(key)
+    near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

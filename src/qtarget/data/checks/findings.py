@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from qtarget.core.counts import counted
-
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 ROWS_NAMED = 5
@@ -77,7 +75,7 @@ def finding(
     if not len(rows):
         return []
     first = tuple(int(row) for row in rows[:ROWS_NAMED])
-    message = f"{len(rows):,} of {counted(of, 'row')} {what}: {named(first, len(rows))}; {step}"
+    message = f"{len(rows)} of {of} rows {what}: {named(first, len(rows))}; {step}"
     return [Finding(check, severity, len(rows), first, message, evidence)]
 
 

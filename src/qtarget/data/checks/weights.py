@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qtarget.core.counts import counted
 from qtarget.core.errors import DataError
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, named
 from qtarget.data.columns import parsed_weight, row_loss_weights
@@ -24,7 +23,7 @@ def check_weights(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
         return []
     wrong = list(causes)
     message = (
-        f"{len(wrong)} of {counted(len(rows), 'row')} have weights that cannot be used: {named(wrong)}; row {wrong[0] + 1}: "
+        f"{len(wrong)} of {len(rows)} rows have weights that cannot be used: {named(wrong)}; row {wrong[0] + 1}: "
         f"{causes[wrong[0]]}"
     )
     return [Finding("unusable_weights", "error", len(wrong), tuple(wrong[:ROWS_NAMED]), message)]

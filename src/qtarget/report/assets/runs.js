@@ -2,17 +2,24 @@
 "use strict";
 (() => {
   const { el, table, number, visible, colour, data } = QT;
-  const at = (point) => (point ? `${number(point.nll)} (step ${point.step})` : "\u2013");
   const place = (id) => document.getElementById(id);
 
-  function summary() {
-    const rows = data.runs.flatMap((run) => {
-      const sets = Object.entries(run.clean_nll);
+  // a run of samples has rewards and often no nll; one that has neither stands in the first table
+  function measured(key, metric, best, caption, shown) {
+    const at = (point) => (point ? `${number(point[metric])} (step ${point.step})` : "\u2013");
+    const rows = data.runs.filter(shown).flatMap((run) => {
+      const sets = Object.entries(run[key]);
       const state = run.status.state + (run.status.max_steps ? `, ${run.status.step} of ${run.status.max_steps} steps` : `, step ${run.status.step}`);
-      const line = (name, nll) => [el("bdi", {}, visible(run.name)), run.target || "\u2013", state, name, at(nll.first), at(nll.last), at(nll.lowest)];
-      return sets.length ? sets.map(([name, nll]) => line(name, nll)) : [line("\u2013", {})];
+      const line = (name, found) => [el("bdi", {}, visible(run.name)), run.target || "\u2013", state, name, at(found.first), at(found.last), at(found[best])];
+      return sets.length ? sets.map(([name, found]) => line(name, found)) : [line("\u2013", {})];
     });
-    place("summary").append(table("Plain nll on evaluation rows, nats a token", ["run", "target", "state", "rows", "first", "last", "lowest"], rows));
+    if (rows.length) place("summary").append(table(caption, ["run", "target", "state", "rows", "first", "last", best], rows));
+  }
+
+  function summary() {
+    const some = (value) => Object.keys(value).length > 0;
+    measured("clean_nll", "nll", "lowest", "Plain nll on evaluation rows, nats a token", (run) => some(run.clean_nll) || !some(run.rewards));
+    measured("rewards", "reward", "highest", "Reward of samples; of other rows where they were evaluated", (run) => some(run.rewards));
     const notes = data.runs.flatMap((run) => [...run.notes, ...(run.status.reason ? [run.status.reason] : [])].map((note) => `${run.name}: ${note}`));
     if (notes.length) place("notes").append(el("ul", {}, notes.map((note) => el("li", {}, visible(note)))));
   }

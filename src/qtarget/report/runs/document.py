@@ -200,16 +200,7 @@ def notes_of(run: Run, evaluations: Mapping[str, Any]) -> list[str]:
 
 def describe_run(run: Run) -> dict[str, Any]:
     """A run as JSON: state, curves, first, last and lowest clean NLL of each evaluation set."""
-    evaluations = evaluation_curves(run.log)
-    summary = {}
-    for name, curve in evaluations.items():
-        pairs = [(v, s) for s, v in zip(curve["step"], curve.get("nll", []), strict=False) if v is not None]
-        if pairs:
-            summary[name] = {
-                "first": {"nll": pairs[0][0], "step": pairs[0][1]},
-                "last": {"nll": pairs[-1][0], "step": pairs[-1][1]},
-                "lowest": {"nll": min(pairs)[0], "step": min(pairs)[1]},
-            }
+    evaluations, train = evaluation_curves(run.log), training_curve(run.log)
     return {
         "name": run.name,
         "target": run.description.get("target"),
@@ -217,12 +208,32 @@ def describe_run(run: Run) -> dict[str, Any]:
         "model": run.description.get("model"),
         "data": run.description.get("data"),
         "status": state_of(run),
-        "train": training_curve(run.log),
+        "train": train,
         "evaluations": evaluations,
-        "clean_nll": summary,
+        "clean_nll": ends_of(evaluations, "nll", "lowest"),
+        "rewards": ends_of({"samples": train} | evaluations, "reward", "highest"),
         "notes": notes_of(run, evaluations),
         "completions": completions_of(run.folder),
     }
+
+
+def ends_of(curves: Mapping[str, Mapping[str, Any]], metric: str, best: str) -> dict[str, dict[str, Any]]:
+    """The first, last and best value of a metric in each curve that has it, each with its step.
+
+    Args:
+        best: what the best is called: ``lowest`` or ``highest``.
+
+    Example:
+        >>> ends_of({"samples": {"step": [1, 2], "reward": [0.5, 0.25]}}, "reward", "highest")["samples"]["highest"]
+        {'reward': 0.5, 'step': 1}
+    """
+    found = {}
+    for name, curve in curves.items():
+        pairs = [(v, s) for s, v in zip(curve["step"], curve.get(metric, []), strict=False) if v is not None]
+        if pairs:
+            chosen = {"first": pairs[0], "last": pairs[-1], best: (min if best == "lowest" else max)(pairs)}
+            found[name] = {end: {metric: value, "step": step} for end, (value, step) in chosen.items()}
+    return found
 
 
 # -- several runs ----------------------------------------------------------------------------------------------

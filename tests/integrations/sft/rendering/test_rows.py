@@ -326,8 +326,31 @@ def test_certain_roles_are_mapped_and_others_refused_by_row(train):
 
 
 def test_rows_without_an_assistant_are_named_under_its_loss(train):
-    with pytest.raises(DataError, match=r"1 rows have no assistant token .*row 1 \(their roles: user\)"):
-        train([{"messages": [USER]}], assistant_only_loss=True)
+    answered, silent = {"messages": [USER, ANSWER]}, {"messages": [USER]}
+    empty = {"messages": [USER, {**ANSWER, "content": ""}]}
+    with pytest.raises(DataError, match=r"1 row has no answer to train on: row 1 \(roles: user\); add a message"):
+        train([silent], assistant_only_loss=True)
+    with pytest.raises(DataError, match=r"2 rows have no answer to train on: rows 2, 3 \(roles: user\)"):
+        train([answered, silent, silent], assistant_only_loss=True)
+    bare = "{%- for m in messages -%}{{ '<' }}{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}"
+    bare += "{%- endgeneration -%}{%- else -%}{{ m.content }}{%- endif -%}{%- endfor -%}"
+    with pytest.raises(DataError, match=r"1 row has no answer to train on: row 2 \(roles: assistant, user\)"):
+        train([answered, empty], tokenizer_with(bare), assistant_only_loss=True)
+    unmarked = bare.replace("m.role == 'assistant'", "m.content == 'Hi'")
+    with pytest.raises(DataError, match=r"1 row has no assistant token .*row 2 \(roles: assistant, user\); mark"):
+        train(
+            [{"messages": [USER, {**ANSWER, "content": "Hi"}]}, answered],
+            tokenizer_with(unmarked),
+            assistant_only_loss=True,
+        )
+
+
+def test_prompts_that_change_before_their_completion_are_named_and_trls_words_are_not_shown(train, caplog):
+    """The template opens an answer with a thought that it leaves out of answers: not what a model is asked with."""
+    template = PLAIN + "{%- if add_generation_prompt -%}{{ '<assistant:think' }}{%- endif -%}"
+    trainer = train([{"prompt": [USER], "completion": [ANSWER]}], tokenizer_with(template))
+    assert "1 of 1 rows have a prompt whose end is left out" in said(trainer)
+    assert "not a prefix" not in caplog.text
 
 
 def test_thoughts_that_a_template_leaves_out_are_a_warning(train):
