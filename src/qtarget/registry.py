@@ -207,7 +207,8 @@ def get_trust_region(name: str, **hyperparameters_: Any) -> Target:
     """
     regions = available_trust_regions()
     if ":" not in name and name not in (*regions, *available_targets()):
-        near = difflib.get_close_matches(name, regions, n=3)
+        longer = [region for region in regions if region.startswith(name)]
+        near = list(dict.fromkeys([*longer, *difflib.get_close_matches(name, regions, n=3)]))
         hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(regions)}"
         raise UnknownTrustRegionError(
             f"trust_region {name!r} is unknown; {hint} `qtarget targets` explains them; your own is given as "

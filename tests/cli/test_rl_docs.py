@@ -80,7 +80,11 @@ def test_the_commands_run(there, tiny_model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--reward_funcs", "nowhere:exact"], "reward 'nowhere:exact' cannot be imported"),
+        (["--reward_funcs", "nowhere:exact"], "UnknownNameError: reward 'nowhere:exact' cannot be imported"),
+        (
+            ["--trust_region", "ppoclip"],
+            "UnknownTrustRegionError: trust_region 'ppoclip' is unknown; did you mean ppo_clip",
+        ),
         (["--reward_funcs", "null"], "weighs samples by rewards, and there is none"),
         (["--beta", "0.1"], "target: reverse_kl, target_weight: 0.1"),
         (["--trust_region", "ppo"], "did you mean"),

@@ -44,7 +44,8 @@ def test_training_leaves_model_tokenizer_config_and_summary(workspace, tmp_path,
 
     config = workspace(validation_file="held_out.jsonl")
     qtarget("train", config, "--target", "dft", "--max_steps=6")
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert "/6 [" not in errors and "step 1: loss" in printed  # no bar where nobody watches, but lines
     out = tmp_path / "out"
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).decode([33, 34]) == AutoTokenizer.from_pretrained(tiny_model).decode(

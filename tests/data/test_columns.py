@@ -72,7 +72,7 @@ def test_equal_weights_need_no_prefix_and_unequal_ones_say_what_is_wrong(tokeniz
     expected = spread(("<system>s#\n", 1), ("<user>u#\n", 1), ("<assistant>a#\n", 0))
     assert weights_of(tokenizer, same, STRICT) == expected
     with pytest.raises(
-        DataError, match=r"first 1 messages alone .*needs a user turn.*give messages 0 and 1 equal weights"
+        DataError, match=r"first 1 message alone .*needs a user turn.*give messages 0 and 1 equal weights"
     ):
         weights_of(tokenizer, talk(("system", "s", 0), ("user", "u", 1)), STRICT)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.outputs import progress_bar
+from qtarget.core.counts import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +87,7 @@ def rl_table(results: dict[str, Any]) -> Table:
 
     table = Table(
         title="held-out prompts answered exactly, %",
-        caption=f"means over {results['config']['seeds']} seeds; in brackets, smallest..largest seed (no confidence "
+        caption=f"means over {counted(results['config']['seeds'], 'seed')}; in brackets, smallest..largest seed (no confidence "
         f"interval). {results['samples_per_run']} rows a run: samples, or demonstrations for sft. Stale: weights of four rounds "
         "ago sample, four updates a round. KL: to the sampler, nats a token.",
         box=box.SIMPLE,
@@ -112,7 +113,7 @@ def results_table(results: dict[str, Any]) -> Table:
 
     table = Table(
         title="clean held-out prompts answered exactly, %",
-        caption=f"means over {results['config']['seeds']} seeds; in brackets, smallest..largest seed (no confidence "
+        caption=f"means over {counted(results['config']['seeds'], 'seed')}; in brackets, smallest..largest seed (no confidence "
         "interval). Learning rates: as tuned on other noisy rows. The oracle is told which tokens are noise.",
         box=box.SIMPLE,
     )

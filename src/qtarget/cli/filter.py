@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
-from qtarget.core.counts import counted
+from qtarget.core.counts import counted, inflected
 from qtarget.core.errors import ConfigError
 from qtarget.data.groups import row_groups
 
@@ -328,7 +328,6 @@ def print_filtered(document: Mapping[str, Any]) -> None:
     if (roc := document["roc"]) is not None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
         console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)
-    if document["not_judged"]:
-        console.print(
-            Text(f"{counted(document['not_judged'], 'row')} trained on nothing, and not judged"), soft_wrap=True
-        )
+    if silent := document["not_judged"]:
+        words = f"{counted(silent, 'row')} {inflected(silent, 'train')} on nothing and {inflected(silent, 'were')} not judged"
+        console.print(Text(words), soft_wrap=True)

@@ -420,11 +420,7 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
         else f"{data}: {counted(training, 'row')} to train, none to validate"
     )
     if 0 < validation < ENOUGH_TO_JUDGE:
-        least = shown_points(validation)
-        what = f"a difference of about {least:.0f} points or more" if least < 100 else "no difference, however large"
-        lines.append(
-            f"warning: {counted(validation, 'validation row')} can show {what}; more rows, or a larger --validation, show less"
-        )
+        lines.append(f"warning: {judging_words(validation)}")
     trained = known.survey.trained
     lines.append(
         f"rows: {_spread(known.survey.lengths)}; {counted(trained, 'token')} {inflected(trained, 'are')} trained"
@@ -453,6 +449,20 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")
     return lines
+
+
+def judging_words(rows: int) -> str:
+    """What so few validation rows can show.
+
+    Example:
+        >>> judging_words(12)
+        '12 validation rows can show a difference of about 33 points or more; more rows, or a larger --validation, show less'
+        >>> judging_words(1)
+        '1 validation row can show no difference, however large; more rows, or a larger --validation, show less'
+    """
+    least = shown_points(rows)
+    what = f"a difference of about {least:.0f} points or more" if least < 100 else "no difference, however large"
+    return f"{counted(rows, 'validation row')} can show {what}; more rows, or a larger --validation, show less"
 
 
 def shown_points(rows: int) -> float:

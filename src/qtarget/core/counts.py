@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-IRREGULAR = {"have": "has", "are": "is", "do": "does"}
+IRREGULAR = {"have": "has", "are": "is", "do": "does", "were": "was"}
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

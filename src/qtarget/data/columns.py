@@ -9,6 +9,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
+from qtarget.core.counts import counted
 from qtarget.core.errors import DataError
 
 Message = Mapping[str, Any]
@@ -120,7 +121,7 @@ def _border(tokenizer: Any, render: Any, messages: list[dict], whole: list[int],
         alone = render(messages[:i])
     except Exception as error:  # a template raises what it likes (jinja2.TemplateError, TypeError)
         raise DataError(
-            f"the chat template cannot render the first {i} messages alone ({error}), so where message {i} begins "
+            f"the chat template cannot render the first {counted(i, 'message')} alone ({error}), so where message {i} begins "
             "cannot be "
             f"told; give messages {i - 1} and {i} equal weights, or use a template without this check"
         ) from error

@@ -322,9 +322,17 @@ def kind_of(value: Any) -> str:
 
     Example:
         >>> kind_of({}), kind_of(None), kind_of(2)
-        ('an object', 'null', 'a int')
+        ('an object', 'null', 'an integer')
     """
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+        int: "an integer",
+        float: "a number",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 

@@ -328,7 +328,7 @@ REFUSED = {
         [{"messages": [user([{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "source": {}}]}])]}],
         ["'image'", "tool_result"],
     ),
-    "a number": ([{"messages": [user(5)]}], ["content is a int 5", "expected text"]),
+    "a number": ([{"messages": [user(5)]}], ["content is an integer 5", "expected text"]),
     "an object": ([{"messages": [user({"text": "a"})]}], ["content is an object", "expected text"]),
     "arguments that are no JSON": (
         [{"messages": [assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{city: Oslo"}}])]}],
@@ -365,7 +365,7 @@ REFUSED = {
         [{"prompt": "a", "completion": "b"}, {"prompt": [user("a")], "completion": [assistant("b")]}],
         ["line 2", "a list of messages", "line 1"],
     ),
-    "alpaca with a number": ([{"instruction": "a", "input": 3, "output": "b"}], ["'input' is a int"]),
+    "alpaca with a number": ([{"instruction": "a", "input": 3, "output": "b"}], ["'input' is an integer"]),
     "single messages": ([user("a"), assistant("b")], ["single messages", '{"messages": [...]}']),
     "messages that are prose": ([{"messages": "Hello"}], ["'messages' is a string"]),
     "messages that are cut JSON": ([{"messages": '[{"role"'}], ["'messages'", "not JSON"]),

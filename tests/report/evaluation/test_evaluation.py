@@ -87,7 +87,7 @@ def test_rows_beyond_max_length_and_cut_answers_are_noted():
     b = document_of(found)["contenders"][2]
     assert b["sets"]["data"]["nll"]["mean"] == 0.5 and b["sets"]["data"]["nll"]["rows"] == 3
     assert b["sets"]["data"]["completion"]["unfinished"] == 0.5
-    assert any("1 rows have no answer token" in note for note in b["notes"])
+    assert any("1 row has no answer token" in note for note in b["notes"])
     assert any("2 rows have a completion cut off at 20" in note for note in b["notes"])
 
 
