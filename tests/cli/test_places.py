@@ -96,3 +96,13 @@ def test_without_a_run_files_are_named_after_what_they_are_of(tmp_path, monkeypa
     qtarget("audit-data", "rows.jsonl", "--json", "found.json")
     assert last_line(capsys) == "wrote found.json"
     assert "did not make it" in refused(capsys, "audit-data", "rows.jsonl", "--json", "mine.json")
+
+
+def test_filtered_rows_of_another_config_stay(workspace, tmp_path, capsys):
+    config, folder = workspace(), tmp_path / "out-filtered"
+    folder.mkdir()
+    (folder / ".qtarget").write_text('{"kind": "filter"}')
+    (folder / "filter.json").write_text('{\n "made_by": "qtarget filter of 0123"\n}\n')
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "`qtarget filter` did not make it of this input" in refused(capsys, "filter", config)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}

@@ -195,7 +195,7 @@ def test_a_stream_is_read_as_it_comes(caplog):
         for i in range(3)
     ]
     bad = read_dataset(IterableDataset.from_generator(lambda: iter([*rows, {"instruction": 3, "output": "a"}])))
-    with pytest.raises(DataError, match="row 4: column 'instruction' is a int"):
+    with pytest.raises(DataError, match="row 4: column 'instruction' is an integer"):
         list(bad)
     list(read_dataset(Dataset.from_list([{"messages": calling("f", {})}]).to_iterable_dataset()))
     assert "column messages holds Arrow structs" in caplog.text

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import Mark, OverwriteOption
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError, counted, inflected
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.numbers import finite
-from qtarget.core.counts import counted
-from qtarget.core.errors import CacheMismatchError, ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError, counted
 
 if TYPE_CHECKING:
     from qtarget.integrations.sft.score import TrainingRows

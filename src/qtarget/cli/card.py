@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qtarget.core.counts import counted
+from qtarget.core.errors import counted
 
 
 def card(

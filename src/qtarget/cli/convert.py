@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from qtarget.cli.options.datasets import LimitsOption
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted
 
 
 def convert(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.outputs import progress_bar
-from qtarget.core.counts import counted
+from qtarget.core.errors import counted
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,7 @@ import typer
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.outputs import OverwriteOption
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted, inflected
 from qtarget.data.groups import row_groups
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted, inflected
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig

@@ -11,8 +11,7 @@ import typer
 
 from qtarget.cli.audit_data import HARDWARE
 from qtarget.cli.options.outputs import OverwriteOption
-from qtarget.core.counts import counted
-from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
+from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, counted
 from qtarget.data.groups import row_groups
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def inspect(
     Of a run, named by its folder: its rows before and after, with the config that it left. Of a run of `qtarget rl`: the
     samples that it kept, coloured by weight and advantage.
     """
-    from qtarget.cli.options.runs import checkpoint_paths, recorded_config
+    from qtarget.cli.options.started import checkpoint_paths, recorded_config
 
     run = config if config.is_dir() else None
     config = recorded_config(config)

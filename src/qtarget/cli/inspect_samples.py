@@ -8,8 +8,7 @@ from typing import Any
 
 import typer
 
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted
 
 KNOWN = ("config", "targets", "output", "json_file", "rows", "overwrite")
 

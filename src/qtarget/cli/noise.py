@@ -10,8 +10,7 @@ import typer
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.numbers import finite
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted
 
 
 def noise(

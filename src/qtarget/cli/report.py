@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
     from qtarget.cli.options.outputs import Mark

@@ -9,8 +9,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-from qtarget.core.counts import counted
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted
 
 Message = Mapping[str, Any]
 # A word that no template rewrites; it marks where a message's own text ends in the rendered conversation.

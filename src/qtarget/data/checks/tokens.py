@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted, inflected
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, finding, named
 from qtarget.data.checks.flat import FlatRows

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted
 from qtarget.data.files import Located, Place, excerpt, names_of
 from qtarget.data.formats.alpaca import ALPACA
 from qtarget.data.formats.anthropic import ANTHROPIC

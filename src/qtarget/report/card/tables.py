@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget.core.counts import counted
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted
 
 EVALUATION, COMPARISON = "qtarget evaluation", "qtarget comparison"
 COMPARED = "-compare"

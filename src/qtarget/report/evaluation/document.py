@@ -8,7 +8,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from qtarget.core.counts import counted, inflected
+from qtarget.core.errors import counted, inflected
 from qtarget.report.intervals import paired_interval, ratio_interval, share_interval
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.counts import counted
+from qtarget.core.errors import counted
 from qtarget.report.inspect.inspection import Inspection, View, overview, row_means
 from qtarget.report.inspect.quantise import Codes, quantise
 from qtarget.report.inspect.weights import TargetNumbers

@@ -13,8 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers.utils import logging
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import CacheMismatchError, DataError
+from qtarget.core.errors import CacheMismatchError, DataError, counted, inflected
 from qtarget.core.types import DATA_FIELDS
 from qtarget.data.checks.findings import named
 from qtarget.data.fields import PRIVATE

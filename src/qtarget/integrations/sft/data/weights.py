@@ -13,8 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers.utils import logging
 
-from qtarget.core.counts import counted
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted
 from qtarget.core.types import Target
 from qtarget.data.checks.findings import named
 from qtarget.data.columns import message_token_weights, parsed_weight, row_loss_weights, without_weights

@@ -15,8 +15,7 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import DataError, QTargetError
+from qtarget.core.errors import DataError, QTargetError, counted, inflected
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import Finding, finding, named
 from qtarget.data.checks.rendered import Issue, findings_of

@@ -14,8 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset, Json, Value
 from pyarrow import compute
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted, inflected
 from qtarget.data import fields
 from qtarget.data.checks.findings import Finding, named
 from qtarget.data.loading import read_given

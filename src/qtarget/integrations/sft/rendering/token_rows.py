@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from qtarget.core.counts import counted, inflected
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted, inflected
 from qtarget.data import fields
 from qtarget.data.checks.audit import IGNORE_INDEX
 from qtarget.data.checks.findings import named
