@@ -97,7 +97,7 @@ def test_what_is_refused(folders, tmp_path):
     for names, base, part in [
         (["moved"], None, "moved came from /gone/base: there is no such folder; if it has moved, pass --base"),
         (["base"], None, r"--base base evaluates it alone"),
-        (["run/a"], None, r"no such folder; did you mean runs\?"),
+        (["runs/ab"], None, r"no such folder; did you mean runs/a\?"),
         (["./none"], None, "no such folder"),
         (["runs/a"], "/nowhere/base", "--base /nowhere/base: there is no such folder"),
         (["runs/a", "runs/../runs/a"], None, "are one model"),
