@@ -60,12 +60,13 @@ def compare(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; see `qtarget evaluate`.")] = None,
 ) -> None:
     """Train contenders alike, judge them on the config's validation rows, and say which to take."""
-    from qtarget.cli.comparing import DOCUMENT, PAGE, Machine, Request
+    from qtarget.cli.comparing import PAGE, Machine, Request
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.contenders import find_contenders, split_outside
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.settings import read_settings
     from qtarget.comparison.budget import Plan, parse_budget
+    from qtarget.comparison.kept import DOCUMENT
 
     begin = time.monotonic()
     settings = read_settings(config, context.args)

@@ -27,12 +27,12 @@ def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
     Args:
         rows: to be trained on, as ``load_datasets`` reads them.
     """
-    from qtarget.cli.comparing import model_digest, rows_digest
+    from qtarget.comparison.kept import model_digest, rows_digest
 
     finished = list(_finished(Path(os.path.abspath(str(config.training.output_dir))).parent))
     if not finished:
         return None
-    now = {"model": model_digest(config), "train": rows_digest(rows)}
+    now = {"model": model_digest(str(config.model.model_name_or_path)), "train": rows_digest(rows)}
     for file, plan, document in finished:
         if {"model": plan.get("model"), "train": plan.get("rows", {}).get("train")} == now:
             return _compared(config, file, plan, document)
@@ -41,8 +41,7 @@ def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
 
 def _finished(parent: Path) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """Documents beside a run, each with its plan; the newest first, what cannot be read is none."""
-    from qtarget.cli.comparing import DOCUMENT
-    from qtarget.comparison.kept import PLAN
+    from qtarget.comparison.kept import DOCUMENT, PLAN
     from qtarget.storage.folders import COMPARISON, kind_of
 
     files = sorted(parent.glob(f"*/{DOCUMENT}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qtarget.comparison.sets import Metric
     from qtarget.evaluation.evaluate import RowSet, SetName
 
-DOCUMENT, PAGE = "comparison.json", "comparison.html"
+PAGE = "comparison.html"
 FROZEN_KEYS = {
     "reference": ("reference", "reference_cache", "reference_model_name_or_path", "reference_top_k"),
     "teacher": ("teacher", "teacher_cache", "teacher_model_name_or_path", "teacher_top_k"),
@@ -136,12 +136,12 @@ class Request:
     def _plan(self, sets: Sequence[RowSet]) -> dict[str, Any]:
         """What the finished runs in the folder depend on."""
         from qtarget.cli.recipe import OWN
-        from qtarget.comparison.kept import CONTENDERS, METRICS
+        from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest, rows_digest
 
         varied = {"output_dir", "learning_rate", *OWN, *(key for keys in FROZEN_KEYS.values() for key in keys)}
         return {
             "settings": {key: str(value) for key, value in self.config.given.items() if key not in varied},
-            "model": model_digest(self.config),
+            "model": model_digest(str(self.config.model.model_name_or_path)),
             "rows": {"train": rows_digest(self.train_rows)} | {one.name: one.fingerprint for one in sets},
             METRICS: {name: vars(metric) | own_judge(metric.name) for name, metric in self.metrics.items()},
             "batch_size": self.batch_size,
@@ -279,21 +279,6 @@ class Request:
         )  # fmt: skip
 
 
-def rows_digest(rows: Any) -> str:
-    """Of training rows: whether they are those that a comparison began with."""
-    from qtarget.storage.files import digest
-
-    return digest(json.dumps(rows.to_list(), sort_keys=True, default=str).encode())
-
-
-def model_digest(config: RunConfig) -> str:
-    """The same of the model's files."""
-    from qtarget.evaluation.contenders import Contender, weights_digest
-
-    model = str(config.model.model_name_or_path)
-    return weights_digest(Contender(model, model, model))
-
-
 def own_source(target: str) -> dict[str, str]:
     """What tells whether a user's own target was edited since: a hash of the files that define it; nothing for built-in ones."""
     from qtarget.registry import get_target
@@ -323,6 +308,7 @@ def without(given: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def save(document: dict[str, Any], folder: Path) -> None:
     """Write document and page, each whole or not at all."""
+    from qtarget.comparison.kept import DOCUMENT
     from qtarget.report.comparison.page import comparison_page
     from qtarget.storage.files import write_atomic
 

@@ -10,12 +10,13 @@ from typing import Any
 from qtarget.benchmarks.pool import RunLog
 from qtarget.comparison.compare import RUNS, texts_file
 from qtarget.core.errors import ConfigError
+from qtarget.evaluation.contenders import Contender, weights_digest
 from qtarget.evaluation.evaluate import RowSet
 from qtarget.evaluation.judges import judged
 from qtarget.evaluation.records import check_plan, differences
-from qtarget.storage.files import write_atomic, write_json
+from qtarget.storage.files import digest, write_atomic, write_json
 
-PLAN = "plan.json"
+PLAN, DOCUMENT = "plan.json", "comparison.json"
 METRICS, CONTENDERS = "metrics", "contenders"
 
 
@@ -95,3 +96,13 @@ def _scores(rows: RowSet, texts: Sequence[str] | None, key: str, folder: Path) -
         judged(rows.judge, one.text, text, one.reference, one.row, f"{rows.where(one.number)} ({key})")
         for one, text in zip(rows.questions, texts, strict=True)
     ]
+
+
+def rows_digest(rows: Any) -> str:
+    """Of training rows: whether they are those that a comparison began with."""
+    return digest(json.dumps(rows.to_list(), sort_keys=True, default=str).encode())
+
+
+def model_digest(model: str) -> str:
+    """The same of the model's files."""
+    return weights_digest(Contender(model, model, model))
