@@ -46,7 +46,9 @@ class ModelConfig(StalenessConfig):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {name: getattr(self, name) for name in ("prompts", "test_rows", "draws")}
+        # without seeds, each of which is a job: more of them may follow
+        names = ("rounds", "sft_steps", "prompts", "test_rows", "draws")
+        return {name: getattr(self, name) for name in names}
 
     def worker(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return ModelWorker, (self.rounds, self.sft_steps, self.prompts, self.test_rows, self.draws)

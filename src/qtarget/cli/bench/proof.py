@@ -182,6 +182,7 @@ def staleness(
     is_model: Annotated[
         bool, typer.Option("--model", help="Instead: the embedded base at four points, sampled and greedy answers.")
     ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of the final runs.")] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
 ) -> None:
@@ -193,6 +194,7 @@ def staleness(
     check_writable(output)
     small, full = (QUICK_MODEL, ModelConfig()) if is_model else (QUICK, StalenessConfig())
     config = replace(small if is_quick else full, workers=workers)
+    config = replace(config, seeds=seeds or config.seeds)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_staleness(config, output, resume=resume, progress=advance)
     if is_model:
