@@ -155,7 +155,7 @@ def test_the_quick_rl_demo_runs_from_the_command_line(tmp_path, capsys):
 def test_samples_of_the_rl_demo_end_where_the_model_ends_and_are_scored_by_the_sampler():
     import torch
 
-    from qtarget.benchmarks.demo.rl_runs import GROUP, NEW_TOKENS, sample_round
+    from qtarget.benchmarks.sampling import GROUP, NEW_TOKENS, sample_round
     from qtarget.benchmarks.start import Start
     from qtarget.benchmarks.tasks import generated_demonstrations
 

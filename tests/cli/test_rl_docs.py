@@ -77,6 +77,25 @@ def test_the_commands_run(there, tiny_model):
     assert called("rl", "rl.yaml", "--resume", "true") == 0
 
 
+def test_the_pages_reward_reads_chats_too_and_a_step_is_a_line(there, capsys):
+    page: dict = {}
+    exec(blocks("python")[0], page)  # as it stands there
+    assert page["exact"]([" 4", "5"], ["4", "4"]) == [1.0, 0.0]
+    assert page["exact"]([[{"role": "assistant", "content": "4 "}]], ["4"]) == [1.0]
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "answer": str(i + 1)} for i in range(8)]
+    (there / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert called("rl", "rl.yaml", "--max_steps", "4", "--disable_tqdm", "true") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == [f"step {i}" for i in range(1, 5)]
+    assert ["reward" in line and "length" in line for line in lines] == [
+        True,
+        False,
+        True,
+        False,
+    ]  # two steps a sampling
+    assert all("KL to sampler" in line and "{" not in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -87,7 +106,8 @@ def test_the_commands_run(there, tiny_model):
         ),
         (["--reward_funcs", "null"], "weighs samples by rewards, and there is none"),
         (["--beta", "0.1"], "target: reverse_kl, target_weight: 0.1"),
-        (["--trust_region", "ppo"], "did you mean"),
+        (["--trust_region", "ppo"], "did you mean ppo_clip or spo"),
+        (["--trust_region", "reverse_kl"], "set it as target, or choose one"),
         (["--train_file", "absent.jsonl"], "absent.jsonl"),
         (["--num_generation", "4"], "did you mean num_generations?"),
         (["--algorithm", "sft"], "is `qtarget train`'s"),

@@ -303,3 +303,19 @@ def test_a_merged_adapter_answers_as_the_adapter_does(started, tokenizer, folder
     moved = (adapted - plain).abs().max()
     # a merged model is saved in the base's bfloat16, which is coarser than the adapter
     assert (adapted - merged).abs().max() < moved
+
+
+def test_rewards_and_a_teacher_go_on_from_a_taught_start_and_where_they_stopped(folder, tmp_path):
+    """`bench rl --quick`: four models, sampled and greedy; a finished one is not made again."""
+    options = ("bench", "rl", "--quick", "--base", folder, "--output", "rl.json")
+    qtarget(*options, folder=tmp_path)
+    whole, log = json.loads((tmp_path / "rl.json").read_text()), (tmp_path / "rl.runs.jsonl").read_text().splitlines()
+    assert list(whole["models"]) == ["start", "teacher", "dppo_tv", "distillation on samples"]
+    for name, model in whole["models"].items():
+        assert len(model["sampled"]) == len(model["greedy"]) == 2 and len(model["log"]) == 1, name
+    rewarded, distilled = whole["models"]["dppo_tv"]["log"][0], whole["models"]["distillation on samples"]["log"][0]
+    assert rewarded["kl/start"] == pytest.approx(0, abs=1e-5) and "reward" not in distilled and distilled["loss"] > 0
+    (tmp_path / "rl.runs.jsonl").write_text("\n".join(log[:3]) + "\n")
+    qtarget(*options, "--resume", folder=tmp_path)  # asks the last model again, and trains nothing
+    again = json.loads((tmp_path / "rl.json").read_text())
+    assert again["summary"] == whole["summary"] and "log" not in again["models"]["distillation on samples"]

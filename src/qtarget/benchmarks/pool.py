@@ -91,7 +91,7 @@ def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> N
         {"start": asdict(Start()), "equal_compute": False} | json.loads(output.read_text())["config"],
         json.loads(json.dumps(settings)),
     )
-    if differing := [f"{n} was {then[n]}, is {value}" for n, value in now.items() if then[n] != value]:
+    if differing := [f"{n} was {then.get(n)}, is {value}" for n, value in now.items() if then.get(n) != value]:
         raise ConfigError(f"--resume {output}: {'; '.join(differing)}; choose another --output")
 
 

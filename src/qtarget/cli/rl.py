@@ -20,6 +20,7 @@ FIRST_AND_LAST = {
     "reward": "reward",
     "entropy": "entropy",
     "ratio/max": "largest_ratio",
+    "kl/start": "kl_to_start",
     "divergence/kl_k3": "kl_to_sampler",
     "region/blocked": "blocked",
 }

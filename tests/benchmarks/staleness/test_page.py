@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qtarget.benchmarks.staleness.model_bench import model_table, summarize_model
 from qtarget.benchmarks.staleness.results import drpo_table, penalties_table, rules_table, summarize
 from tests import ROOT
 
@@ -39,3 +40,35 @@ def test_what_is_said_of_penalties(results):
         if one["lag"]:
             assert k1["kl_to_start"]["low"] > 10 * free["kl_to_start"]["high"]
             assert k1["success_percent"]["high"] < free["success_percent"]["low"]
+
+
+def test_the_table_of_the_model_is_that_of_its_results():
+    found = json.loads((ROOT / "benchmarks/results/staleness_model.json").read_text())
+    assert found["summary"] == summarize_model(found["points"], found["config"]["draws"])
+    assert model_table(found) in PAGE
+    for point in found["points"]:
+        counts = {len(runs) for runs in point["runs"].values()}
+        assert len(counts) == 1 and min(counts) > 1, "a point whose rules have not the same seeds"
+    config = found["config"]
+    sizes = (config["sft_steps"], config["rounds"], config["prompts"], config["test_rows"], config["draws"])
+    assert sizes == (100, 20, 8, 200, 4) and config["learning_rates"] == [1e-4, 2e-4, 4e-4]
+
+
+def test_what_is_said_of_the_model():
+    found = json.loads((ROOT / "benchmarks/results/staleness_model.json").read_text())
+    rows = found["summary"]["points"]
+    start = rows[0]["start"]
+    gains = 0
+    for row in rows:
+        for one in row["settings"].values():
+            assert one["sampled"]["mean"] > start["sampled"] and one["greedy"]["mean"] < start["greedy"]
+            assert one["collapsed"] == 0
+            gains += sum(key.endswith("to_no_region") for key in one)
+            assert one.get("sampled_to_no_region", {"low": 0})["low"] <= 0
+    assert f"of {gains}\ndifferences" in PAGE
+    log = (ROOT / "benchmarks/results/staleness_model.runs.jsonl").read_text().splitlines()
+    ends = {run["key"]: run["runs"][0]["end"] for run in map(json.loads, log)}
+    for percent, key in ((20.5, "8/1/0.0/policy_gradient/inf"), (38.2, "0/4/0.0/policy_gradient/inf"),
+                         (44.8, "8/1/0.0/dppo_tv/0.15"), (54.8, "8/1/0.0/drpo/0.5"),
+                         (49.8, "0/4/0.0/drpo/0.5"), (61.2, "0/4/0.0/ppo_clip/0.2")):  # fmt: skip
+        assert 100 * ends[f"{key}/0.0004/1000"] == pytest.approx(percent, abs=0.051) and f"{percent}" in PAGE

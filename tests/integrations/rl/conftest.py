@@ -80,8 +80,8 @@ def theirs(tmp_path):
 
     kind = type("TheirsRecorded", (Recorded, GRPOTrainer), {})
 
-    def make(**settings):
+    def make(model=None, **settings):
         args = GRPOConfig(str(tmp_path / "theirs"), **{**SETTINGS, "scale_rewards": "none", "beta": 0.0, **settings})
-        return kind(make_model(), vowels, args, prompts(), processing_class=make_tokenizer())
+        return kind(model or make_model(), vowels, args, prompts(), processing_class=make_tokenizer())
 
     return make

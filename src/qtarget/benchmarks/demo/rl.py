@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.demo.bench import written
-from qtarget.benchmarks.demo.rl_runs import GROUP, PROMPTS, START, STEPS, TEACHER, WAYS, Job, RLWorker, make_models
+from qtarget.benchmarks.demo.rl_runs import START, STEPS, TEACHER, WAYS, Job, RLWorker, make_models
 from qtarget.benchmarks.figure import regimes_figure
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, Workers, one_thread, quiet_libraries
+from qtarget.benchmarks.sampling import GROUP, PROMPTS
 from qtarget.benchmarks.seeds import over_seeds
 from qtarget.core.errors import ConfigError
 

@@ -15,6 +15,8 @@ from qtarget.benchmarks.staleness.toy import Samples, SideBySide, pretrained, pr
 from qtarget.core.types import Reference
 
 PROMPTS, GROUP, MINIBATCHES, MAX_NORM = 16, 8, 2, 1.0
+TUNING_SEED = 1000
+"""Seeds from here on choose learning rates, those below are of the final runs."""
 EVALUATE_EVERY = 8
 """Rounds between two points of the curve whose mean is reported."""
 

@@ -11,7 +11,7 @@ app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repea
 for command in (
     *(speed.speed, speed.sweep, speed.figure, speed.trainer),
     *(scoring.score, scoring.serve, scoring.cache, scoring.reading),
-    *(proof.noise, proof.distill, proof.prior, proof.staleness),
+    *(proof.noise, proof.distill, proof.prior, proof.staleness, real.rl),
 ):
     app.command(command.__name__)(one_writer(command))
 app.command("base")(real.base)

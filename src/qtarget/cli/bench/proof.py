@@ -179,17 +179,27 @@ def staleness(
     is_quick: Annotated[
         bool, typer.Option("--quick", help="Four points, usual thresholds, 3 seeds: a minute.")
     ] = False,
+    is_model: Annotated[
+        bool, typer.Option("--model", help="Instead: the embedded base at four points, sampled and greedy answers.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of the final runs.")] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
 ) -> None:
     """Which trust region stands old, reused and wrongly sampled data? A policy whose success is computed, not sampled."""
     from qtarget.benchmarks.staleness.bench import QUICK, StalenessConfig, run_staleness
+    from qtarget.benchmarks.staleness.model_bench import QUICK_MODEL, ModelConfig, model_table
     from qtarget.benchmarks.staleness.results import penalties_table, rules_table, staleness_figure, staleness_table
 
     check_writable(output)
-    config = replace(QUICK if is_quick else StalenessConfig(), workers=workers)
+    small, full = (QUICK_MODEL, ModelConfig()) if is_model else (QUICK, StalenessConfig())
+    config = replace(small if is_quick else full, workers=workers)
+    config = replace(config, seeds=seeds or config.seeds)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_staleness(config, output, resume=resume, progress=advance)
+    if is_model:
+        show(results["summary"]["finding"], output, model_table(results), None)
+        return
     tables = "\n".join(make(results) for make in (staleness_table, penalties_table, rules_table))
     show(results["summary"]["finding"], output, tables, staleness_figure(results))
 

@@ -1,4 +1,4 @@
-"""``qtarget bench base``, and ``bench noise --base smollm2``: the real model."""
+"""``qtarget bench base``, ``bench rl``, and ``bench noise --base smollm2``: the real model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,59 @@ def base(
     typer.echo(f"the package: {INSTALL}\n\nnext:\n  qtarget init ROWS.jsonl --model {output}")
 
 
+def rl(
+    output: Annotated[Path, typer.Option(help="Raw results, JSON; models stand beside it.")] = Path(
+        "runs/real_rl.json"
+    ),
+    base: Annotated[
+        str, typer.Option(help="smollm2, a real model from a package, or the folder of `bench base`.")
+    ] = "smollm2",
+    is_short: Annotated[bool, typer.Option("--short", help="A quarter of an hour of one core.")] = False,
+    is_quick: Annotated[bool, typer.Option("--quick", help="One step of everything: a smoke test.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished models beside --output.")] = False,
+) -> None:
+    """SmolLM2-135M with adapters on its own samples, by rewards and by a fine-tuned copy: sampled and greedy answers."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qtarget.benchmarks.real.rl import SIZES, real_rl_table, run_real_rl
+
+    if is_short and is_quick:
+        raise ConfigError("--quick and --short contradict each other; give one of them")
+    folder = base_folder(base, output, resume)
+    config = SIZES["quick" if is_quick else "short" if is_short else "full"]
+    runs = output.with_suffix(".runs.jsonl")
+    with progress_bar() as advance, on_interrupt(lambda: f"finished models are kept in {runs}; go on with --resume"):
+        results = run_real_rl(config, folder, output, resume=resume, progress=advance)
+    console = Console()
+    console.print(Markdown(real_rl_table(results)))
+    console.print(
+        f"one seed; intervals are over held-out prompts; four-bit weights are part of this base; {output}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def base_folder(base: str, output: Path, resume: bool) -> Path:
+    """The real model: made beside the results, or a folder that `qtarget bench base` made.
+
+    Raises:
+        ConfigError: it is neither, or runs are there that nobody asked to go on with.
+    """
+    from qtarget.benchmarks.pool import quiet_libraries, refuse_earlier
+    from qtarget.benchmarks.real.bench import BASE
+    from qtarget.benchmarks.real.model import is_prepared, prepared
+
+    refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
+    if base == BASE:
+        with quiet_libraries():
+            return prepared(output.with_suffix(".base"))
+    if not is_prepared(Path(base)):
+        raise ConfigError(
+            f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
+        )
+    return Path(base)
+
+
 def real_noise(
     base: str, size: str, data: Path | None, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]
 ) -> None:
@@ -44,19 +97,11 @@ def real_noise(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from qtarget.benchmarks.pool import quiet_libraries, refuse_earlier
-    from qtarget.benchmarks.real.bench import BASE, RATE, SIZES, run_real
-    from qtarget.benchmarks.real.model import is_prepared, prepared
+    from qtarget.benchmarks.real.bench import RATE, SIZES, run_real
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
 
-    refuse_earlier(output.with_suffix(".runs.jsonl"), resume)
-    if base != BASE and not is_prepared(Path(base)):
-        raise ConfigError(
-            f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
-        )
-    with quiet_libraries():
-        folder = prepared(output.with_suffix(".base")) if base == BASE else Path(base)
+    folder = base_folder(base, output, resume)
     config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_real(config, output, resume=resume, progress=advance)

@@ -23,7 +23,8 @@ class PolicySums:
     advantage is not 0: ``region/weight`` (mean ``w``), ``region/blocked`` (``w = 0``), also among positive and negative
     advantages and rare and likely tokens, ``region/corrective`` (``w < 0``), ``region/pull_on_blocked`` (share of
     ``|A| (1 - pi)`` that is blocked). ``divergence/mismatch_kl`` (sampler to old) and ``staleness_kl`` (old to live) where both
-    are known; ``entropy``, ``target_loss`` (mean of the target's own loss), ``rollout/unscored_tokens``.
+    are known; ``entropy``, ``rollout/unscored_tokens``; ``kl/start`` (nats, the whole vocabulary) over the tokens at which the
+    start was asked.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,17 @@ class PolicySums:
             sampler, old = (v[:, 1:][trained].double() for v in (samples.sampler, samples.old))
             self._total({"divergence/mismatch_kl": k3(sampler, old), "divergence/staleness_kl": k3(old, live)})
             self._total({"both": torch.ones_like(live)})
+
+    @torch.no_grad()
+    def add_start(self, kl: Tensor, labels: Tensor) -> None:
+        """Add what a micro-batch's tokens are from the start.
+
+        Args:
+            kl: nats, ``[batch, time - 1]``.
+            labels: ``[batch, time]``, unshifted.
+        """
+        trained = (labels != -100)[:, 1:]
+        self._total({"kl/start": kl[trained].double(), "from start": trained.double()})
 
     def _ratios(self, live: Tensor, anchor: Tensor) -> None:
         ratio = (live - anchor).clamp(-20, 20).exp()
@@ -100,6 +112,8 @@ class PolicySums:
         if not (n := s["tokens"]):
             return out
         out["entropy"] = s["entropy"] / n
+        if s.get("from start"):
+            out["kl/start"] = s["kl/start"] / s["from start"]
         if not ratios:
             return out
         out |= {"ratio/mean": s["ratio"] / n, "ratio/ess": s["ratio"] ** 2 / (n * s["ratio2"]), **largest}

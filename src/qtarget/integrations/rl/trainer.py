@@ -30,6 +30,7 @@ from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refu
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
 from qtarget.integrations.rl.rollouts import REWARDS, own_rewards, rollout_rows
 from qtarget.integrations.rl.served import ServedTeacher, reference_of
+from qtarget.integrations.rl.start import TEACHER, BesideStart, is_logged, start_of
 from qtarget.integrations.rl.sums import PolicySums
 from qtarget.integrations.rl.teachers import (
     BASE,
@@ -42,11 +43,13 @@ from qtarget.integrations.rl.teachers import (
     teacher_inputs,
     teacher_prompts,
 )
+from qtarget.integrations.shared.checkpoints import safe_checkpoint
 from qtarget.integrations.shared.frozen import load_frozen
 from qtarget.integrations.shared.heads import HeadSpec, add_target_head, probe_head, refuse_encoder_decoder
 from qtarget.integrations.shared.hold import HeldTrainer
 from qtarget.integrations.shared.records.live import LiveRecords
 from qtarget.integrations.shared.records.samples import RowSamples
+from qtarget.integrations.shared.records.terminal import print_short_lines
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head
 from qtarget.integrations.shared.teacher import head_rows, is_url, vocab_with_teacher
 from qtarget.storage.models import check_finite, check_whole
@@ -112,8 +115,11 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         self.preparation = Prompts({} if train_dataset is None else {"train": describe_prompts(train_dataset)})
         self._records = LiveRecords(RowSamples(0), self.preparation.descriptions, self.callback_handler.callbacks)
         self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
+        print_short_lines(self)
         with torch.random.fork_rng():  # TRL has seeded the sampler; probes draw tokens too
             self._set_up_models(settings, given)
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._start = None if sharded else start_of(settings, self.model, model if isinstance(model, str) else None)
 
     def _set_up_models(self, args: QTargetGRPOConfig, given: dict[str, PreTrainedModel | None]) -> None:
         """Give the model its head, and find the frozen ones; all heads at the sampler's temperature."""
@@ -183,7 +189,7 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         except RewardError as error:
             self._records.stopped(args, self.state, str(error).partition(";")[0])
-            raise
+            raise RewardError(f"{error}{safe_checkpoint(args.output_dir)}") from error
         if args.rewarded:
             here, names = self.accelerator, self.reward_func_names
             found = own_rewards(self._logs["rewards"], names, len(inputs), here.process_index, here.num_processes)
@@ -244,19 +250,25 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             share=accumulation / args.steps_per_generation if training else 1.0,
             horizon=args.max_completion_length,
         )
-        step = self._step_of(samples, divide_by, inputs)
-        output: TargetOutput = model(input_ids=samples.ids, attention_mask=samples.attention_mask, target_loss=step)
+        frozen = {role: self._frozen(role, samples, inputs) for role in self.frozen_models}
+        step = self._step_of(samples, divide_by, inputs, frozen)
+        start = self._start_head(samples, frozen)
+        asked = step if start is None else BesideStart(step, start)
+        output: TargetOutput = model(input_ids=samples.ids, attention_mask=samples.attention_mask, target_loss=asked)
         assert output.loss is not None
         if not torch.isfinite(output.loss):
             reason = f"the loss is {float(output.loss)} at step {self.state.global_step}"
             self._records.stopped(self.args, self.state, reason)
             raise NonFiniteLossError(
-                f"{reason}; lower learning_rate, set max_grad_norm, or look at the samples (log_completions: true); the last "
-                "checkpoint is untouched"
+                f"{reason}; lower learning_rate, set max_grad_norm, or look at the samples (log_completions: "
+                f"true){safe_checkpoint(args.output_dir)}"
             )
         taught = gained(samples, step.frozen["teacher"], output) if args.advantage == TAUGHT else None
         advantages, given = (drawn.advantages, samples.advantages) if taught is None else (taught, taught)
-        self._sums["train" if training else "eval"].add(output, samples, given)
+        sums = self._sums["train" if training else "eval"]
+        sums.add(output, samples, given)
+        if isinstance(asked, BesideStart) and asked.kl is not None:
+            sums.add_start(asked.kl, step.labels)
         if training:
             self._keep(inputs, samples, output, advantages, given)
         return output.loss.to(self.accelerator.device)
@@ -290,10 +302,22 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             return head
         return behind_policys_prompt(head, inputs[PROMPT_KEYS[0]].shape[1], inputs["prompt_ids"].shape[1])
 
-    def _step_of(self, samples: Samples, divide_by: Tensor, inputs: dict[str, Any]) -> TargetStep:
-        frozen: dict[str, Reference | FrozenHead | None] = {
-            role: self._frozen(role, samples, inputs) for role in self.frozen_models
-        }
+    def _start_head(self, samples: Samples, frozen: dict[str, Any]) -> FrozenHead | None:
+        """What the start says of the completions, on steps that are logged; it is at hand, or not measured."""
+        training = self.model.training  # pyright: ignore[reportOptionalMemberAccess]
+        if self._start is None or (training and not is_logged(self.args, self.state)):
+            return None
+        if self._start == TEACHER:
+            return frozen["teacher"]
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        seen = {"input_ids": samples.ids, "attention_mask": samples.attention_mask}
+        with self.accelerator.autocast(), policy.disable_adapter():
+            return live_head(self._base_model(), at_temperature(self._spec, self.temperature), seen, self.vocab_rows)
+
+    def _step_of(
+        self, samples: Samples, divide_by: Tensor, inputs: dict[str, Any], heads: dict[str, FrozenHead]
+    ) -> TargetStep:
+        frozen: dict[str, Reference | FrozenHead | None] = {**heads}
         if self._served is not None:
             frozen["teacher"] = reference_of(inputs)
         if self.args.advantage == TAUGHT:  # pyright: ignore[reportAttributeAccessIssue]

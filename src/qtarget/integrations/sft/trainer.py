@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import IterableDataset
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import SFTTrainer
@@ -24,13 +24,14 @@ from qtarget.integrations.sft.data.filtering import open_filter
 from qtarget.integrations.sft.models import refuse_leaking_models, refuse_models, refuse_vision_model, shared_rows_key
 from qtarget.integrations.sft.preparation import Preparation
 from qtarget.integrations.sft.streams import stream_rows
+from qtarget.integrations.shared.checkpoints import safe_checkpoint
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches, open_witness
 from qtarget.integrations.shared.heads import add_target_head, probe_head
 from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.records.samples import RowSamples
-from qtarget.integrations.shared.records.terminal import ShortLines, ShortPrints
+from qtarget.integrations.shared.records.terminal import print_short_lines
 from qtarget.integrations.shared.records.watch import NotLearning
 from qtarget.integrations.shared.saved.published import PublishedTrainer
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, non_finite
@@ -174,9 +175,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         self.add_callback(SeenTokens())
         self.watch = NotLearning(args.target_label, args.guard)
         self.add_callback(self.watch)
-        for theirs, ours in ((ProgressCallback, ShortLines), (PrinterCallback, ShortPrints)):
-            if self.pop_callback(theirs) is not None:
-                self.add_callback(ours)
+        print_short_lines(self)
 
     def _card_facts(self) -> dict[str, Any]:
         """What a model card says beside the settings."""
@@ -258,7 +257,8 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         output: TargetOutput = model(**model_inputs, target_loss=step)
         loss = self._objective(output, num_items_in_batch)
         if not torch.isfinite(loss):
-            error = non_finite(float(loss), output, step, self.state.global_step)
+            kept = safe_checkpoint(str(self.args.output_dir))
+            error = non_finite(float(loss), output, step, self.state.global_step, kept)
             self._records.stopped(self.args, self.state, str(error).partition(";")[0])
             raise error
         mask = step.labels[:, 1:] != -100

@@ -41,6 +41,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return str(max(steps)[1]) if steps else None
 
 
+def safe_checkpoint(output_dir: str | Path) -> str:
+    """The end of an error that stops a run: which checkpoint is safe; nothing where there is none."""
+    last = last_complete_checkpoint(output_dir)
+    return "" if last is None else f"; {Path(last).name} is untouched"
+
+
 def make_room(folder: Path) -> None:
     """Take away what lies where a checkpoint is about to be saved: a cut-off one goes, a whole one is moved."""
     if not folder.is_dir():

@@ -124,11 +124,12 @@ def output_of(loss: Tensor, report: TokenReport | None, labels: Tensor) -> Targe
     return TargetOutput(loss=loss, **{n: empty if report is None else getattr(report, n) for n in names})
 
 
-def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int) -> NonFiniteLossError:
+def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int, kept: str = "") -> NonFiniteLossError:
     """The error that names the rows of a batch whose loss is NaN or infinite.
 
     Args:
         at: the optimizer step.
+        kept: what is safe (``safe_checkpoint``), the end of the message.
     """
     assert output.losses is not None and output.label_log_probs is not None and step.sequence_ids is not None
     bad = ~torch.isfinite(output.losses) | ~torch.isfinite(output.label_log_probs)
@@ -146,7 +147,7 @@ def non_finite(loss: float, output: TargetOutput, step: TargetStep, at: int) -> 
             "from one that the frozen model excludes (docs/loss.md, What infinite logits do)"
         )
     return NonFiniteLossError(
-        f"the loss is {loss} at step {at}, in rows {rows or 'unknown'} of the data; {way_out}; the last checkpoint is untouched"
+        f"the loss is {loss} at step {at}, in rows {rows or 'unknown'} of the data; {way_out}{kept}"
     )
 
 

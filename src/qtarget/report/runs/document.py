@@ -24,6 +24,7 @@ METRICS = (
     "entropy",
     "mean_token_accuracy",
     "reward",
+    "kl/start",
     "divergence/kl_k3",
     "kl",
     "ratio/ess",
@@ -31,8 +32,8 @@ METRICS = (
     "region/blocked_negative",
     "rollout/age",
 )
-"""What a curve holds beside ``step``: nats a token (nll, entropy, kl_k3, and TRL's kl to the start), the objective (loss), reward,
-shares, steps (age)."""
+"""What a curve holds beside ``step``: nats a token (nll, entropy, kl/start, kl_k3, and TRL's kl to the start), the
+objective (loss), reward, shares, steps (age)."""
 STATE_FILE = "trainer_state.json"
 UNREMARKABLE = ("run_name", "logging_steps", "eval_steps", "save_steps", "report_to", "disable_tqdm", "heatmap_rows")
 

@@ -28,6 +28,7 @@ LABELS = {
     "label_weight": "mean label weight a",
     "effective_sample_size": "effective sample size, share of tokens",
     "reward": "reward of samples",
+    "kl/start": "KL to the start, nats a token",
     "divergence/kl_k3": "KL to the sampler, nats a token (k3)",
     "ratio/ess": "effective sample size of ratios, share",
     "region/blocked_positive": "blocked, share of tokens with A > 0",
@@ -116,9 +117,10 @@ def samples_title(runs: Sequence[Mapping[str, Any]]) -> str:
 def kl_of(run: Mapping[str, Any]) -> tuple[str, list[float | None]] | None:
     """From what a run's KL was taken, and the KL of each training line; None where it never left 0.
 
-    TRL's own trainer logs ``kl``, to the model that it started from, where ``beta`` is set; ours logs it to the sampler.
+    TRL's own trainer logs ``kl``, to the model that it started from, where ``beta`` is set; ours logs ``kl/start`` where the start
+    is at hand, and always that to the sampler.
     """
-    for start, metric in (("start", "kl"), ("sampler", "divergence/kl_k3")):
+    for start, metric in (("start", "kl/start"), ("start", "kl"), ("sampler", "divergence/kl_k3")):
         if any(value > ROUNDING for value in known(run["train"], metric)):
             return start, run["train"][metric]
     return None

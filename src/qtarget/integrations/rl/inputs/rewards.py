@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -59,7 +61,7 @@ def _scored(function: Any, name: str, alone: bool) -> Any:
         try:
             found = function(*args, **kwargs)
         except Exception as error:
-            raise _raised(name, error) from error
+            raise _raised(function, name, error) from error
         return numbers(name, found, len(kwargs["completions"]), alone)
 
     return scored
@@ -70,17 +72,31 @@ def _scored_later(function: Any, name: str, alone: bool) -> Any:
         try:
             found = await function(*args, **kwargs)
         except Exception as error:
-            raise _raised(name, error) from error
+            raise _raised(function, name, error) from error
         return numbers(name, found, len(kwargs["completions"]), alone)
 
     return scored
 
 
-def _raised(name: str, error: Exception) -> RewardError:
+def _raised(function: Any, name: str, error: Exception) -> RewardError:
+    text = " ".join(str(error).split())
     return RewardError(
-        f"reward {name!r} raised {type(error).__name__}: {error}; it is called with lists: prompts, completions, completion_ids "
-        "and the data's columns by name; the last checkpoint is untouched"
+        f"reward {name!r} raised {type(error).__name__}{f': {text}' if text else ''}{_place(function, error)}; it is called with "
+        "lists: prompts, completions (texts, or lists of messages where prompts are), completion_ids and the data's columns by name"
     )
+
+
+def _place(function: Any, error: Exception) -> str:
+    """File and line of the user's own code: the last line of the function's file that the error came through."""
+    plain = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = getattr(plain, "__code__", None) or getattr(vars(type(plain)).get("__call__"), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the check's own
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    if not (chosen := own or frames[:1]):
+        return ""
+    path = Path(chosen[-1].filename)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f" ({shown}, line {chosen[-1].lineno})"
 
 
 def _refuse_absent_columns(function: Callable[..., Any], name: str, columns: Iterable[str] | None) -> None:
@@ -132,7 +148,5 @@ def _number(name: str, place: int, value: Any, alone: bool) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(
-            f"reward {name!r} returned {value!r} for completion {place}; expected a finite number; the last checkpoint is untouched"
-        )
+        raise RewardError(f"reward {name!r} returned {value!r} for completion {place}; expected a finite number")
     return number

@@ -16,6 +16,22 @@ SHOWN = {
     "aux_loss": "aux loss",
     "learning_rate": "rate",
 }
+SAMPLED = {
+    "loss": "loss",
+    "reward": "reward",
+    "kl/start": "KL to start",
+    "divergence/kl_k3": "KL to sampler",
+    "region/blocked": "blocked",
+    "completions/mean_length": "length",
+}
+"""The same of a run on its own samples; TRL tells reward and length on steps that sample alone."""
+
+
+def print_short_lines(trainer: Any) -> None:
+    """Put short lines in the place of the dicts that transformers prints."""
+    for theirs, ours in ((ProgressCallback, ShortLines), (PrinterCallback, ShortPrints)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(ours)
 
 
 class ShortLines(ProgressCallback):
@@ -46,9 +62,12 @@ def short_line(logs: Mapping[str, Any], step: int) -> str:
         'step 10: loss 2, nll 2.5, label weight 0.5'
         >>> short_line({"eval_loss": 2.0, "eval_nll": 2.5, "eval_runtime": 1.0}, 10)
         'step 10, eval: loss 2, nll 2.5'
+        >>> short_line({"loss": 0.125, "reward": 0.5, "region/blocked": 0.0, "rollout/unscored_tokens": 0.0}, 3)
+        'step 3: loss 0.125, reward 0.5, blocked 0'
     """
     prefix = next((key.removesuffix("loss") for key in logs if key.startswith("eval_") and key.endswith("loss")), "")
-    found = [f"{name} {logs[prefix + key]:.4g}" for key, name in SHOWN.items() if _is_number(logs.get(prefix + key))]
+    shown = SAMPLED if prefix + "rollout/unscored_tokens" in logs else SHOWN
+    found = [f"{name} {logs[prefix + key]:.4g}" for key, name in shown.items() if _is_number(logs.get(prefix + key))]
     return f"step {step}{', ' + prefix.rstrip('_') if prefix else ''}: {', '.join(found)}" if found else ""
 
 

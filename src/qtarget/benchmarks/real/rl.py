@@ -1,0 +1,255 @@
+"""`qtarget bench rl`: SmolLM2-135M with adapters on samples of its own, by rewards and by a fine-tuned copy, in chat form.
+
+Four models from the package's: a start and a teacher, both taught on demonstrations, and the start after rewards and after
+distillation on its own samples. Through the public trainers, as a user would.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtarget.benchmarks.machine import machine_facts, versions
+from qtarget.benchmarks.pool import Progress, RunLog, check_settings, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.real.worker import MODULES
+from qtarget.benchmarks.seeds import bootstrap_interval
+from qtarget.benchmarks.tables import markdown_table, with_ends
+from qtarget.benchmarks.tasks import Row, embedded_tasks, generated_demonstrations
+from qtarget.data import tasks
+from qtarget.evaluation.generation import GREEDY, Decoding, complete, prompt_ids
+from qtarget.storage.folders import whole_folder
+
+START, TEACHER, RL, OPD = "start", "teacher", "dppo_tv", "distillation on samples"
+TAUGHT, SAMPLED = (START, TEACHER), (RL, OPD)
+SCORES = ("sampled", "greedy")
+SHOWN = ("reward", "kl/start", "entropy", "region/blocked", "completions/mean_length", "loss")
+"""Of the training log, kept line by line."""
+NEW_TOKENS, AT_ONCE = 24, 16
+
+
+@dataclass(frozen=True)
+class RealRLConfig:
+    """The defaults are about half an hour of two cores.
+
+    Attributes:
+        start_steps, teacher_steps: supervised steps of 16 rows; the teacher goes on from the start.
+        steps: of sampling and learning, one update each.
+        prompts, samples: of a step, and of each prompt.
+        test_rows, draws: held-out prompts, and samples of each at temperature 1.
+        sft_rate, rl_rate, opd_rate: learning rates of the adapters; not tuned.
+        seed: of adapters, order and draws.
+    """
+
+    start_steps: int = 20
+    teacher_steps: int = 60
+    steps: int = 24
+    prompts: int = 8
+    samples: int = 8
+    test_rows: int = 150
+    draws: int = 4
+    sft_rate: float = 1e-3
+    rl_rate: float = 2e-4
+    opd_rate: float = 5e-4
+    rank: int = 16
+    seed: int = 0
+
+
+SHORT = RealRLConfig(start_steps=16, teacher_steps=24, steps=8, samples=4, test_rows=60, draws=2)
+"""A quarter of an hour of one core."""
+QUICK = RealRLConfig(start_steps=1, teacher_steps=1, steps=1, prompts=1, samples=2, test_rows=2, draws=1)
+"""A minute: enough to see that it runs."""
+SIZES = {"full": RealRLConfig(), "short": SHORT, "quick": QUICK}
+
+
+def run_real_rl(config: RealRLConfig, base: Path, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+    """Train and ask the four models, one by one; results are saved after each.
+
+    Args:
+        base: the folder of `qtarget bench base`.
+        output: JSON; what is finished stands beside it in ``.runs.jsonl``, the models in ``.models``.
+        resume: go on with what is finished there.
+        progress: called with models done, models in all, and what was done last.
+    """
+    check_settings(output, resume, asdict(config))
+    log, models = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".models")
+    results: dict[str, Any] = {
+        "benchmark": "rl --base smollm2", "config": asdict(config), "models": {}, "machine": machine_facts(),
+        "versions": versions(),
+    }  # fmt: skip
+    with quiet_libraries(), one_thread():
+        for done, name in enumerate((*TAUGHT, *SAMPLED), 1):
+            if name not in log.runs:
+                log.add(name, made(config, name, base, models))
+            results["models"][name] = log.runs[name]
+            results["summary"] = summarize(results["models"], config.draws)
+            save_results(output, results)
+            progress(done, len(TAUGHT) + len(SAMPLED), name)
+    return results
+
+
+def made(config: RealRLConfig, name: str, base: Path, models: Path) -> dict[str, Any]:
+    """Train one model into a folder of ``models``, unless it is there, and ask it; times are of this process alone."""
+    folder, found = models / name.replace(" ", "_"), {}
+    begin = time.process_time()
+    if not folder.is_dir():
+        scratch = models / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        train = taught if name in TAUGHT else sampled
+        trainer = train(config, name, models / START if name != START else base, models, scratch)
+        trainer.train()
+        log = trainer.state.log_history
+        found = {"log": [{key: line[key] for key in SHOWN if key in line} for line in log if "loss" in line]}
+        with whole_folder(folder) as beside:
+            trainer.model.merge_and_unload().save_pretrained(beside)
+            trainer.processing_class.save_pretrained(beside)
+        shutil.rmtree(scratch, ignore_errors=True)
+    trained = time.process_time()
+    scores = asked(config, folder, base)
+    spent = {"train_cpu_seconds": trained - begin, "test_cpu_seconds": time.process_time() - trained}
+    return {**scores, **found, **{key: round(value, 1) for key, value in spent.items()}}
+
+
+def in_turns(row: Row) -> dict[str, Any]:
+    """A demonstration as a chat: the question is a user's turn.
+
+    Example:
+        >>> in_turns({"prompt": "Instruction: Add 1 1.\\nResponse:\\n", "completion": "[2]", "answer": "2"})["answer"]
+        '2'
+    """
+    before, after = tasks.INSTRUCTION_TEMPLATE.split("{instruction}")
+    question = row["prompt"].removeprefix(before).removesuffix(after)
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+        "answer": row["answer"],
+    }
+
+
+def fresh_rows(count: int, seed: str) -> list[dict[str, Any]]:
+    """Demonstrations of training problems in chat form, none of which is held out."""
+    held_out = {row["prompt"] for row in embedded_tasks().test}
+    return [in_turns(row) for row in generated_demonstrations(count, f"real {seed}", held_out)]
+
+
+def right(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for exactly one bracketed answer that is right; completions are lists of messages."""
+    texts = [turns[-1]["content"] for turns in completions]
+    return [float(tasks.check({"answer": one}, text)) for text, one in zip(texts, answer, strict=True)]
+
+
+def adapters(config: RealRLConfig) -> Any:
+    """LoRA on all linear layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=list(MODULES), task_type="CAUSAL_LM")
+
+
+def common(config: RealRLConfig, steps: int, rate: float) -> dict[str, Any]:
+    """Settings of all four trainings."""
+    return {
+        "max_steps": steps, "learning_rate": rate, "lr_scheduler_type": "constant", "logging_steps": 1, "bf16": False,
+        "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "seed": config.seed,
+    }  # fmt: skip
+
+
+def taught(config: RealRLConfig, name: str, model: Path, models: Path, scratch: Path) -> Any:
+    """The trainer of start or teacher, on clean demonstrations."""
+    from datasets import Dataset
+
+    from qtarget.integrations.sft.config import QTargetConfig
+    from qtarget.integrations.sft.trainer import QTargetTrainer
+
+    steps = {START: config.start_steps, TEACHER: config.teacher_steps}[name]
+    rows = fresh_rows(16 * steps, f"{name} {config.seed}")
+    args = QTargetConfig(
+        str(scratch), target="sft", per_device_train_batch_size=16, max_length=256, activation_checkpointing=False,
+        **common(config, steps, config.sft_rate),
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+    return QTargetTrainer(str(model), args, None, data, peft_config=adapters(config))
+
+
+def sampled(config: RealRLConfig, name: str, model: Path, models: Path, scratch: Path) -> Any:
+    """The trainer that goes on from the start with rewards, or with the teacher."""
+    from datasets import Dataset
+
+    from qtarget.integrations.rl.config import QTargetGRPOConfig
+    from qtarget.integrations.rl.trainer import QTargetGRPOTrainer
+
+    rows = fresh_rows(config.steps * config.prompts, f"samples {config.seed}")
+    data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in rows])
+    rewarded: dict[str, Any] = {"trust_region": "dppo_tv"}
+    by_teacher = {"trust_region": None, "target": "reverse_kl", "teacher_model_name_or_path": str(models / TEACHER)}
+    args = QTargetGRPOConfig(
+        str(scratch), per_device_train_batch_size=config.prompts * config.samples, num_generations=config.samples,
+        max_completion_length=NEW_TOKENS, **(rewarded if name == RL else by_teacher),
+        **common(config, config.steps, config.rl_rate if name == RL else config.opd_rate),
+    )  # fmt: skip
+    return QTargetGRPOTrainer(str(model), right if name == RL else None, args, data, peft_config=adapters(config))
+
+
+def asked(config: RealRLConfig, folder: Path, base: Path) -> dict[str, list[int]]:
+    """Right answers to each held-out prompt: of those drawn at temperature 1, and of the likeliest tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    rows = embedded_tasks().test[: config.test_rows]
+    ids = [prompt_ids(tokenizer, in_turns(row)["prompt"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
+    out = {score: [0] * len(rows) for score in SCORES}
+    for score, decoding in zip(SCORES, (Decoding(1.0, config.draws, config.seed), GREEDY), strict=True):
+        for begin in range(0, len(rows), AT_ONCE):
+            chosen = order[begin : begin + AT_ONCE]
+            said = complete(
+                model.eval(), tokenizer, [ids[i] for i in chosen], max_new_tokens=NEW_TOKENS,
+                stops=[tokenizer.eos_token_id], decoding=decoding, stream=begin,
+            )  # fmt: skip
+            for i, answers in zip(chosen, said, strict=True):
+                out[score][i] = sum(tasks.check(rows[i], one.text) for one in answers)
+    return out
+
+
+def summarize(models: Mapping[str, Mapping[str, Any]], draws: int) -> dict[str, Any]:
+    """Per model: percent of right answers, sampled and greedy, and the paired difference to the start.
+
+    Intervals are over held-out prompts; there is one seed, and how far another would be off is not in them.
+    """
+    percent = {
+        name: {score: np.array(one[score]) * 100 / (draws if score == "sampled" else 1) for score in SCORES}
+        for name, one in models.items()
+    }
+    out: dict[str, Any] = {}
+    for name, scores in percent.items():
+        out[name] = {score: _rounded(values) for score, values in scores.items()}
+        if name != START:
+            out[name] |= {f"{score}_to_start": _rounded(scores[score] - percent[START][score]) for score in SCORES}
+    return out
+
+
+def _rounded(values: Any) -> dict[str, float]:
+    found = bootstrap_interval(values[None])
+    return {end: round(getattr(found, end), 1) for end in ("mean", "low", "high")}
+
+
+def real_rl_table(results: Mapping[str, Any]) -> str:
+    """A line a model."""
+    lines = []
+    for name, one in results["summary"].items():
+        gains = [one.get(f"{score}_to_start") for score in SCORES]
+        lines.append(
+            [
+                name,
+                *(with_ends(one[score], ends=".1f") for score in SCORES),
+                *("" if gain is None else with_ends(gain, "+.1f", "+.1f") for gain in gains),
+            ]
+        )
+    head = ["model", *(f"{score}, %" for score in SCORES), *(f"{score}, to start" for score in SCORES)]
+    return markdown_table(head, lines)
