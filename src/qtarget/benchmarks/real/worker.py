@@ -75,13 +75,7 @@ class RealWorker(NoiseWorker):
 
     def base(self, name: str) -> Any:
         """A new copy, with adapters that change nothing yet."""
-        model = self.setting.start.load()
-        if not self.scope.rank:
-            return model
-        from peft import LoraConfig, inject_adapter_in_model
-
-        lora = LoraConfig(r=self.scope.rank, lora_alpha=2 * self.scope.rank, target_modules=list(MODULES))
-        return inject_adapter_in_model(lora, model)
+        return with_adapters(self.setting.start.load(), self.scope.rank)
 
     def _told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
         """What copies say that have not seen each row's prompt; other prompts would take six passes more."""
@@ -97,6 +91,22 @@ class RealWorker(NoiseWorker):
             "nll": mean_nll(model, encode(self.tokenizer, rows)),
             **{name: mean_nll(model, found) for name, found in self.elsewhere.items()},
         }
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """The model with new adapters of this rank on all linear layers, which alone are trained; itself at rank 0."""
+    if not rank:
+        return model
+    from peft import inject_adapter_in_model
+
+    return inject_adapter_in_model(adapters(rank), model)
+
+
+def adapters(rank: int) -> Any:
+    """The ``LoraConfig`` of all runs."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MODULES))
 
 
 def real_tasks(scope: Scope, tokenizer: Any) -> TaskSet:
