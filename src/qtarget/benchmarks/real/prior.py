@@ -15,10 +15,9 @@ import torch
 
 from qtarget.benchmarks.prior import facts
 from qtarget.benchmarks.prior.bench import FLAWS, PriorConfig, PriorJob, PriorWorker, spoilt
-from qtarget.benchmarks.real.worker import adapters, with_adapters
+from qtarget.benchmarks.real.worker import teach_by_adapters, with_adapters
 from qtarget.benchmarks.start import Start
-from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks, teach
-from qtarget.storage.models import save_whole
+from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks
 
 SKILLS = ("date_format", "last_letter", "add", "maximum")
 """Short ones of the embedded skills, taught beside the facts."""
@@ -100,20 +99,8 @@ def planted_base(task: TaskSet, flaw: str, folder: Path, config: RealPriorConfig
     if flaw in FLAWS:
         skill, wrong = FLAWS[flaw]
         rows = [spoilt(row, wrong(row)) if row["skill"] == skill else row for row in rows]
-    torch.manual_seed(0)
-    model = config.start.load()
-    adapted = wrapped(model, config.rank) if config.rank else None
-    # the adapters stand in the model itself, which the loop trains
-    teach(model, config.start, rows, config.plant_steps, seed=1)
-    save_whole(adapted.merge_and_unload() if adapted else model, path)
+    teach_by_adapters(config.start, rows, config.plant_steps, config.rank, path)
     return path
-
-
-def wrapped(model: Any, rank: int) -> Any:
-    """The model as PEFT's, with adapters that can be merged."""
-    from peft import get_peft_model
-
-    return get_peft_model(model, adapters(rank))
 
 
 def sized(size: str, start: Start, workers: int) -> RealPriorConfig:
