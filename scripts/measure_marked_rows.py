@@ -183,6 +183,7 @@ def areas(scores: dict[str, np.ndarray], marked: Sequence[bool], questions: Sequ
     for name, values in scores.items():
         found = [area for rows in drawn if (area := roc_auc(values[rows], marks[rows])) is not None]
         area = roc_auc(values, marks)
+        assert area is not None, "some rows are marked and some are not"
         out[name] = [round(float(x), 4) for x in (area, *np.percentile(found, [2.5, 97.5]))]
     return out
 
