@@ -24,6 +24,7 @@ from qtarget.benchmarks.prior.bench import (
 from qtarget.benchmarks.prior.results import prior_figure, prior_table, summarize
 from qtarget.benchmarks.real.prior import QUICK as REAL_QUICK
 from qtarget.benchmarks.real.prior import SKILLS, RealPriorWorker
+from qtarget.benchmarks.real.results import repaired_table
 from qtarget.benchmarks.tasks import embedded_tasks
 from qtarget.cli.bench.app import app
 from qtarget.core.errors import ConfigError
@@ -166,3 +167,22 @@ def test_options_of_a_real_base_that_do_not_go_together_are_refused(tmp_path, op
     done = CliRunner().invoke(app, ["prior", *options, "--output", str(tmp_path / "p.json")])
     assert isinstance(done.exception, ConfigError) and words in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_repairs_by_hand():
+    run = {"corrected_percent": 60.0, "flawed_percent": 30.0, "accuracy_percent": 50.0}
+    other = {"corrected_percent": 70.0, "flawed_percent": 20.0, "accuracy_percent": 40.0}
+    results = {
+        "untrained": {"wrong fact": {"corrected_percent": 0.0, "flawed_percent": 90.0, "accuracy_percent": 10.0}},
+        "conditions": [
+            {"flaw": "wrong fact", "runs": {"sft": [run, other], "dft": [run]}},
+            {"flaw": "none", "runs": {}},
+        ],
+    }
+    assert repaired_table(results).splitlines() == [
+        "| % | wrong fact: right | wrong fact: as the flaw | wrong fact: all else |",
+        "| --- | --- | --- | --- |",
+        "| *untrained* | 0.0 | 90.0 | 10.0 |",
+        "| sft | 65.0 | 25.0 | 45.0 |",
+        "| dft | 60.0 | 30.0 | 50.0 |",
+    ]
