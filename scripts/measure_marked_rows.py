@@ -20,6 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ CROSSFITTED = ("gsm8k_model_solutions",)
 LENGTH, BATCH, OTHERS, RESAMPLES = 320, 4, 0.2, 1000
 """Tokens of a row, rows of a step of a copy, the share of dolly's rows that get another row's answer, and bootstrap draws."""
 TARGETS = "sft,prior_surprise,dft,consensus"
+PAGE_MEGABYTES = 0.9
 
 
 def clean_rows(data: Path, name: str, count: int) -> list[dict[str, str]]:
@@ -141,17 +143,22 @@ def measure_real(name: str, rows: list[dict[str, Any]], base: Path, tokenizer: A
     shown = ("--targets", targets, "--mark", "is_noise=true", "--title", f"{name}: as SmolLM2-135M-Instruct reads it")
     command("inspect", folder / "run.yaml", *shown, "--output", whole, "--json", numbers)
     command("inspect", folder / "run.yaml", *shown, "--page_megabytes", PAGE_MEGABYTES, "--output", page)
-    document = json.loads(numbers.read_text())
     return {
-        "rows": len(rows), "marked_rows": sum(row["is_noise"] for row in rows),
-        "tokens": document["views"][0]["tokens"], "nll_mean": document["views"][0]["nll_mean"],
-        "crossfit_steps": cross, "cpu_seconds": round(time.process_time() - begin, 1),
-        "by_row": areas(row_scores(document), document["row_marked"], [row["prompt"] for row in rows]),
-        "by_token": {s["score"]: s["auc"] for s in document["views"][0]["marks"].get("by_token", [])},
+        **summary(json.loads(numbers.read_text()), rows), "crossfit_steps": cross,
+        "cpu_seconds": round(time.process_time() - begin, 1),
     }  # fmt: skip
 
 
-PAGE_MEGABYTES = 0.9
+def summary(document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Areas of every score against the marks, from the JSON of ``inspect``."""
+    scores, questions = row_scores(document), [row["prompt"] for row in rows]
+    return {
+        "rows": len(rows), "marked_rows": sum(row["is_noise"] for row in rows),
+        "tokens": document["views"][0]["tokens"], "nll_mean": document["views"][0]["nll_mean"],
+        "by_row": areas(scores, document["row_marked"], questions),
+        "within_questions": within_questions(scores, document["row_marked"], questions),
+        "by_token": {s["score"]: s["auc"] for s in document["views"][0]["marks"].get("by_token", [])},
+    }  # fmt: skip
 
 
 def row_scores(document: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -186,6 +193,24 @@ def areas(scores: dict[str, np.ndarray], marked: Sequence[bool], questions: Sequ
         assert area is not None, "some rows are marked and some are not"
         out[name] = [round(float(x), 4) for x in (area, *np.percentile(found, [2.5, 97.5]))]
     return out
+
+
+def within_questions(
+    scores: dict[str, np.ndarray], marked: Sequence[bool], questions: Sequence[str]
+) -> dict[str, list[float]] | None:
+    """Of pairs of a wrong and a right answer to one question, the share in which the wrong one scores higher; and the pairs."""
+    pairs = [
+        (i, j)
+        for i, j in permutations(range(len(marked)), 2)
+        if marked[i] and not marked[j] and questions[i] == questions[j]
+    ]
+    if not pairs:
+        return None
+    wrong, right = np.array(pairs).T
+    return {
+        name: [round(float(((v[wrong] > v[right]) + 0.5 * (v[wrong] == v[right])).mean()), 4), len(pairs)]
+        for name, v in scores.items()
+    }
 
 
 def real_results(options: argparse.Namespace) -> dict[str, Any]:
