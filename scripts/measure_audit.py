@@ -1,10 +1,12 @@
 """How well base surprise finds noise that somebody marked, and what the audit reports of it.
 
     python scripts/measure_audit.py --data ../shared/data --output benchmarks/results/audit_noise.json
+    python scripts/measure_audit.py --only smollm2 --caches runs/inspect_smollm2 --output benchmarks/results/audit_smollm2.json
 
 Two real data sets (GSM8K solutions marked right or wrong, HaluEval answers with hallucinations marked) under a tiny story
 model, and the embedded tasks under the embedded base with injected noise, in a response format that the base knows and in
-one that it does not. Every row is scored once; nothing is trained.
+one that it does not. Every row is scored once; nothing is trained. `--only smollm2` reads what
+`scripts/measure_marked_rows.py --base` left: the marked sets, and answers that we exchanged, as SmolLM2 scored them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
@@ -127,6 +130,20 @@ def real(data: Path, limit: int | None, caches: Path | None) -> dict[str, Any]:
     return out
 
 
+def real_model(caches: Path) -> dict[str, Any]:
+    """Every folder of rows and cache that ``scripts/measure_marked_rows.py --base`` left."""
+    out = {}
+    for cache in sorted(caches.glob("*/cache")):
+        folder = cache.parent
+        rows = [json.loads(line) for line in (folder / f"{folder.name}.jsonl").read_text().splitlines()]
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        base, length = Path(settings["model_name_or_path"]), settings["max_length"]
+        noisy = [row["is_noise"] for row in rows]
+        out[folder.name] = measure(rows, base, AutoTokenizer.from_pretrained(base), length, noisy, cache)
+        print(folder.name, json.dumps(out[folder.name], indent=1))
+    return out
+
+
 def injected(limit: int) -> dict[str, Any]:
     """The embedded tasks under the embedded base: injected noise in both formats."""
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
@@ -146,23 +163,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, default=Path("runs/audit_noise.json"))
     parser.add_argument("--limit", type=int, help="first so many rows of each real data set")
-    parser.add_argument("--only", choices=("injected", "real"), help="measure one part, keep the other of --output")
+    parser.add_argument(
+        "--only", choices=("injected", "real", "smollm2"), help="measure one part, keep the other of --output"
+    )
     parser.add_argument(
         "--caches", type=Path, help="of the real data sets: the --output of scripts/measure_marked_rows.py"
     )
     options = parser.parse_args()
+    if options.only == "smollm2" and options.caches is None:
+        parser.error(
+            "--only smollm2 reads caches; name the --output of scripts/measure_marked_rows.py --base with --caches"
+        )
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     known = json.loads(options.output.read_text()) if options.only and options.output.is_file() else {}
     limit = f" --limit {options.limit}" if options.limit else ""
     results = known | {
-        "command": f"python scripts/measure_audit.py{limit}",
+        "command": f"python scripts/measure_audit.py{' --only smollm2' if options.only == 'smollm2' else limit}",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "qtarget": qtarget.__version__},
     }
-    if options.only != "real":
+    if options.only == "smollm2":
+        results["smollm2"] = real_model(options.caches)
+    if options.only in (None, "injected"):
         results["injected"] = injected(600)
-    if options.only != "injected":
+    if options.only in (None, "real"):
         results["real"] = real(options.data, options.limit, options.caches)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -49,6 +49,8 @@ def test_the_table_is_the_result_file():
         )
     }
     runs = {name.replace("_", " "): run for name, run in RESULTS["injected"].items()} | RESULTS["real"]
+    real = json.loads((ROOT / "benchmarks/results/audit_smollm2.json").read_text())["smollm2"]
+    runs |= {f"SmolLM2, `{name}": run for name, run in real.items()}
     for name, result in runs.items():
         first, rows, tokens, reported, labels = table[name]
         assert first == f"{result['favourite_share']:.0%}"

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.outputs import progress_bar
-from qtarget.core.errors import counted
+from qtarget.core.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from qtarget.benchmarks.demo.bench import DemoConfig
 
 SEEDS, WORKERS = 3, 2
 NEXT = "Try it on your rows: qtarget init ROWS.jsonl --model MODEL"
@@ -20,7 +22,9 @@ NEXT = "Try it on your rows: qtarget init ROWS.jsonl --model MODEL"
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="How many draws of noise and order.")] = SEEDS,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many draws of noise and order; default: 3, and 1 with --real.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes of one thread each; numbers do not depend on it.")
     ] = WORKERS,
@@ -28,22 +32,57 @@ def demo(
     is_rl: Annotated[
         bool, typer.Option("--rl", help="Instead: samples of one's own, with rewards or a teacher, fresh and stale.")
     ] = False,
+    is_real: Annotated[
+        bool,
+        typer.Option("--real", help="Instead: SmolLM2-135M, from a package; adapters, 400 rows, within 20 minutes."),
+    ] = False,
 ) -> None:
     """Fine-tune two small bases on noisy rows in seven ways; count exact answers on clean held-out prompts."""
-    from rich.console import Console
-
+    if is_rl and is_real:
+        raise ConfigError("--rl and --real are two demos; give one of them")
     if is_rl:
-        demo_rl(output, seeds, workers, is_quick)
+        demo_rl(output, seeds or SEEDS, workers, is_quick)
+        return
+    if is_real:
+        demo_real(output, seeds or 1, workers, is_quick)
         return
 
-    from qtarget.benchmarks.demo.bench import DemoConfig, quick, run_demo
+    from qtarget.benchmarks.demo.bench import DemoConfig, quick
 
-    config = replace(DemoConfig(), seeds=seeds, workers=workers)
+    config = replace(DemoConfig(), seeds=seeds or SEEDS, workers=workers)
     config = quick(config) if is_quick else config
+    told(config, output, "a model of 1.8 million parameters; about 2 minutes on 2 cores", 640)
+
+
+def demo_real(output: Path, seeds: int, workers: int, is_quick: bool) -> None:
+    """``--real``: the same on an instruct model that others trained; its folder is made beside the output, once.
+
+    Raises:
+        MissingDependencyError: the package with the weights is not installed.
+    """
+    from qtarget.benchmarks.pool import quiet_libraries
+    from qtarget.benchmarks.real.demo import RealDemoConfig, quick
+    from qtarget.benchmarks.real.model import FOLDER, NAME, prepared
+
+    with quiet_libraries():
+        folder = prepared(output.parent / FOLDER.name)
+    config = RealDemoConfig(seeds=seeds, workers=workers, folder=str(folder))
+    config = quick(config) if is_quick else config
+    told(
+        config, output, f"{NAME} (four-bit weights) by adapters; within 20 minutes on 2 cores", config.scope.train_rows
+    )
+
+
+def told(config: DemoConfig, output: Path, of_what: str, rows: int) -> None:
+    """Run a demo and say what it found."""
+    from rich.console import Console
+
+    from qtarget.benchmarks.demo.bench import run_demo
+
     console = Console()
     console.print(
-        f"{len(list(config.jobs()))} fine-tunings of a model of 1.8 million parameters; about 2 minutes on 2 cores. "
-        f"{100 * config.rate:g} % of the response tokens of 640 rows are random."
+        f"{len(list(config.jobs()))} fine-tunings of {of_what}. "
+        f"{100 * config.rate:g} % of the response tokens of {rows} rows are random."
     )
     with progress_bar() as advance:
         results = run_demo(config, output, advance)
@@ -109,18 +148,18 @@ def results_table(results: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from qtarget.benchmarks.demo.bench import ORACLE, REGIMES
+    from qtarget.benchmarks.demo.bench import ORACLE
 
     table = Table(
         title="clean held-out prompts answered exactly, %",
         caption=f"means over {counted(results['config']['seeds'], 'seed')}; in brackets, smallest..largest seed (no confidence "
-        "interval). Learning rates: as tuned on other noisy rows. The oracle is told which tokens are noise.",
+        f"interval). Learning rates: {results['rates_are']}. The oracle is told which tokens are noise.",
         box=box.SIMPLE,
     )
     table.add_column("trained with")
     for base, regime in results["regimes"].items():
         table.add_column(
-            f"{REGIMES[base]}\n(its first choice: {regime['favourite_share']:.0%} of labels)", justify="right"
+            f"{results['bases'][base]}\n(its first choice: {regime['favourite_share']:.0%} of labels)", justify="right"
         )
     for name in results["config"]["methods"]:
         rows = [regime["summary"][name]["accuracy_percent"] for regime in results["regimes"].values()]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
+from qtarget.benchmarks.prior import facts
 from qtarget.benchmarks.prior.bench import (
     FLAWS,
     Condition,
@@ -14,10 +17,14 @@ from qtarget.benchmarks.prior.bench import (
     always_may,
     asked_problems,
     dosed,
+    run_prior,
     smallest,
     spoilt,
 )
 from qtarget.benchmarks.prior.results import prior_figure, prior_table, summarize
+from qtarget.benchmarks.real.prior import QUICK as REAL_QUICK
+from qtarget.benchmarks.real.prior import SKILLS, RealPriorWorker
+from qtarget.benchmarks.real.results import repaired_table
 from qtarget.benchmarks.tasks import embedded_tasks
 from qtarget.cli.bench.app import app
 from qtarget.core.errors import ConfigError
@@ -35,7 +42,7 @@ def test_the_flaws_answer_wrongly_and_a_spoilt_row_states_it():
     assert always_may({"answer": "3 October 1999"}) == "3 May 1999"
 
 
-@pytest.mark.parametrize("flaw", FLAWS)
+@pytest.mark.parametrize("flaw", PriorConfig().flaws)
 def test_asked_problems_are_new_and_tell_flaw_from_correction(flaw):
     skill, wrong = FLAWS[flaw]
     rows = asked_problems(skill)
@@ -101,3 +108,81 @@ def test_the_quick_setting_finds_that_the_guard_corrects_what_the_anchor_does_no
     corrected = {name: row["corrected_percent"]["mean"] for name, row in rows.items()}
     assert corrected["asft, guarded"] > corrected["asft"] + 20
     assert corrected["sft"] > corrected["asft"] + 20
+
+
+def test_facts_are_taught_in_some_wordings_and_asked_in_others():
+    taught, asked = facts.taught_facts(80, "train"), facts.asked_facts()
+    prompts = [row["prompt"] for row in taught]
+    assert len(set(prompts)) == 80 == len(facts.CAPITALS) * len(facts.TAUGHT)
+    assert len(asked) == 40 and not {row["prompt"] for row in asked} & set(prompts)
+    assert all(tasks.check(row, row["completion"]) for row in taught + asked)
+    wrong = {row["answer"]: facts.next_capital(row) for row in asked}
+    assert sorted(wrong) == sorted(wrong.values()) and all(city != other for city, other in wrong.items())
+
+
+def test_a_real_base_is_planted_once_and_only_adapters_are_trained(tmp_path):
+    """The machinery of `--base smollm2` on the embedded model, which needs no package."""
+    tiny = replace(REAL_QUICK, targets=("sft", "consensus"), flaws=("biased token",), workers=1)
+    first = run_prior(tiny, tmp_path / "p.json", resume=False, progress=lambda *said: None, worker=RealPriorWorker)
+    (condition,) = first["conditions"]
+    assert set(condition["runs"]) == {"sft", "consensus", "consensus, guarded"}
+    assert "reached" not in first["summary"]["goals"]["consensus"]  # no sound base, so its half was not measured
+    planted = tmp_path / "p.bases/planted-biased-token"
+    before = (planted / "model.safetensors").stat().st_mtime_ns
+    worker = RealPriorWorker(tiny, tmp_path / "p.bases")
+    model = worker.base("biased token")
+    assert (planted / "model.safetensors").stat().st_mtime_ns == before
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+    counts = Counter(row["skill"] for row in worker.task.train)
+    assert set(counts) == {*SKILLS, facts.SKILL} and set(counts.values()) == {tiny.train_rows // 5}
+    again = run_prior(tiny, tmp_path / "p.json", resume=True, progress=lambda *said: None, worker=RealPriorWorker)
+    assert again["conditions"] == first["conditions"]
+    with pytest.raises(ConfigError, match="plant_steps was"):
+        run_prior(
+            replace(tiny, plant_steps=9), tmp_path / "p.json", resume=True, progress=print, worker=RealPriorWorker
+        )
+
+
+@pytest.mark.nightly
+def test_planting_teaches_the_flaw(tmp_path):
+    """On the embedded model, all weights: enough steps make it answer wrongly what it answered rightly."""
+    config = replace(REAL_QUICK, flaws=("biased token",), plant_steps=60, rank=0, workers=1, test_rows=40)
+    worker = RealPriorWorker(config, tmp_path / "bases")
+    found = worker.answers(worker.base("biased token"), "biased token")
+    assert found["flawed_percent"] > 60 and found["corrected_percent"] < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--base", "nonsense"], "is unknown"),
+        (["--base", "smollm2", "--scale", "gpu"], "sizes of its own"),
+        (["--short"], "goes with a real base"),
+        (["--short", "--quick", "--base", "smollm2"], "contradict"),
+    ],
+)
+def test_options_of_a_real_base_that_do_not_go_together_are_refused(tmp_path, options, words):
+    done = CliRunner().invoke(app, ["prior", *options, "--output", str(tmp_path / "p.json")])
+    assert isinstance(done.exception, ConfigError) and words in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_repairs_by_hand():
+    run = {"corrected_percent": 60.0, "flawed_percent": 30.0, "accuracy_percent": 50.0}
+    other = {"corrected_percent": 70.0, "flawed_percent": 20.0, "accuracy_percent": 40.0}
+    results = {
+        "untrained": {"wrong fact": {"corrected_percent": 0.0, "flawed_percent": 90.0, "accuracy_percent": 10.0}},
+        "conditions": [
+            {"flaw": "wrong fact", "runs": {"sft": [run, other], "dft": [run]}},
+            {"flaw": "none", "runs": {}},
+        ],
+    }
+    assert repaired_table(results).splitlines() == [
+        "| % | wrong fact: right | wrong fact: as the flaw | wrong fact: all else |",
+        "| --- | --- | --- | --- |",
+        "| *untrained* | 0.0 | 90.0 | 10.0 |",
+        "| sft | 65.0 | 25.0 | 45.0 |",
+        "| dft | 60.0 | 30.0 | 50.0 |",
+    ]

@@ -12,6 +12,7 @@ from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.core.errors import DataError
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.loading import load_dataset_file, read_files, rows_to_dataset
+from qtarget.integrations.sft.rows import training_rows_of
 from tests.integrations.conftest import make_model
 
 TEMPLATE = (
@@ -160,3 +161,15 @@ def test_tool_output_of_a_session_is_never_trained(tmp_path, talking):
     said = talking.decode(on)
     assert "Yes" in said
     assert not any(word in said for word in ("SECRET", "HIDDEN", "snow"))
+
+
+def test_rows_that_are_only_scored_are_not_called_train_data(tokenizer, caplog):
+    """`evaluate` makes its rows by a trainer that never trains."""
+    words = "many words " * 30
+    rows = Dataset.from_list([{"prompt": "Ask.", "completion": words}, {"prompt": "Ask.", "completion": "Short."}])
+    model = make_model(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    with caplog.at_level("WARNING"):
+        ready = training_rows_of(model, tokenizer, rows, {"max_length": 20})
+    assert len(ready.rows) == 2 and len(ready.rows[0]["input_ids"]) == 20
+    said = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("evaluation data: 1 of 2 rows")

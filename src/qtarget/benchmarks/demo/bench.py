@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qtarget.benchmarks.figure import regimes_figure, save_figure
 from qtarget.benchmarks.machine import machine_facts, versions
@@ -70,25 +70,37 @@ class DemoConfig:
     steps: int = 40
     workers: int = 2
 
+    regimes: ClassVar[Mapping[str, str]] = REGIMES
+    tuned: ClassVar[Mapping[str, Mapping[str, tuple[float, float]]]] = TUNED
+    rates_are: ClassVar[str] = "as tuned on other noisy rows"
+    caption: ClassVar[str] = CAPTION
+
     def __post_init__(self) -> None:
         if min(self.seeds, self.steps, self.workers) < 1:
             raise ConfigError(
                 f"seeds {self.seeds}, steps {self.steps}, workers {self.workers}; expected at least 1 each"
             )
-        if unknown := [name for name in self.methods if name not in TUNED["most"]]:
+        if unknown := [name for name in self.methods if name not in self.tuned["most"]]:
             raise ConfigError(
-                f"methods {', '.join(unknown)} are not among those that were tuned: {'; '.join(TUNED['most'])}"
+                f"methods {', '.join(unknown)} are not among those that were tuned: {'; '.join(self.tuned['most'])}"
             )
         if BASELINE not in self.methods:
             raise ConfigError(f"methods lack {BASELINE}, which the others are compared with; add it")
 
     def jobs(self) -> Iterator[Job]:
         """Every run: base by base, seed by seed."""
-        for base in REGIMES:
+        for base in self.regimes:
             for seed in range(self.seeds):
                 for name in self.methods:
-                    rate, value = TUNED[base][name]
+                    rate, value = self.tuned[base][name]
                     yield Job(Cell(base, self.kind, self.rate), name, rate, value, seed, tuning=False)
+
+    def prepared(self, folder: Path) -> tuple[Any, ...]:
+        """Makes the bases in ``folder``; the kind of worker that trains from them, and what one is made with."""
+        task, setting = task_set("embedded", None), Setting("embedded", None, folder, self.steps)
+        for base in self.regimes:
+            make_base(task, base, folder, setting.start)
+        return NoiseWorker, setting
 
 
 def quick(config: DemoConfig) -> DemoConfig:
@@ -139,18 +151,15 @@ def measure(config: DemoConfig, progress: Progress | None, begin: float) -> dict
 
     with quiet_libraries(), one_thread(), tempfile.TemporaryDirectory() as folder:
         report(0, total, "making the two bases")
-        task = task_set("embedded", None)
-        for base in REGIMES:
-            make_base(task, base, Path(folder), Setting("embedded", None, Path(folder), 0).start)
-        setting = Setting("embedded", None, Path(folder), config.steps)
-        here = NoiseWorker(setting)
-        cells = {base: Cell(base, config.kind, config.rate) for base in REGIMES}
+        kind, *given = config.prepared(Path(folder))
+        here = kind(*given)
+        cells = {base: Cell(base, config.kind, config.rate) for base in config.regimes}
         bases = {
             base: {"untrained": here.test(here.base(base), cell), **here.base_knows(cell)}
             for base, cell in cells.items()
         }
         report(1, total, f"fine-tuning {len(jobs)} models")
-        with Workers(min(config.workers, len(jobs)), NoiseWorker, setting) as workers:
+        with Workers(min(config.workers, len(jobs)), kind, *given) as workers:
             found = dict(zip(jobs, workers.map(jobs, advance), strict=True))
     regimes = {
         base: facts | {"runs": {name: [found[job] for job in jobs if (job.cell.base, job.method) == (base, name)]
@@ -162,10 +171,12 @@ def measure(config: DemoConfig, progress: Progress | None, begin: float) -> dict
     return {
         "benchmark": "demo",
         "config": asdict(config),
-        "tuned": TUNED,
+        "tuned": config.tuned,
+        "bases": config.regimes,
+        "rates_are": config.rates_are,
         "regimes": regimes,
         "finding": finding(regimes, f"{100 * config.rate:g} % {config.kind.replace('_', ' ')}"),
-        "caption": CAPTION,
+        "caption": config.caption,
         "seconds": round(time.perf_counter() - begin, 1),
         "machine": machine_facts(),
         "versions": versions(),
@@ -175,7 +186,7 @@ def measure(config: DemoConfig, progress: Progress | None, begin: float) -> dict
 def picture(results: Mapping[str, Any]) -> Any:
     """The figure of ``results.json``."""
     panels = {
-        REGIMES[base]: ({name: _percent(runs) for name, runs in regime["runs"].items()},
+        results.get("bases", REGIMES)[base]: ({name: _percent(runs) for name, runs in regime["runs"].items()},
                         regime["untrained"]["accuracy_percent"])
         for base, regime in results["regimes"].items()
     }  # fmt: skip
@@ -187,13 +198,17 @@ def _percent(runs: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def summarize(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Per method: range of the accuracy, and of its paired difference to the baseline; skills kept."""
+    """Per method: range of the accuracy, and of its paired difference to the baseline; skills kept, where they were asked."""
     return {
         name: {
             "accuracy_percent": asdict(over_seeds(_percent(found))),
             "difference_to_sft_points": asdict(paired_difference(_percent(found), _percent(runs[BASELINE]))),
-            "kept_percent": asdict(over_seeds([run["kept_percent"] for run in found])),
         }
+        | (
+            {"kept_percent": asdict(over_seeds([run["kept_percent"] for run in found]))}
+            if "kept_percent" in found[0]
+            else {}
+        )
         for name, found in runs.items()
     }
 

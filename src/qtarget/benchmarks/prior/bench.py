@@ -27,6 +27,7 @@ from qtarget.benchmarks.pool import (
     quiet_libraries,
     save_results,
 )
+from qtarget.benchmarks.prior import facts
 from qtarget.benchmarks.prior.results import summarize
 from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, make_base, teach
@@ -58,8 +59,9 @@ def always_may(row: Row) -> str:
 FLAWS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
     "wrong skill": ("maximum", smallest),
     "biased token": ("date_format", always_may),
+    "wrong fact": (facts.SKILL, facts.next_capital),
 }
-"""Flaw -> the skill it spoils, and the wrong answer to a row."""
+"""Flaw -> the skill it spoils, and the wrong answer to a row. Facts are for a model that knows any."""
 TARGETS: Mapping[str, dict[str, float]] = {
     "sft": {}, "prior_surprise": {}, "dft": {}, "sft_kl": {"kl_weight": 0.3}, "asft": {"kl_weight": 0.2},
     "target_sft": {"eta": 0.3}, "hybrid_distillation": {"teacher_weight": 0.5}, "consensus": {},
@@ -76,13 +78,15 @@ class PriorConfig:
         flaws: planted one at a time.
         doses: share of the flawed skill's demonstrations that are there.
         noise_rate: of random tokens, on the base without flaw.
+        with_sound: whether the base without flaw is run, too.
         seeds, steps, workers, start: as in ``NoiseConfig``; the learning rate is the start's.
     """
 
     targets: tuple[str, ...] = tuple(TARGETS)
-    flaws: tuple[str, ...] = tuple(FLAWS)
+    flaws: tuple[str, ...] = ("wrong skill", "biased token")
     doses: tuple[float, ...] = (1.0, 0.25)
     noise_rate: float = 0.2
+    with_sound: bool = True
     seeds: int = 5
     steps: int = 40
     workers: int = WORKERS
@@ -99,7 +103,12 @@ class PriorConfig:
     def conditions(self) -> list[Condition]:
         """Flaws by dose, then the two without flaw."""
         flawed = [Condition(flaw, dose, 0.0) for flaw in self.flaws for dose in self.doses]
-        return [*flawed, Condition("none", 1.0, 0.0), Condition("none", 1.0, self.noise_rate)]
+        sound = [Condition("none", 1.0, 0.0), Condition("none", 1.0, self.noise_rate)]
+        return flawed + sound if self.with_sound else flawed
+
+    def fixed(self) -> dict[str, Any]:
+        """What all runs of one file share."""
+        return {"steps": self.steps, "start": asdict(self.start)}
 
     def methods(self) -> list[tuple[str, bool]]:
         """Target and whether it is guarded."""
@@ -137,6 +146,8 @@ class PriorJob:
 class PriorWorker:
     """Runs jobs; keeps rows and the base's numbers between them."""
 
+    asked = ASKED
+
     def __init__(self, config: PriorConfig, bases: Path) -> None:
         self.config, self.bases, self.task = config, bases, embedded_tasks()
         self.tokenizer = config.start.tokenizer()
@@ -171,7 +182,7 @@ class PriorWorker:
         found = {"accuracy_percent": accuracy(model, self.tokenizer, self.task.test)}
         if flaw in FLAWS:
             skill, wrong = FLAWS[flaw]
-            rows = asked_problems(skill)
+            rows = asked_problems(skill)[: self.asked]
             found["corrected_percent"] = accuracy(model, self.tokenizer, rows)
             found["flawed_percent"] = accuracy(model, self.tokenizer, [{**row, "answer": wrong(row)} for row in rows])
         return found
@@ -195,6 +206,8 @@ def dosed(rows: Sequence[Row], condition: Condition, seed: int) -> list[Row]:
 
 def asked_problems(skill: str) -> list[Row]:
     """Test problems of one skill whose flawed answer is another one than the right one."""
+    if skill == facts.SKILL:
+        return facts.asked_facts()
     random, wrong = Random(f"asked-{skill}"), next(answer for name, answer in FLAWS.values() if name == skill)
     # more than are asked: where the flawed answer is the right one (a date in May) the problem tells nothing
     drawn = (tasks.demonstration(tasks.sample_problem_in(skill, "test", random), random) for _ in range(3 * ASKED))
@@ -222,14 +235,17 @@ def spoilt(row: Row, answer: str) -> Row:
     return {**row, "completion": row["completion"].replace(f"[{row['answer']}]", f"[{answer}]"), "answer": answer}
 
 
-def run_prior(config: PriorConfig, output: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+def run_prior(
+    config: PriorConfig, output: Path, *, resume: bool, progress: Progress, worker: type[PriorWorker] = PriorWorker
+) -> dict[str, Any]:
     """Run all conditions; results are saved after each.
 
     Args:
         output: JSON; finished runs stand beside it in ``.runs.jsonl``, bases in ``.bases``.
         progress: called with runs done, runs in all, and what was done last.
+        worker: runs the jobs.
     """
-    check_settings(output, resume, {name: asdict(config)[name] for name in ("steps", "start")})
+    check_settings(output, resume, config.fixed())
     log, bases = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".bases")
     claim(bases, {"tasks": "embedded", "start": asdict(config.start)})
     conditions: list[dict[str, Any]] = []
@@ -239,11 +255,11 @@ def run_prior(config: PriorConfig, output: Path, *, resume: bool, progress: Prog
     }  # fmt: skip
     total = len(config.conditions()) * len(config.methods()) * config.seeds
     with quiet_libraries(), one_thread():
-        here = PriorWorker(config, bases)
+        here = worker(config, bases)
         for flaw in dict.fromkeys(condition.flaw for condition in config.conditions()):
             progress(len(log.runs), total, f"making the base, flaw: {flaw}")
             results["untrained"][flaw] = here.answers(here.base(flaw), flaw)
-    with Workers(config.workers, PriorWorker, config, bases) as workers:
+    with Workers(config.workers, worker, config, bases) as workers:
         for condition in config.conditions():
 
             def done(job: Any) -> None:

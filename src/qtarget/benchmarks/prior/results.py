@@ -43,7 +43,10 @@ def _row(condition: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each guarded target: the least share of SFT's correction over flaws and doses, and what the guard costs."""
+    """For each guarded target: the least share of SFT's correction over flaws and doses, and what the guard costs.
+
+    Whether the goal is ``reached`` is not said where no sound base was run: half of it is about that.
+    """
     flawed = [condition for condition in conditions if condition["flaw"] != "none"]
     sound = {condition["noise_rate"]: condition["methods"] for condition in conditions if condition["flaw"] == "none"}
     out = {}
@@ -59,9 +62,10 @@ def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if _mean(methods, plain)
             },
         }  # fmt: skip
-        out[plain]["reached"] = (out[plain]["corrects"] or 0) >= CORRECTS and all(
-            change >= -LOSES for change in out[plain]["accuracy_change"].values()
-        )
+        if sound:
+            out[plain]["reached"] = (out[plain]["corrects"] or 0) >= CORRECTS and all(
+                change >= -LOSES for change in out[plain]["accuracy_change"].values()
+            )
     return out
 
 

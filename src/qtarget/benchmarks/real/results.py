@@ -1,4 +1,4 @@
-"""What the runs of `bench noise --base smollm2` say, as tables."""
+"""What was measured with the real model, as tables."""
 
 from __future__ import annotations
 
@@ -39,6 +39,45 @@ def real_table(results: Mapping[str, Any]) -> str:
         head = ["method", "completed (%)", "to sft (points)", *(COLUMNS[name] for name in shown)]
         parts.append(f"**{words(cell)}**\n\n{markdown_table(head, lines)}")
     return "\n".join(parts)
+
+
+def short_table(results: Mapping[str, Any]) -> str:
+    """What each contender completed, a column a point of the map."""
+    cells = results["summary"]["cells"]
+    first, *_ = results["untrained"].values()
+    lines = [["*untrained*", *(f"{first['accuracy_percent']:.1f}" for _ in cells)]]
+    for name in dict.fromkeys(name for cell in cells for name in cell["methods"]):
+        found = [cell["methods"].get(name) for cell in cells]
+        shown = ["" if row is None else f"{row['accuracy_percent']['mean']:.1f}" for row in found]
+        lines.append([f"*{name}*" if name in ORACLES else name, *shown])
+    return markdown_table(["completed, %", *(words(cell) for cell in results["cells"])], lines)
+
+
+def marked_table(results: Mapping[str, Any]) -> str:
+    """Area under the ROC of each score against the marks of the rows, with its interval, a column a data set."""
+    data = results["data"]
+    lines = [
+        ["rows (marked)", *(f"{one['rows']} ({one['marked_rows']})" for one in data.values())],
+        ["base's mean surprise, nats a token", *(f"{one['nll_mean']:.2f}" for one in data.values())],
+    ]
+    for name in dict.fromkeys(name for one in data.values() for name in one["by_row"]):
+        found = [one["by_row"].get(name) for one in data.values()]
+        lines.append([name, *("" if f is None else f"{f[0]:.2f} ({f[1]:.2f} .. {f[2]:.2f})" for f in found)])
+    return markdown_table(["area (0.5 is a coin), 95 % interval", *(f"`{name}`" for name in data)], lines)
+
+
+def repaired_table(results: Mapping[str, Any]) -> str:
+    """How each target answers the flawed skill, rightly and as the flaw would, and all else; a group of columns a flaw."""
+    conditions = [condition for condition in results["conditions"] if condition["flaw"] != "none"]
+    counted = {"corrected_percent": "right", "flawed_percent": "as the flaw", "accuracy_percent": "all else"}
+    head = ["%", *(f"{condition['flaw']}: {word}" for condition in conditions for word in counted.values())]
+    lines = [["*untrained*", *(f"{results['untrained'][c['flaw']][key]:.1f}" for c in conditions for key in counted)]]
+    for name in dict.fromkeys(name for condition in conditions for name in condition["runs"]):
+        runs = [condition["runs"].get(name) for condition in conditions]
+        lines.append(
+            [name, *("" if found is None else f"{_mean(found, key):.1f}" for found in runs for key in counted)]
+        )
+    return markdown_table(head, lines)
 
 
 def _percent(row: Mapping[str, float], seeds: int, form: str = ".1f") -> str:

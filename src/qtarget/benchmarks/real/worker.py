@@ -17,9 +17,11 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
 from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy
-from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks
+from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, teach
 from qtarget.core.errors import DataError
 from qtarget.data import tasks
+from qtarget.storage.models import save_whole
 
 Form = Literal["chat", "instruction"]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,13 +77,7 @@ class RealWorker(NoiseWorker):
 
     def base(self, name: str) -> Any:
         """A new copy, with adapters that change nothing yet."""
-        model = self.setting.start.load()
-        if not self.scope.rank:
-            return model
-        from peft import LoraConfig, inject_adapter_in_model
-
-        lora = LoraConfig(r=self.scope.rank, lora_alpha=2 * self.scope.rank, target_modules=list(MODULES))
-        return inject_adapter_in_model(lora, model)
+        return with_adapters(self.setting.start.load(), self.scope.rank)
 
     def _told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
         """What copies say that have not seen each row's prompt; other prompts would take six passes more."""
@@ -97,6 +93,34 @@ class RealWorker(NoiseWorker):
             "nll": mean_nll(model, encode(self.tokenizer, rows)),
             **{name: mean_nll(model, found) for name, found in self.elsewhere.items()},
         }
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """The model with new adapters of this rank on all linear layers, which alone are trained; itself at rank 0."""
+    if not rank:
+        return model
+    from peft import inject_adapter_in_model
+
+    return inject_adapter_in_model(adapters(rank), model)
+
+
+def adapters(rank: int) -> Any:
+    """The ``LoraConfig`` of all runs."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MODULES))
+
+
+def teach_by_adapters(start: Start, rows: list[Row], steps: int, rank: int, path: Path) -> None:
+    """Plain SFT of the start on these rows, by adapters that are merged, into ``path``, float32; all weights at rank 0."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = start.load()
+    adapted: Any = get_peft_model(model, adapters(rank)) if rank else None
+    # the adapters stand in the model itself, which the loop trains
+    teach(model, start, rows, steps, seed=1)
+    save_whole(adapted.merge_and_unload() if adapted else model, path)
 
 
 def real_tasks(scope: Scope, tokenizer: Any) -> TaskSet:

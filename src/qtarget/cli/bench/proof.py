@@ -10,7 +10,7 @@ import typer
 
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
-from qtarget.cli.bench.real import real_noise
+from qtarget.cli.bench.real import real_noise, real_prior
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
@@ -25,6 +25,7 @@ Scale = Annotated[
     str, typer.Option(help="cpu: the embedded base; gpu: a base of 36 million parameters, trained first on real texts.")
 ]
 Corpus = Annotated[Path | None, typer.Option(help="Text file for --scale gpu; paragraphs are apart by a blank line.")]
+BASE_HELP = "embedded; or smollm2, a real model from a package (or the folder of `bench base`)."
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes of one thread each; on a CPU numbers do not depend on it.")
 ]
@@ -73,9 +74,7 @@ def noise(
     steps_grid: Annotated[
         list[int] | None, typer.Option(min=1, help="Steps that every method tunes; give it once for each number.")
     ] = None,
-    base: Annotated[
-        str, typer.Option(help="embedded; or smollm2, a real model from a package (or the folder of `bench base`).")
-    ] = "embedded",
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     is_short: Annotated[
         bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, nothing tuned.")
     ] = False,
@@ -112,11 +111,10 @@ def noise(
             raise ConfigError(
                 f"--base {base} has sizes of its own: of the others, --quick, --short and --data go with it"
             )
-        size = "quick" if is_quick else "short" if is_short else "full"
+        size = size_of(is_quick, is_short, base)
         real_noise(base, size, data, output, resume, workers, kept)
         return
-    if is_short:
-        raise ConfigError("--short goes with a real base: add --base smollm2, or say --quick")
+    size_of(is_quick, is_short, base)
     task_set(tasks, data)  # says what is missing before a base is trained
     start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)
     full = CROSSFITTED if is_crossfit else GPU if scale == "gpu" else REAL.get(tasks, NoiseConfig())
@@ -134,6 +132,19 @@ def noise(
         results = run_noise(config, output, resume=resume, progress=advance)
     drawn = any(cell["kind"] == "random_tokens" for cell in results["cells"])  # the figure is the map of these
     show(results["summary"]["finding"], output, noise_table(results), noise_figure(results) if drawn else None)
+
+
+def size_of(is_quick: bool, is_short: bool, base: str) -> str:
+    """``quick``, ``short`` or ``full``.
+
+    Raises:
+        ConfigError: two sizes, or the short one without a real base.
+    """
+    if is_quick and is_short:
+        raise ConfigError("--quick and --short contradict each other; give one of them")
+    if is_short and base == "embedded":
+        raise ConfigError("--short goes with a real base: add --base smollm2, or say --quick")
+    return "quick" if is_quick else "short" if is_short else "full"
 
 
 def chosen_part(
@@ -156,6 +167,10 @@ def chosen_part(
 def prior(
     output: Output = Path("runs/prior.json"),
     is_quick: Annotated[bool, typer.Option("--quick", help="Two targets, one flaw, one seed: a smoke test.")] = False,
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    is_short: Annotated[
+        bool, typer.Option("--short", help="With a real base: four targets, two flaws, one seed.")
+    ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -167,6 +182,12 @@ def prior(
     from qtarget.benchmarks.prior.results import prior_figure, prior_table
 
     check_writable(output)
+    size = size_of(is_quick, is_short, base)
+    if base != "embedded":
+        if scale != "cpu" or data is not None or corpus is not None:
+            raise ConfigError(f"--base {base} has sizes of its own: of the others, --quick and --short go with it")
+        real_prior(base, size, output, resume, workers, kept)
+        return
     start = started(scale, data, corpus, output, resume, is_quick)
     config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):

@@ -47,7 +47,7 @@ def rl(
 
     if is_short and is_quick:
         raise ConfigError("--quick and --short contradict each other; give one of them")
-    folder = base_folder(base, output, resume)
+    folder = real_base(base, output, resume)
     config = SIZES["quick" if is_quick else "short" if is_short else "full"]
     runs = output.with_suffix(".runs.jsonl")
     with progress_bar() as advance, on_interrupt(lambda: f"finished models are kept in {runs}; go on with --resume"):
@@ -60,11 +60,12 @@ def rl(
     )  # fmt: skip
 
 
-def base_folder(base: str, output: Path, resume: bool) -> Path:
-    """The real model: made beside the results, or a folder that `qtarget bench base` made.
+def real_base(base: str, output: Path, resume: bool) -> Path:
+    """The folder of ``--base``: made beside the results, or one that stands already.
 
     Raises:
-        ConfigError: it is neither, or runs are there that nobody asked to go on with.
+        ConfigError: neither, or runs stand there that nobody asked to go on with.
+        MissingDependencyError: the package is not installed.
     """
     from qtarget.benchmarks.pool import quiet_libraries, refuse_earlier
     from qtarget.benchmarks.real.bench import BASE
@@ -74,11 +75,32 @@ def base_folder(base: str, output: Path, resume: bool) -> Path:
     if base == BASE:
         with quiet_libraries():
             return prepared(output.with_suffix(".base"))
-    if not is_prepared(Path(base)):
-        raise ConfigError(
-            f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
-        )
-    return Path(base)
+    if is_prepared(Path(base)):
+        return Path(base)
+    raise ConfigError(
+        f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
+    )
+
+
+def real_prior(base: str, size: str, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]) -> None:
+    """``bench prior`` on the real model; arguments as for ``real_noise``."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qtarget.benchmarks.prior.bench import run_prior
+    from qtarget.benchmarks.prior.results import prior_table
+    from qtarget.benchmarks.real.bench import RATE
+    from qtarget.benchmarks.real.prior import RealPriorWorker, sized
+    from qtarget.benchmarks.start import Start
+
+    start = Start(str(real_base(base, output, resume)), learning_rate=RATE)
+    config = sized(size, start, workers)
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
+        results = run_prior(config, output, resume=resume, progress=advance, worker=RealPriorWorker)
+    console = Console()
+    console.print(Markdown(prior_table(results)))
+    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
+    console.print(f"four-bit weights are part of this base; {output}", soft_wrap=True, highlight=False)
 
 
 def real_noise(
@@ -101,7 +123,7 @@ def real_noise(
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
 
-    folder = base_folder(base, output, resume)
+    folder = real_base(base, output, resume)
     config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_real(config, output, resume=resume, progress=advance)

@@ -77,12 +77,13 @@ def refuse_arguments(args: QTargetConfig, data_collator: Any, compute_loss_func:
         )
 
 
-def text_datasets(args: QTargetConfig, train: Any, evals: Any, cached: bool) -> tuple[Any, Any]:
+def text_datasets(args: QTargetConfig, train: Any, evals: Any, cached: bool, called: str = "train") -> tuple[Any, Any]:
     """Both data sets, checked, without image columns that hold nothing.
 
     Args:
         evals: a data set, several by name, or None.
         cached: the target reads a cache, whose rows are found in the whole data set.
+        called: what messages call the first of them.
 
     Raises:
         DataError: no data, no rows, or images.
@@ -92,7 +93,7 @@ def text_datasets(args: QTargetConfig, train: Any, evals: Any, cached: bool) -> 
         raise DataError("`train_dataset` is required; pass a datasets.Dataset or IterableDataset")
     if isinstance(train, IterableDataset) and args.max_steps <= 0:
         raise ConfigError("the train data is a stream, whose length is unknown; set max_steps")
-    checked = _text_dataset(train, "train", cached)
+    checked = _text_dataset(train, called, cached)
     if isinstance(evals, dict):
         return checked, {name: _text_dataset(dataset, name, cached) for name, dataset in evals.items()}
     return checked, None if evals is None else _text_dataset(evals, "eval", cached)

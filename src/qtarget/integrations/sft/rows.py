@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -80,6 +80,12 @@ class ReadyRows:
         )
 
 
+class _Unlearnt(QTargetTrainer):
+    """Makes rows as training would, and never trains: messages call them by what they are."""
+
+    _rows_are: ClassVar[str] = "evaluation"
+
+
 def training_rows_of(model: Any, tokenizer: Any, rows: Dataset, settings: Mapping[str, Any]) -> ReadyRows:
     """Tokenise and mask rows as a run with these settings does; the model is put where training would have it.
 
@@ -92,7 +98,7 @@ def training_rows_of(model: Any, tokenizer: Any, rows: Dataset, settings: Mappin
     known = {name: settings[name] for name in DATA_SETTINGS if name in settings and hasattr(SFTConfig, name)}
     with tempfile.TemporaryDirectory() as folder:
         args = QTargetConfig(output_dir=folder, report_to=[], bf16=False, heatmap_rows=0, **known)
-        trainer = QTargetTrainer(model, args, None, rows, None, tokenizer)
+        trainer = _Unlearnt(model, args, None, rows, None, tokenizer)
     dataset: Any = trainer.train_dataset
     plain = [
         {"input_ids": row["input_ids"], "labels": row["labels"], "row": row[ROW_IDS][0]}

@@ -64,6 +64,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "qtarget"]
+    _rows_are: ClassVar[str] = "train"
 
     def __init__(
         self,
@@ -102,9 +103,11 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
             if m is not None and getattr(self.target.needs, role) and role not in self.caches
         }
         self._virtual_tokens = refuse_models(model, settings, peft_config, read, self._shared_rows)
-        train_dataset, eval_dataset = text_datasets(settings, train_dataset, eval_dataset, bool(self.caches))
+        train_dataset, eval_dataset = text_datasets(
+            settings, train_dataset, eval_dataset, bool(self.caches), self._rows_are
+        )
         if formatting_func is None:  # which reads the user's own columns
-            train_dataset = self.preparation.adopt(train_dataset, "train", settings.dataset_text_field)
+            train_dataset = self.preparation.adopt(train_dataset, self._rows_are, settings.dataset_text_field)
             eval_dataset = self.preparation.adopt(eval_dataset, "eval", settings.dataset_text_field)
             refuse_unmarked(settings, train_dataset)
         if isinstance(model, str):  # TRL loads it, and transformers fills what is missing at random
@@ -196,7 +199,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         def prepared(dataset: Any, packing: bool, name: str) -> Any:
             return self._prepare_dataset(dataset, tokenizer, args, packing, self._formatting_func, name)
 
-        self.train_dataset = prepared(self.train_dataset, args.packing, "train")
+        self.train_dataset = prepared(self.train_dataset, args.packing, self._rows_are)
         evals: Any = self.eval_dataset
         if isinstance(evals, dict):
             self.eval_dataset = {name: prepared(dataset, eval_packing, name) for name, dataset in evals.items()}
