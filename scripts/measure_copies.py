@@ -33,8 +33,8 @@ from qtarget.integrations.sft.score import score
 from qtarget.scoring.cache.reader import ReferenceCache
 
 FOLDS, BATCH, HELD_OUT = 2, 8, 200
-FORMATS = {"unknown": ("train", (90, 300, 600)), "own": ("base_format_test", (90,))}
-TRIED = ((150, 2e-3),)
+FORMATS = {"unknown": ("train", 800), "own": ("base_format_test", 100)}
+"""A split of the embedded rows, and how many may be learnt while as many as are asked about are left."""
 SFT_RATES, SFT_STEPS = (1e-3, 2e-3), 200
 
 
@@ -92,17 +92,17 @@ def judged(rows: Dataset, folder: Path, recipe: CrossfitRecipe) -> dict[str, Any
     )
 
 
-def recipes_of(count: int) -> list[tuple[str, int, float]]:
+def recipes_of(count: int, steps: list[int], rates: list[float]) -> list[tuple[str, int, float]]:
     """Name, steps and rate of the recipes that are tried: that of version 0.1, today's, and others around it."""
     learnt = count // FOLDS
     return [
         ("before", ceil(2 * learnt / BATCH), 5e-4),
         ("default", default_steps(learnt, BATCH), CrossfitRecipe().learning_rate),
-        *(("", n, rate) for n, rate in TRIED),
+        *(("", n, rate) for n, rate in product(steps, rates)),
     ]
 
 
-def point(split: str, count: int, noise: float) -> dict[str, Any]:
+def point(split: str, count: int, noise: float, recipes: list[tuple[str, int, float]]) -> dict[str, Any]:
     """One set of rows: base, SFT, and copies of each recipe."""
     rows, others = rows_of(split, count, noise)
     with tempfile.TemporaryDirectory() as named:
@@ -110,7 +110,7 @@ def point(split: str, count: int, noise: float) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(base_model_path())
         score(str(base_model_path()), settings(folder / "unused"), rows, None, tokenizer, directory=folder / "base")
         found: dict[str, Any] = {"base": said(folder / "base"), "sft": sft(rows, others, folder), "copies": []}
-    for name, n, rate in recipes_of(count):
+    for name, n, rate in recipes:
         with tempfile.TemporaryDirectory() as named:
             recipe = CrossfitRecipe(folds=FOLDS, steps=n, learning_rate=rate, prompts=False)
             found["copies"].append({"recipe": name} | judged(rows, Path(named), recipe))
@@ -122,6 +122,12 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--rows", type=int, nargs="+", default=[90, 300, 600])
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[], help="Tried beside the recipes of before and of today."
+    )
+    parser.add_argument("--rates", type=float, nargs="*", default=[5e-4, 1e-3, 2e-3, 4e-3])
     options = parser.parse_args()
     torch.set_num_threads(1)
     document: dict[str, Any] = {
@@ -129,9 +135,11 @@ def main() -> None:
         "settings": {"folds": FOLDS, "rank": 16, "batch": BATCH, "held_out": HELD_OUT, "seed": 42},
         "points": [],
     }
-    for name, (split, counts) in FORMATS.items():
-        for count, noise in product(counts, (0.0, 0.4)):
-            document["points"].append({"format": name} | point(split, count, noise))
+    for name, count in product(options.formats, options.rows):
+        split, most = FORMATS[name]
+        for noise in (0.0, 0.4) if count <= most else ():
+            recipes = recipes_of(count, options.steps, options.rates)
+            document["points"].append({"format": name} | point(split, count, noise, recipes))
             options.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

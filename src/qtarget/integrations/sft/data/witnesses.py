@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from transformers.utils import logging
 
+from qtarget.core.command import crossfit_command
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.types import COUNTED_FIELDS, DATA_FIELDS, WITNESS_FIELDS, Target
 from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
@@ -266,8 +267,8 @@ def require_witness(witness: ReferenceCache, reference: ReferenceCache) -> None:
         )
     if witness.manifest.crossfit is None:
         raise CacheMismatchError(
-            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected one that "
-            "`qtarget score CONFIG.yaml --crossfit 2` wrote"
+            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected a "
+            f"cross-fit: {crossfit_command()}"
         )
     if (found := witness.manifest.base_fingerprint) != (wanted := reference.manifest.base_fingerprint):
         raise CacheMismatchError(
