@@ -47,7 +47,7 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
         2,
         [6, 6],
         16,
-        5e-4,
+        1e-3,
     )
     assert called("cache", "verify", "witness") == 0
     assert called("cache", "verify", "witness", "--model", str(tiny_model), "--config", "run.yaml") == 2
@@ -115,7 +115,7 @@ def test_the_page_names_every_option_and_its_default(workspace):
         row = next(line for line in PAGE.splitlines() if f"`--{name.replace('_', '-')}`" in line)
         shown = {True: "on", False: "off"}.get(default) if isinstance(default, bool) else None
         assert shown is None or f"| {shown} |" in row
-        assert default is None or shown or f"{default:g}".replace("0.0005", "5e-4") in row
+        assert default is None or shown or f"{default:g}" in row
     assert yaml.safe_load(blocks("yaml")[0])["witness"] == "witness"
 
 
@@ -135,3 +135,16 @@ def test_the_table_of_fresh_tasks_is_the_result_files(task):
             assert runs is None or float(text) == pytest.approx(
                 sum(run["accuracy_percent"] for run in runs) / len(runs), abs=0.05
             )
+
+
+def test_the_table_of_recipes_is_the_result_file():
+    points = json.loads((ROOT / "benchmarks/results/copies.json").read_text())["points"]
+    found = {(p["noise"], c["steps"], c["rate"]): c for p in points for c in p["copies"] if p["rows"] == 90}
+    lines = [row for row in PAGE.splitlines() if re.match(r"\| [0-9]+, 0\.00", row)]
+    assert len(lines) > 5
+    for line in lines:
+        recipe, *cells = [part.strip() for part in line.strip("|").split("|")]
+        steps, rate = re.findall(r"[0-9.]+", recipe)[:2]
+        for noise, cell in zip((0.0, 0.4), cells, strict=True):
+            one = found.get((noise, int(steps), float(rate)))
+            assert cell == ("" if one is None else f"{one['nll']:.2f} ({one['row_unexpected']:+.1f})")

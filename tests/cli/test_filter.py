@@ -189,7 +189,7 @@ class TestVerb:
 
     def test_training_says_who_scores_the_answers(self, config, tmp_path, capsys):
         assert called("train", config(filter={"rule": "gain", "keep": 0.8}, output_dir=str(tmp_path / "early"))) == 2
-        assert "`qtarget filter CONFIG.yaml --rule gain` once" in capsys.readouterr().err
+        assert "run.yaml --rule gain` once" in capsys.readouterr().err
 
     def test_gain_scores_the_answers_once(self, config, tmp_path, capsys):
         path = config()

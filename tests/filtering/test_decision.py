@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -222,3 +224,16 @@ def test_a_share_by_copies_keeps_the_best() -> None:
     found = decide(judged_rows(bad), {"rule": "crossfit", "keep": 0.7})
     assert found.dropped == 60
     assert bad[~found.keep].mean() > 0.8
+
+
+def test_copies_that_do_not_know_the_rows_judge_nobody() -> None:
+    plain = judged_rows(share(200, 0.3))
+    assert plain.crossfit is not None
+    ignorant = replace(plain, crossfit=plain.crossfit - 3.0, way_out="the next step")
+    found = decide(ignorant, "crossfit")
+    assert found.verdict == "cannot tell"
+    assert ignorant.knowledge.sentence in found.summary
+    assert "the next step" in found.summary
+    by_share = decide(ignorant, {"rule": "crossfit", "keep": 0.7})
+    assert by_share.dropped == 60
+    assert ignorant.knowledge.sentence in by_share.summary

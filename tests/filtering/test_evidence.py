@@ -54,7 +54,7 @@ def test_gain_needs_the_answers_alone() -> None:
 
 
 def test_crossfit_needs_copies() -> None:
-    with pytest.raises(ConfigError, match="--crossfit 2"):
+    with pytest.raises(ConfigError, match="--rule crossfit"):
         WITNESSES["crossfit"].score(ScoredRows.of([[1, 2]], [[False, True]], [[-3.0]]))
 
 

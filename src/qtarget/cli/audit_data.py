@@ -165,6 +165,7 @@ def audit_config(
         text_field=training.dataset_text_field,
         cache=cache,
         witness=open_cache(found_witness(config, both), True),
+        sided=training.cache_verify_key is None,
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
         validation=None if alone else both[1] is not None,
         compared=found_comparison(config, both[0]),

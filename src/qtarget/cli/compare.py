@@ -67,11 +67,13 @@ def compare(
     from qtarget.cli.options.settings import read_settings
     from qtarget.comparison.budget import Plan, parse_budget
     from qtarget.comparison.kept import DOCUMENT
+    from qtarget.core.command import remember
 
     begin = time.monotonic()
     settings = read_settings(config, context.args)
     refuse_several(settings)
     check_config(config, context.args)
+    remember(config, context.args)
     seconds = None if budget is None else parse_budget(budget)
     grid = parse_rates(rates)
     metrics = _metrics(metric, pattern, ignore_case, forgetting, forgetting_metric)

@@ -197,23 +197,28 @@ class Request:
         Raises:
             MissingStatisticError: a contender needs what the config does not name.
         """
-        from qtarget.cli.recipe import why_not_filtered
+        from qtarget.cli.recipe import led_astray, why_not_filtered
         from qtarget.integrations.sft.arguments import run_live
         from qtarget.integrations.shared.frozen import open_caches, open_witness
 
+        copies: dict[str, tuple[str, str | None]] = {}
         for one in self.contenders:
             config = recipe.config({**one.overrides, "filter": "none"})
             training = config.training
             run_live(training, str(config.model.model_name_or_path))
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
-            open_witness(training.witness, training.build_target(), training.cache_verify_key)
+            witness = open_witness(training.witness, training.build_target(), training.cache_verify_key)
+            if witness is not None and training.reference_cache is not None:
+                copies[one.name] = led_astray(witness, training.reference_cache)
+        for line in dict.fromkeys(said for said, _ in copies.values() if said):
+            typer.echo(line)
         able, idle = [], dict[str, list[str]]()
         told: dict[str, str | None] = {}
         for one in self.contenders:
             rule = json.dumps(one.overrides.get("filter"))
             if one.filtered and rule not in told:
                 told[rule] = why_not_filtered(recipe, one.overrides["filter"])
-            why = told.get(rule) if one.filtered else None
+            why = (told.get(rule) if one.filtered else None) or copies.get(one.name, ("", None))[1]
             if why is None:
                 able.append(one)
             else:

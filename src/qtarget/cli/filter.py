@@ -52,15 +52,19 @@ def filter_rows(
 ) -> None:
     """Split the training rows into those to keep and those to drop; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.audit_data import HARDWARE
+    from qtarget.cli.crossfit import refuse_training_keys
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.outputs import Mark, refuse_existing, say_written
     from qtarget.cli.options.settings import Setting, read_settings
+    from qtarget.core.command import remember
     from qtarget.filtering.decision import Filter
     from qtarget.integrations.sft.config import refuse_prompts
     from qtarget.storage.folders import FILTER, owned
 
+    remember(config, context.args)
+    refuse_training_keys(context.args, "filter")
     check_config(config, context.args)
     settings = read_settings(config, context.args)
     if "reference_cache" in settings and rule not in (
@@ -131,15 +135,32 @@ def filter_config(config: RunConfig, wanted: Filter) -> Filtered:
     """``decide_config`` where the base may have to be scored first; training takes the same cache."""
     from qtarget.cli.missing import reference_for, witness_for
     from qtarget.cli.options.datasets import load_datasets
-    from qtarget.cli.options.frozen import found_witness
+    from qtarget.cli.options.frozen import found_reference, found_witness
     from qtarget.filtering import WITNESSES
 
     rows = load_datasets(config)
-    if wanted.rule in WITNESSES and WITNESSES[wanted.rule].asks_copies:
-        config.training.witness = witness_for(config, rows, f"the filter {wanted.rule}")
-    else:
-        config.training.witness = found_witness(config, rows)
+    asks = wanted.rule in WITNESSES and WITNESSES[wanted.rule].asks_copies
+    found = config.training.witness if asks and config.training.witness else found_witness(config, rows)
+    if (asks and found is None) or found_reference(config, rows) is None:
+        refuse_few(len(rows[0]), wanted)
+    config.training.witness = witness_for(config, rows, f"the filter {wanted.rule}") if asks else found
     return decide_config(config, wanted, cache=reference_for(config, rows, "the filter"), data=rows[0])
+
+
+def refuse_few(rows: int, wanted: Filter) -> None:
+    """Say that rows are too few for any verdict before a model is run over them.
+
+    Raises:
+        DataError: they are, and the user asks for a verdict and not for a share.
+    """
+    from qtarget.core.errors import DataError
+    from qtarget.filtering.decision import FEWEST_ROWS
+
+    if wanted and wanted.keep is None and rows < FEWEST_ROWS:
+        raise DataError(
+            f"{rows} rows are too few to tell good ones from bad, at least {FEWEST_ROWS} are needed; nothing was scored. "
+            "`--keep SHARE` keeps the best of any number"
+        )
 
 
 def decide_config(
@@ -174,11 +195,15 @@ def decide_config(
     from qtarget.integrations.sft.audit import cut, tokenise
     from qtarget.integrations.sft.data.filtering import alone_folder, open_copies
     from qtarget.integrations.shared.frozen import way_out
+    from qtarget.scoring.cache.reader import ReferenceCache
     from qtarget.scoring.cache.schema import supervised_mask
+    from qtarget.scoring.cache.signature import read_key
 
     training = config.training
     asked = Filter.of(training.filter if wanted is None else wanted)
-    opened = open_cache(str(cache) if cache else training.reference_cache, True)
+    key = None if training.cache_verify_key is None else read_key(training.cache_verify_key)
+    named = str(cache) if cache else training.reference_cache
+    opened = open_cache(named, True) if key is None or named is None else ReferenceCache.open(named, key=key)
     if opened is None:
         raise ConfigError(
             f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
@@ -201,8 +226,8 @@ def decide_config(
     answers = None
     if asked.rule == "gain":
         answers = _answers_alone(config, ids, trained, opened, Path(alone or alone_folder(opened.path)))
-    copies = open_copies(training.witness, asked, opened)
-    scored = rows_in_cache(opened, ids, trained, judged, answers, copies)
+    copies = open_copies(training.witness, asked, opened, key)
+    scored = rows_in_cache(opened, ids, trained, judged, answers, copies, sided=key is None)
     return Filtered(decide(scored, asked), scored, len(rows), raw, tokens.tokenizer, opened.path)
 
 

@@ -97,6 +97,7 @@ def inspect(
         write_page,
     )
     from qtarget.cli.options.settings import Setting, read_settings
+    from qtarget.core.command import remember
 
     settings = read_settings(config, context.args)
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}
@@ -115,6 +116,7 @@ def inspect(
     )
     read = [config, *built.inputs, *paths]
     check_outputs({"--output": output, "--json": json_file}, read, mark=made, replaces=overwrite)
+    remember(config, context.args)
     found = inspect_config(built, options)
     document, packer = pack(found, int(page_megabytes * 1e6))
     write_page(output, render_inspection(document), made)
@@ -232,6 +234,7 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
         elif named is not None:
             frozen[role] = _scored(config, named, rows, named)
     if training.witness is not None and "reference" in frozen:
+        _say_copies(training.witness, training.reference_cache)
         judged = numbers_from_cache(ReferenceCache.open(training.witness, verify=False), rows)
         frozen["reference"] = replace(frozen["reference"], crossfit=judged.label_log_probs)
     other = training.reference_model_name_or_path
@@ -239,6 +242,17 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
         return frozen["reference"], frozen
     live = _scored(config, model, rows, model, config.model.model_revision)
     return live, {"reference": live} | frozen
+
+
+def _say_copies(witness: str, reference: str | None) -> None:
+    """Whether the copies know the rows, where they do not."""
+    from qtarget.filtering.copies import judge_copies, next_step
+    from qtarget.scoring.cache.reader import ReferenceCache
+
+    copies = ReferenceCache.open(witness, verify=False)
+    known = judge_copies(copies, None if reference is None else ReferenceCache.open(reference, verify=False))
+    if not known.known:
+        typer.echo(f"witness: {known.sentence}; {next_step(known, copies)}")
 
 
 def _check_origin(found: str, expected: str | None, role: str) -> None:
@@ -359,6 +373,7 @@ def _audit(
         text_field=training.dataset_text_field,
         cache=cache,
         witness=open_cache(training.witness, True),
+        sided=training.cache_verify_key is None,
         more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(raw)) if cache is not None else ())],
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
         validation=both[1] is not None,

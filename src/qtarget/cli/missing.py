@@ -9,11 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown, witness_place
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -89,7 +90,7 @@ def found_or_made(config: RunConfig, place: Path, found: str, make: Callable[[],
         else:
             check_place(place)
             make()
-    wait_for(place)
+    wait_for(place, config.training.ddp_timeout)
     return str(place)
 
 
@@ -134,8 +135,9 @@ def witness_for(config: RunConfig, rows: Rows, asked_by: str) -> str:
 def judge_rows(config: RunConfig, recipe: CrossfitRecipe, place: Path, rows: Rows, asked_by: str) -> None:
     """Train the copies and score the rows, in this process, or in one of its own beside several ranks."""
     from qtarget.cli.crossfit import announcement as of_copies
+    from qtarget.integrations.sft.crossfit.recipe import batch_of
 
-    logger.warning("%s", of_copies(asked_by, recipe, len(rows[0]), shown(place)))
+    logger.warning("%s", of_copies(asked_by, recipe, len(rows[0]), shown(place), batch_of(config.training)))
     if config.training.world_size > 1 or config.training.deepspeed:
         score_apart(config, place, "--crossfit", str(recipe.folds))
         return
@@ -237,7 +239,34 @@ def score_apart(config: RunConfig, place: Path, *options: str) -> None:
             raise ConfigError(f"the frozen base could not be scored into {shown(place)}; the lines above say why")
 
 
-def wait_for(place: Path) -> None:
-    """Look until the cache is whole; a launcher ends all ranks where the one that scores fails."""
+def wait_for(place: Path, limit: float) -> None:
+    """Look until the cache is whole; whoever writes it shows a sign of life every few seconds (``qtarget.storage.locks``).
+
+    Args:
+        limit: seconds without any sign.
+
+    Raises:
+        StorageError: there was none for so long.
+    """
+    seen, since = signs(place), time.monotonic()
     while not is_finished(place):
+        if (now := signs(place)) != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > limit:
+            raise StorageError(
+                f"{place}: nothing was written there for {limit:,.0f} s, and other ranks wait for it; the process that scores has "
+                "ended, or needs longer: see its own lines, and raise ddp_timeout"
+            )
         time.sleep(LOOKS)
+
+
+def signs(place: Path) -> float:
+    """When something in a folder, or in its copies', was last written; 0 where there is none."""
+    from qtarget.scoring.contradictions import COPIES
+
+    latest = 0.0
+    for folder in (place, place / COPIES):
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            with suppress(OSError):  # gone while we look
+                latest = max(latest, path.stat().st_mtime)
+    return latest

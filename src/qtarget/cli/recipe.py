@@ -11,6 +11,7 @@ from qtarget.cli.options.settings import Setting
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
+    from qtarget.scoring.cache.reader import ReferenceCache
 
 OWN = ("target", "target_kwargs", "guard", "filter")
 """Keys that each contender gives itself."""
@@ -83,3 +84,19 @@ def why_not_filtered(recipe: ConfigRecipe, rule: Any) -> str | None:
 
     found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule).decision
     return None if found.dropped or found.weights.min() < 1 else found.summary
+
+
+def led_astray(witness: ReferenceCache, reference: str) -> tuple[str, str | None]:
+    """What to say of copies that do not know the rows; or why a contender must not be led by them, None where it may be.
+
+    Args:
+        reference: the base's cache.
+    """
+    from qtarget.filtering.copies import judge_copies, next_step
+    from qtarget.scoring.cache.reader import ReferenceCache
+
+    found = judge_copies(witness, ReferenceCache.open(reference, verify=False))
+    if found.known:
+        return "", None
+    line = f"witness: {found.sentence}; {next_step(found, witness)}"
+    return ("", line) if found.behind else (line, None)

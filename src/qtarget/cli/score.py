@@ -56,9 +56,9 @@ def score(
         ),
     ] = None,
     crossfit_steps: Annotated[
-        int | None, typer.Option(min=1, help="Of each copy; default: twice over its rows.")
+        int | None, typer.Option(min=1, help="Of each copy; default: twice over its rows, more where they are few.")
     ] = None,
-    crossfit_rate: Annotated[float, typer.Option(help="Learning rate of the copies.")] = 5e-4,
+    crossfit_rate: Annotated[float, typer.Option(help="Learning rate of the copies.")] = 1e-3,
     crossfit_rank: Annotated[
         int, typer.Option(min=0, help="Of the copies' LoRA, on all linear layers; 0 trains all weights.")
     ] = 16,
@@ -74,7 +74,10 @@ def score(
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.early import check_config
+    from qtarget.core.command import remember
 
+    remember(config, context.args)
+    refuse_crossfit_alone(context, crossfit)
     check_config(config, context.args)
     from qtarget.scoring.sources.engines import EngineChoice
     from qtarget.storage.folders import CACHE, check_folder
@@ -111,6 +114,47 @@ def score(
     if key is not None:
         sign_cache(directory, key)
     print_scored(manifest, directory, time.perf_counter() - begin)
+    if crossfit is not None:
+        print_knowledge(run, directory)
+
+
+def refuse_crossfit_alone(context: typer.Context, crossfit: int | None) -> None:
+    """Options of a cross-fit go with ``--crossfit``, and keys of a training do not.
+
+    Raises:
+        ConfigError: one is given without the other, or such a key.
+    """
+    from qtarget.cli.crossfit import refuse_training_keys
+
+    if crossfit is not None:
+        refuse_training_keys(context.args, "score --crossfit")
+        return
+    options = {
+        "crossfit_steps": "--crossfit-steps", "crossfit_rate": "--crossfit-rate", "crossfit_rank": "--crossfit-rank",
+        "one_prompt": "--no-crossfit-prompts",
+    }  # fmt: skip
+    given = [
+        option for name, option in options.items() if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} without --crossfit; add --crossfit 2, or leave {'them' if given[1:] else 'it'} out"
+        )
+
+
+def print_knowledge(config: RunConfig, directory: Path) -> None:
+    """Whether the copies know the rows, beside the base where its numbers are at hand."""
+    from qtarget.cli.options.frozen import found_reference, is_finished
+    from qtarget.filtering.copies import judge_copies, next_step
+    from qtarget.scoring.cache.reader import ReferenceCache
+
+    place = found_reference(config)
+    base = ReferenceCache.open(place, verify=False) if place is not None and is_finished(Path(place)) else None
+    copies = ReferenceCache.open(directory, verify=False)
+    if base is not None and base.manifest.base_fingerprint != copies.manifest.base_fingerprint:
+        base = None
+    found = judge_copies(copies, base)
+    typer.echo(found.sentence if found.known else f"{found.sentence}; {next_step(found, copies)}")
 
 
 def place_and_width(

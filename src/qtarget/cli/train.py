@@ -291,7 +291,7 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console = Console()
     console.print(table)
     for warning in summary["warnings"]:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)  # a command in it can be pasted
     console.print(
         Text(
             f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, README.md, {CONFIG_FILE}, {SUMMARY_FILE})"

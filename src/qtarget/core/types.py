@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
+from qtarget.core.command import crossfit_command
 from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.core.products import weighted
 from qtarget.core.shapes import Float, Int, Tensor
@@ -411,8 +412,8 @@ def missing_message(target: str, role: str, field: str) -> str:
     if field in WITNESS_FIELDS:
         return (
             f"target {target!r} needs {role}.{field}, which was not given; pass {role}=qtarget.Reference({field}=...) with numbers "
-            "from qtarget.data.crossfit.witness; in training run `qtarget score CONFIG.yaml --crossfit 2` once and set "
-            f"`witness` beside `{role}_cache`"
+            f"from qtarget.data.crossfit.witness; in training leave witness unset and `qtarget train` makes it, or "
+            f"{crossfit_command()} beside `{role}_cache`"
         )
     if field in DATA_FIELDS:
         return (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from qtarget.core.errors import ConfigError
+from qtarget.filtering.copies import UNEXPECTED
 from qtarget.filtering.evidence import WITNESSES, ScoredRows
 from qtarget.filtering.mixture import Mixture, compare
 from qtarget.filtering.prompts import told_by_prompt
@@ -28,9 +29,6 @@ FEWEST_BAD = 8
 """Rows; fewer are no kind."""
 FEWEST_ROWS = 50
 """Below this neither component is known."""
-UNEXPECTED = 1.0
-"""Nats a token by which the kept rows may surprise the base beyond what it expected. A base that knows rows of a kind is about
-as surprised as it expects to be (-1.2 to 0 where measured); one that does not was off by 5 to 12."""
 TOLD = 0.8
 """ROC-AUC from which on prompts alone tell the suspected rows: then they are a task, not noise."""
 CERTAIN = 0.5
@@ -158,7 +156,11 @@ def decide(rows: ScoredRows, wanted: str | Mapping[str, Any] | Filter = "auto", 
             *nothing, "not filtered", rule, None, np.zeros(count), f"not filtered: all {count:,} rows are kept", {}
         )
     if asked.keep is not None:
-        return _by_share(WITNESSES[rule].score(rows), rule, asked.keep)
+        doubt = rows.knowledge if WITNESSES[rule].asks_copies else None
+        found = _by_share(WITNESSES[rule].score(rows), rule, asked.keep)
+        if doubt is None or doubt.known:
+            return found
+        return replace(found, summary=f"{found.summary}; but {doubt.sentence}; {rows.way_out}")
     return _decide(rows, rule, seed)
 
 
@@ -200,6 +202,8 @@ def _judge(
         return f"{len(rows)} rows are too few, at least {FEWEST_ROWS} are needed", {}, None, zero
     if asks == "base" and rows.entropy is None:
         return "the cache has no entropy, so nobody knows what the base expected", {}, None, zero
+    if asks == "copies" and not rows.knowledge.known:
+        return f"{rows.knowledge.sentence}; {rows.way_out}", {"typical_excess": rows.knowledge.unexpected}, None, zero
     found = compare(score, seed)
     if found is None:
         return "all rows score alike", {}, None, zero
@@ -213,14 +217,12 @@ def _judge(
         "share": mixture.share, "bad_rows": int(bad.sum()), "kept_excess": expected,
     }  # fmt: skip
     if asks != "rows" and expected > UNEXPECTED:
-        others = (
-            "train them longer: `qtarget score RUN.yaml --crossfit 2 --crossfit-steps N --crossfit-rate R`, and witness"
-            if asks == "copies"
-            else "the rule `crossfit` asks copies that learn the format first"
-        )
+        whom = "it" if asks == "base" else "them"
+        surprised = f"even those to keep surprise {whom} by {expected:.1f} nats a token more than expected"
         doubt = (
-            f"{'the copies do' if asks == 'copies' else 'the base does'} not know these rows (even those to keep surprise by "
-            f"{expected:.1f} nats a token more than expected; {others})"
+            f"the base does not know these rows ({surprised}; the rule `crossfit` asks copies that learn the format first)"
+            if asks == "base"
+            else f"the copies know most of these rows and not the other kind ({surprised})"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
         doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"

@@ -10,16 +10,16 @@ from typing import Any, Literal
 import numpy as np
 
 from qtarget.composed.guarded import SUPPORT
+from qtarget.core.command import command_for
 from qtarget.core.errors import ConfigError, ShapeError
 from qtarget.data.agreement import agreement
+from qtarget.filtering.copies import IMPOSSIBLE, Knowledge, knowledge_of
 
 APART = 3.5
 """Nats: 33 times less likely than the base expected. The farthest that a skewed clean set came was 3.1 (a spike with a tail of one
 nat, drawn), and 2.4 of the measured ones; the nearest noise in a known format was 3.7."""
 CROSSFIT_APART = 2.0
 """The same of copies, which learn from noisy rows to be surprised by little."""
-IMPOSSIBLE = -30.0
-"""Nats below which no difference counts: a few labels that the base excludes must not hide the rows that are merely wrong."""
 WORST = 3
 """Tokens of a row that count: a wrong answer is a few tokens among many right ones."""
 
@@ -40,6 +40,8 @@ class ScoredRows:
         crossfit_entropy: ``[trained]`` of that copy there, nats.
         contradiction: ``[rows]`` nats by which another row's prompt makes the answer likelier to that copy than its own; None
             where nobody asked (``qtarget.data.crossfit.neighbours``).
+        judged: whether the copies know the rows, by their caches; None: by these rows alone.
+        way_out: what to do where they do not.
     """
 
     numbers: np.ndarray
@@ -52,6 +54,8 @@ class ScoredRows:
     crossfit: np.ndarray | None = None
     crossfit_entropy: np.ndarray | None = None
     contradiction: np.ndarray | None = None
+    judged: Knowledge | None = None
+    way_out: str = "train them longer"
 
     def __post_init__(self) -> None:
         if len(self.log_probs) != int(self.trained.sum()) or (len(self) and not (np.diff(self.bounds) > 0).all()):
@@ -75,6 +79,8 @@ class ScoredRows:
         crossfit: Sequence[Any] | None = None,
         crossfit_entropy: Sequence[Any] | None = None,
         contradiction: Any = None,
+        judged: Knowledge | None = None,
+        way_out: str = "train them longer",
     ) -> ScoredRows:
         """From one array a row each; what is less likely than ``IMPOSSIBLE`` is that.
 
@@ -105,6 +111,8 @@ class ScoredRows:
             said(crossfit),
             flat(crossfit_entropy, np.float64),
             None if contradiction is None else np.asarray(contradiction, dtype=np.float64),
+            judged,
+            way_out,
         )
 
     @cached_property
@@ -131,10 +139,24 @@ class ScoredRows:
         """
         if self.crossfit is None or self.crossfit_entropy is None:
             raise ConfigError(
-                "no copies of the base have judged these rows; run `qtarget score RUN.yaml --crossfit 2` and set witness, or "
-                "`qtarget filter RUN.yaml --rule crossfit`, which does it first"
+                "no copies of the base have judged these rows, or their cache has no entropy; run "
+                f"`{command_for('filter', '--rule', 'crossfit')}`, which trains them first"
             )
         return -self.crossfit - self.crossfit_entropy
+
+    @cached_property
+    def knowledge(self) -> Knowledge:
+        """Whether the copies know the rows.
+
+        Raises:
+            ConfigError: nobody trained copies.
+        """
+        if self.judged is not None:
+            return self.judged
+        said = self.crossfit_excess + self.crossfit_entropy  # which refuses where nobody did
+        cuts = self.bounds[1:-1]
+        entropy, base = np.split(self.crossfit_entropy, cuts), np.split(self.log_probs, cuts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return knowledge_of(np.split(-said, cuts), entropy, base)
 
     @cached_property
     def agreed(self) -> np.ndarray:
@@ -187,7 +209,7 @@ def lost_by_prompt(rows: ScoredRows) -> np.ndarray:
     """
     if rows.alone is None:
         raise ConfigError(
-            "the answers were not scored without their prompts; run `qtarget filter RUN.yaml --rule gain`"
+            f"the answers were not scored without their prompts; run `{command_for('filter', '--rule', 'gain')}`"
         )
     return rows.mean(rows.alone - rows.log_probs)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qtarget.filtering.copies import judge_copies, next_step
 from qtarget.filtering.evidence import ScoredRows
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import row_checksum
@@ -39,7 +40,11 @@ def rows_in_cache(
     log_probs, entropy = _said(cache, checksums, numbers)
     told = (None, None) if witness is None else _said(witness, checksums, numbers)
     against = None if witness is None or not sided else read_side(witness.path, checksums)
-    return ScoredRows.of(ids, trained, log_probs, entropy, alone, np.asarray(numbers).tolist(), *told, against)
+    known = None if witness is None else judge_copies(witness, cache)
+    step = "" if known is None or known.known or witness is None else next_step(known, witness)
+    return ScoredRows.of(
+        ids, trained, log_probs, entropy, alone, np.asarray(numbers).tolist(), *told, against, known, step
+    )
 
 
 def _said(

@@ -304,3 +304,30 @@ def _said(model, ids: list[int], start: int) -> float:
     with torch.no_grad():
         log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return float(sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))))
+
+
+@pytest.mark.parametrize("change", ["weights", "weight_decay"])
+def test_a_begun_folder_goes_on_with_no_other_base_and_no_other_setting(judge, tmp_path, base, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        counting(patch, "train_copy", killed_at=1)
+        with pytest.raises(Killed):
+            judge(steps=1)
+    settings = {"weight_decay": 0.1} if change == "weight_decay" else {}
+    if change == "weights":
+        changed = make_model()
+        with torch.no_grad():
+            changed.get_output_embeddings().weight[0, 0] += 0.5  # one number
+        changed.save_pretrained(base)
+    words = "weight_decay is 0.0 there and 0.1 now" if settings else "base_fingerprint is '"
+    with pytest.raises(CacheMismatchError, match=words):
+        judge(steps=1, settings=settings)
+
+
+def test_what_a_run_says_of_its_evaluation_and_warm_up_does_not_break_copies(judge, tmp_path) -> None:
+    from qtarget.integrations.sft.crossfit.recipe import copy_settings
+
+    own = {"eval_on_start": True, "warmup_steps": 100, "eval_strategy": "steps", "eval_steps": 1}
+    args = QTargetConfig(str(tmp_path / "unused"), **{**SETTINGS, **own})
+    found = copy_settings(args, CrossfitRecipe(steps=40), 8, tmp_path / "copy")
+    assert (found.max_steps, found.warmup_steps, found.eval_on_start) == (40, 4, False)
+    assert judge(evals=ROWS.select(range(2)), settings=own, steps=1).crossfit is not None

@@ -111,8 +111,8 @@ def test_the_log_tells_each_source_and_the_rows_that_hardly_teach(make_trainer, 
     with caplog.at_level(logging.WARNING):
         make_trainer("crossfit_consensus", data=sourced_rows(), target_kwargs={"caution": 100}, **paths)
     told = [record.getMessage() for record in caplog.records]
-    assert sum(line.startswith("train data, by the cross-fit, books: perplexity ratio") for line in told) == 1
-    assert sum(line.startswith("train data, by the cross-fit, web: perplexity ratio") for line in told) == 1
+    assert sum(line.startswith("train data, by copies that have not seen the rows, books: ") for line in told) == 1
+    assert sum(line.startswith("train data, by copies that have not seen the rows, web: ") for line in told) == 1
     (silent,) = [line for line in told if line.startswith("train data, books: ")]
     assert "of 4 rows" in silent and "mean weight under 0.05" in silent
     assert any(repr(row["completion"] + "^") in silent for row in sourced_rows().select(range(12, 16)))
@@ -167,3 +167,38 @@ def test_what_is_missing_or_does_not_fit_is_refused_with_the_way_out(make_traine
     with pytest.raises(CacheMismatchError, match="expected one base"):
         make_trainer("crossfit_consensus", data=rows, witness=paths["witness"], **named)
     make_trainer("sft", data=rows, witness=str(tmp_path / "yet to be"))  # waits for a target that asks it
+
+
+def test_an_unfinished_witness_leads_nobody(make_trainer, judged, tmp_path):
+    paths = judged(formatted_rows())
+    (tmp_path / "witness/.copies").mkdir()
+    for target, options in (("crossfit_consensus", {}), ("sft", {"filter": "crossfit"})):
+        with pytest.raises(CacheMismatchError, match="is not finished"):
+            make_trainer(target, data=formatted_rows(), **paths, **options)
+
+
+def test_copies_worse_than_the_base_lead_no_target_and_ignorant_ones_are_told(
+    make_trainer, judged, monkeypatch, caplog
+):
+    from qtarget.filtering.copies import Knowledge
+    from qtarget.integrations.sft.data import witnesses
+
+    paths = judged(formatted_rows())
+    trainer = make_trainer("crossfit_consensus", data=formatted_rows(), **paths)
+    known = witnesses.judge_copies(*(ReferenceCache.open(paths[key]) for key in ("witness", "reference_cache")))
+    assert known.known
+    assert known.copies == pytest.approx(
+        np.median([-row.mean() for row in by_hand(paths["witness"], formatted_rows())])
+    )
+    assert not any("copies" in line for line in trainer.preparation.audits["train"])
+    monkeypatch.setattr(witnesses, "judge_copies", lambda *_: Knowledge(16, 9.0, 8.0, 5.0))
+    with pytest.raises(MissingStatisticError, match="know less than the base"):
+        make_trainer("crossfit_consensus", data=formatted_rows(), **paths)
+    monkeypatch.setattr(witnesses, "judge_copies", lambda *_: Knowledge(16, 4.0, 3.0, 5.0))
+    caplog.clear()
+    trainer = make_trainer("crossfit_consensus", data=formatted_rows(), **paths)
+    (said,) = [line for line in trainer.preparation.audits["train"] if "the copies do not know these rows" in line]
+    assert "qtarget score" in said
+    assert "--output" in said
+    assert "% of tokens" not in caplog.text
+    assert "how much is noise, nobody can tell" in caplog.text

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtarget.cli.options.settings import Setting, coerce, read_settings
+from qtarget.cli.options.settings import Setting, check_algorithm, coerce, read_settings
 from qtarget.core.errors import ConfigError, QTargetError
 from qtarget.storage.folders import missing_folder
 
@@ -221,7 +221,12 @@ def build_data(given: Mapping[str, Any], path: Path) -> DataConfig:
 
 
 def without_other_verbs(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Without the keys that one other verb reads."""
+    """Without the keys that one other verb reads.
+
+    Raises:
+        ConfigError: ``algorithm`` is none that there is.
+    """
+    check_algorithm(settings)
     return {key: setting for key, setting in settings.items() if key not in OTHER_VERBS}
 
 

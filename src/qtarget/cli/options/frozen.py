@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtarget.core.command import command_for, from_here
 from qtarget.core.errors import ConfigError
 from qtarget.data.fields import WEIGHTS
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("unplaced_spans", "completion_only_loss", "dataset_kwargs")
 """Of a run, beside ``DATA_SETTINGS``, that decide which numbers are cached."""
+logger = logging.getLogger(__name__)
 Rows = tuple[Any, Any]
 """Training and validation rows; the second may be None."""
 
@@ -56,8 +60,12 @@ def found_witness(config: RunConfig, rows: Rows | None = None) -> str | None:
     from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
 
     named = config.training.witness
+    if named is not None and not is_finished(Path(named)):
+        state = "is not finished" if Path(named).exists() else "is not there yet"
+        logger.warning("witness: %s %s, so no copies are asked; `%s`", named, state, resume_command(Path(named)))
+        return None
     if named is not None:
-        return named if is_finished(Path(named)) else None
+        return named
     parent = Path(os.path.abspath(str(config.training.output_dir))).parent
     if not any(parent.glob("witness-*")):
         return None
@@ -144,5 +152,23 @@ def check_place(place: Path) -> None:
 
 def shown(place: Path) -> str:
     """A path from here, where that is shorter."""
-    relative = os.path.relpath(place)
-    return relative if not relative.startswith("..") else str(place)
+    return from_here(place)
+
+
+def resume_command(place: Path) -> str:
+    """What goes on with a cross-fit that is not finished: the recipe that its plan tells."""
+    from qtarget.scoring.cache.plan import PLAN
+    from qtarget.scoring.contradictions import COPIES
+
+    told: dict[str, Any] = {}
+    for path in (place / PLAN, place / COPIES / PLAN):
+        if path.is_file():
+            with suppress(ValueError, OSError, TypeError, KeyError):
+                told = dict(json.loads(path.read_text(encoding="utf-8"))["crossfit"] or {})
+                break
+    recipe = told.get("recipe") or {}
+    named = {"--crossfit-steps": "steps", "--crossfit-rate": "learning_rate", "--crossfit-rank": "rank"}
+    options = [
+        part for option, key in named.items() if recipe.get(key) is not None for part in (option, f"{recipe[key]:g}")
+    ]
+    return command_for("score", "--crossfit", str(told.get("folds", 2)), *options, "--output", str(place))

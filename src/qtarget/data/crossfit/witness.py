@@ -44,6 +44,26 @@ class Verdict:
     noise_tokens: float
     noise_rows: float
 
+    def words(self, doubted: bool = False) -> str:
+        """The verdict for people; no shares where the copies' word is ``doubted``.
+
+        Example:
+            >>> said = Verdict(0.0004, 0.05, 0.2).words()
+            >>> said.partition(":")[0]
+            'the copies hardly expect 5.0% of tokens, and 20.0% of rows have such a token'
+            >>> said.partition("; ")[2]
+            'the other tokens are 2,500 times likelier to them than to the base'
+        """
+        times = f"{1 / max(self.perplexity_ratio, 1e-4):,.{int(self.perplexity_ratio > 0.1)}f} times likelier"
+        times = "more than 10,000 times likelier" if self.perplexity_ratio < 1e-4 else times
+        likelier = f"are {times if self.perplexity_ratio < 1 else 'no likelier'} to them than to the base"
+        if doubted:
+            return f"how much is noise, nobody can tell; tokens that the copies expect {likelier}"
+        return (
+            f"the copies hardly expect {self.noise_tokens:.1%} of tokens, and {self.noise_rows:.1%} of rows have such a token: "
+            f"noise, or what no other row teaches; the other tokens {likelier}"
+        )
+
 
 def verdict(base_log_probs: np.ndarray, crossfit_log_probs: np.ndarray, rows: np.ndarray) -> Verdict:
     """Judge rows by what base and copies say of their labels.

@@ -20,6 +20,7 @@ from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary
 from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
+from qtarget.filtering.copies import Knowledge
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     locate_rows,
@@ -29,7 +30,7 @@ from qtarget.integrations.sft.data.columns import (
 from qtarget.integrations.sft.data.filtering import RowFilter
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
-from qtarget.integrations.sft.data.witnesses import Sources, add_data_columns, require_witness
+from qtarget.integrations.sft.data.witnesses import Sources, add_data_columns, heed_copies, require_witness
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render
@@ -64,9 +65,12 @@ class Preparation:
         self._group_by = group_by
         self._target, self._caches, self._filter, self._witness = target, caches, row_filter, witness
         self.filtered: dict[str, Any] | None = None
+        self.audits: dict[str, list[str]] = {}
+        self._copies: Knowledge | None = None
         if witness is not None:
             require_witness(witness, caches["reference"])
-        self.audits: dict[str, list[str]] = {}
+            self._copies, warnings = heed_copies(witness, caches["reference"], target.name)
+            self.audits |= {"train": warnings} if warnings else {}
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
         self._sources: dict[str, Sources] = {}
@@ -220,7 +224,7 @@ class Preparation:
             tokens = locate_rows(tokens, cache, role, name)
             tokens = add_data_columns(
                 tokens, cache, role, self._target, zero_masks=zero_masks, witness=self._witness, sources=sources,
-                name=name, decode=tokenizer.decode,
+                name=name, decode=tokenizer.decode, knowledge=self._copies,
             )  # fmt: skip
         return tokens
 

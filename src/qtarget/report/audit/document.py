@@ -83,6 +83,7 @@ def audit_data(
     text_field: str = "text",
     cache: ReferenceCache | None = None,
     witness: ReferenceCache | None = None,
+    sided: bool = True,
     teacher: bool = False,
     validation: bool | None = None,
     compared: Compared | None = None,
@@ -97,6 +98,7 @@ def audit_data(
         tokenizer, chat_template, assistant_only: as in training; for the roles of a conversation's tokens.
         cache: of the base, for what it finds surprising; None leaves those checks out.
         witness: of copies that have not seen the rows, beside ``cache``.
+        sided: whether to read what lies beside the witness, which a signature does not cover.
         teacher: whether one is at hand.
         validation: whether there are validation rows to compare on; None where nobody knows.
         compared: a finished comparison of these rows and this model.
@@ -125,7 +127,7 @@ def audit_data(
         findings += check_coverage(missing, len(missing) + len(scored.numbers), cache)
         findings += (noise := check_noise(scored, vocabulary.decode))
         findings += check_prior(scored, vocabulary.decode, known=knows_rows(noise))
-        findings += [] if witness is None else check_witness(scored, trained, cache, witness)
+        findings += [] if witness is None else check_witness(scored, trained, cache, witness, sided)
     facts = facts_of(in_order(findings), rows=len(raw), teacher=teacher, validation=validation)
     return DataAudit(len(raw), tuple(in_order(findings)), which_target(facts, compared))
 

@@ -19,31 +19,38 @@ RULE = "crossfit"
 
 
 def check_witness(
-    scored: ScoredTokens, trained: Sequence[Mapping[str, Any]], cache: ReferenceCache, witness: ReferenceCache
+    scored: ScoredTokens,
+    trained: Sequence[Mapping[str, Any]],
+    cache: ReferenceCache,
+    witness: ReferenceCache,
+    sided: bool = True,
 ) -> list[Finding]:
-    """How much of the rows the copies find to be noise, and whether they tell two kinds of rows.
+    """How much of the rows the copies find to be noise, and whether they tell two kinds; or that they do not know the rows.
 
     Args:
         scored: what the base says.
         trained: all rows as they are trained; ``scored.numbers`` names those that the base has judged.
         witness: of the copies.
+        sided: whether to read what lies beside the witness, which a signature does not cover.
     """
     if not len(scored.places):
         return []
     masks = np.zeros(len(scored.ids), dtype=bool)
     masks[scored.places] = True
     cuts = scored.offsets[1:-1]
+    ids, trained_at = np.split(scored.ids, cuts), np.split(masks, cuts)
     try:
-        rows = rows_in_cache(cache, np.split(scored.ids, cuts), np.split(masks, cuts), scored.numbers, witness=witness)
+        rows = rows_in_cache(cache, ids, trained_at, scored.numbers, witness=witness, sided=sided)
     except CacheMismatchError as error:
         return [Finding("witness_mismatch", "error", len(trained), (), f"witness: {error}")]
     assert rows.crossfit is not None, "a witness was given"
+    told = rows.knowledge.facts()
+    if not rows.knowledge.known:  # a share of noise would be a fact about the copies
+        message = f"{rows.knowledge.sentence}, so nobody can tell noise by them; {rows.way_out}"
+        return [Finding("crossfit_unknown", "warning", len(rows), (), message, told)]
     found = verdict(rows.log_probs, rows.crossfit, rows.row_of_trained)
-    message = (
-        f"by copies that have not seen the rows, {found.noise_tokens:.1%} of tokens and {found.noise_rows:.1%} of rows are noise; "
-        f"the base expects the rest with {found.perplexity_ratio:.2f} of their probability a token"
-    )
+    message = f"{rows.knowledge.sentence}; {found.words()}"
     return [
-        Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found))),
+        Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found)) | {"copies": told}),
         row_kinds("crossfit_kinds", rows, RULE),
     ]

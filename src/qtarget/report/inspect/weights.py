@@ -15,6 +15,7 @@ import torch
 
 from qtarget.api import label_weights
 from qtarget.core.coefficients import differentiate, logit_gradient
+from qtarget.core.command import crossfit_command
 from qtarget.core.outcomes import ABSENT
 from qtarget.core.shapes import Bool, Float, Int, Tensor
 from qtarget.core.statistics import check_frozen, token_view
@@ -78,7 +79,7 @@ def unavailable(target: Target, live: ModelNumbers, frozen: dict[str, ModelNumbe
         if wanted and role not in frozen:
             return f"needs a {role}: set {role}_cache, or {role}_model_name_or_path"
         if wanted & set(WITNESS_FIELDS) and frozen[role].crossfit is None:
-            return "asks a cross-fit: run `qtarget score CONFIG.yaml --crossfit 2` and set witness"
+            return f"asks a cross-fit: {crossfit_command()}"
         if "log_probs" in wanted:
             return f"reads the {role}'s whole distribution, of which listed numbers hold the top alone"
         if "distribution" in wanted and not (frozen[role].top_k and live.top_k):

@@ -49,7 +49,7 @@ class Folds:
         split = digest("".join(f"{checksum}{fold}" for checksum, fold in sorted(self.by_checksum.items())).encode())
         return {
             "folds": recipe.folds, "seed": self.seed, "base_fingerprint": self.base_fingerprint, "rows": counts,
-            "split": split, "recipe": stated(recipe, args),
+            "split": split, "recipe": stated(recipe, args) | {"dtype": str(self.dtype).removeprefix("torch.")},
         }  # fmt: skip
 
 

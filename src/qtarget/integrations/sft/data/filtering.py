@@ -12,6 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers.utils import logging
 
+from qtarget.core.command import command_for, crossfit_command
 from qtarget.core.errors import ConfigError, MissingStatisticError
 from qtarget.data.checks.findings import named
 from qtarget.filtering import WITNESSES, Decision, Filter, decide
@@ -71,7 +72,7 @@ class RowFilter:
             if not (folder / MANIFEST).is_file():
                 raise MissingStatisticError(
                     f"filter: gain asks what the base says of answers without their prompts, which {folder} does not hold yet: run "
-                    "`qtarget filter CONFIG.yaml --rule gain` once"
+                    f"`{command_for('filter', '--rule', 'gain')}` once"
                 )
             alone = read_alone([without_prompt(*row) for row in zip(ids, masks, strict=True)], folder)
         decision = decide(
@@ -138,7 +139,7 @@ def open_copies(
     if path is None and asked:
         raise MissingStatisticError(
             f"filter: {wanted.rule} asks copies that have not seen the rows: leave witness unset and `qtarget train` trains them "
-            "first, or run `qtarget score CONFIG.yaml --crossfit 2` and set witness"
+            f"first, or {crossfit_command()}"
         )
     if path is None or not (asked or (Path(path) / MANIFEST).is_file()):
         return None

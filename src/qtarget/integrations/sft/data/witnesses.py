@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from transformers.utils import logging
 
+from qtarget.core.command import crossfit_command
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.types import COUNTED_FIELDS, DATA_FIELDS, WITNESS_FIELDS, Target
 from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
@@ -21,11 +22,13 @@ from qtarget.data.agreement.ngrams import FlatTokens
 from qtarget.data.crossfit.witness import witness_fields
 from qtarget.data.fields import GROUP_COLUMNS
 from qtarget.data.groups import LANGUAGE, row_groups
+from qtarget.filtering.copies import Knowledge, judge_copies, next_step, refuse_behind
 from qtarget.integrations.sft.data.arrow import flat_lists, list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import locate_rows, supervised
 from qtarget.integrations.sft.data.start import can_weigh, silent_rows, start_weights
 from qtarget.integrations.sft.data.weights import ROW
 from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.contradictions import COPIES
 
 logger = logging.get_logger(__name__)
 
@@ -110,6 +113,7 @@ def add_data_columns(
     sources: Sources | None = None,
     name: str = "train",
     decode: Callable[[list[int]], str] = str,
+    knowledge: Knowledge | None = None,
 ) -> Dataset:
     """Add those of ``DATA_FIELDS`` that the target asks for, judged within this data set; 0 where not trained on.
 
@@ -123,6 +127,7 @@ def add_data_columns(
         sources: where the rows come from; each source is judged by itself.
         name: of the data set, for messages.
         decode: shows a row's tokens.
+        knowledge: what the copies know of the rows; shares of noise are told only where they know them.
 
     Raises:
         CacheMismatchError: a row that the cross-fit has not judged.
@@ -154,11 +159,9 @@ def add_data_columns(
         copies = known_of(witness, _places(judged, WITNESS), scored, flat, with_choices=False)
         told_of, verdicts = witness_fields(rows.known, copies.known, flat.rows, groups)
         found |= told_of
-        lines = [
-            f"perplexity ratio {v.perplexity_ratio:.2f}, noise {v.noise_tokens:.1%} of tokens, {v.noise_rows:.1%} of rows"
-            for v in (verdicts[g] for g in range(len(names)))
-        ]
-        say(f"{name} data, by the cross-fit", names, lines)
+        doubted = knowledge is not None and not knowledge.known
+        lines = [verdicts[g].words(doubted) for g in range(len(names))]
+        say(f"{name} data, by copies that have not seen the rows", names, lines)
     if can_weigh(target):
         weights = start_weights(target, rows.known, found, role)
 
@@ -234,16 +237,38 @@ def say(what: str, names: list[str], values: list[str]) -> None:
         logger.warning(f"{what}: {value}" if name == "" else f"{what}, {name}: {value}")
 
 
-def require_witness(witness: ReferenceCache, reference: ReferenceCache) -> None:
-    """Make sure that a cross-fit is one, of the base that the reference cache is of.
+def heed_copies(witness: ReferenceCache, reference: ReferenceCache, target: str) -> tuple[Knowledge, list[str]]:
+    """What the copies of a target's witness know, before anything is trained; and what the run has to be warned of.
 
     Raises:
-        CacheMismatchError: says which of the two it is not.
+        MissingStatisticError: training made the copies no better than the base: what they say is no evidence.
     """
+    knowledge = judge_copies(witness, reference)
+    refuse_behind(knowledge, witness, f"target {target}")
+    if knowledge.known:
+        return knowledge, []
+    warning = (
+        f"{knowledge.sentence}, so {target} learns slowly where they should vouch; {next_step(knowledge, witness)}"
+    )
+    logger.warning(f"train data: {warning}")
+    return knowledge, [warning]
+
+
+def require_witness(witness: ReferenceCache, reference: ReferenceCache) -> None:
+    """Make sure that a cross-fit is one, finished, and of the base that the reference cache is of.
+
+    Raises:
+        CacheMismatchError: says which of these it is not.
+    """
+    if (witness.path / COPIES).exists():
+        raise CacheMismatchError(
+            f"witness: {witness.path} is not finished: its copies wait in {COPIES} to be asked under other prompts; run the "
+            "command that began it again, and it goes on there"
+        )
     if witness.manifest.crossfit is None:
         raise CacheMismatchError(
-            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected one that "
-            "`qtarget score CONFIG.yaml --crossfit 2` wrote"
+            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected a "
+            f"cross-fit: {crossfit_command()}"
         )
     if (found := witness.manifest.base_fingerprint) != (wanted := reference.manifest.base_fingerprint):
         raise CacheMismatchError(
