@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qtarget.core.command import command_for, remember
+from qtarget.command import command_for, remember
 from qtarget.core.errors import MissingStatisticError
 from qtarget.data.crossfit.steps import FEWEST_STEPS, MOST_PASSES, default_steps, stated_steps, steps_of
 from qtarget.filtering.copies import Knowledge, knowledge_of, next_step, refuse_behind

@@ -45,7 +45,7 @@ def audit_data(
 
     from qtarget.cli.options.outputs import say_written, write_numbers
     from qtarget.cli.options.settings import parse_overrides
-    from qtarget.core.command import remember
+    from qtarget.command import remember
     from qtarget.data.files import READABLE
 
     is_data = source.name.lower().endswith(READABLE)

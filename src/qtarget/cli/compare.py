@@ -65,9 +65,9 @@ def compare(
     from qtarget.cli.options.contenders import find_contenders, split_outside
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.settings import read_settings
+    from qtarget.command import remember
     from qtarget.comparison.budget import Plan, parse_budget
     from qtarget.comparison.kept import DOCUMENT
-    from qtarget.core.command import remember
 
     begin = time.monotonic()
     settings = read_settings(config, context.args)

@@ -64,7 +64,7 @@ def announcement(asked_by: str, recipe: CrossfitRecipe, rows: int, place: str, b
         >>> print(said.partition("(")[2].partition(")")[0])
         LoRA of rank 16, rate 0.001, 150 steps of 8 rows: 4 times over them
     """
-    from qtarget.core.command import crossfit_command
+    from qtarget.command import crossfit_command
     from qtarget.data.crossfit.steps import default_steps
 
     learnt = rows - rows // recipe.folds
@@ -101,7 +101,7 @@ def refuse_training_keys(arguments: Sequence[str], verb: str) -> None:
         ConfigError: there are such, with the command that says it.
     """
     from qtarget.cli.options.settings import parse_overrides
-    from qtarget.core.command import command_for
+    from qtarget.command import command_for
 
     given = parse_overrides(arguments)
     if not (named := [key for key in OF_COPIES if key in given]):

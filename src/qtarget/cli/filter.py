@@ -58,7 +58,7 @@ def filter_rows(
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.outputs import Mark, refuse_existing, say_written
     from qtarget.cli.options.settings import Setting, read_settings
-    from qtarget.core.command import remember
+    from qtarget.command import remember
     from qtarget.filtering.decision import Filter
     from qtarget.integrations.sft.config import refuse_prompts
     from qtarget.storage.folders import FILTER, owned

@@ -97,7 +97,7 @@ def inspect(
         write_page,
     )
     from qtarget.cli.options.settings import Setting, read_settings
-    from qtarget.core.command import remember
+    from qtarget.command import remember
 
     settings = read_settings(config, context.args)
     settings |= {key: Setting(value, "inspect") for key, value in HARDWARE.items()}

@@ -74,7 +74,7 @@ def score(
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.early import check_config
-    from qtarget.core.command import remember
+    from qtarget.command import remember
 
     remember(config, context.args)
     refuse_crossfit_alone(context, crossfit)

@@ -41,7 +41,7 @@ def train(
     from qtarget.cli.options.config import load_config
     from qtarget.cli.options.early import check_config
     from qtarget.cli.options.settings import read_settings
-    from qtarget.core.command import remember
+    from qtarget.command import remember
 
     if check_algorithm(read_settings(config, context.args)) == RL:
         from qtarget.cli.rl import rl

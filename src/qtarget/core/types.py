@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 
-from qtarget.core.command import crossfit_command
+from qtarget.command import crossfit_command
 from qtarget.core.errors import IncompatibleError, MissingStatisticError, ShapeError
 from qtarget.core.products import weighted
 from qtarget.core.shapes import Float, Int, Tensor

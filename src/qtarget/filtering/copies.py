@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.command import command_for, quoted
+from qtarget.command import command_for, quoted
 from qtarget.core.errors import MissingStatisticError
 from qtarget.data.crossfit.steps import FEWEST_STEPS, steps_of
 from qtarget.scoring.cache.reader import ReferenceCache

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qtarget.command import command_for
 from qtarget.composed.guarded import SUPPORT
-from qtarget.core.command import command_for
 from qtarget.core.errors import ConfigError, ShapeError
 from qtarget.data.agreement import agreement
 from qtarget.filtering.copies import IMPOSSIBLE, Knowledge, knowledge_of

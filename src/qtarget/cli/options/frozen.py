@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.core.command import command_for, from_here
+from qtarget.command import command_for, from_here
 from qtarget.core.errors import ConfigError
 from qtarget.data.fields import WEIGHTS
 

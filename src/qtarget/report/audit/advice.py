@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qtarget.core.command import command_for
+from qtarget.command import command_for
 from qtarget.data.checks.findings import Finding
 from qtarget.report.audit.compared import Compared
 from qtarget.report.audit.contenders import USUAL, Proposal, proposal

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qtarget.core.command import command_for
+from qtarget.command import command_for
 
 
 @dataclass(frozen=True)

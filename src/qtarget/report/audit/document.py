@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.core.command import command_for
+from qtarget.command import command_for
 from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.findings import Finding, in_order
 from qtarget.data.checks.text import check_texts

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.command import command_for
+from qtarget.command import command_for
 from qtarget.data.checks.findings import ROWS_NAMED, Finding
 from qtarget.report.audit.scored import Decode, ScoredTokens
 

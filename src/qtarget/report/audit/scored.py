@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.core.command import command_for
+from qtarget.command import command_for
 from qtarget.data.checks.findings import Finding, finding
 from qtarget.report.tokens import flatten_rows, numbers_at
 from qtarget.scoring.cache.reader import ReferenceCache

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from qtarget.api import label_weights
+from qtarget.command import crossfit_command
 from qtarget.core.coefficients import differentiate, logit_gradient
-from qtarget.core.command import crossfit_command
 from qtarget.core.outcomes import ABSENT
 from qtarget.core.shapes import Bool, Float, Int, Tensor
 from qtarget.core.statistics import check_frozen, token_view

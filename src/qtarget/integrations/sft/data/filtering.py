@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers.utils import logging
 
-from qtarget.core.command import command_for, crossfit_command
+from qtarget.command import command_for, crossfit_command
 from qtarget.core.errors import ConfigError, MissingStatisticError
 from qtarget.data.checks.findings import named
 from qtarget.filtering import WITNESSES, Decision, Filter, decide

@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from transformers.utils import logging
 
-from qtarget.core.command import crossfit_command
+from qtarget.command import crossfit_command
 from qtarget.core.errors import CacheMismatchError
 from qtarget.core.types import COUNTED_FIELDS, DATA_FIELDS, WITNESS_FIELDS, Target
 from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
