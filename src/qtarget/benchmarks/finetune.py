@@ -116,9 +116,14 @@ POOL = 4
 
 
 def order(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
-    """Indices of the rows of each step: shuffled, then alike in length within a step."""
+    """Indices of the rows of each step: shuffled, then alike in length within a step; no steps where there are no rows.
+
+    Example:
+        >>> order([], Recipe(0.001, 16, 40, 0))  # an oracle may leave every row out
+        []
+    """
     random, size, steps = Random(recipe.seed), recipe.batch_size, []
-    while len(steps) < recipe.steps:
+    while lengths and len(steps) < recipe.steps:
         rows = random.sample(range(len(lengths)), len(lengths))
         pools = [rows[i : i + POOL * size] for i in range(0, len(rows), POOL * size)]
         sorted_rows = [row for pool in pools for row in sorted(pool, key=lambda row: lengths[row])]
