@@ -206,12 +206,10 @@ class Sorted:
     def by(cls, keys: np.ndarray, rows: np.ndarray) -> Sorted:
         """Of keys ``[n]`` and their rows, which ascend."""
         order = np.argsort(keys, kind="stable")
-        key, row = keys[order], rows[order]
-        new = np.ones(len(key), dtype=bool)
-        new[1:] = key[1:] != key[:-1]
-        new_own = new.copy()
-        new_own[1:] |= row[1:] != row[:-1]
-        return cls(order, np.cumsum(new, dtype=np.int32) - 1, np.cumsum(new_own, dtype=np.int32) - 1)
+        new = _changes(keys[order])
+        group = _numbered(new)
+        new |= _changes(rows[order])
+        return cls(order, group, _numbered(new))
 
     def others(self, weights: np.ndarray | None = None) -> np.ndarray:
         """``[n]`` how many observations of *other* rows have the same key, or their weights' sum.
@@ -226,6 +224,20 @@ class Sorted:
         out = whole[self.group]
         out -= own[self.own]
         return out
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Where another value begins; the first place is one."""
+    new = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return new
+
+
+def _numbered(new: np.ndarray) -> np.ndarray:
+    """The number of the stretch that each place is in, from 0."""
+    out = np.cumsum(new, dtype=np.int32)
+    out -= 1
+    return out
 
 
 Done = Callable[[int], object]
