@@ -19,7 +19,7 @@ from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
 from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior.results import prior_figure, prior_table
-from qtarget.benchmarks.real.results import marked_table, repaired_table, short_table
+from qtarget.benchmarks.real.results import real_model_part
 from qtarget.benchmarks.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -57,30 +57,6 @@ below is written by `python scripts/update_benchmarks.py` from the raw results i
 trains a base of 36 million parameters, with a tokenizer of its own, on real texts (`--data`, or `--corpus` with your own) and on
 documents of the small skills. No number here is from it, as no GPU was at hand.
 """
-
-
-REAL_MODEL = """\
-## On a real model
-
-SmolLM2-135M-Instruct, with the four-bit weights of its package ([real_model.md](real_model.md)): sizes are small, **one seed ranks
-nothing**, and all is published as found. The sections after this one are controlled experiments on models of about a million
-parameters that were trained here.
-"""
-
-
-def real_model_part(
-    noise: Mapping[str, Any] | None, marked: Mapping[str, Any] | None, prior: Mapping[str, Any] | None
-) -> str:
-    """What was measured on the real model; what was not is said."""
-    parts = [REAL_MODEL]
-    for title, found, table, how in (
-        ("Noise", noise, short_table, "qtarget bench noise --base smollm2 --short --data ../shared/data"),
-        ("Which rows are wrong", marked, marked_table, "python scripts/measure_marked_rows.py --base runs/smollm2"),
-        ("A flawed prior", prior, repaired_table, "qtarget bench prior --base smollm2 --short"),
-    ):
-        shown = f"Not measured yet: `{how}`.\n" if found is None else f"`{how}`:\n\n{table(found)}"
-        parts.append(f"**{title}.** {shown}")
-    return "\n".join(parts)
 
 
 def noise_part(found: Mapping[str, Any] | None) -> str:

@@ -80,6 +80,30 @@ def repaired_table(results: Mapping[str, Any]) -> str:
     return markdown_table(head, lines)
 
 
+REAL_MODEL = """\
+## On a real model
+
+SmolLM2-135M-Instruct, with the four-bit weights of its package ([real_model.md](real_model.md)): sizes are small, **one seed ranks
+nothing**, and all is published as found. The sections after this one are controlled experiments on models of about a million
+parameters that were trained here.
+"""
+
+
+def real_model_part(
+    noise: Mapping[str, Any] | None, marked: Mapping[str, Any] | None, prior: Mapping[str, Any] | None
+) -> str:
+    """What was measured on the real model; what was not is said."""
+    parts = [REAL_MODEL]
+    for title, found, table, how in (
+        ("Noise", noise, short_table, "qtarget bench noise --base smollm2 --short --data ../shared/data"),
+        ("Which rows are wrong", marked, marked_table, "python scripts/measure_marked_rows.py --base runs/smollm2"),
+        ("A flawed prior", prior, repaired_table, "qtarget bench prior --base smollm2 --short"),
+    ):
+        shown = f"Not measured yet: `{how}`.\n" if found is None else f"`{how}`:\n\n{table(found)}"
+        parts.append(f"**{title}.** {shown}")
+    return "\n".join(parts)
+
+
 def _percent(row: Mapping[str, float], seeds: int, form: str = ".1f") -> str:
     return with_ends(row, form) if seeds > 2 else f"{row['mean']:{form}}"
 
