@@ -192,7 +192,7 @@ def test_completions_are_judged_anew_without_generating(runs, evaluated, tmp_pat
         "def f(prompt, completion, row):\n    return min(1, len(completion) / 100)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qtarget.evaluation.evaluate.load_contender", None)  # no model may be needed
+    monkeypatch.setattr("qtarget.evaluation.loaded.load_contender", None)  # no model may be needed
     document, lines = evaluated(*command, "--metric", "length_judge:f", "--resume")
     mine = [len(line["completions"][0]) / 100 for line in lines if line["contender"] == str(runs / "sft")]
     found = by_name(document)[str(runs / "sft")]["sets"]["data"]["completion"]

@@ -223,4 +223,4 @@ def print_comparison(document: dict[str, Any], written: Sequence[Path]) -> None:
     for line in document["left_out"]:
         console.print(Text(f"left out: {line}", style="yellow"), soft_wrap=True)
     console.print(Text(document["finding"]), soft_wrap=True)
-    console.print(Text(", ".join(map(str, written))), soft_wrap=True)
+    console.print(Text(f"wrote {', '.join(map(str, written))}"), soft_wrap=True)
