@@ -10,21 +10,34 @@ from pathlib import Path
 
 PLACEHOLDER = "CONFIG.yaml"
 """Of a config, where a library call and no command line is running."""
+CALLED_AS = "QTARGET_CALLED_AS"
+"""Environment of a process that scores for another: config and overrides of the command line that the user gave."""
+FROZEN = (
+    "witness", "target", "target_kwargs", "guard", "filter", "max_steps", "num_train_epochs", "learning_rate",
+)  # fmt: skip
+"""Keys of one training, which say nothing to a frozen model and its copies: `score` refuses some of them."""
 _given: ContextVar[tuple[str, tuple[str, ...]]] = ContextVar("given", default=(PLACEHOLDER, ()))
 
 
-OWN = (
-    "witness", "target", "target_kwargs", "guard", "filter", "resume", "max_steps", "num_train_epochs", "learning_rate",
-)  # fmt: skip
-"""Keys of one training, which say nothing to a frozen model and its copies."""
-
-
 def remember(config: str | Path, overrides: Iterable[str] = ()) -> None:
-    """Remember the config of this command line, and those of its ``--key value`` overrides that a scoring reads."""
-    _given.set((str(config), tuple(_kept(overrides, set(OWN)))))
+    """Remember the config of this command line and its ``--key value`` overrides, until ``forget``."""
+    if CALLED_AS in os.environ:
+        config, *overrides = shlex.split(os.environ[CALLED_AS])
+    _given.set((str(config), tuple(overrides)))
 
 
-def _kept(arguments: Iterable[str], without: set[str]) -> Iterable[str]:
+def forget() -> None:
+    """Whoever calls the library later gave no command line."""
+    _given.set((PLACEHOLDER, ()))
+
+
+def called_as() -> dict[str, str]:
+    """What a process needs in its environment to speak of this command line."""
+    config, overrides = _given.get()
+    return {CALLED_AS: shlex.join([config, *overrides])}
+
+
+def _kept(arguments: Iterable[str], without: Iterable[str]) -> Iterable[str]:
     """The arguments but for some options and their values.
 
     Example:
@@ -34,22 +47,30 @@ def _kept(arguments: Iterable[str], without: set[str]) -> Iterable[str]:
     kept = True
     for argument in arguments:
         if argument.startswith("--"):
-            kept = argument[2:].partition("=")[0].replace("-", "_") not in without
+            kept = _key(argument) not in without
         if kept:
             yield argument
 
 
+def _key(option: str) -> str:
+    return option[2:].partition("=")[0].replace("-", "_")
+
+
 def command_for(verb: str, *options: str) -> str:
-    """A verb with this command line's config and overrides, quoted for a shell.
+    """A verb with this command line's config and overrides, quoted for a shell; what ``options`` name replaces an override.
 
     Example:
         >>> remember("run.yaml", ["--seed", "1", "--target", "dft"])
         >>> command_for("score", "--output", "my cache")
         "qtarget score run.yaml --seed 1 --output 'my cache'"
+        >>> command_for("train", "--target", "sft")
+        'qtarget train run.yaml --seed 1 --target sft'
+        >>> forget()
     """
     config, overrides = _given.get()
+    without = {"resume", *(FROZEN if verb == "score" else ()), *(_key(o) for o in options if o.startswith("--"))}
     shortened = [from_here(option) if os.path.isabs(option) else option for option in options]
-    return shlex.join(["qtarget", verb, config, *overrides, *shortened])
+    return shlex.join(["qtarget", verb, config, *_kept(overrides, without), *shortened])
 
 
 def crossfit_command(folder: str | Path = "witness") -> str:

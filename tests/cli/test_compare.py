@@ -218,6 +218,13 @@ def test_an_edited_metric_judges_the_kept_answers_anew(config, tmp_path, capsys,
     for one, other in zip(before, after, strict=True):
         assert one["seconds"] == other["seconds"], "nothing ran again"
         assert [1 - score for score in one["sets"]["data"]["scores"]] == other["sets"]["data"]["scores"]
+    folder = tmp_path / "run-compare"
+    plan = json.loads((folder / "plan.json").read_text())
+    del plan["metrics"]  # a kill between the scores and the plan
+    (folder / "plan.json").write_text(json.dumps(plan))
+    qtarget(*common, "--metric", "own_judges:right", "--resume")
+    assert "were judged anew" in capsys.readouterr().out and "metrics" in json.loads((folder / "plan.json").read_text())
+    assert "judges other rows than the finished runs" in refused(capsys, *common, *BRACKETS, "--resume")
     qtarget(*common, "--metric", "nll", "--resume")
     assert document_in(tmp_path / "run-compare")["measure"]["metric"] == "nll"
 
@@ -228,6 +235,7 @@ def test_a_teacher_named_later_goes_on_with_the_finished_runs(config, tmp_path, 
     qtarget(*common)
     finished = (tmp_path / "run-compare" / "runs.jsonl").read_text()
     later = (*common, "--targets", "sft,distillation", "--resume")
+    assert "needs a frozen teacher" in refused(capsys, *later), "and what it left in the plan binds nobody"
     qtarget(*later, "--teacher", base_model_path())
     assert (tmp_path / "run-compare" / "runs.jsonl").read_text().startswith(finished)
     assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "distillation"]

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 DECIDES = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
     "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps",
-    "warmup_ratio", "assistant_only_loss", "completion_only_loss",
+    "warmup_ratio", "assistant_only_loss", "completion_only_loss", "prompt_weight", "weights_scale", "unplaced_spans", "group_by",
+    "vocab_padding", "chat_template_path", "load_in_4bit", "load_in_8bit", "dtype", "lora_dropout", "max_grad_norm",
+    "neftune_noise_alpha", "adam_beta1", "adam_beta2", "bf16", "fp16", "eos_token", "dataset_text_field",
 )  # fmt: skip
 """Keys that a verdict holds for, beside rows and model."""
 
@@ -67,16 +69,23 @@ def _compared(config: RunConfig, file: Path, plan: Mapping[str, Any], document: 
         file=shown(file),
         finding=document["finding"],
         take=document["take"],
-        options={} if taken is None else _options(config, taken),
+        options={} if taken is None else _options(config, taken, plan.get("contenders", {}).get(taken["name"], {})),
         output_dir=shown(_free(Path(os.path.abspath(str(config.training.output_dir))), str(document["take"]))),
         helps=taken is None or taken["level"] > document["base"]["level"],
         others=tuple(key for key in DECIDES if now.get(key) != settings.get(key)),
     )
 
 
-def _options(config: RunConfig, taken: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of the contender, and its best rate, where the config's differ; values as the command line takes them."""
-    wanted = dict(taken["overrides"])
+def _options(config: RunConfig, taken: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of the contender, and its best rate, where the config's differ; values as the command line takes them.
+
+    Args:
+        planned: what its runs depend on: its own keys, and the frozen models that it asks.
+    """
+    from qtarget.cli.options.frozen import FROZEN_KEYS
+
+    frozen = {key for keys in FROZEN_KEYS.values() for key in keys}
+    wanted = dict(taken["overrides"]) | {key: value for key, value in planned.items() if key in frozen}
     if taken["best_rate"] is not None:
         wanted["learning_rate"] = taken["best_rate"]
     return {

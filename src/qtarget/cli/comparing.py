@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from qtarget.evaluation.evaluate import RowSet, SetName
 
 PAGE = "comparison.html"
-FROZEN_KEYS = {
-    "reference": ("reference", "reference_cache", "reference_model_name_or_path", "reference_top_k"),
-    "teacher": ("teacher", "teacher_cache", "teacher_model_name_or_path", "teacher_top_k"),
-    "witness": ("witness",),
-}
-"""Of the config, by the frozen model that they name: a contender that asks none of them is the same without."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +129,7 @@ class Request:
 
     def _plan(self, sets: Sequence[RowSet]) -> dict[str, Any]:
         """What the finished runs in the folder depend on."""
+        from qtarget.cli.options.frozen import FROZEN_KEYS
         from qtarget.cli.recipe import OWN
         from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest, rows_digest
 
@@ -152,6 +147,7 @@ class Request:
     def _own(self, one: Contender) -> dict[str, Any]:
         """What a contender's own runs depend on: its keys, its source, and the frozen models that it asks."""
         from qtarget.cli.missing import asks_witness
+        from qtarget.cli.options.frozen import FROZEN_KEYS
 
         config = self._bare().config({**one.overrides, "filter": "none"})
         needs, given = config.training.build_target().needs, self.config.given

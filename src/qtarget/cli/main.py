@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from qtarget.cli.boundary import told
 from qtarget.cli.options.interrupts import signals_end_it
+from qtarget.command import forget
 from qtarget.core.errors import MissingDependencyError, QTargetError
 from qtarget.storage.files import as_storage_error
 
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
             with contextlib.suppress(OSError):  # stderr on the full disk: the exit code says it alone
                 print("\n" * bars_are_open() + text, file=sys.stderr, flush=True)
             sys.exit(code)
+        finally:
+            forget()
 
 
 def bars_are_open() -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli.options.frozen import Rows, cache_place, check_place, is_finished, shown, witness_place
+from qtarget.command import called_as
 from qtarget.core.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def score_apart(config: RunConfig, place: Path, *options: str) -> None:
     from qtarget.cli.options.config import resolved_settings
 
     settings = resolved_settings(config) | {"deepspeed": None, "fsdp": None, "fsdp_config": None}
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED} | called_as()
     environment = {
         key: value for key, value in environment.items() if not key.startswith(("ACCELERATE_", "TORCHELASTIC_"))
     }

@@ -62,6 +62,16 @@ class Job:
         return f"{self.contender}, rate {self.rate:g}, {'tuning' if self.kind == 'tune' else f'seed {self.seed}'}"
 
 
+def contender_of(key: str) -> str:
+    """The contender whose run has this key; of the base's, ``base``.
+
+    Example:
+        >>> contender_of(Job("tune", "a|b", 0.001, 3).key)
+        'a|b'
+    """
+    return key.rsplit("|", 2)[0]
+
+
 Result = Mapping[str, Any]
 """Of a job, JSON: ``steps``, ``seconds``, ``cpu_seconds``, ``memory_bytes``, ``curve``, ``validation``, and of each set in
 ``sets`` ``nll`` (nats and tokens a row) and ``scores`` (a share a row, or None where nothing is completed)."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from qtarget.benchmarks.pool import RunLog
 from qtarget.comparison.compare import RUNS, texts_file
-from qtarget.core.errors import ConfigError
+from qtarget.comparison.jobs import contender_of
+from qtarget.core.errors import ConfigError, counted
 from qtarget.evaluation.contenders import Contender, weights_digest
 from qtarget.evaluation.evaluate import RowSet
 from qtarget.evaluation.judges import judged
@@ -44,8 +45,14 @@ def claim(folder: Path, plan: Mapping[str, Any], sets: Sequence[RowSet], *, resu
             "--targets, or another --metric, are welcome), or choose another folder"
         )
     known = json.loads(file.read_text(encoding="utf-8")) if begun and file.is_file() else {}
-    earlier, said = known.get(CONTENDERS, {}), None
+    earlier, said = _ran(folder, known), None
     if known:
+        changed = [one.name for one in sets if known.get(METRICS, {}).get(one.name) != now[METRICS][one.name]]
+        if changed and known["rows"] != now["rows"] and known["rows"]["train"] == now["rows"]["train"]:
+            raise ConfigError(
+                f"--output {folder}: this metric judges other rows than the finished runs answered, as it fits other answers; "
+                "choose another folder, or the metric that it was begun with"
+            )
         check_plan(file, *({k: v for k, v in one.items() if k not in (METRICS, CONTENDERS)} for one in (known, now)))
         for name, keys in now[CONTENDERS].items():
             if lines := differences(earlier.get(name, keys), keys, name):
@@ -53,35 +60,46 @@ def claim(folder: Path, plan: Mapping[str, Any], sets: Sequence[RowSet], *, resu
                     f"{file}: this comparison began with another {name}: {'; '.join(lines)}; name it otherwise under "
                     "`compare:`, or choose another --output"
                 )
-        if known[METRICS] != now[METRICS]:
-            said = judge_again(
-                folder, sets, [one.name for one in sets if known[METRICS][one.name] != now[METRICS][one.name]]
-            )
+        if changed:
+            known.pop(
+                METRICS, None
+            )  # a kill from here on leaves scores of nobody knows which metric: all are judged anew
+            write_json(file, known)
+            said = judge_again(folder, sets)
     write_json(file, now | {CONTENDERS: earlier | now[CONTENDERS]})
     return said
 
 
-def judge_again(folder: Path, sets: Sequence[RowSet], changed: Sequence[str]) -> str:
-    """Scores of the finished runs by the metric of now, from the completions that are kept.
+def _ran(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Contenders of the plan that have a finished run; one that could not be trained may come with other keys."""
+    if not known:
+        return {}
+    names = {contender_of(key) for key in RunLog(folder / RUNS, resume=True).runs}
+    return {name: keys for name, keys in known[CONTENDERS].items() if name in names}
 
-    Args:
-        changed: names of the sets whose metric is another.
+
+def judge_again(folder: Path, sets: Sequence[RowSet]) -> str:
+    """Scores of the finished runs by the metrics of now, from the completions that are kept.
 
     Returns:
         How many runs, in words.
 
     Raises:
-        ConfigError: the runs wrote no answers, as they were measured by likelihood alone; or the metric itself fails.
+        ConfigError: the runs wrote no answers, as they were measured by likelihood alone; their answers are gone; or the metric
+            itself fails.
     """
     log = RunLog(folder / RUNS, resume=True)
     for key, run in log.runs.items():
-        texts = json.loads(texts_file(folder, key).read_text(encoding="utf-8"))
+        file = texts_file(folder, key)
+        if not file.is_file():
+            raise ConfigError(f"{file}, the answers of a finished run ({key}), is gone; choose another --output")
+        texts = json.loads(file.read_text(encoding="utf-8"))
         for rows in sets:
-            if rows.name in changed:
-                run["sets"][rows.name]["scores"] = _scores(rows, texts[rows.name], key, folder)
+            run["sets"][rows.name]["scores"] = _scores(rows, texts[rows.name], key, folder)
     lines = (json.dumps({"key": key, **run}) + "\n" for key, run in log.runs.items())
     write_atomic(folder / RUNS, "".join(lines).encode())
-    return f"the kept answers of {len(log.runs)} finished runs were judged anew; nothing was trained for it"
+    runs = counted(len(log.runs), "finished run")
+    return f"the kept answers of {runs} were judged anew; where another rate is best now, it is trained"
 
 
 def _scores(rows: RowSet, texts: Sequence[str] | None, key: str, folder: Path) -> list[float] | None:

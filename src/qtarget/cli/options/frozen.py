@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
     from qtarget.integrations.sft.crossfit.recipe import CrossfitRecipe
 
+FROZEN_KEYS = {
+    "reference": ("reference", "reference_cache", "reference_model_name_or_path", "reference_top_k"),
+    "teacher": ("teacher", "teacher_cache", "teacher_model_name_or_path", "teacher_top_k"),
+    "witness": ("witness",),
+}
+"""Keys of a config by the frozen model that they name: a contender that asks none of them is the same without."""
 SETTINGS = ("unplaced_spans", "completion_only_loss", "dataset_kwargs")
 """Of a run, beside ``DATA_SETTINGS``, that decide which numbers are cached."""
 logger = logging.getLogger(__name__)
@@ -169,6 +175,6 @@ def resume_command(place: Path) -> str:
     recipe = told.get("recipe") or {}
     named = {"--crossfit-steps": "steps", "--crossfit-rate": "learning_rate", "--crossfit-rank": "rank"}
     options = [
-        part for option, key in named.items() if recipe.get(key) is not None for part in (option, f"{recipe[key]:g}")
+        part for option, key in named.items() if recipe.get(key) is not None for part in (option, str(recipe[key]))
     ]
     return command_for("score", "--crossfit", str(told.get("folds", 2)), *options, "--output", str(place))
