@@ -76,7 +76,7 @@ def languages(texts: Sequence[str]) -> list[str]:
     """The language of each text, an ISO 639 code; ``unknown`` where it cannot be told, as for a formula.
 
     Texts are judged twice: among all languages, then among those that some text surely is in. A short text is seldom sure by
-    itself.
+    itself. Where all sure texts are in one language, the short ones count as being in it, too.
 
     Raises:
         MissingDependencyError: the library is not installed.

@@ -152,7 +152,7 @@ def check_place(place: Path) -> None:
     if not os.access(above, os.W_OK):
         raise ConfigError(
             f"the frozen base's numbers would go to {place}, which cannot be written; choose another output_dir, or "
-            "`qtarget score CONFIG.yaml --output CACHE --top_k 32` and reference: CACHE"
+            f"`{command_for('score', '--output', 'CACHE', '--top_k', '32')}` and reference: CACHE"
         )
 
 

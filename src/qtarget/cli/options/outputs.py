@@ -53,7 +53,7 @@ class Mark:
 
     @classmethod
     def of(cls, verb: str, sources: Iterable[str | Path | None]) -> Mark:
-        """Of files and folders, whatever their spelling, and of names as if they lay in the current folder; in any order.
+        """Of files and folders, whatever their spelling, and of names; in any order.
 
         Example:
             >>> Mark.of("lens", ["sft", "dft", None]) == Mark.of("lens", ["dft", "sft"])
@@ -61,7 +61,8 @@ class Mark:
         """
         named = {str(one) for one in sources if one is not None}
         # a path that is nowhere yet, as of a run to come, may be there at the next call
-        places = sorted({os.path.realpath(one) for one in named})
+        paths = {one for one in named if os.sep in one or os.path.exists(one)}
+        places = sorted({os.path.realpath(one) for one in paths} | (named - paths))
         return cls(verb, digest(json.dumps(places).encode()))
 
     def __str__(self) -> str:

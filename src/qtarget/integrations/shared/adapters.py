@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qtarget.command import command_for
 from qtarget.core.errors import ConfigError, UnsupportedModelError
 
 IN_FRONT = ("PROMPT_TUNING", "P_TUNING")
@@ -61,7 +62,7 @@ def refuse_shared_weights(role: str, frozen: torch.nn.Module, trained: Any) -> N
             f"{role}_model shares weights with the model that is trained (the same object, or the base under its adapter): "
             "freezing it would stop the training, or training would move it; pass copy.deepcopy(model), made before the "
             f"trainer, or name it in {role}_model_name_or_path; cheapest, also for LoRA with the adapter off: score it once "
-            f"(`qtarget score CONFIG.yaml --role {role}`) and set {role}_cache"
+            f"(`{command_for('score', '--role', role)}`) and set {role}_cache"
         )
 
 

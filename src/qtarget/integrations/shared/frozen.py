@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from qtarget.command import command_for
 from qtarget.core.errors import CacheMismatchError, ConfigError, IncompatibleError, MissingStatisticError
 from qtarget.core.types import DATA_FIELDS, WITNESS_FIELDS, Target, missing_message, sampled_message
 from qtarget.integrations.shared.adapters import refuse_shared_weights, without_wrapper
@@ -90,7 +91,7 @@ def same_source(args: Any) -> dict[str, Any]:
 def way_out(role: str) -> str:
     """How a cache comes about, in words."""
     by_itself = "leave reference unset and `qtarget train` scores it once, or " if role == "reference" else ""
-    return f"{by_itself}run `qtarget score CONFIG.yaml --role {role} --output CACHE` and set {role}: CACHE"
+    return f"{by_itself}run `{command_for('score', '--role', role, '--output', 'CACHE')}` and set {role}: CACHE"
 
 
 def open_witness(path: str | None, target: Target, key: str | None) -> ReferenceCache | None:
@@ -201,7 +202,7 @@ def load_frozen(
         if is_deepspeed_zero3_enabled() and (model is None or any(is_split(p) for p in model.parameters())):
             raise ConfigError(
                 f"DeepSpeed ZeRO-3 splits what is loaded under it, and no engine gathers a frozen {role}; score it once "
-                f"(`qtarget score CONFIG.yaml --role {role}`), or pass {role}_model as a model loaded before the config"
+                f"(`{command_for('score', '--role', role)}`), or pass {role}_model as a model loaded before the config"
             )
         if model is None:
             allowed = args.allow_new_weights

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from qtarget.command import command_for
 from qtarget.core.errors import ConfigError
 from qtarget.core.shapes import Tensor
 from qtarget.core.types import Reference
@@ -54,7 +55,7 @@ def place_frozen(args: FrozenSettings, role: str) -> str | None:
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"{role}: {value} has neither {MANIFEST} (a finished cache) nor config.json (a model); finish the cache with "
-            f"`qtarget score CONFIG.yaml --role {role}`, or name a model"
+            f"`{command_for('score', '--role', role)}`, or name a model"
         )
     else:
         named = "a model" if folder.is_dir() else "no folder here, so the hub name of a model"
