@@ -178,9 +178,9 @@ def test_draws_go_on_where_a_line_was_cut_and_other_plans_are_refused(runs, eval
     output = ("--output", tmp_path / "e.json")
     assert "holds an earlier evaluation" in refused(capsys, "evaluate", *command, *drawn, *output)
     for other, part in (
-        (("--temperature", "0.7", "--samples", "3"), "temperature differs"),
-        ((*drawn, "--seed", "1"), "seed differs"),
-        ((*drawn, "--limit", "3"), "rows differs"),
+        (("--temperature", "0.7", "--samples", "3"), "temperature was"),
+        ((*drawn, "--seed", "1"), "seed was 0 and is 1"),
+        ((*drawn, "--limit", "3"), "rows.data was"),
     ):
         assert part in refused(capsys, "evaluate", *command, *other, *output, "--resume")
 

@@ -92,8 +92,8 @@ def test_no_verb_writes_into_a_model_or_over_its_rows(workspace, tmp_path, own_m
     for name in ("held_out.jsonl", "run.yaml"):
         other = tmp_path / f"{name}.html"
         shutil.copy(tmp_path / name, other)
-        refused("no page, JSON or picture of qtarget's", tmp_path, "lens", "dft", "--output", other)
-    refused("no page, JSON or picture of qtarget's", tmp_path, "lens", "dft", "--output", tmp_path / "held_out.jsonl")
+        refused("did not make it", tmp_path, "lens", "dft", "--output", other)
+    refused("did not make it", tmp_path, "lens", "dft", "--output", tmp_path / "held_out.jsonl")
     refused("are both", tmp_path, "lens", "dft", "--output", tmp_path / "a.html", "--json", tmp_path / "A.HTML")
 
 

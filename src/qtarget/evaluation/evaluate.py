@@ -177,6 +177,11 @@ class Evaluation:
             self._tell(count, f"{name}: nll of {rows.name}, known")
             return
         ready = loaded.ready_rows(rows)
+        if "messages" in rows.dataset.column_names and not loaded.contender.settings.get("assistant_only_loss"):
+            self.facts[name]["notes"].append(
+                f"nll of {rows.file} counts prompts too: its rows are conversations, and assistant_only_loss is off in the "
+                "run; rows of prompt and completion count answers alone"
+            )
         size = self._choices.batch_size
         for start in range(0, len(ready.rows), size):
             part = slice(start, start + size)
