@@ -226,7 +226,12 @@ def test_an_edited_metric_judges_the_kept_answers_anew(config, tmp_path, capsys,
     assert "were judged anew" in capsys.readouterr().out and "metrics" in json.loads((folder / "plan.json").read_text())
     assert "judges other rows than the finished runs" in refused(capsys, *common, *BRACKETS, "--resume")
     qtarget(*common, "--metric", "nll", "--resume")
-    assert document_in(tmp_path / "run-compare")["measure"]["metric"] == "nll"
+    assert document_in(folder)["measure"]["metric"] == "nll"
+    first = json.loads((folder / "comparison-own_judges-right.json").read_text())
+    assert first["measure"]["metric"] == "own_judges:right" and (folder / "comparison-own_judges-right.html").is_file()
+    assert "was measured by nll" not in capsys.readouterr().err
+    qtarget(*common, "--metric", "own_judges:right", "--resume")
+    assert document_in(folder)["finding"] == first["finding"], "there and back again"
 
 
 def test_a_teacher_named_later_goes_on_with_the_finished_runs(config, tmp_path, capsys):
@@ -235,7 +240,7 @@ def test_a_teacher_named_later_goes_on_with_the_finished_runs(config, tmp_path, 
     qtarget(*common)
     finished = (tmp_path / "run-compare" / "runs.jsonl").read_text()
     later = (*common, "--targets", "sft,distillation", "--resume")
-    assert "needs a frozen teacher" in refused(capsys, *later), "and what it left in the plan binds nobody"
+    assert "needs a frozen teacher, and" in refused(capsys, *later), "and what it left in the plan binds nobody"
     qtarget(*later, "--teacher", base_model_path())
     assert (tmp_path / "run-compare" / "runs.jsonl").read_text().startswith(finished)
     assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "distillation"]

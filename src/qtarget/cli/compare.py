@@ -194,9 +194,9 @@ def print_comparison(document: dict[str, Any], written: Sequence[Path]) -> None:
     for column in (
         "contender",
         "rate",
-        "level",
+        *(["level"] if not measure.is_nll else []),
         f"to {document['baseline']}",
-        "nll",
+        "nll (less is better)",
         "forgetting",
         "s a run",
         "memory",
@@ -208,7 +208,7 @@ def print_comparison(document: dict[str, Any], written: Sequence[Path]) -> None:
         cells = (
             one["name"],
             "-" if one["best_rate"] is None else f"{one['best_rate']:g}",
-            level_words(one["level"], measure),
+            *([level_words(one["level"], measure)] if not measure.is_nll else []),
             "-" if one["to_baseline"] is None else amount(one["to_baseline"], measure),
             "-" if one["nll"] is None else f"{one['nll']:.3f}",
             "-" if forgotten is None else amount(forgotten, other, ends=False),

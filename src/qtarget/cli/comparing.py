@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qtarget.core.errors import DataError
+from qtarget.cli.options.frozen import FROZEN_KEYS
+from qtarget.command import command_for
+from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -65,7 +67,7 @@ class Request:
         """Hold the folder, run what is missing, write document and page."""
         from qtarget.benchmarks.pool import quiet_libraries
         from qtarget.cli.options.interrupts import on_interrupt
-        from qtarget.comparison.kept import claim
+        from qtarget.comparison.kept import DOCUMENT, claim, keep_earlier
         from qtarget.evaluation.generation import quiet
         from qtarget.storage.folders import COMPARISON, owned
 
@@ -74,16 +76,34 @@ class Request:
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder, COMPARISON, inputs=read))
             stack.enter_context(on_interrupt(lambda: words))
+            stack.enter_context(quiet("qtarget.integrations.shared.teacher"))  # which caches are, was said once
+            self._refuse_teacherless()
             sets = self._sets()
             if said := claim(self.folder, self._plan(sets), sets, resume=resume):
                 typer.echo(said)
+                if kept := keep_earlier(self.folder, (DOCUMENT, PAGE)):
+                    typer.echo(kept)
             recipe = self._recipe()
             stack.enter_context(quiet_libraries())  # many trainings would fill a screen
-            stack.enter_context(quiet("qtarget.integrations.shared.teacher"))  # which caches are, was said once
             contenders, left = self._able(recipe)
             document = self._document(recipe, contenders, left, plan, sets, machine)
             save(document, self.folder)
         return document
+
+    def _refuse_teacherless(self) -> None:
+        """Before anything is read or scored.
+
+        Raises:
+            ConfigError: a contender asks a teacher, and the config names none.
+        """
+        if any(self.config.given.get(key) is not None for key in FROZEN_KEYS["teacher"]):
+            return
+        for one in self.contenders:
+            if self._bare().config({**one.overrides, "filter": "none"}).training.build_target().needs.teacher:
+                raise ConfigError(
+                    f"{one.name} needs a frozen teacher, and {self.path} names none; add `--teacher MODEL`, a model's folder (the "
+                    "base itself, where there is no other), or leave that contender out"
+                )
 
     def _sets(self) -> list[RowSet]:
         """The sets; what is said of them in the document is in ``about``."""
@@ -93,7 +113,7 @@ class Request:
         from qtarget.data.overlap import content_hashes
         from qtarget.data.prompts import questions_of
 
-        self.train_rows, validation = load_datasets(self.config)
+        self.train_rows, validation = self.rows = load_datasets(self.config)
         assert validation is not None, "a config without validation rows was refused"
         data: dict[Any, Any] = {"data": (self.config.data.validation_file or self.config.data.dataset_name, validation)}
         if self.forgetting is not None:
@@ -129,7 +149,6 @@ class Request:
 
     def _plan(self, sets: Sequence[RowSet]) -> dict[str, Any]:
         """What the finished runs in the folder depend on."""
-        from qtarget.cli.options.frozen import FROZEN_KEYS
         from qtarget.cli.recipe import OWN
         from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest, rows_digest
 
@@ -147,7 +166,6 @@ class Request:
     def _own(self, one: Contender) -> dict[str, Any]:
         """What a contender's own runs depend on: its keys, its source, and the frozen models that it asks."""
         from qtarget.cli.missing import asks_witness
-        from qtarget.cli.options.frozen import FROZEN_KEYS
 
         config = self._bare().config({**one.overrides, "filter": "none"})
         needs, given = config.training.build_target().needs, self.config.given
@@ -178,13 +196,13 @@ class Request:
             asked_by = asked_by or asks_witness(contender, one.overrides.get("filter"))
         config = recipe.config({"target": "sft", "target_kwargs": None})
         if asked_by is not None:
-            witness = os.path.abspath(witness_for(config, recipe.rows(), f"{asked_by}, a contender"))
+            witness = os.path.abspath(witness_for(config, self.rows, f"{asked_by}, a contender"))
             recipe = replace(recipe, given={**recipe.given, "witness": witness})
         asked = config.training
         is_live = asked.reference == "live" or asked.reference_model_name_or_path is not None
         if is_live or not (needs or any(one.filtered for one in self.contenders)):
             return recipe
-        cache = os.path.abspath(reference_for(config, recipe.rows(), "all contenders"))
+        cache = os.path.abspath(reference_for(config, self.rows, "all contenders"))
         return replace(recipe, given={**without(recipe.given, "reference_cache"), "reference": cache})
 
     def _able(self, recipe: ConfigRecipe) -> tuple[list[Contender], list[str]]:
@@ -219,7 +237,7 @@ class Request:
                 able.append(one)
             else:
                 idle.setdefault(why, []).append(one.name)
-        left = [f"{'; '.join(names)}: {why}" for why, names in idle.items()]
+        left = [f"{'; '.join(names)}: {why}{_asked_of_copies(why)}" for why, names in idle.items()]
         for line in left:
             typer.echo(line)
         return able, left
@@ -278,6 +296,11 @@ class Request:
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
             settings=settings, rows=row_texts(sets[0], self.numbers["data"]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
+
+
+def _asked_of_copies(why: str) -> str:
+    """The command where the rule that asks copies may tell what the base cannot."""
+    return f": `{command_for('compare', '--filters', 'none,crossfit')}`" if "`crossfit`" in why else ""
 
 
 def own_source(target: str) -> dict[str, str]:

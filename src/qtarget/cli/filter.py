@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
+from qtarget.command import command_for
 from qtarget.core.errors import ConfigError, counted, inflected
 from qtarget.data.groups import row_groups
 
@@ -349,6 +350,8 @@ def print_filtered(document: Mapping[str, Any]) -> None:
             table.add_row(Text(line["value"]), f"{line['rows']:,}", f"{line['dropped']:,}")
         console.print(table)
     console.print(Text(document["summary"]), soft_wrap=True)
+    if "the rule `crossfit`" in document["summary"]:
+        console.print(Text(f"next: `{command_for('filter', '--rule', 'crossfit')}`"), soft_wrap=True)
     if (roc := document["roc"]) is not None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
         console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)

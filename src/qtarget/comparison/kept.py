@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,38 +79,61 @@ def _ran(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: keys for name, keys in known[CONTENDERS].items() if name in names}
 
 
+def keep_earlier(folder: Path, names: Sequence[str]) -> str | None:
+    """Documents of an earlier metric, under a name that says which; what was kept, in words.
+
+    Args:
+        names: of the files, the JSON document first.
+    """
+    if not (folder / names[0]).is_file():
+        return None
+    earlier = json.loads((folder / names[0]).read_text(encoding="utf-8"))["measure"]["metric"]
+    kept = []
+    for path in (folder / name for name in names if (folder / name).is_file()):
+        kept.append(path.with_stem(f"{path.stem}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', earlier)}"))
+        path.replace(kept[-1])
+    return f"the verdict by {earlier} is kept: {', '.join(map(str, kept))}"
+
+
 def judge_again(folder: Path, sets: Sequence[RowSet]) -> str:
     """Scores of the finished runs by the metrics of now, from the completions that are kept.
 
     Returns:
         How many runs, in words.
 
+    Runs that were measured by likelihood alone have none: they are trained again.
+
     Raises:
-        ConfigError: the runs wrote no answers, as they were measured by likelihood alone; their answers are gone; or the metric
-            itself fails.
+        ConfigError: no run wrote answers; some are gone; or the metric itself fails.
     """
-    log = RunLog(folder / RUNS, resume=True)
+    log, without = RunLog(folder / RUNS, resume=True), list[str]()
     for key, run in log.runs.items():
         file = texts_file(folder, key)
         if not file.is_file():
             raise ConfigError(f"{file}, the answers of a finished run ({key}), is gone; choose another --output")
         texts = json.loads(file.read_text(encoding="utf-8"))
+        if any(rows.judge is not None and texts[rows.name] is None for rows in sets):
+            without.append(key)
+            continue
         for rows in sets:
-            run["sets"][rows.name]["scores"] = _scores(rows, texts[rows.name], key, folder)
-    lines = (json.dumps({"key": key, **run}) + "\n" for key, run in log.runs.items())
-    write_atomic(folder / RUNS, "".join(lines).encode())
-    runs = counted(len(log.runs), "finished run")
-    return f"the kept answers of {runs} were judged anew; where another rate is best now, it is trained"
+            run["sets"][rows.name]["scores"] = _scores(rows, texts[rows.name], key)
+    if len(without) == len(log.runs):
+        raise ConfigError(
+            f"--output {folder} was measured by nll, without answers, which another metric would have to judge; choose another "
+            "folder"
+        )
+    kept = {key: run for key, run in log.runs.items() if key not in without}
+    write_atomic(folder / RUNS, "".join(json.dumps({"key": key, **run}) + "\n" for key, run in kept.items()).encode())
+    again = f"; {counted(len(without), 'run')} without answers is made again" if without else ""
+    return (
+        f"the kept answers of {counted(len(kept), 'finished run')} were judged anew{again}; where another rate is best now, it "
+        "is trained"
+    )
 
 
-def _scores(rows: RowSet, texts: Sequence[str] | None, key: str, folder: Path) -> list[float] | None:
+def _scores(rows: RowSet, texts: Sequence[str], key: str) -> list[float] | None:
     if rows.judge is None or rows.questions is None:
         return None
-    if texts is None:
-        raise ConfigError(
-            f"--output {folder} was measured by nll, without answers, which --metric {rows.judge.name} would have to judge; "
-            "choose another folder"
-        )
     return [
         judged(rows.judge, one.text, text, one.reference, one.row, f"{rows.where(one.number)} ({key})")
         for one, text in zip(rows.questions, texts, strict=True)

@@ -125,6 +125,9 @@ def line(name, level, low=None, high=None, **more) -> Line:
         ([line("sft", 0.5), line("a", 0.6, -0.01, 0.21, confidence=0.93, enough_rows=130),
           line("b", 0.58, -0.01, 0.17, confidence=0.9)], "a",
          "probably a, +10.0 points over sft (-1.0 .. +21.0), confidence 93 %: take it; about 200 validation rows would show it"),
+        ([line("sft", 0.5), line("a", 0.508, -0.1, 0.116, confidence=0.6)], "sft",
+         "no difference that 3 seeds and 100 rows can show (the next is a, +0.8 points over sft (-10.0 .. +11.6)): take sft; "
+         "if it is real, more than 3 seeds would be needed to show it"),
         ([line("sft", 0.5), line("a", 0.5, -0.1, 0.1, confidence=0.5)], "sft",
          "no difference that 3 seeds and 100 rows can show (the next is a, 0.0 points against sft (-10.0 .. +10.0)): take sft"),
         ([line("sft", 0.5), line("a", 0.4, -0.15, -0.05)], "sft",

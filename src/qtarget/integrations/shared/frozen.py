@@ -91,7 +91,8 @@ def same_source(args: Any) -> dict[str, Any]:
 def way_out(role: str) -> str:
     """How a cache comes about, in words."""
     by_itself = "leave reference unset and `qtarget train` scores it once, or " if role == "reference" else ""
-    return f"{by_itself}run `{command_for('score', '--role', role, '--output', 'CACHE')}` and set {role}: CACHE"
+    whose = ("--teacher", "MODEL") if role == "teacher" else ()
+    return f"{by_itself}run `{command_for('score', '--role', role, *whose, '--output', 'CACHE')}` and set {role}: CACHE"
 
 
 def open_witness(path: str | None, target: Target, key: str | None) -> ReferenceCache | None:

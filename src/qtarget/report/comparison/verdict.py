@@ -88,10 +88,11 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
     better = [line for line in others if line.difference and line.difference["low"] > 0]
     better.sort(key=lambda line: -line.level)
     # half of all chance lies above 0: of one contender the confidence in no gain at all is one half
+    least = 0.0 if measure.is_nll else 1 / measure.rows  # a gain of less than one row is no gain
     probable = [
         line
         for line in others
-        if line.difference and line.difference["mean"] > 0 and (line.confidence or 0.0) >= PROBABLE
+        if line.difference and line.difference["mean"] > least and (line.confidence or 0.0) >= PROBABLE
     ]
     likely = max(probable, key=lambda line: line.level, default=None)
     if better and measure.seeds > 1:
