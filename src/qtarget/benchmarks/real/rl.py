@@ -6,6 +6,7 @@ distillation on its own samples. Through the public trainers, as a user would.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, RunLog, check_settings, one_thread, quiet_libraries, save_results
 from qtarget.benchmarks.real.worker import MODULES
 from qtarget.benchmarks.seeds import bootstrap_interval
+from qtarget.benchmarks.start import claim
 from qtarget.benchmarks.tables import markdown_table, with_ends
 from qtarget.benchmarks.tasks import Row, embedded_tasks, generated_demonstrations
 from qtarget.data import tasks
 from qtarget.evaluation.generation import GREEDY, Decoding, complete, prompt_ids
+from qtarget.storage.files import write_json
 from qtarget.storage.folders import whole_folder
 
 START, TEACHER, RL, OPD = "start", "teacher", "dppo_tv", "distillation on samples"
@@ -31,6 +34,8 @@ SCORES = ("sampled", "greedy")
 SHOWN = ("reward", "kl/start", "entropy", "region/blocked", "completions/mean_length", "loss")
 """Of the training log, kept line by line."""
 NEW_TOKENS, AT_ONCE = 24, 16
+TRAINED = "trained.json"
+"""In a model's folder: how its training went, for a call that goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,13 @@ def run_real_rl(config: RealRLConfig, base: Path, output: Path, *, resume: bool,
         output: JSON; what is finished stands beside it in ``.runs.jsonl``, the models in ``.models``.
         resume: go on with what is finished there.
         progress: called with models done, models in all, and what was done last.
+
+    Raises:
+        ConfigError: results or models are there that were made with other settings.
     """
     check_settings(output, resume, asdict(config))
     log, models = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".models")
+    claim(models, {"base": str(base.resolve()), **asdict(config)})  # a stopped run may have left models and no results
     results: dict[str, Any] = {
         "benchmark": "rl --base smollm2", "config": asdict(config), "models": {}, "machine": machine_facts(),
         "versions": versions(),
@@ -94,10 +103,10 @@ def run_real_rl(config: RealRLConfig, base: Path, output: Path, *, resume: bool,
 
 
 def made(config: RealRLConfig, name: str, base: Path, models: Path) -> dict[str, Any]:
-    """Train one model into a folder of ``models``, unless it is there, and ask it; times are of this process alone."""
-    folder, found = models / name.replace(" ", "_"), {}
-    begin = time.process_time()
+    """Train one model into a folder of ``models``, unless it is there, and ask it; CPU seconds are of whoever did it."""
+    folder = models / name.replace(" ", "_")
     if not folder.is_dir():
+        begin = time.process_time()
         scratch = models / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         train = taught if name in TAUGHT else sampled
@@ -108,11 +117,13 @@ def made(config: RealRLConfig, name: str, base: Path, models: Path) -> dict[str,
         with whole_folder(folder) as beside:
             trainer.model.merge_and_unload().save_pretrained(beside)
             trainer.processing_class.save_pretrained(beside)
+            found["train_cpu_seconds"] = round(time.process_time() - begin, 1)
+            write_json(beside / TRAINED, found)
         shutil.rmtree(scratch, ignore_errors=True)
-    trained = time.process_time()
+    begin = time.process_time()
     scores = asked(config, folder, base)
-    spent = {"train_cpu_seconds": trained - begin, "test_cpu_seconds": time.process_time() - trained}
-    return {**scores, **found, **{key: round(value, 1) for key, value in spent.items()}}
+    trained = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+    return {**scores, **trained, "test_cpu_seconds": round(time.process_time() - begin, 1)}
 
 
 def in_turns(row: Row) -> dict[str, Any]:
