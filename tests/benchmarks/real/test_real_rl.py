@@ -23,9 +23,10 @@ def stop(*_):
 def test_a_model_of_a_stopped_run_is_taken_again_with_its_log_and_never_at_other_settings(tmp_path, monkeypatch):
     """Stopped after the first folder and before the first result: nothing but the folder tells how it was made."""
     config, output, base = replace(rl.QUICK, start_steps=2), tmp_path / "rl.json", base_model_path()
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
+    with monkeypatch.context() as patched:
         patched.setattr(rl, "asked", stop)
-        rl.run_real_rl(config, base, output, resume=False, progress=print)
+        with pytest.raises(Stopped):
+            rl.run_real_rl(config, base, output, resume=False, progress=print)
     weights = tmp_path / "rl.models/start/model.safetensors"
     before = weights.stat().st_mtime_ns
     assert not output.exists()
