@@ -135,10 +135,10 @@ def test_what_merge_refuses(chats, tmp_path, capsys):
     assert "holds what qtarget did not write" in refused(capsys, "merge", chats / "lora", "--output", tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert "lies in" in refused(capsys, "merge", chats / "lora", "--output", chats / "lora/inside")
-    assert "there is no such folder" in refused(
+    assert "there is no folder" in refused(
         capsys, "merge", chats / "lora", "--base", "/nowhere", "--output", tmp_path / "a"
     )
-    assert "there is no such folder" in refused(capsys, "merge", chats / "laro")
+    assert "there is no folder" in refused(capsys, "merge", chats / "laro")
 
 
 def test_the_commands_and_the_python_of_the_page_run(tmp_path, monkeypatch, capsys):

@@ -95,11 +95,11 @@ def test_what_is_refused(folders, tmp_path):
     (broken / "qtarget_config.yaml").write_text("a: [")
     model("moved", "adapter_config.json", base_model_name_or_path="/gone/base")
     for names, base, part in [
-        (["moved"], None, "moved came from /gone/base: there is no such folder; if it has moved, pass --base"),
+        (["moved"], None, "the base of moved: there is no folder /gone/base; .*; if it has moved, pass --base MODEL"),
         (["base"], None, r"--base base evaluates it alone"),
-        (["runs/ab"], None, r"no such folder; did you mean runs/a\?"),
-        (["./none"], None, "no such folder"),
-        (["runs/a"], "/nowhere/base", "--base /nowhere/base: there is no such folder"),
+        (["runs/ab"], None, r"RUN_OR_MODEL: there is no folder runs/ab in .*; did you mean runs/a\?"),
+        (["./none"], None, "there is no folder ./none"),
+        (["runs/a"], "/nowhere/base", "--base: there is no folder /nowhere/base; "),
         (["runs/a", "runs/../runs/a"], None, "are one model"),
         (["empty"], None, "holds neither a model"),
         (["file"], None, "is a file"),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from qtarget.command import command_for, remember
-from qtarget.core.errors import MissingStatisticError
+from qtarget.core.errors import CacheMismatchError, MissingStatisticError
 from qtarget.data.crossfit.steps import FEWEST_STEPS, MOST_PASSES, default_steps, stated_steps, steps_of
-from qtarget.filtering.copies import Knowledge, knowledge_of, next_step, refuse_behind
+from qtarget.filtering.copies import Knowledge, judge_copies, knowledge_of, next_step, refuse_behind
 
 
 def drawn(rows: int, believed: float, temperature: float, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -91,12 +91,49 @@ def test_copies_that_more_steps_would_make_worse_are_told_to_learn_slower(tmp_pa
     diverged = Knowledge(90, copies=10.0, unexpected=8.0, base=9.0)
     assert diverged.behind
     assert "know less than the base" in diverged.sentence
-    assert "--crossfit-rate 0.000125" in next_step(diverged, told(tmp_path / "w"))
+    assert "at a lower rate: " in (long := next_step(diverged, told(tmp_path / "w", steps=150)))
+    assert "--crossfit-steps 150 --crossfit-rate 0.000125" in long
+    assert "--crossfit-steps 150 --crossfit-rate 0.000125" in next_step(diverged, told(tmp_path / "w", steps=5))
     by_heart = Knowledge(90, copies=4.0, unexpected=3.0, base=9.0)
     assert "--crossfit-steps 2000 " in next_step(by_heart, told(tmp_path / "w", steps=2000))
     with pytest.raises(MissingStatisticError, match=r"target x: witness .*know less than the base.*--output"):
         refuse_behind(diverged, told(tmp_path / "w"), "target x")
     refuse_behind(by_heart, told(tmp_path / "w"), "target x")
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-4, 0.09])
+def test_copies_that_too_few_steps_left_where_the_base_was_are_told_to_learn_longer(tmp_path, off) -> None:
+    """The advice is followed until it ends: each time more steps, and never a rate that vanishes."""
+    unmoved = Knowledge(90, copies=9.2 + off, unexpected=6.3, base=9.2)
+    assert unmoved.behind
+    assert "know no more than the base" in unmoved.sentence
+    path, steps = tmp_path / "w", 5
+    for expected in (150, 600):
+        said = next_step(unmoved, told(path, steps=steps))
+        assert said.startswith("train them longer: ")
+        assert f"--crossfit-steps {expected} --crossfit-rate 0.001 " in said
+        steps = expected
+
+
+def cache_of(path: Path, names: list[str]) -> Any:
+    """What is asked of a cache, of rows of one token each."""
+    return SimpleNamespace(
+        path=path, manifest=SimpleNamespace(columns=("label_log_probs",)), checksums=lambda: names,
+        find=lambda asked: [names.index(name) if name in names else -1 for name in asked],
+        locate=lambda asked: [names.index(name) for name in asked],
+        row=lambda place: {"label_log_probs": np.full(1, -0.1)},
+    )  # fmt: skip
+
+
+def test_caches_without_a_row_in_common_tell_nothing(tmp_path) -> None:
+    remember("run.yaml")
+    copies, base = cache_of(tmp_path / "w", ["a", "b"]), cache_of(tmp_path / "c", ["b", "c"])
+    assert judge_copies(copies, base).rows == 1
+    other = cache_of(tmp_path / "c", ["c"])
+    with pytest.raises(CacheMismatchError, match=r"/w has no rows that .*/c has, too.*`qtarget score run.yaml`"):
+        judge_copies(copies, other)
+    with pytest.raises(CacheMismatchError, match=r"/w has no rows, so"):
+        judge_copies(cache_of(tmp_path / "w", []))
 
 
 @pytest.mark.parametrize("rows", [1, 6, 45, 59, 61, 150, 599, 601, 100_000])

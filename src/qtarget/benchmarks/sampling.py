@@ -113,16 +113,29 @@ def update(
     return float((torch.expm1(gap) - gap).mean()), share
 
 
-def right_answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], decoding: Decoding) -> list[int]:
-    """How many of the ``decoding.samples`` answers to each prompt are right, in the order of ``rows``."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+def right_answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    decoding: Decoding,
+    ids: Sequence[list[int]] | None = None,
+    at_once: int = 64,
+) -> list[int]:
+    """How many of the ``decoding.samples`` answers to each prompt are right, in the order of ``rows``.
+
+    Args:
+        ids: of the prompts; absent: of their texts as they stand.
+        at_once: prompts in a batch, those of like length together.
+    """
+    prompts = [row["prompt"] for row in rows] if ids is None else ids
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    read: Sequence[list[int]] = tokenizer(prompts)["input_ids"] if ids is None else ids
     out = [0] * len(rows)
-    for start in range(0, len(order), 64):
-        chosen = order[start : start + 64]
-        ids = tokenizer([rows[i]["prompt"] for i in chosen])["input_ids"]
+    for start in range(0, len(order), at_once):
+        chosen = order[start : start + at_once]
         said = complete(
-            model, tokenizer, ids, max_new_tokens=NEW_TOKENS, stops=[tokenizer.eos_token_id], decoding=decoding,
-            stream=start,
+            model, tokenizer, [read[i] for i in chosen], max_new_tokens=NEW_TOKENS, stops=[tokenizer.eos_token_id],
+            decoding=decoding, stream=start,
         )  # fmt: skip
         for i, answers in zip(chosen, said, strict=True):
             out[i] = sum(tasks.check(rows[i], one.text) for one in answers)

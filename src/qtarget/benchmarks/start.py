@@ -225,9 +225,13 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder theirs, or see that it is.
 
     Raises:
-        ConfigError: what it holds was made with other settings; names them.
+        ConfigError: what it holds was made with other settings, and names them, or nobody knows with which.
     """
     mark = folder / "settings.json"
+    if not mark.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} has no {mark.name}, so nobody knows what it was made with; delete it, or choose another --output"
+        )
     then, now = json.loads(mark.read_text()) if mark.is_file() else settings, json.loads(json.dumps(settings))
     if differing := [name for name, value in now.items() if then.get(name) != value]:
         raise ConfigError(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from numpy.typing import ArrayLike
+
 from qtarget.benchmarks.seeds import bootstrap_interval
 
 
-def rounded_interval(values: Sequence[float]) -> dict[str, float]:
+def rounded_interval(values: ArrayLike, digits: int = 2) -> dict[str, float]:
     """Mean and bootstrap interval, for a file.
+
+    Args:
+        values: as for ``bootstrap_interval``.
 
     Example:
         >>> rounded_interval([3.0, 3.0])
         {'mean': 3.0, 'low': 3.0, 'high': 3.0}
     """
     found = bootstrap_interval(values)
-    return {"mean": round(found.mean, 2), "low": round(found.low, 2), "high": round(found.high, 2)}
+    return {end: round(getattr(found, end), digits) for end in ("mean", "low", "high")}
 
 
 def with_ends(row: Mapping[str, float], mean: str = ".1f", ends: str = ".0f") -> str:

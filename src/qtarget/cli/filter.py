@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -288,18 +289,14 @@ def write_filtered(
 
 
 def write_rows(config: RunConfig, found: Filtered, folder: Path, scores: Mapping[str, np.ndarray]) -> None:
-    """``keep.jsonl``, ``drop.jsonl``, ``weights.jsonl`` and ``reasons.jsonl``."""
+    """Each of ``ROW_FILES``."""
     from qtarget.storage.files import writing
 
     texts, decision = originals(config, found.raw), found.decision
     places = dict(zip(found.rows.numbers.tolist(), range(len(found.rows)), strict=True))
     columns = {name: values.tolist() for name, values in scores.items()}
-    with (
-        writing(folder / "keep.jsonl", text=True) as keep,
-        writing(folder / "drop.jsonl", text=True) as drop,
-        writing(folder / "weights.jsonl", text=True) as weights,
-        writing(folder / "reasons.jsonl", text=True) as reasons,
-    ):
+    with ExitStack() as files:
+        keep, drop, weights, reasons = (files.enter_context(writing(folder / name, text=True)) for name in ROW_FILES)
         for number, text in enumerate(texts):
             place = places.get(number)
             kept = place is None or bool(decision.keep[place])

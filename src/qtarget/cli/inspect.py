@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtarget.core.types import Target
     from qtarget.report.inspect.inspection import Inspection
     from qtarget.report.tokens import ModelNumbers, TokenRows
+    from qtarget.scoring.cache.reader import ReferenceCache
 
 TOP_K = 20  # listed where a model is run here; eaft reads as many
 
@@ -234,8 +235,9 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
         elif named is not None:
             frozen[role] = _scored(config, named, rows, named)
     if training.witness is not None and "reference" in frozen:
-        _say_copies(training.witness, training.reference_cache)
-        judged = numbers_from_cache(ReferenceCache.open(training.witness, verify=False), rows)
+        copies = ReferenceCache.open(training.witness, verify=False)
+        _say_copies(copies, training.reference_cache)
+        judged = numbers_from_cache(copies, rows)
         frozen["reference"] = replace(frozen["reference"], crossfit=judged.label_log_probs)
     other = training.reference_model_name_or_path
     if "reference" in frozen and other in (None, model):
@@ -244,13 +246,18 @@ def models_of(config: RunConfig, rows: TokenRows) -> tuple[ModelNumbers, dict[st
     return live, {"reference": live} | frozen
 
 
-def _say_copies(witness: str, reference: str | None) -> None:
-    """Whether the copies know the rows, where they do not."""
-    from qtarget.filtering.copies import judge_copies, next_step
+def _say_copies(copies: ReferenceCache, reference: str | None) -> None:
+    """Whether the copies know the rows, where they do not.
+
+    Raises:
+        CacheMismatchError: it is no witness of this base.
+    """
+    from qtarget.filtering.copies import judge_copies, next_step, require_witness
     from qtarget.scoring.cache.reader import ReferenceCache
 
-    copies = ReferenceCache.open(witness, verify=False)
-    known = judge_copies(copies, None if reference is None else ReferenceCache.open(reference, verify=False))
+    base = None if reference is None else ReferenceCache.open(reference, verify=False)
+    require_witness(copies, base)
+    known = judge_copies(copies, base)
     if not known.known:
         typer.echo(f"witness: {known.sentence}; {next_step(known, copies)}")
 

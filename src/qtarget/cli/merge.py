@@ -24,7 +24,7 @@ def merge(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As transformers has it.")] = False,
 ) -> None:
     """Merge an adapter into its base: a folder that transformers, vLLM and SGLang load."""
-    from qtarget.evaluation.contenders import find_contender, refuse_missing
+    from qtarget.evaluation.contenders import MOVED, find_contender, refuse_missing
     from qtarget.storage.folders import MODEL, check_folder, mark_folder
     from qtarget.storage.models import adapter_base
 
@@ -35,9 +35,7 @@ def merge(
             f"{adapter} is no adapter: its weights are whole, so there is nothing to merge; use it as it is"
         )
     place = base or recorded
-    refuse_missing(
-        place, "--base" if base else f"{adapter} came from", "" if base else "if it has moved, pass --base MODEL; "
-    )
+    refuse_missing(place, "--base" if base else f"the base of {adapter}", "" if base else MOVED)
     target = output or default_output(found.model)
     check_folder(target, MODEL, inputs=[place, found.model])
     if target.is_dir() and any(target.iterdir()):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -153,7 +153,11 @@ def print_knowledge(config: RunConfig, directory: Path) -> None:
     copies = ReferenceCache.open(directory, verify=False)
     if base is not None and base.manifest.base_fingerprint != copies.manifest.base_fingerprint:
         base = None
-    found = judge_copies(copies, base)
+    try:
+        found = judge_copies(copies, base)
+    except CacheMismatchError as error:  # the base's cache is of other rows; what was scored is whole all the same
+        typer.echo(str(error))
+        return
     typer.echo(found.sentence if found.known else f"{found.sentence}; {next_step(found, copies)}")
 
 

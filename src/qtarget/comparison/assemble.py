@@ -9,6 +9,7 @@ from typing import Any
 
 from qtarget.comparison.compare import Found, row_scores, texts_file
 from qtarget.comparison.jobs import Contender, Job, Result
+from qtarget.core.errors import counted, inflected
 from qtarget.report.comparison.document import Entry, Scored
 
 
@@ -35,7 +36,8 @@ def entry_of(found: Found, contender: Contender, halves: Sequence[int], folder: 
         notes.append(f"the two halves of the rows chose different rates, {rates[1]:g} and {rates[0]:g}")
     cut = sum(run["sets"]["data"]["unfinished"] or 0 for run in shown)
     if cut:
-        notes.append(f"{cut} answers of {len(shown)} runs were cut off at {shown[0]['max_new_tokens']['data']} tokens")
+        answers = f"{counted(cut, 'answer')} of {counted(len(shown), 'run')} {inflected(cut, 'are')}"
+        notes.append(f"{answers} cut off at {counted(shown[0]['max_new_tokens']['data'], 'token')}")
     return Entry(
         name,
         sets,

@@ -13,7 +13,7 @@ from qtarget.benchmarks.pool import RunLog
 from qtarget.comparison.budget import Plan, fitting, left_out, mean_seconds
 from qtarget.comparison.jobs import TUNING_SEED, Job, Result
 from qtarget.comparison.pools import Pool
-from qtarget.core.errors import ConfigError
+from qtarget.core.errors import ConfigError, counted
 from qtarget.storage.files import digest, write_atomic
 
 RUNS, ROWS = "runs.jsonl", "rows"
@@ -175,7 +175,7 @@ class Comparison:
         """Results in order, None where a run failed; what is in the file of finished runs is read from there."""
         open_jobs = [job for job in jobs if job.key not in self._log.runs]
         if known := {job.key for job in jobs if job not in open_jobs} - self._told:
-            self._tell(known, f"{len(known)} run{'s' * (len(known) > 1)} finished before")
+            self._tell(known, f"{counted(len(known), 'run')} finished before")
         self._pool.map(open_jobs, self._save)
         return [self._log.runs.get(job.key) for job in jobs]
 

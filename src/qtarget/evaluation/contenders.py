@@ -11,11 +11,13 @@ from typing import Any
 from qtarget.core.errors import ConfigError
 from qtarget.report.runs.records import CONFIG_FILE, RUN_FILE, is_run
 from qtarget.storage.files import digest
-from qtarget.storage.folders import near_folders
+from qtarget.storage.folders import missing_folder
 from qtarget.storage.models import adapter_base
 
 WHOLE, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", WHOLE, ADAPTER)
+MOVED = "; if it has moved, pass --base MODEL"
+"""What to do about the base that a run records and that is not there."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find_contenders(names: Sequence[str], base: str | None = None) -> list[Conte
         trained = [replace(one, base=base, base_revision=None) for one in trained]
     for one in trained:
         if one.base is not None:
-            refuse_missing(one.base, f"{one.name} came from", "if it has moved, pass --base MODEL; ")
+            refuse_missing(one.base, f"the base of {one.name}", MOVED)
     trained = [
         replace(one, base=None) if one.base and _place(one.base) == _place(one.model) else one for one in trained
     ]
@@ -172,23 +174,19 @@ def model_folder(name: str) -> str:
 
 
 def refuse_missing(name: str, what: str, hint: str = "") -> None:
-    """Raise for what can only be a path and is nowhere; a name with one slash may be the hub's.
+    """Raise for a file, and for what can only be a folder and is nowhere.
+
+    Args:
+        what: the name is of.
+        hint: what else to do.
 
     Raises:
         ConfigError: see the message.
     """
-    path = Path(name)
-    if path.is_file():
-        raise ConfigError(f"{what} {name} is a file; expected a folder, or a hub name")
-    if path.exists():
-        return
-    parent = path.parent
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and parent.is_dir()):
-        near = near_folders(path)
-        hint = hint or (f"did you mean {' or '.join(near)}? " if near else "")
-        raise ConfigError(
-            f"{what} {name}: there is no such folder; {hint}expected a run, a model's folder or a hub name"
-        )
+    if Path(name).is_file():
+        raise ConfigError(f"{what}: {name} is a file; expected a folder, or a hub name")
+    if (words := missing_folder(name)) is not None:
+        raise ConfigError(f"{what}: {words}{hint}")
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -9,12 +9,10 @@ from typing import Any
 
 from qtarget.core.errors import ConfigError, StorageError
 from qtarget.report.runs.records import read_lines
+from qtarget.storage.differences import differences
 
 Key = tuple[str, str, str, int]
 """Part (``nll`` or ``completion``), set (``data`` or ``forgetting``), contender, row."""
-
-LONGEST = 60
-"""Characters of a value in a message."""
 
 
 class Records:
@@ -96,30 +94,6 @@ def check_plan(path: Path, known: Mapping[str, Any], plan: Mapping[str, Any]) ->
             f"{path} is of another evaluation: {'; '.join(differing)}; give what it was begun with, or choose another "
             "--output"
         )
-
-
-def differences(known: Any, now: Any, name: str = "") -> list[str]:
-    """What differs in two JSON values, in words, by its dotted key.
-
-    Example:
-        >>> differences({"settings": {"max_steps": "20"}, "rows": 1}, {"settings": {"max_steps": "21", "bf16": "True"}, "rows": 1})
-        ['settings.max_steps was 20 and is 21', 'settings.bf16 was not set and is True']
-    """
-    if known == now:
-        return []
-    if isinstance(known, Mapping) and isinstance(now, Mapping):
-        return [
-            line
-            for key in {**known, **now}
-            for line in differences(known.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    return [f"{name} was {_shown(known)} and is {_shown(now)}"]
-
-
-def _shown(value: Any) -> str:
-    """Short; a whole list says little."""
-    text = "not set" if value is None else str(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.command import command_for, quoted
-from qtarget.core.errors import MissingStatisticError
-from qtarget.data.crossfit.steps import FEWEST_STEPS, steps_of
+from qtarget.command import command_for, crossfit_command, quoted
+from qtarget.core.errors import CacheMismatchError, MissingStatisticError
+from qtarget.data.crossfit.steps import FEWEST_STEPS, sensible_steps, steps_of
 from qtarget.scoring.cache.reader import ReferenceCache
+from qtarget.scoring.contradictions import COPIES
 from qtarget.targets.crossfit_consensus import NOISE_DENSITY
 
 UNEXPECTED = 1.0
@@ -29,6 +30,8 @@ IMPOSSIBLE = -30.0
 """Nats below which no difference counts: a few labels that a model excludes must not hide the rows that are merely wrong."""
 LONGER, GENTLER, LORA_RATE = 4, 0.25, 1e-3
 """Factors on steps and rate of the recipe that is advised, and the least rate of a LoRA that is advised to learn longer."""
+MARGIN = 0.1
+"""Nats a token by which copies are worse than the base before training is said to have harmed them; few steps leave them equal."""
 OFTEN = 40
 """Passes over its rows after which a copy that does not know the others has learnt its own by heart."""
 
@@ -67,12 +70,17 @@ class Knowledge:
         return not self.known and self.base is not None and self.copies >= self.base
 
     @property
+    def harmed(self) -> bool:
+        """Whether training took from the copies what the base knows: a gentler one helps, and a longer one does not."""
+        return self.behind and self.base is not None and self.copies > self.base + MARGIN
+
+    @property
     def sentence(self) -> str:
         """Whether they know the rows, in words."""
         base = "" if self.base is None else f", the base {self.base:.1f}"
         if self.known:
             return f"the copies know these rows ({self.copies:.1f} nats a token at a typical one{base})"
-        worse = ", and know less than the base" if self.behind else ""
+        worse = f", and know {'less' if self.harmed else 'no more'} than the base" if self.behind else ""
         why = f"a typical one is no likelier to them than noise, {NOISE:.1f} nats a token or more"
         if self.unexpected is not None and self.unexpected > UNEXPECTED:
             why = f"a typical one surprises them by {self.unexpected:.1f} nats a token more than they expected"
@@ -116,10 +124,19 @@ def judge_copies(witness: ReferenceCache, reference: ReferenceCache | None = Non
     Args:
         witness: of the copies.
         reference: of the base; without it the base is left out.
+
+    Raises:
+        CacheMismatchError: the two have no rows in common.
     """
     names = sorted(witness.checksums())
     if reference is not None:
         names = [name for name, place in zip(names, reference.find(names), strict=True) if place >= 0]
+    if not names:
+        beside = "" if reference is None else f" that {reference.path} has, too"
+        raise CacheMismatchError(
+            f"witness: {witness.path} has no rows{beside}, so nobody can tell what its copies know; expected rows of this "
+            f"config: score the base with `{command_for('score')}`, and the copies with {crossfit_command()}"
+        )
     said = [witness.row(place) for place in witness.locate(names)]
     entropy = [row["entropy"] for row in said] if "entropy" in witness.manifest.columns else None
     base = None if reference is None else [reference.row(i)["label_log_probs"] for i in reference.locate(names)]
@@ -127,15 +144,19 @@ def judge_copies(witness: ReferenceCache, reference: ReferenceCache | None = Non
 
 
 def next_step(knowledge: Knowledge, witness: ReferenceCache) -> str:
-    """How to train copies that know more: a command that runs as it stands, and what to do with its folder."""
+    """How to train copies that know more: a command that runs as it stands, and what to do with its folder.
+
+    Never fewer steps than the default recipe takes: too few leave copies where the base was, and no rate mends that.
+    """
     told: Mapping[str, Any] = witness.manifest.crossfit or {}
     recipe = told.get("recipe", {})
-    steps, passes = steps_of(told)
+    (steps, passes), sensible = steps_of(told), sensible_steps(told)
     rate, rank = float(recipe.get("learning_rate", LORA_RATE)), int(recipe.get("rank", 16))
-    if knowledge.behind or passes > OFTEN:  # more of the same makes them worse
-        what, rate = "train them at a lower rate", rate * GENTLER
+    if knowledge.harmed or passes > OFTEN:  # more of the same makes them worse
+        what = "train them at a lower rate" if steps >= sensible else "train them longer, at a lower rate"
+        steps, rate = max(steps, sensible), rate * GENTLER
     else:
-        what, steps = "train them longer", max(LONGER * steps, FEWEST_STEPS)
+        what, steps = "train them longer", max(LONGER * steps, FEWEST_STEPS, sensible)
         rate = max(rate, LORA_RATE) if rank else rate
     folder = f"{re.sub(r'-[0-9]+-steps-[0-9.e-]+$', '', str(witness.path))}-{steps}-steps-{rate:g}"
     options = [
@@ -154,4 +175,29 @@ def refuse_behind(knowledge: Knowledge, witness: ReferenceCache, asked_by: str) 
     if knowledge.behind:
         raise MissingStatisticError(
             f"{asked_by}: witness {witness.path}: {knowledge.sentence}; {next_step(knowledge, witness)}"
+        )
+
+
+def require_witness(witness: ReferenceCache, reference: ReferenceCache | None) -> None:
+    """Make sure that a cross-fit is one, finished, and of the base that the reference cache is of, where there is one.
+
+    Raises:
+        CacheMismatchError: says which of these it is not.
+    """
+    if (witness.path / COPIES).exists():
+        raise CacheMismatchError(
+            f"witness: {witness.path} is not finished: its copies wait in {COPIES} to be asked under other prompts; run the "
+            "command that began it again, and it goes on there"
+        )
+    if witness.manifest.crossfit is None:
+        raise CacheMismatchError(
+            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected a "
+            f"cross-fit: {crossfit_command()}"
+        )
+    if reference is None:
+        return
+    if (found := witness.manifest.base_fingerprint) != (wanted := reference.manifest.base_fingerprint):
+        raise CacheMismatchError(
+            f"witness: the copies of {witness.path} began as the model {found}, {reference.path} is of {wanted}; expected one "
+            "base: score both with this config"
         )

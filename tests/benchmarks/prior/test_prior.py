@@ -143,6 +143,15 @@ def test_a_real_base_is_planted_once_and_only_adapters_are_trained(tmp_path):
         run_prior(
             replace(tiny, plant_steps=9), tmp_path / "p.json", resume=True, progress=print, worker=RealPriorWorker
         )
+    (tmp_path / "p.json").unlink()  # as if stopped before the first result
+    with pytest.raises(ConfigError, match=r"p\.bases was made with another plant_steps and rank; delete it"):
+        run_prior(
+            replace(tiny, plant_steps=9, rank=2),
+            tmp_path / "p.json",
+            resume=True,
+            progress=print,
+            worker=RealPriorWorker,
+        )
 
 
 @pytest.mark.nightly

@@ -48,6 +48,18 @@ def test_fresh_samples_make_all_rules_one_run_to_the_bit(worker):
     assert reused[0]["kl_k3"] > 1e-4 and reused[0]["blocked"] < reused[1]["blocked"]
 
 
+def test_every_run_is_asked_once_and_the_start_by_none(monkeypatch):
+    """Seconds of a run are of what it does itself: the first one of a process is no exception."""
+    with quiet_libraries(), one_thread():
+        fresh, asked = ModelWorker(1, 1, 1, 2, 1), []
+    score = fresh.scores
+    monkeypatch.setattr(fresh, "scores", lambda model: asked.append(model) or score(model))
+    found = fresh.run(Job(Point(), "drpo", 0.5, 1e-3, ()), 0)
+    assert len(asked) == 1 and asked[0] is not fresh.first
+    again = fresh.scores(fresh.first)
+    assert (found["start"], found["start_greedy"]) == (again["end"], sum(again["right_greedy"]) / 2)
+
+
 def test_learning_rates_are_judged_on_other_prompts(worker):
     held_out = {row["prompt"] for row in worker.test}
     assert not held_out & {row["prompt"] for row in worker.validation}

@@ -7,8 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import TrainerState
 
-from qtarget.integrations.rl.start import is_base_the_start
+from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.start import is_base_the_start, is_logged, start_of
 from tests.integrations.conftest import make_model
 from tests.integrations.rl.conftest import vowels
 
@@ -59,6 +61,31 @@ def test_with_an_adapter_it_is_to_the_model_without(ours):
     other = ours("dppo_tv", **settings, logging_steps=2, extra={"peft_config": lora()})
     other.train()  # of the step that is logged alone
     assert logged(other) == pytest.approx(expected[1::2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured_at"),
+    [
+        ({"logging_strategy": "no"}, []),
+        ({"logging_strategy": "no", "logging_first_step": True}, [1]),
+        ({"logging_strategy": "epoch"}, [1, 2, 3, 4, 5]),
+        ({"logging_steps": 2}, [2, 4, 5]),
+    ],
+)
+def test_it_is_measured_where_a_line_tells_it(tmp_path, settings, measured_at):
+    args = QTargetGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    steps = [TrainerState(global_step=i, max_steps=5, logging_steps=int(args.logging_steps)) for i in range(5)]
+    assert [state.global_step + 1 for state in steps if is_logged(args, state)] == measured_at
+
+
+@pytest.mark.parametrize(("revision", "found"), [(None, "teacher"), ("main", "teacher"), ("step-100", None)])
+def test_another_revision_of_the_same_name_is_not_the_start(tmp_path, revision, found):
+    args = QTargetGRPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, teacher_model_name_or_path="user/model", target="reverse_kl",
+        model_init_kwargs={"revision": revision},
+    )  # fmt: skip
+    assert start_of(args, make_model(), "user/model") == found
+    assert start_of(args, make_model(), "user/other") is None
 
 
 def test_a_base_teacher_is_the_start_and_training_is_not_changed_by_the_measure(ours, monkeypatch):

@@ -209,7 +209,7 @@ def test_another_recipe_other_rows_or_an_ordinary_cache_are_refused(judge, tmp_p
         judge(learning_rate=0.5)
     with pytest.raises(CacheMismatchError, match=r"another cross-fit: .*split"):
         judge(rows=ROWS.select(range(12)))
-    with pytest.raises(CacheMismatchError, match=r"another cross-fit: folds is 2 there and 3 now"):
+    with pytest.raises(CacheMismatchError, match=r"another cross-fit: folds was 2 and is 3;"):
         judge(folds=3)
     cached()
     with pytest.raises(CacheMismatchError, match=r"no cross-fit's|another cross-fit"):
@@ -318,7 +318,7 @@ def test_a_begun_folder_goes_on_with_no_other_base_and_no_other_setting(judge, t
         with torch.no_grad():
             changed.get_output_embeddings().weight[0, 0] += 0.5  # one number
         changed.save_pretrained(base)
-    words = "weight_decay is 0.0 there and 0.1 now" if settings else "base_fingerprint is '"
+    words = "recipe.settings.weight_decay was 0.0 and is 0.1" if settings else "base_fingerprint was "
     with pytest.raises(CacheMismatchError, match=words):
         judge(steps=1, settings=settings)
 

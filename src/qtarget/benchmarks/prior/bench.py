@@ -110,6 +110,10 @@ class PriorConfig:
         """What all runs of one file share."""
         return {"steps": self.steps, "start": asdict(self.start)}
 
+    def of_bases(self) -> dict[str, Any]:
+        """What the bases are made of, which runs share and a later call takes again."""
+        return {"tasks": "embedded", "start": asdict(self.start)}
+
     def methods(self) -> list[tuple[str, bool]]:
         """Target and whether it is guarded."""
         return [(name, guard) for name in self.targets for guard in ((False, True) if name in GUARDED else (False,))]
@@ -247,7 +251,7 @@ def run_prior(
     """
     check_settings(output, resume, config.fixed())
     log, bases = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".bases")
-    claim(bases, {"tasks": "embedded", "start": asdict(config.start)})
+    claim(bases, config.of_bases())
     conditions: list[dict[str, Any]] = []
     results = {
         "benchmark": "prior", "config": asdict(config), "untrained": {}, "conditions": conditions,

@@ -46,6 +46,10 @@ class RealPriorConfig(PriorConfig):
         sizes = {name: asdict(self)[name] for name in ("train_rows", "test_rows", "plant_steps", "rank")}
         return {**super().fixed(), **sizes}
 
+    def of_bases(self) -> dict[str, Any]:
+        """What the bases are made of, which runs share and a later call takes again."""
+        return {**super().of_bases(), "plant_steps": self.plant_steps, "rank": self.rank}
+
 
 FULL = RealPriorConfig()
 SHORT = replace(

@@ -6,6 +6,7 @@ distillation on its own samples. Through the public trainers, as a user would.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,14 @@ import numpy as np
 
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, RunLog, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.worker import MODULES
-from qtarget.benchmarks.seeds import bootstrap_interval
-from qtarget.benchmarks.tables import markdown_table, with_ends
+from qtarget.benchmarks.real.worker import adapters
+from qtarget.benchmarks.sampling import NEW_TOKENS, right_answers
+from qtarget.benchmarks.start import claim
+from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 from qtarget.benchmarks.tasks import Row, embedded_tasks, generated_demonstrations
 from qtarget.data import tasks
-from qtarget.evaluation.generation import GREEDY, Decoding, complete, prompt_ids
+from qtarget.evaluation.generation import GREEDY, Decoding, prompt_ids
+from qtarget.storage.files import write_json
 from qtarget.storage.folders import whole_folder
 
 START, TEACHER, RL, OPD = "start", "teacher", "dppo_tv", "distillation on samples"
@@ -30,7 +33,10 @@ TAUGHT, SAMPLED = (START, TEACHER), (RL, OPD)
 SCORES = ("sampled", "greedy")
 SHOWN = ("reward", "kl/start", "entropy", "region/blocked", "completions/mean_length", "loss")
 """Of the training log, kept line by line."""
-NEW_TOKENS, AT_ONCE = 24, 16
+AT_ONCE = 16
+"""Prompts that are answered together: a vocabulary of 49,152 is wide."""
+TRAINED = "trained.json"
+"""In a model's folder: how its training went, for a call that goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,13 @@ def run_real_rl(config: RealRLConfig, base: Path, output: Path, *, resume: bool,
         output: JSON; what is finished stands beside it in ``.runs.jsonl``, the models in ``.models``.
         resume: go on with what is finished there.
         progress: called with models done, models in all, and what was done last.
+
+    Raises:
+        ConfigError: results or models are there that were made with other settings.
     """
     check_settings(output, resume, asdict(config))
     log, models = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".models")
+    claim(models, {"base": str(base.resolve()), **asdict(config)})  # a stopped run may have left models and no results
     results: dict[str, Any] = {
         "benchmark": "rl --base smollm2", "config": asdict(config), "models": {}, "machine": machine_facts(),
         "versions": versions(),
@@ -94,25 +104,29 @@ def run_real_rl(config: RealRLConfig, base: Path, output: Path, *, resume: bool,
 
 
 def made(config: RealRLConfig, name: str, base: Path, models: Path) -> dict[str, Any]:
-    """Train one model into a folder of ``models``, unless it is there, and ask it; times are of this process alone."""
-    folder, found = models / name.replace(" ", "_"), {}
-    begin = time.process_time()
+    """Train one model into a folder of ``models``, unless it is there, and ask it; CPU seconds are of whoever did it."""
+    folder = models / name.replace(" ", "_")
     if not folder.is_dir():
+        begin = time.process_time()
         scratch = models / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         train = taught if name in TAUGHT else sampled
         trainer = train(config, name, models / START if name != START else base, models, scratch)
         trainer.train()
         log = trainer.state.log_history
-        found = {"log": [{key: line[key] for key in SHOWN if key in line} for line in log if "loss" in line]}
+        found: dict[str, Any] = {
+            "log": [{key: line[key] for key in SHOWN if key in line} for line in log if "loss" in line]
+        }
         with whole_folder(folder) as beside:
             trainer.model.merge_and_unload().save_pretrained(beside)
             trainer.processing_class.save_pretrained(beside)
+            found["train_cpu_seconds"] = round(time.process_time() - begin, 1)
+            write_json(beside / TRAINED, found)
         shutil.rmtree(scratch, ignore_errors=True)
-    trained = time.process_time()
+    begin = time.process_time()
     scores = asked(config, folder, base)
-    spent = {"train_cpu_seconds": trained - begin, "test_cpu_seconds": time.process_time() - trained}
-    return {**scores, **found, **{key: round(value, 1) for key, value in spent.items()}}
+    trained = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+    return {**scores, **trained, "test_cpu_seconds": round(time.process_time() - begin, 1)}
 
 
 def in_turns(row: Row) -> dict[str, Any]:
@@ -143,13 +157,6 @@ def right(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[f
     return [float(tasks.check({"answer": one}, text)) for text, one in zip(texts, answer, strict=True)]
 
 
-def adapters(config: RealRLConfig) -> Any:
-    """LoRA on all linear layers."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=list(MODULES), task_type="CAUSAL_LM")
-
-
 def common(config: RealRLConfig, steps: int, rate: float) -> dict[str, Any]:
     """Settings of all four trainings."""
     return {
@@ -172,7 +179,7 @@ def taught(config: RealRLConfig, name: str, model: Path, models: Path, scratch: 
         **common(config, steps, config.sft_rate),
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    return QTargetTrainer(str(model), args, None, data, peft_config=adapters(config))
+    return QTargetTrainer(str(model), args, None, data, peft_config=adapters(config.rank, "CAUSAL_LM"))
 
 
 def sampled(config: RealRLConfig, name: str, model: Path, models: Path, scratch: Path) -> Any:
@@ -191,7 +198,9 @@ def sampled(config: RealRLConfig, name: str, model: Path, models: Path, scratch:
         max_completion_length=NEW_TOKENS, **(rewarded if name == RL else by_teacher),
         **common(config, config.steps, config.rl_rate if name == RL else config.opd_rate),
     )  # fmt: skip
-    return QTargetGRPOTrainer(str(model), right if name == RL else None, args, data, peft_config=adapters(config))
+    return QTargetGRPOTrainer(
+        str(model), right if name == RL else None, args, data, peft_config=adapters(config.rank, "CAUSAL_LM")
+    )
 
 
 def asked(config: RealRLConfig, folder: Path, base: Path) -> dict[str, list[int]]:
@@ -203,18 +212,11 @@ def asked(config: RealRLConfig, folder: Path, base: Path) -> dict[str, list[int]
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     rows = embedded_tasks().test[: config.test_rows]
     ids = [prompt_ids(tokenizer, in_turns(row)["prompt"]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
-    out = {score: [0] * len(rows) for score in SCORES}
-    for score, decoding in zip(SCORES, (Decoding(1.0, config.draws, config.seed), GREEDY), strict=True):
-        for begin in range(0, len(rows), AT_ONCE):
-            chosen = order[begin : begin + AT_ONCE]
-            said = complete(
-                model.eval(), tokenizer, [ids[i] for i in chosen], max_new_tokens=NEW_TOKENS,
-                stops=[tokenizer.eos_token_id], decoding=decoding, stream=begin,
-            )  # fmt: skip
-            for i, answers in zip(chosen, said, strict=True):
-                out[score][i] = sum(tasks.check(rows[i], one.text) for one in answers)
-    return out
+    ways = (Decoding(1.0, config.draws, config.seed), GREEDY)
+    return {
+        score: right_answers(model.eval(), tokenizer, rows, decoding, ids, AT_ONCE)
+        for score, decoding in zip(SCORES, ways, strict=True)
+    }
 
 
 def summarize(models: Mapping[str, Mapping[str, Any]], draws: int) -> dict[str, Any]:
@@ -228,15 +230,11 @@ def summarize(models: Mapping[str, Mapping[str, Any]], draws: int) -> dict[str, 
     }
     out: dict[str, Any] = {}
     for name, scores in percent.items():
-        out[name] = {score: _rounded(values) for score, values in scores.items()}
+        out[name] = {score: rounded_interval(values[None], 1) for score, values in scores.items()}
         if name != START:
-            out[name] |= {f"{score}_to_start": _rounded(scores[score] - percent[START][score]) for score in SCORES}
+            gains = {score: scores[score] - percent[START][score] for score in SCORES}
+            out[name] |= {f"{score}_to_start": rounded_interval(gain[None], 1) for score, gain in gains.items()}
     return out
-
-
-def _rounded(values: Any) -> dict[str, float]:
-    found = bootstrap_interval(values[None])
-    return {end: round(getattr(found, end), 1) for end in ("mean", "low", "high")}
 
 
 def real_rl_table(results: Mapping[str, Any]) -> str:

@@ -104,11 +104,11 @@ def with_adapters(model: Any, rank: int) -> Any:
     return inject_adapter_in_model(adapters(rank), model)
 
 
-def adapters(rank: int) -> Any:
-    """The ``LoraConfig`` of all runs."""
+def adapters(rank: int, task_type: str | None = None) -> Any:
+    """The ``LoraConfig`` of all runs; a trainer asks for the type of task, too."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MODULES))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MODULES), task_type=task_type)
 
 
 def teach_by_adapters(start: Start, rows: list[Row], steps: int, rank: int, path: Path) -> None:

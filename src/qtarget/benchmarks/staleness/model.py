@@ -6,7 +6,6 @@ import copy
 import time
 from collections import deque
 from collections.abc import Sequence
-from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +32,9 @@ class ModelWorker:
         prompts: of a round; each is answered ``GROUP`` times.
         test_rows: held-out prompts.
         draws: samples of each, at temperature 1.
+
+    Attributes:
+        start: shares of right answers of the start, drawn and greedy.
     """
 
     def __init__(self, rounds: int, sft_steps: int, prompts: int, test_rows: int, draws: int) -> None:
@@ -42,6 +44,9 @@ class ModelWorker:
         self.taken = {row["prompt"] for row in (*self.task.test, *self.task.validation)}
         self.first = Start().load()
         teach(self.first, Start(), self.task.warmup, sft_steps)
+        # here, and not where it is first asked for: that run's seconds would hold it
+        found = self.scores(self.first)
+        self.start = found["end"], sum(found["right_greedy"]) / len(self.test)
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """``runs``, one of each seed."""
@@ -66,12 +71,6 @@ class ModelWorker:
         """Held-out prompts, answered by draws and by the likeliest tokens."""
         sampled, greedy = self.drawn(model, self.test), right_answers(model, self.tokenizer, self.test, GREEDY)
         return {"end": self.share(sampled), "right_sampled": sampled, "right_greedy": greedy}
-
-    @cached_property
-    def start(self) -> tuple[float, float]:
-        """Shares of right answers of the start, drawn and greedy."""
-        found = self.scores(self.first)
-        return found["end"], sum(found["right_greedy"]) / len(self.test)
 
     def improve(self, model: Any, job: Job, seed: int) -> dict[str, Any]:
         """Sample and update, round by round."""

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qtarget.benchmarks.seeds import bootstrap_interval
 from qtarget.benchmarks.staleness.bench import StalenessConfig
 from qtarget.benchmarks.staleness.model import ModelWorker
 from qtarget.benchmarks.staleness.results import point_name
 from qtarget.benchmarks.staleness.rules import BASELINE, default
 from qtarget.benchmarks.staleness.runs import Point
-from qtarget.benchmarks.tables import markdown_table, with_ends
+from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 
 POINTS = (Point(), Point(lag=8), Point(epochs=4), Point(lag=8, epochs=4))
 NO_REGION = f"{BASELINE} {default(BASELINE):g}"
@@ -96,16 +95,11 @@ def _setting(found: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any
     for score, key in SCORES.items():
         each = 100 / (draws if score == "sampled" else 1)
         own, other = (each * np.array([run[key] for run in runs]) for runs in (found, base))
-        out[score] = _rounded(own)
+        out[score] = rounded_interval(own, 1)
         if found is not base:
-            out[f"{score}_to_no_region"] = _rounded(own - other)
+            out[f"{score}_to_no_region"] = rounded_interval(own - other, 1)
     out["collapsed"] = sum(run["end"] < run["start"] for run in found)
     return out | {key: round(sum(run[key] for run in found) / len(found), 5) for key in ("kl_k3", "blocked")}
-
-
-def _rounded(values: Any) -> dict[str, float]:
-    found = bootstrap_interval(values)
-    return {name: round(getattr(found, name), 1) for name in ("mean", "low", "high")}
 
 
 def model_finding(rows: Sequence[Mapping[str, Any]]) -> str:

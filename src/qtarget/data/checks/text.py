@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.errors import counted
 from qtarget.data.checks.findings import ROWS_NAMED, Finding, finding
 
 REPLACEMENT = "\ufffd"
@@ -114,10 +115,9 @@ def _duplicates(pairs: Sequence[tuple[str | None, str]]) -> list[Finding]:
         "remove them, or give the first a `weight`: each copy is one more vote for its tokens", **same,
     )  # fmt: skip
     examples = [_contradiction(pairs, group) for group in contrary[:ROWS_NAMED]]
-    prompts = f"{len(contrary):,} prompt{'s'[: len(contrary) != 1]}"
     return found + finding(
         "contradictory_duplicates", "warning", disagreeing, len(pairs),
-        f"share their prompt with a row that answers otherwise ({prompts})",
+        f"share their prompt with a row that answers otherwise ({counted(len(contrary), 'prompt')})",
         "keep the right answer where only one can be right; several good answers to one prompt are no fault",
         prompts=len(contrary), examples=examples,
     )  # fmt: skip

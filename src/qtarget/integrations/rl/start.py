@@ -16,6 +16,7 @@ from qtarget.integrations.shared.step import TargetOutput, TargetStep, shifted
 from qtarget.registry import get_target
 
 PROBE_TOKENS = 8
+MAIN = "main"
 TEACHER, ADAPTER = "teacher", "adapter"
 """Where the start is at hand: as the teacher that runs at every step, or under an adapter that adds nothing at first."""
 
@@ -73,7 +74,9 @@ def start_of(args: Any, model: Any, named: str | None) -> str | None:
         named: the name or path that the policy was loaded from, where it was not given as a model.
     """
     adapted = hasattr(model, "disable_adapter")
-    same = named is not None and named == args.teacher_model_name_or_path
+    # a teacher is loaded at the main revision, whatever the policy's is
+    revision = (args.model_init_kwargs or {}).get("revision") or MAIN
+    same = named is not None and (named, revision) == (args.teacher_model_name_or_path, MAIN)
     if args.privileged_column is None and (same or (args.teacher == BASE and not adapted)):
         return TEACHER
     # with dropout on, the policy would be off its own start
@@ -83,9 +86,10 @@ def start_of(args: Any, model: Any, named: str | None) -> str | None:
 
 
 def is_logged(args: Any, state: Any) -> bool:
-    """Whether the optimizer step that is under way is one with a log line of its own."""
-    if str(getattr(args.logging_strategy, "value", args.logging_strategy)) != "steps":
+    """Whether a log line tells of the optimizer step that is under way; where one tells of an epoch, the mean of all."""
+    strategy, number = str(getattr(args.logging_strategy, "value", args.logging_strategy)), state.global_step + 1
+    if strategy == "epoch" or (args.logging_first_step and number == 1):
         return True
-    number = state.global_step + 1
-    every = max(int(state.logging_steps or 1), 1)
-    return number % every == 0 or (args.logging_first_step and number == 1) or number == state.max_steps
+    if strategy == "no":
+        return False
+    return number % max(int(state.logging_steps or 1), 1) == 0 or number == state.max_steps

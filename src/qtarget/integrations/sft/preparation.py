@@ -20,7 +20,7 @@ from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary
 from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
-from qtarget.filtering.copies import Knowledge
+from qtarget.filtering.copies import Knowledge, require_witness
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
     locate_rows,
@@ -30,7 +30,7 @@ from qtarget.integrations.sft.data.columns import (
 from qtarget.integrations.sft.data.filtering import RowFilter
 from qtarget.integrations.sft.data.ragged import Ragged
 from qtarget.integrations.sft.data.weights import announcement, check_weights, weights_of_rows
-from qtarget.integrations.sft.data.witnesses import Sources, add_data_columns, heed_copies, require_witness
+from qtarget.integrations.sft.data.witnesses import Sources, add_data_columns, heed_copies
 from qtarget.integrations.sft.rendering.model_checks import check_with_model, name_end, name_saveable, vocabulary_of
 from qtarget.integrations.sft.rendering.renderer import Renderer
 from qtarget.integrations.sft.rendering.rows import Rendered, render

@@ -10,12 +10,13 @@ import numpy as np
 from qtarget.core.errors import CacheMismatchError
 from qtarget.data.checks.findings import Finding
 from qtarget.data.crossfit.witness import verdict
+from qtarget.filtering.copies import require_witness
 from qtarget.filtering.lookup import rows_in_cache
 from qtarget.report.audit.noise import row_kinds
 from qtarget.report.audit.scored import ScoredTokens
 from qtarget.scoring.cache.reader import ReferenceCache
 
-RULE = "crossfit"
+RULE, MISMATCH = "crossfit", "witness_mismatch"
 
 
 def check_witness(
@@ -25,7 +26,8 @@ def check_witness(
     witness: ReferenceCache,
     sided: bool = True,
 ) -> list[Finding]:
-    """How much of the rows the copies find to be noise, and whether they tell two kinds; or that they do not know the rows.
+    """How much of the rows the copies find to be noise, and whether they tell two kinds; or that they do not know the rows;
+    or why it is no witness: then training stops, too.
 
     Args:
         scored: what the base says.
@@ -33,6 +35,10 @@ def check_witness(
         witness: of the copies.
         sided: whether to read what lies beside the witness, which a signature does not cover.
     """
+    try:
+        require_witness(witness, cache)
+    except CacheMismatchError as error:
+        return [Finding(MISMATCH, "error", len(trained), (), str(error))]
     if not len(scored.places):
         return []
     masks = np.zeros(len(scored.ids), dtype=bool)
@@ -42,7 +48,7 @@ def check_witness(
     try:
         rows = rows_in_cache(cache, ids, trained_at, scored.numbers, witness=witness, sided=sided)
     except CacheMismatchError as error:
-        return [Finding("witness_mismatch", "error", len(trained), (), f"witness: {error}")]
+        return [Finding(MISMATCH, "error", len(trained), (), f"witness: {error}")]
     assert rows.crossfit is not None, "a witness was given"
     told = rows.knowledge.facts()
     if not rows.knowledge.known:  # a share of noise would be a fact about the copies

@@ -353,6 +353,17 @@ def test_prompts_that_change_before_their_completion_are_named_and_trls_words_ar
     assert "not a prefix" not in caplog.text
 
 
+def test_of_prompts_those_that_change_are_named_and_no_others(train):
+    """Only a question that ends with `?` is asked to think."""
+    asked = "add_generation_prompt and messages[-1].content.endswith('?')"
+    template = PLAIN + "{%- if " + asked + " -%}{{ '<assistant:think' }}{%- endif -%}"
+    questions = ["Hello", "Why?", "So", "How?", "Yes"]
+    rows = [{"prompt": [{"role": "user", "content": text}], "completion": [ANSWER]} for text in questions]
+    trainer = train(rows, tokenizer_with(template))
+    assert "2 of 5 rows have a prompt whose end is left out" in said(trainer)
+    assert ": rows 2, 4; end the prompt" in said(trainer)
+
+
 def test_thoughts_that_a_template_leaves_out_are_a_warning(train):
     template = PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]")
     trainer = train([{"messages": [USER, {**ANSWER, "content": "<think>well</think>Hi"}]}], tokenizer_with(template))

@@ -23,6 +23,7 @@ from qtarget.scoring.cache.schema import Manifest, Provenance
 from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.contradictions import COPIES, SIDE
 from qtarget.scoring.sources.local import LocalSource, check_storage
+from qtarget.storage.differences import differences
 from qtarget.storage.files import digest, write_json
 from qtarget.storage.folders import CACHE, owned
 from qtarget.storage.locks import locked
@@ -149,8 +150,7 @@ def said_before(directory: Path, facts: dict[str, Any]) -> list[str] | None:
             raise CacheMismatchError(
                 f"{path} is no cross-fit's ({error!r}); choose another folder, or delete this one"
             ) from error
-        differing = differences(said, wanted)
-        if differing:
+        if differing := differences({key: said.get(key) for key in wanted}, wanted):
             raise CacheMismatchError(
                 f"{directory} was begun with another cross-fit: {'; '.join(differing)}; choose another folder, or delete this one"
             )
@@ -159,20 +159,3 @@ def said_before(directory: Path, facts: dict[str, Any]) -> list[str] | None:
         return None
     write_json(directory / COPIES / PLAN, {"crossfit": wanted})
     return None
-
-
-def differences(said: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs, each in words; of mappings the entries that do.
-
-    Example:
-        >>> differences({"seed": 1, "recipe": {"rank": 8, "steps": 4}}, {"seed": 1, "recipe": {"rank": 16, "steps": 4}})
-        ['rank is 8 there and 16 now']
-    """
-    found = []
-    for key, value in wanted.items():
-        before = said.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
-            found += differences(before, value)
-        elif before != value:
-            found.append(f"{key} is {before!r} there and {value!r} now")
-    return found

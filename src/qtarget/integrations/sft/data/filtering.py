@@ -17,12 +17,12 @@ from qtarget.core.errors import ConfigError, MissingStatisticError
 from qtarget.data.checks.findings import named
 from qtarget.filtering import WITNESSES, Decision, Filter, decide
 from qtarget.filtering.alone import read_alone, without_prompt
+from qtarget.filtering.copies import require_witness
 from qtarget.filtering.lookup import rows_in_cache
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.arrow import list_array, list_batches, with_columns
 from qtarget.integrations.sft.data.columns import supervised
 from qtarget.integrations.sft.data.weights import ROW
-from qtarget.integrations.sft.data.witnesses import require_witness
 from qtarget.integrations.shared.frozen import way_out
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import MANIFEST

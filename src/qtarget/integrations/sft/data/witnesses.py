@@ -14,8 +14,6 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from transformers.utils import logging
 
-from qtarget.command import crossfit_command
-from qtarget.core.errors import CacheMismatchError
 from qtarget.core.types import COUNTED_FIELDS, DATA_FIELDS, WITNESS_FIELDS, Target
 from qtarget.data.agreement import confident_choices, contexts_of, counted_flat
 from qtarget.data.agreement.ngrams import FlatTokens
@@ -28,7 +26,6 @@ from qtarget.integrations.sft.data.columns import locate_rows, supervised
 from qtarget.integrations.sft.data.start import can_weigh, silent_rows, start_weights
 from qtarget.integrations.sft.data.weights import ROW
 from qtarget.scoring.cache.reader import ReferenceCache
-from qtarget.scoring.contradictions import COPIES
 
 logger = logging.get_logger(__name__)
 
@@ -252,26 +249,3 @@ def heed_copies(witness: ReferenceCache, reference: ReferenceCache, target: str)
     )
     logger.warning(f"train data: {warning}")
     return knowledge, [warning]
-
-
-def require_witness(witness: ReferenceCache, reference: ReferenceCache) -> None:
-    """Make sure that a cross-fit is one, finished, and of the base that the reference cache is of.
-
-    Raises:
-        CacheMismatchError: says which of these it is not.
-    """
-    if (witness.path / COPIES).exists():
-        raise CacheMismatchError(
-            f"witness: {witness.path} is not finished: its copies wait in {COPIES} to be asked under other prompts; run the "
-            "command that began it again, and it goes on there"
-        )
-    if witness.manifest.crossfit is None:
-        raise CacheMismatchError(
-            f"witness: {witness.path} is an ordinary cache, whose model may have seen the rows; expected a "
-            f"cross-fit: {crossfit_command()}"
-        )
-    if (found := witness.manifest.base_fingerprint) != (wanted := reference.manifest.base_fingerprint):
-        raise CacheMismatchError(
-            f"witness: the copies of {witness.path} began as the model {found}, {reference.path} is of {wanted}; expected one "
-            "base: score both with this config"
-        )

@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from datasets import Dataset
 from trl.data_utils import _tokenize
+from trl.trainer import sft_trainer
 
 from qtarget.data.checks.findings import Finding, finding
 from qtarget.integrations.sft.data.columns import ROW
@@ -33,9 +35,13 @@ def held_back() -> Iterator[list[str]]:
         return False
 
     logger.addFilter(keep)
+    # accelerate says a thing once a process (1.15): a second data set of the same kind would go untold
+    adapter: Any = sft_trainer.logger
+    adapter.warning_once = lru_cache(None)(adapter.warning)
     try:
         yield found
     finally:
+        del adapter.warning_once
         logger.removeFilter(keep)
 
 
