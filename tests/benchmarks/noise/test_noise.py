@@ -219,7 +219,7 @@ def test_the_sums_of_the_map_by_hand():
     assert (goal["relative_gain"], goal["gap_recovered"]) == (0.7, pytest.approx(0.438, abs=1e-3))
     assert (goal["best_published"], goal["within_a_point_of_best"], goal["untrained"]) == ("sft", True, 5.0)
     assert results["summary"]["finding"] == (
-        "Over 1 noisy points of the map, consensus is never below SFT; the next best target, prior_surprise, up to 20.0 points; "
+        "Over 1 noisy point of the map, consensus is never below SFT; the next best target, prior_surprise, up to 20.0 points; "
         "1 - p_base up to 20.0"
     )
     table = noise_table(results)

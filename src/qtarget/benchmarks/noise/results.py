@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR, TARGET_COLOUR
 from qtarget.benchmarks.noise.methods import CHOSEN, CROSSFIT, METHODS, OTHERS, PRACTICE
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
+from qtarget.core.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +114,7 @@ def finding(summary: Cells) -> str:
         return "No noisy point of the map was run"
     best, *others = sorted(names, key=below)
     first = "is never below SFT" if below(best) <= 0 else f"is at most {below(best):.1f} points below SFT"
-    parts = [f"Over {len(noisy)} noisy points of the map, {best} {first}"]
+    parts = [f"Over {counted(len(noisy), 'noisy point')} of the map, {best} {first}"]
     parts += [f"the next best target, {others[0]}, up to {max(0.0, below(others[0])):.1f} points"] if others else []
     parts += [f"1 - p_base up to {max(0.0, below('prior_surprise')):.1f}"] if "prior_surprise" in names else []
     return "; ".join(parts)
