@@ -37,7 +37,7 @@ def there(tmp_path, tiny_model, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_run(there, tiny_model):
+def test_the_commands_run(there, tiny_model, recwarn, capsys):
     lines = [shlex.split(line.replace("path/to/teacher", str(tiny_model))) for line in blocks("sh")[0].splitlines()]
     assert [line[:3] for line in lines] == [["qtarget", "rl", "rl.yaml"]] * 4
     for line in lines:
@@ -57,6 +57,9 @@ def test_the_commands_run(there, tiny_model):
         assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
         assert (output / "model.safetensors").is_file()
         assert any("ratio/mean" in line for line in lines) == (folder != "opd")
+        check_card(output, name)
+    assert [w for w in map(str, (one.message for one in recwarn)) if "deprecat" in w or "pin_memory" in w] == []
+    assert "tokenizer, README.md, qtarget_config.yaml" in " ".join(capsys.readouterr().out.split())
     report = shlex.split(blocks("sh")[1])
     assert called(*report[1:], "--json", "rl.json") == 0
     found = json.loads((there / "rl.json").read_text())
@@ -75,6 +78,23 @@ def test_the_commands_run(there, tiny_model):
     # a finished run is not written over, and goes on only when asked
     assert called("rl", "rl.yaml") == 2
     assert called("rl", "rl.yaml", "--resume", "true") == 0
+
+
+def check_card(output, name: str) -> None:
+    """What a run's card says; and written anew it is no card of somebody else's."""
+    text, record = (output / "README.md").read_text(), json.loads((output / "qtarget_run.json").read_text())
+    for words in (
+        f"trained on its own samples with `{name}` of qtarget", record["data"]["train"]["fingerprint"], "| learning_rate | 1e-05 |",
+        record["fingerprints"]["model"], "| num_generations | 4 |", "| loss |",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "None" not in text and str(output.parent) not in text
+    assert ("| rewards | exact |" in text, "\n| reward |" in text) == (output.name in ("rl", "drpo"),) * 2
+    assert ("| trust_region_kwargs | delta = 0.5 |" in text) == (output.name == "drpo")
+    assert ("| teacher | run live of" in text) == (output.name in ("opd", "taught"))
+    assert (output / "checkpoint-4/README.md").is_file()
+    assert called("card", output) == 0
+    assert list(output.glob("README.kept-*")) == []
 
 
 def test_the_pages_reward_reads_chats_too_and_a_step_is_a_line(there, capsys):

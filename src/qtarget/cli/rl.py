@@ -202,11 +202,12 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     from rich.text import Text
 
     from qtarget.cli.options.started import saved_model
+    from qtarget.integrations.shared.records.terminal import without_noise
 
     table = Table(title=f"trained on samples with {summary['target']}", show_header=False)
-    for name in FIRST_AND_LAST.values():
+    for key, name in FIRST_AND_LAST.items():
         if f"first_{name}" in summary:
-            first, last = summary[f"first_{name}"], summary[f"last_{name}"]
+            first, last = (without_noise(key, summary[f"{which}_{name}"]) for which in ("first", "last"))
             table.add_row(f"{name.replace('_', ' ')}, first to last log", f"{first:.4g} -> {last:.4g}")
     for key in ("steps", "seconds", "eval_reward", "eval_loss"):
         if summary.get(key) is not None:
@@ -215,7 +216,7 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     console.print(table)
     console.print(
         Text(
-            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, qtarget_config.yaml, train_summary.json)"
+            f"saved to {output.resolve()} ({saved_model(output)}, tokenizer, README.md, qtarget_config.yaml, train_summary.json)"
         ),
         soft_wrap=True,
     )

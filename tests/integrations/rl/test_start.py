@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerState
 
 from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.differing import NoDifference
 from qtarget.integrations.rl.start import is_base_the_start, is_logged, start_of
 from tests.integrations.conftest import make_model
 from tests.integrations.rl.conftest import vowels
@@ -144,3 +146,40 @@ def test_a_reward_that_raises_is_told_with_its_line_and_no_checkpoint_is_invente
 
     with pytest.raises(ValueError, match=r"checkpoint-1 is untouched"):
         ours(rewards=later, save_strategy="steps", save_steps=1, max_steps=3).train()
+
+
+# -- rewards that never differ ---------------------------------------------------------------------------------------
+
+
+def test_rewards_that_never_differ_are_told_early_and_at_the_end(ours):
+    def always(completions, **_):
+        return [0.5] * len(completions)
+
+    trainer = ours(rewards=always, max_steps=5)
+    trainer.train()
+    early, late = trainer.watch.said
+    assert "differing rewards so far (24 samples), so nothing was learned" in early and "whole run (40 samples)" in late
+    assert all("earned always = 0.5. Check" in text and "max_completion_length" in text for text in (early, late))
+    beside = ours("dppo_tv", rewards=always, max_steps=1, teacher="base", target="reverse_kl")
+    beside.train()
+    assert ["the rewards taught nothing" in text for text in beside.watch.said] == [True]
+
+
+def test_rewards_that_differ_across_groups_alone_are_no_difference_and_others_are():
+    def watched(*seen: list[float | None]):
+        watch = NoDifference(taught=False)
+        for values in seen:
+            watch.saw({"exact": values}, ["a"] * len(values), 2)
+        watch.on_train_end(None, SimpleNamespace(is_world_process_zero=True), None)
+        return watch.said
+
+    assert len(watched([0.0, 0.0, 1.0, 1.0])) == len(watched([None, 0.0, float("nan"), None])) == 1
+    assert watched([0.0] * 4, [0.0, 0.0, 1.0, 0.0], [0.0] * 4) == []
+
+
+def test_a_run_that_goes_on_remembers_that_rewards_differed():
+    watch = NoDifference(taught=False)
+    watch.on_train_begin(None, SimpleNamespace(log_history=[{"frac_reward_zero_std": 0.5}]), None)
+    watch.saw({"exact": [1.0, 1.0]}, ["a", "b"], 2)
+    watch.on_train_end(None, SimpleNamespace(is_world_process_zero=True), None)
+    assert watch.said == []

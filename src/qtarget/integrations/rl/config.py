@@ -15,6 +15,7 @@ from qtarget.core.regions import TrustRegion
 from qtarget.core.types import Target
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_advantages, refuse_half_generations, refuse_settings
 from qtarget.integrations.shared.numbers import check_numbers
+from qtarget.integrations.shared.warned import pin_where_there_is_need, use_new_names
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target, get_trust_region
 
@@ -133,7 +134,9 @@ class QTargetGRPOConfig(GRPOConfig):
             self.vllm_importance_sampling_correction = self.anchor == "old"
         self.build_target()
         refuse_advantages(self)
+        use_new_names(self)
         super().__post_init__()
+        pin_where_there_is_need(self)
         refuse_half_generations(self)
 
     @property

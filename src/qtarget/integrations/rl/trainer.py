@@ -25,6 +25,7 @@ from qtarget.core.types import FrozenHead, Reference
 from qtarget.integrations.rl.batch import Samples, reduced, samples_of
 from qtarget.integrations.rl.checks import own_config, refuse_missing, rewards_of
 from qtarget.integrations.rl.config import QTargetGRPOConfig
+from qtarget.integrations.rl.differing import NoDifference, newest
 from qtarget.integrations.rl.inputs.prompts import Prompts, check_prompts, describe_prompts
 from qtarget.integrations.rl.listed import listed_outcomes, reads_outcomes, refuse_told
 from qtarget.integrations.rl.refusals import TAUGHT, refuse_truncated_sampling
@@ -46,18 +47,20 @@ from qtarget.integrations.rl.teachers import (
 from qtarget.integrations.shared.checkpoints import safe_checkpoint
 from qtarget.integrations.shared.frozen import load_frozen
 from qtarget.integrations.shared.heads import HeadSpec, add_target_head, probe_head, refuse_encoder_decoder
-from qtarget.integrations.shared.hold import HeldTrainer
+from qtarget.integrations.shared.hold import HeldTrainer, card_facts
 from qtarget.integrations.shared.records.live import LiveRecords
 from qtarget.integrations.shared.records.samples import RowSamples
 from qtarget.integrations.shared.records.terminal import print_short_lines
+from qtarget.integrations.shared.saved.published import PublishedTrainer
 from qtarget.integrations.shared.step import TargetOutput, TargetStep, live_head
 from qtarget.integrations.shared.teacher import head_rows, is_url, vocab_with_teacher
+from qtarget.integrations.shared.warned import hush_old_names
 from qtarget.storage.models import check_finite, check_whole
 
 logger = logging.get_logger(__name__)
 
 
-class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
+class QTargetGRPOTrainer(HeldTrainer, PublishedTrainer, GRPOTrainer):
     """TRL's ``GRPOTrainer`` with a trust region, a target, or both; the arguments and their order are TRL's.
 
     One method of TRL is replaced (``_compute_loss``), three are wrapped. Everything that can be refused is refused before the
@@ -108,13 +111,17 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
             options: Any = settings.model_init_kwargs or {}
             check_whole("model", model, allow_new_weights=settings.allow_new_weights, **options)
         super().__init__(model, rewards, settings, train_dataset, eval_dataset, *positional, **kwargs)
+        hush_old_names()
         self._sums = {"train": PolicySums(), "eval": PolicySums()}
         self._sampled_at = 0
         self._rollouts: list[dict[str, Any]] = []
         self.caches: dict[str, Any] = {}
         self.preparation = Prompts({} if train_dataset is None else {"train": describe_prompts(train_dataset)})
-        self._records = LiveRecords(RowSamples(0), self.preparation.descriptions, self.callback_handler.callbacks)
-        self.callback_handler.callbacks.insert(0, self._records)  # before the trackers, see its docstring
+        callbacks = self.callback_handler.callbacks
+        self._records = LiveRecords(RowSamples(0), self.preparation.descriptions, callbacks, self._card_facts)
+        callbacks.insert(0, self._records)  # before the trackers, see its docstring
+        self.watch = NoDifference(taught=settings.target is not None)
+        self.add_callback(self.watch)
         print_short_lines(self)
         with torch.random.fork_rng():  # TRL has seeded the sampler; probes draw tokens too
             self._set_up_models(settings, given)
@@ -124,9 +131,8 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
     def _set_up_models(self, args: QTargetGRPOConfig, given: dict[str, PreTrainedModel | None]) -> None:
         """Give the model its head, and find the frozen ones; all heads at the sampler's temperature."""
         if self._is_vlm or self.aux_loss_enabled:
-            what = (
-                "reads images or sound" if self._is_vlm else "is a mixture of experts, whose sampler routes on its own"
-            )
+            experts = "is a mixture of experts, whose sampler routes on its own"
+            what = "reads images or sound" if self._is_vlm else experts
             raise UnsupportedModelError(f"the model {what}; expected a dense text model, or use TRL's GRPOTrainer")
         base = self._base_model()
         check_finite(base, "the model")
@@ -174,6 +180,14 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         if self._slow is not None and checkpoint is not None:
             self._slow.load(Path(checkpoint))
 
+    def _card_facts(self) -> dict[str, Any]:
+        """What a model card says beside the settings."""
+        args, row = self.args, next(iter(self.train_dataset or []), {})
+        facts = card_facts(self, isinstance(row.get("prompt"), list))  # pyright: ignore[reportAttributeAccessIssue]
+        if self._served is not None:
+            facts["frozen"]["teacher"] = {"what": "behind a URL"}
+        return facts | {"rewards": list(self.reward_func_names) if args.rewarded else []}  # pyright: ignore[reportAttributeAccessIssue]
+
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -193,6 +207,8 @@ class QTargetGRPOTrainer(HeldTrainer, GRPOTrainer):
         if args.rewarded:
             here, names = self.accelerator, self.reward_func_names
             found = own_rewards(self._logs["rewards"], names, len(inputs), here.process_index, here.num_processes)
+            if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+                self.watch.saw(*newest(self._logs, names, len(inputs) * here.num_processes), self.num_generations)
             output[REWARDS] = found.to(output["prompt_ids"].device)
         if (
             reads_outcomes(self.target) and "old_per_token_logps" in output

@@ -6,7 +6,6 @@ import json
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_args
 
-import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
@@ -19,6 +18,7 @@ from qtarget.filtering.decision import Filter
 from qtarget.integrations.shared.loss_keys import check_loss_keys
 from qtarget.integrations.shared.numbers import check_numbers
 from qtarget.integrations.shared.teacher import place_frozen
+from qtarget.integrations.shared.warned import pin_where_there_is_need, use_new_names
 from qtarget.loss.backends import Backend
 from qtarget.registry import get_target
 
@@ -145,19 +145,13 @@ class QTargetConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        # TRL 1.16 sets the name that transformers 5 warns of, in everybody's config
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-            self.activation_checkpointing_kwargs = (
-                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
-            )
+        use_new_names(self)
         super().__post_init__()
         self._place_target()
 
     def _place_target(self) -> None:
         self.reference_url, self.teacher_url = (place_frozen(self, role) for role in ("reference", "teacher"))
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # torch warns of it where there is nothing to pin for
+        pin_where_there_is_need(self)
         if isinstance(self.target_kwargs, str):
             self.target_kwargs = json.loads(self.target_kwargs)
         if not isinstance(self.target_kwargs, dict | None):

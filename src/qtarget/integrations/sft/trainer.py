@@ -27,7 +27,7 @@ from qtarget.integrations.sft.streams import stream_rows
 from qtarget.integrations.shared.checkpoints import safe_checkpoint
 from qtarget.integrations.shared.frozen import check_caches, load_frozen, open_caches, open_witness
 from qtarget.integrations.shared.heads import add_target_head, probe_head
-from qtarget.integrations.shared.hold import SETTINGS, HeldTrainer, frozen_parts
+from qtarget.integrations.shared.hold import HeldTrainer, card_facts
 from qtarget.integrations.shared.records.live import LiveRecords, evaluation_prefix
 from qtarget.integrations.shared.records.progress import SeenTokens, TokenSums, counted_tokens
 from qtarget.integrations.shared.records.samples import RowSamples
@@ -182,9 +182,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
 
     def _card_facts(self) -> dict[str, Any]:
         """What a model card says beside the settings."""
-        known = {name: value for name, value in (self._belongs or {}).items() if name not in SETTINGS}
-        return {"formula": self.target.formula, "paper": self.target.paper, "chats": self._chats,
-                "frozen": frozen_parts(self), "fingerprints": known}  # fmt: skip
+        return card_facts(self, self._chats)
 
     def _base_model(self) -> PreTrainedModel:
         model: Any = self.model

@@ -225,6 +225,17 @@ def frozen_parts(trainer: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def card_facts(trainer: Any, chats: bool) -> dict[str, Any]:
+    """What a model card says beside the settings; known once training begins.
+
+    Args:
+        chats: whether the rows are messages.
+    """
+    known = {name: value for name, value in (trainer._belongs or {}).items() if name not in SETTINGS}
+    return {"formula": trainer.target.formula, "paper": trainer.target.paper, "chats": chats,
+            "frozen": frozen_parts(trainer), "fingerprints": known}  # fmt: skip
+
+
 def model_entry(name: str, model: Any) -> dict[str, str]:
     """A model's fingerprint under its name; nothing where its weights are not here."""
     try:

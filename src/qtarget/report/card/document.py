@@ -18,6 +18,11 @@ SETTINGS = (
     "assistant_only_loss", "completion_only_loss", "weights_scale", "prompt_weight", "bf16", "fp16", "seed",
 )  # fmt: skip
 """Of all settings those that a reader asks for; the others are in the run's own records."""
+SAMPLING_SETTINGS = (
+    "trust_region_kwargs", "advantage", "target_weight", "anchor", "loss_type", "scale_rewards",
+    "num_generations", "num_iterations", "steps_per_generation", "temperature", "top_p", "top_k", "max_completion_length",
+)  # fmt: skip
+"""The same of a run on its own samples."""
 ADAPTER_SETTINGS = (
     "peft_type",
     "r",
@@ -28,7 +33,10 @@ ADAPTER_SETTINGS = (
     "target_modules",
     "modules_to_save",
 )
-METRICS = {"loss": "loss", "nll": "nll, nats a token", "mean_token_accuracy": "token accuracy"}
+METRICS = {
+    "loss": "loss", "nll": "nll, nats a token", "mean_token_accuracy": "token accuracy", "reward": "reward",
+    "kl/start": "KL to the start, nats a token", "completions/mean_length": "tokens a completion",
+}  # fmt: skip
 
 
 def card_document(
@@ -47,7 +55,7 @@ def card_document(
     folder = Path(run)
     record, config = read_object(folder / RUN_FILE), _read_config(folder / CONFIG_FILE)
     fingerprints, settings = record.get("fingerprints", {}), record["settings"]
-    base = str(record["model"]["name"])
+    base, sampled = str(record["model"]["name"]), "trust_region" in settings
     return {
         "base": {"name": public(base), "hub": base if is_hub_name(base) else None, "fingerprint": fingerprints.get("model")},
         "target": {
@@ -57,10 +65,12 @@ def card_document(
         "frozen": record.get("frozen", {}),
         "data": _data(record["data"], config),
         "datasets": [config["dataset_name"]] if is_hub_name(str(config.get("dataset_name") or "")) else [],
+        "sampled": sampled,
+        "rewards": record.get("rewards", []),
         "settings": {
             name: settings[name]
-            for name in SETTINGS
-            if _is_said(settings.get(name)) and not (name == "num_train_epochs" and settings.get("max_steps", -1) > 0)
+            for name in (*SETTINGS, *(SAMPLING_SETTINGS if sampled else ()))
+            if _is_said(settings.get(name)) and not _is_idle(name, settings)
         },
         "rows_a_step": fingerprints.get("rows a step"),
         "adapter": adapter_settings(peft or _saved_adapter(folder)),
@@ -83,6 +93,17 @@ def arxiv_ids(paper: str) -> list[str]:
 
 def _is_said(value: Any) -> bool:
     return value is not None and value is not False and value != -1
+
+
+def _is_idle(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether nothing reads a setting, given the others."""
+    rewarded = settings.get("trust_region") is not None and settings.get("advantage") == "reward"
+    return {
+        "num_train_epochs": settings.get("max_steps", -1) > 0,
+        "target_weight": settings.get("target") is None or settings.get("trust_region") is None,
+        "advantage": settings.get("trust_region") is None,
+        "scale_rewards": not rewarded,
+    }.get(name, False)
 
 
 def _data(described: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ SAMPLED = {
     "completions/mean_length": "length",
 }
 """The same of a run on its own samples; TRL tells reward and length on steps that sample alone."""
+DIVERGENCES, ROUNDING = ("kl/start", "divergence/kl_k3"), 1e-6
+"""Nats a token below which a divergence is rounding."""
 
 
 def print_short_lines(trainer: Any) -> None:
@@ -67,8 +69,19 @@ def short_line(logs: Mapping[str, Any], step: int) -> str:
     """
     prefix = next((key.removesuffix("loss") for key in logs if key.startswith("eval_") and key.endswith("loss")), "")
     shown = SAMPLED if prefix + "rollout/unscored_tokens" in logs else SHOWN
-    found = [f"{name} {logs[prefix + key]:.4g}" for key, name in shown.items() if _is_number(logs.get(prefix + key))]
+    values = {key: logs.get(prefix + key) for key in shown}
+    found = [f"{name} {without_noise(key, values[key]):.4g}" for key, name in shown.items() if _is_number(values[key])]
     return f"step {step}{', ' + prefix.rstrip('_') if prefix else ''}: {', '.join(found)}" if found else ""
+
+
+def without_noise(key: str, value: Any) -> Any:
+    """A divergence below what float32 log-probs can tell is 0.
+
+    Example:
+        >>> without_noise("divergence/kl_k3", 8.377e-14), without_noise("kl/start", 2e-6), without_noise("loss", 1e-9)
+        (0.0, 2e-06, 1e-09)
+    """
+    return 0.0 if key in DIVERGENCES and abs(value) < ROUNDING else value
 
 
 def _is_number(value: Any) -> bool:
