@@ -208,7 +208,7 @@ class QTargetGRPOTrainer(HeldTrainer, PublishedTrainer, GRPOTrainer):
             here, names = self.accelerator, self.reward_func_names
             found = own_rewards(self._logs["rewards"], names, len(inputs), here.process_index, here.num_processes)
             if self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
-                self.watch.saw(*newest(self._logs, names, len(inputs) * here.num_processes), self.num_generations)
+                self.watch.saw(*newest(self._logs, names, len(inputs) * here.num_processes), args.num_generations)
             output[REWARDS] = found.to(output["prompt_ids"].device)
         if (
             reads_outcomes(self.target) and "old_per_token_logps" in output
