@@ -113,7 +113,7 @@ def keep_edited(path: Path) -> Path | None:
     number = sum(1 for _ in path.parent.glob("README.kept-*.md")) + 1
     place = path.with_name(f"README.kept-{number}.md")
     path.rename(place)
-    logger.warning("%s is not as qtarget wrote it; it is %s now, and a new card is written", path, place.name)
+    logger.warning("%s was edited, or another tool wrote it; it is %s now, and a new card is written", path, place.name)
     return place
 
 
