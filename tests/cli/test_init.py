@@ -202,3 +202,41 @@ def test_a_conversation_in_which_nobody_answers_is_named(tmp_path, monkeypatch, 
     assert "no assistant answers in" in said
     assert "line 10" in said
     assert not (tmp_path / "run.yaml").exists()
+
+
+def test_a_second_file_is_told_at_once_which_name_is_free(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("mine")
+    assert called("init", "no such file.jsonl", "--model", BASE) == 2
+    assert "run.yaml exists; write another with -o 'no such file.yaml'" in capsys.readouterr().err
+
+
+def test_a_mistyped_model_is_told_the_folder_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    assert called("init", "rows.jsonl", "--model", "bas") == 2
+    assert "--model: there is no folder bas; did you mean base?" in capsys.readouterr().err
+
+
+def test_an_option_is_proposed_for_an_unknown_key(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    assert called("init", "rows.jsonl", "--model", BASE, "--validaton", "0.2") == 2
+    assert "did you mean --validation?" in capsys.readouterr().err
+
+
+def test_the_copy_has_the_roles_as_read_and_no_folder_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = [
+        {"messages": [{"role": "human", "content": f"{i}?"}, {"role": "gpt", "content": "y", "name": "z"}]}
+        for i in range(9)
+    ]
+    write(tmp_path / "rows.jsonl", theirs)
+    assert called("init", "rows.jsonl", "--model", BASE, "--validation", "0.3") == 0
+    copied = read(tmp_path / "run.train.jsonl") + read(tmp_path / "run.validation.jsonl")
+    assert len(copied) == 9 and not (tmp_path / "runs").exists()
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in copied)
+    assert {row["messages"][0]["content"] for row in copied} == {f"{i}?" for i in range(9)}
+    assert all(row["messages"][1]["name"] == "z" for row in copied)

@@ -30,6 +30,7 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench.lazy import Benchmarks
+from qtarget.cli.options.verb import remember_options
 
 
 def dashed(token: str) -> str:
@@ -77,6 +78,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False,
 ) -> None:
     """Choose, per token, what distribution a language model is pulled towards."""
+    remember_options(context)
     # targets, losses and metrics of the user's lie there; last, so that no file of theirs hides an installed package
     here = os.getcwd()
     sys.path.append(here)

@@ -75,9 +75,11 @@ def evaluate(
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import Mark, check_outputs, held, progress_bar, say_written
+    from qtarget.data.files import check_files
     from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders, recorded_rows
     from qtarget.evaluation.records import refuse_earlier
+    from qtarget.storage.folders import missing_folder
 
     rows = row_options(limits=limits)
     options = Options(
@@ -89,6 +91,12 @@ def evaluate(
         raise ConfigError("--no-nll and --no-generate leave nothing to do; leave one of them out")
     judges = options.judges(forgetting)
     names = served_names(served, url)
+    for option, rows_file in (("--data", data), ("--forgetting", forgetting)):
+        if rows_file is not None:
+            check_files(rows_file, option)
+    for name in [*models, *([base] if base else [])]:
+        if "/" not in name and (words := missing_folder(name)) is not None:
+            raise ConfigError(words)
     contenders = find_contenders(models, base)
     if data is None:
         data = recorded_rows(contenders)

@@ -40,6 +40,7 @@ def init(
     from qtarget.cli.options.settings import parse_overrides
     from qtarget.starting.machine import this_machine
 
+    refuse_existing(output, data)
     overrides = parse_overrides(context.args)
     machine = this_machine(cpu="use_cpu" in overrides and overrides["use_cpu"].value is True)
     start = prepare(data, model, output, overrides, validation, seed, machine)
@@ -121,20 +122,27 @@ def prepare(
         DataError: rows that training would refuse.
         UnsupportedModelError: no causal language model.
     """
+    from qtarget.cli.options.outputs import check_outputs
     from qtarget.data.files import check_file, expand
+    from qtarget.starting.columns import with_roles
     from qtarget.starting.config_file import config_text, with_given
     from qtarget.starting.written import beside, config_lines, summary
+    from qtarget.storage.folders import missing_folder
 
     paths = expand(data)
     for path in paths:
         check_file(path)
-    refuse_existing(output, paths)
+    check_outputs({"-o": output}, paths)
+    if (words := missing_folder(model, (output.parent, Path()))) is not None:
+        raise ConfigError(f"--model: {words}")
     # before rows are read: a wrong key or model is told at once
     config = checked(overrides, {"model_name_or_path": model, "train_file": [str(path) for path in paths]}, output)
     ours = (*HARDWARE, "output_dir")
     settings = {key: said.value if key in ours else config.given[key] for key, said in overrides.items()}
     reading, originals, renamed = read(paths, row_options_of(config))
     known = look(config, reading, model, machine)
+    if not config.data.roles:  # which the config keeps, and would read again
+        originals = [with_roles(row, made) for row, made in zip(originals, reading.rows, strict=True)]
     originals = known.parted or originals
     training, validation = rows_apart(config, reading, share, seed)
     copied = {"train": training} if validation or renamed or known.parted else {}
@@ -153,15 +161,22 @@ def prepare(
     return Start(config_text(with_given(lines, settings), heading), files, said, validated)
 
 
-def refuse_existing(output: Path, inputs: Sequence[Path]) -> None:
-    """Raise where the config is there already, or its place cannot be written."""
-    from qtarget.cli.options.outputs import check_outputs
+def refuse_existing(output: Path, data: str) -> None:
+    """Raise where the config is there already.
+
+    Raises:
+        ConfigError: proposes a name after the data.
+    """
+    from qtarget.data.files import stem_of
 
     if output.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"-o {output}: expected a name that ends in .yaml")
     if output.exists():
-        raise ConfigError(f"{output} exists; choose another -o, or delete it")
-    check_outputs({"-o": output}, inputs)
+        stem = stem_of(Path(data).name)
+        free = output.with_name(f"{stem}.yaml")
+        usable = stem and not set("*?[") & set(stem) and not free.exists()
+        other = f"write another with -o {shlex.quote(str(free))}" if usable else "choose another -o"
+        raise ConfigError(f"{output} exists; {other}, or delete it")
 
 
 def checked(overrides: Mapping[str, Setting], settings: Mapping[str, Any], output: Path) -> RunConfig:

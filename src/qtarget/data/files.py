@@ -35,6 +35,8 @@ NUMBER = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """How JSON spells half of a pair; UTF-8 text holds none in another way."""
 EXCERPT_CHARACTERS = 80
+NEAR_STEM = 0.7
+"""How like two files' stems are, from 0 to 1, for one to be proposed for the other."""
 
 
 class Place(NamedTuple):
@@ -84,8 +86,11 @@ def expand(files: Files) -> list[Path]:
     return found
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, option: str | None = None) -> None:
     """Raise where a path is no readable file of rows.
+
+    Args:
+        option: what named it; default: the config's keys.
 
     Raises:
         DataError: an unknown suffix, or no such file.
@@ -96,9 +101,37 @@ def check_file(path: Path) -> None:
             f"{' or '.join(TABLE_KINDS)}; convert the file or rename it"
         )
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-        hint = f"did you mean {path.with_name(near[0])}? " if near else ""
-        raise DataError(f"{path} is not a file; {hint}Check train_file and validation_file.")
+        near = _near(path)
+        hint = f"did you mean {near}? Check" if near else "check"
+        raise DataError(f"{path} is not a file; {hint} {option or 'train_file and validation_file'}")
+
+
+def check_files(files: Files, option: str) -> None:
+    """``check_file`` of all that a path or a pattern stands for.
+
+    Raises:
+        DataError: see ``expand`` and ``check_file``.
+    """
+    for path in expand(files):
+        check_file(path, option)
+
+
+def stem_of(name: str) -> str:
+    """A file's name without what says its kind.
+
+    Example:
+        >>> stem_of("rows.train.jsonl.gz"), stem_of("notes")
+        ('rows.train', 'notes')
+    """
+    ending = max((kind for kind in READABLE if name.lower().endswith(kind)), key=len, default="")
+    return name[: len(name) - len(ending)]
+
+
+def _near(path: Path) -> Path | None:
+    """The file of rows beside it whose stem is most like; that all end in .jsonl says nothing."""
+    beside = {stem_of(name): name for name in sorted(_siblings(path)) if name.lower().endswith(READABLE)}
+    near = difflib.get_close_matches(stem_of(path.name), list(beside), n=1, cutoff=NEAR_STEM)
+    return path.with_name(beside[near[0]]) if near else None
 
 
 def located_values(path: Path, limits: Limits | None = None) -> Iterator[Located]:

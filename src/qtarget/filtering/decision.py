@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -51,7 +52,9 @@ class Filter:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ConfigError(f"filter: rule {self.rule!r} is unknown; expected one of {', '.join(RULES)}")
+            near = difflib.get_close_matches(str(self.rule), RULES, n=1)
+            hint = f"did you mean {near[0]}? Expected" if near else "expected"
+            raise ConfigError(f"filter: rule {self.rule!r} is unknown; {hint} one of {', '.join(RULES)}")
         number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
         if self.keep is not None and not (number and 0 < self.keep < 1):
             raise ConfigError(f"filter: keep is {self.keep!r}; expected a share of the rows, above 0 and below 1")

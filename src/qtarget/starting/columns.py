@@ -32,3 +32,34 @@ def renamed_columns(row: Mapping[str, Any]) -> dict[str, str]:
 def rename(row: Any, names: Mapping[str, str]) -> Any:
     """The row with other names, in their order."""
     return {names.get(key, key): value for key, value in row.items()} if isinstance(row, dict) else row
+
+
+def with_roles(row: Any, made: Mapping[str, Any]) -> Any:
+    """A row as it stands in its file, with the roles of its messages as they were read.
+
+    Args:
+        made: the row as training takes it.
+
+    Example:
+        >>> asked = {"messages": [{"role": "human", "content": "Hi"}], "id": 7}
+        >>> with_roles(asked, {"messages": [{"role": "user", "content": "Hi"}], "id": 7})
+        {'messages': [{'role': 'user', 'content': 'Hi'}], 'id': 7}
+    """
+    if not isinstance(row, dict):
+        return row
+    found = {name: _renamed(row[name], made.get(name)) for name in ("messages", "prompt", "completion") if name in row}
+    return {**row, **found}
+
+
+def _renamed(messages: Any, read: Any) -> Any:
+    if not isinstance(messages, list) or not isinstance(read, list) or len(read) < len(messages):
+        return messages
+    # a system prompt of another column may stand before them
+    pairs = zip(messages, read[len(read) - len(messages) :], strict=True)
+    return [{**one, "role": other["role"]} if _is_same(one, other) else one for one, other in pairs]
+
+
+def _is_same(message: Any, read: Any) -> bool:
+    """Whether both are one message, apart from the role's name; a turn that became a call is another."""
+    both = isinstance(message, dict) and isinstance(read, dict) and isinstance(message.get("role"), str)
+    return both and {**read, "role": message["role"]} == message

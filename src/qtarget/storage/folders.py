@@ -40,6 +40,8 @@ NAMES = {
     FILTER: "filtered rows",
     COMPARISON: "a comparison",
 }
+NEAR_WORD = 0.75
+"""How like a folder's name and a word without a slash are, from 0 to 1, for the word to be no hub's."""
 PASSED_OVER = (
     ".decoded", LOCK, f"{LOCK}.*", f"*{TEMPORARY}", "lost+found", ".DS_Store", ".gitkeep", ".gitignore", ".nfs*", ".snapshot",
     "*.log", "*.out", "*.err",
@@ -225,7 +227,7 @@ def missing_folder(name: str, places: Sequence[Path] = (Path(),)) -> str | None:
     if any(one.exists() for one in found) or "://" in name:
         return None
     if not (name.startswith((".", "/", "~")) or name.count("/") > 1 or inside):
-        return None
+        return _mistyped(name, found)
     looked = list(dict.fromkeys(str(place.resolve()) for place in places))
     where = "" if path.is_absolute() else f" in {' or in '.join(looked)}"
     near = list({os.path.realpath(like): like for one in found for like in near_folders(one)}.values())
@@ -233,13 +235,43 @@ def missing_folder(name: str, places: Sequence[Path] = (Path(),)) -> str | None:
     return f"there is no folder {name}{where}; {hint}"
 
 
-def near_folders(path: Path) -> list[str]:
-    """Folders named like the first part of a path that is not there, beside where it would be."""
+def _mistyped(name: str, found: Sequence[Path]) -> str | None:
+    """What to say of a word that may be a hub's name, where a model's folder of nearly that name is there.
+
+    The hub's own are OWNER/NAME, but for a few old ones; asking it for a folder's name takes half a minute offline.
+    """
+    if "/" in name:
+        return None
+    near = [
+        like for one in found for like in near_folders(one, NEAR_WORD) if kind_of(Path(like)) in (MODEL, RUN, CACHE)
+    ]
+    near = list({os.path.realpath(like): like for like in near}.values())
+    if not near or _is_downloaded(name):
+        return None
+    return f"there is no folder {name}; did you mean {' or '.join(near)}? A model on the hub is OWNER/NAME"
+
+
+def _is_downloaded(name: str) -> bool:
+    """Whether the hub's cache on this machine has a model of that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # HFValidationError: no name that the hub could have
+        return False
+
+
+def near_folders(path: Path, cutoff: float = 0.6) -> list[str]:
+    """Folders named like the first part of a path that is not there, beside where it would be.
+
+    Args:
+        cutoff: difflib's, how like from 0 to 1.
+    """
     gone = next((part for part in (*reversed(path.parents), path) if not part.exists()), path)
     if not gone.parent.is_dir() or not os.access(gone.parent, os.R_OK):
         return []
     beside = sorted(found.name for found in gone.parent.iterdir() if found.is_dir())
-    return [str(gone.parent / like) for like in difflib.get_close_matches(gone.name, beside)]
+    return [str(gone.parent / like) for like in difflib.get_close_matches(gone.name, beside, cutoff=cutoff)]
 
 
 def refuse_overlap(output: str | Path, inputs: Iterable[str | Path | None], option: str = "--output") -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtarget.cli.options.settings import Setting, check_algorithm, coerce, read_settings
+from qtarget.cli.options.verb import verb_options
 from qtarget.core.errors import ConfigError, QTargetError
 from qtarget.storage.folders import missing_folder
 
@@ -268,18 +269,25 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], argume
     if not unknown:
         return
     chosen = settings.get("target")
-    parts = [f"{key!r} ({settings[key].origin}{_hint(key, known, chosen)})" for key in unknown]
+    typed = {key for key in unknown if settings[key].origin == "the command line"}
+    options = verb_options()
+    parts = [
+        f"{key!r} ({settings[key].origin}{_hint(key, known, chosen, options if key in typed else ())})"
+        for key in unknown
+    ]
     raise ConfigError(
         f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's {arguments} and "
         "ModelConfig and qtarget's"
     )
 
 
-def _hint(key: str, known: list[str], target: Setting | None) -> str:
+def _hint(key: str, known: list[str], target: Setting | None, options: Iterable[str] = ()) -> str:
     if key in _target_hyperparameters(target):
         return f"; a hyper-parameter of the target: write target_kwargs: {{{key}: ...}}"
     meant = OTHER_NAMES.get(key)
-    near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1)
+    spelt = dict.fromkeys(known) | {name[2:].replace("-", "_"): name for name in options}
+    near = [meant] if meant in known else difflib.get_close_matches(key, list(spelt), n=1)
+    near = [spelt.get(name) or name for name in near]
     return f"; did you mean {near[0]}?" if near else ""
 
 

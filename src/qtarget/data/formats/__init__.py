@@ -13,6 +13,7 @@ from qtarget.core.errors import ConfigError, DataError, counted
 from qtarget.data.files import Located, Place, excerpt, names_of
 from qtarget.data.formats.alpaca import ALPACA
 from qtarget.data.formats.anthropic import ANTHROPIC
+from qtarget.data.formats.faults import Faults
 from qtarget.data.formats.messages import NullContentError, Said
 from qtarget.data.formats.native import LABELLED, MESSAGES, PAIR, TOKENS, text_shape
 from qtarget.data.formats.openviking import OPENVIKING, read_session
@@ -92,7 +93,14 @@ def read_rows(located: Iterable[Located], options: ReadOptions) -> Reading:
     first = next(values, None)
     if first is None:
         return Reading([], [], "nothing", [], False)
-    values = itertools.chain([first], values)
+    passed: list[tuple[Place, Row]] = []
+    while options.null_content == "drop" and _null(first[1], options):  # it is left out, and tells no shape
+        passed.append(first)
+        if (first := next(values, None)) is None:
+            raise DataError(
+                f"{passed[0][0]}: every row lacks a value ({_null(passed[0][1], options)}); nothing is left to train on"
+            )
+    values = itertools.chain(passed, [first], values)
     if _chosen(*first, options) is OPENVIKING:
         return _sessions(values, options)
     return RowReader(options, first).read(values)
@@ -128,11 +136,14 @@ class RowReader:
 
     def read(self, values: Iterable[tuple[Place, Row]]) -> Reading:
         rows, places = [], []
-        for place, row in values:
-            made = self.row(place, row)
-            if made is not None:
-                rows.append(made)
-                places.append(place)
+        faults = Faults()
+        for place, row in faults.passed(values):
+            with faults.kept(place):
+                made = self.row(place, row)
+                if made is not None:
+                    rows.append(made)
+                    places.append(place)
+        faults.refuse()
         name = "anthropic" if "anthropic" in self.kinds else self.shape.name
         changed = bool(self.said or self.removed or self.dropped) or bool(self.shape.reading)
         return Reading(rows, places, name, self._announced(name, len(rows)), changed, len(self.dropped))
@@ -143,6 +154,9 @@ class RowReader:
         Raises:
             DataError: it has another shape than the first, or cannot be read.
         """
+        if self.options.null_content == "drop" and _null(row, self.options):
+            self.dropped.append(place)
+            return None
         found = _chosen(place, row, self.options)
         if found.columns != self.shape.columns:
             raise DataError(
@@ -310,11 +324,27 @@ def _candidates(options: ReadOptions) -> tuple[Shape, ...]:
     return (*SHAPES, text)
 
 
+def _null(row: Row, options: ReadOptions) -> str | None:
+    """The column without a value, of a row that would have a shape but for it."""
+    candidates = _candidates(options)
+    if any(shape.detect(row) for shape in candidates):
+        return None
+    near = next((shape for shape in candidates if set(shape.columns) <= set(row)), None)
+    return next((name for name in near.columns if row[name] is None), None) if near else None
+
+
 def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
     candidates = _candidates(options)
     for shape in candidates:
         if shape.detect(row) or (options.format == "anthropic" and row.get("messages") is not None):
             return shape
+    if (name := _null(row, options)) is not None:
+        raise DataError(
+            f"{place}: {name!r} is there but holds no value (null): fill it in, remove the row, or leave such rows out with "
+            "`null_content: drop` (--null_content drop)"
+        )
+    if place.path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv")):
+        place = Place(place.path, "line 1")  # all rows of a table have the header's columns
     if options.format != "auto":
         (shape,) = candidates
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,9 @@ def tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> Tokenised
         ConfigError: settings that TRL refuses (``assistant_only_loss`` for rows that are no conversations).
         DataError: columns that contradict the rows' shape, or a chat template that takes too long.
     """
-    with bounded_templates(Limits.of(args.limits).template_seconds):
-        return _tokenise(args, dataset, tokenizer)
+    # Trainer makes its output_dir as it is built (transformers 5.23), and nothing is trained here
+    with TemporaryDirectory() as nowhere, bounded_templates(Limits.of(args.limits).template_seconds):
+        return _tokenise(changed(args, output_dir=nowhere), dataset, tokenizer)
 
 
 def _tokenise(args: QTargetConfig, dataset: Dataset, tokenizer: Any) -> TokenisedRows:

@@ -58,6 +58,7 @@ def silent_rows(
     names: list[str],
     of_row: np.ndarray,
     text: Callable[[int], str],
+    numbers: np.ndarray | None = None,
 ) -> list[str]:
     """Lines that count the rows of mean weight under ``SILENT`` by source, with examples; none where there are none.
 
@@ -66,14 +67,16 @@ def silent_rows(
         counts: ``[rows]`` trained tokens of each.
         names, of_row: the sources, and which of them each row is of.
         text: shows a row, by its place.
+        numbers: ``[rows]`` of each row in the data, from 0; default: its place.
 
     Example:
         >>> silent_rows(np.array([0.9, 0.01]), np.array([0, 1]), np.array([1, 1]), ["en", "fr"], np.array([0, 1]), "row {}".format)
-        ["fr: 1 of 1 rows starts with a mean weight under 0.05 and hardly teaches: 'row 1'"]
+        ["fr: 1 of 1 rows starts with a mean weight under 0.05 and hardly teaches: row 2, 'row 1'"]
     """
     trained = counts > 0
     means = np.ones(len(counts))
     means[trained] = np.bincount(rows, weights, minlength=len(counts))[trained] / counts[trained]
+    number_of = np.arange(len(counts)) if numbers is None else numbers
     lines = []
     for number, name in enumerate(names):
         mine = (of_row == number) & trained
@@ -81,7 +84,7 @@ def silent_rows(
         if not len(silent):
             continue
         lowest = silent[np.argsort(means[silent], kind="stable")][:SHOWN]
-        shown = ", ".join(repr(shortened(text(int(row)))) for row in lowest)
+        shown = "; ".join(f"row {number_of[row] + 1}, {shortened(text(int(row)))!r}" for row in lowest)
         verbs = ("starts", "teaches") if len(silent) == 1 else ("start", "teach")
         lines.append(
             f"{name + ': ' if name else ''}{len(silent):,} of {int(mine.sum()):,} rows {verbs[0]} with a mean weight under "

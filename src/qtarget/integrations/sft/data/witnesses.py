@@ -114,7 +114,7 @@ def add_data_columns(
 ) -> Dataset:
     """Add those of ``DATA_FIELDS`` that the target asks for, judged within this data set; 0 where not trained on.
 
-    The log says what each source is worth, and which rows start with hardly any weight.
+    The log says what each source is worth, and which training rows start with hardly any weight.
 
     Args:
         dataset: located rows, not packed yet.
@@ -122,14 +122,14 @@ def add_data_columns(
         zero_masks: whether tokens of weight 0 neither count nor are counted.
         witness: a cross-fitted cache of these rows, for ``WITNESS_FIELDS``.
         sources: where the rows come from; each source is judged by itself.
-        name: of the data set, for messages.
+        name: of the data set, for messages; rows teach in ``train`` alone.
         decode: shows a row's tokens.
         knowledge: what the copies know of the rows; shares of noise are told only where they know them.
 
     Raises:
         CacheMismatchError: a row that the cross-fit has not judged.
     """
-    fields = getattr(target.needs, role)
+    fields, trains = getattr(target.needs, role), name == "train"
     if not fields & set(DATA_FIELDS):
         return dataset
     offsets, ids = flat_lists(dataset, "input_ids")
@@ -143,7 +143,7 @@ def add_data_columns(
     found: dict[str, np.ndarray] = {}
     if fields & set(COUNTED_FIELDS):
         found |= _counted(rows, fields, groups)
-        if "reliability" in found:
+        if "reliability" in found and trains:
             told = [float(found["reliability"][groups == g].mean()) for g in range(len(names))]
             say(
                 f"{role}: reliability of the frozen model, mean over the trained tokens",
@@ -159,14 +159,15 @@ def add_data_columns(
         doubted = knowledge is not None and not knowledge.known
         lines = [verdicts[g].words(doubted) for g in range(len(names))]
         say(f"{name} data, by copies that have not seen the rows", names, lines)
-    if can_weigh(target):
+    if trains and can_weigh(target):
         weights = start_weights(target, rows.known, found, role)
 
         def text(row: int) -> str:
             a, b = offsets[row], offsets[row + 1]
             return decode(ids[a:b][mask[a:b]].tolist())
 
-        for line in silent_rows(weights, flat.rows, flat.counts, names, of_row, text):
+        numbers = np.asarray(dataset[ROW][:])
+        for line in silent_rows(weights, flat.rows, flat.counts, names, of_row, text, numbers):
             logger.warning(f"{name} data, {line}" if names != [""] else f"{name} data: {line}")
     return with_flat(dataset, {f"{role}_{field}": values for field, values in found.items()}, flat)
 
