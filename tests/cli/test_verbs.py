@@ -202,7 +202,7 @@ def test_no_option_takes_a_number_that_is_none() -> None:
 
     from qtarget.cli import cache, demo, noise, serve
     from qtarget.cli.bench import proof, scoring, speed
-    from qtarget.cli.options.numbers import finite
+    from qtarget.cli.options.typed import finite
 
     seen = 0
     for module in (cache, demo, noise, serve, proof, scoring, speed):

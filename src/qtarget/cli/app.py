@@ -30,7 +30,7 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench.lazy import Benchmarks
-from qtarget.cli.options.verb import remember_options
+from qtarget.cli.options.typed import remember_options
 
 
 def dashed(token: str) -> str:

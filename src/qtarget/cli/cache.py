@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtarget.cli.options.numbers import finite
+from qtarget.cli.options.typed import finite
 from qtarget.core.errors import CacheMismatchError, ConfigError, counted
 
 if TYPE_CHECKING:

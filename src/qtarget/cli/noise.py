@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qtarget.cli.options.datasets import LimitsOption
-from qtarget.cli.options.numbers import finite
+from qtarget.cli.options.typed import finite
 from qtarget.core.errors import ConfigError, counted
 
 

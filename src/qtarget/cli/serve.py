@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtarget.cli.options.numbers import finite
+from qtarget.cli.options.typed import finite
 
 if TYPE_CHECKING:
     from qtarget.scoring.sources.identity import Identity

@@ -10,8 +10,8 @@ import typer
 
 from qtarget.benchmarks.scoring.serving import ServingConfig, run_serving
 from qtarget.cli.bench.tables import cache_table, serving_table
-from qtarget.cli.options.numbers import finite
 from qtarget.cli.options.outputs import check_writable, saver
+from qtarget.cli.options.typed import finite
 
 SERVING = ServingConfig()
 

@@ -1,7 +1,8 @@
-"""Options of the verb that runs, for messages on a key that may be meant as one of them."""
+"""What is typed after a verb: the names of its options, for messages on a key that may be meant as one, and numbers."""
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 
 import typer
@@ -25,3 +26,14 @@ def remember_options(context: typer.Context) -> None:
 def verb_options() -> tuple[str, ...]:
     """Options as they are written, ``--metric``; none where Python called."""
     return _options.get()
+
+
+def finite(value: float) -> float:
+    """Refuse ``nan`` and ``inf``, which pass an option's own range: every comparison with NaN is false.
+
+    Raises:
+        typer.BadParameter: which the command line words by itself.
+    """
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
