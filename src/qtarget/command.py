@@ -17,6 +17,7 @@ FROZEN = (
 )  # fmt: skip
 """Keys of one training, which say nothing to a frozen model and its copies: `score` refuses some of them."""
 _given: ContextVar[tuple[str, tuple[str, ...]]] = ContextVar("given", default=(PLACEHOLDER, ()))
+_options: ContextVar[tuple[str, ...]] = ContextVar("options", default=())
 
 
 def remember(config: str | Path, overrides: Iterable[str] = ()) -> None:
@@ -29,6 +30,17 @@ def remember(config: str | Path, overrides: Iterable[str] = ()) -> None:
 def forget() -> None:
     """Whoever calls the library later gave no command line."""
     _given.set((PLACEHOLDER, ()))
+    _options.set(())
+
+
+def remember_options(names: Iterable[str]) -> None:
+    """Remember the options of the verb that runs, as ``--metric``, until ``forget``."""
+    _options.set(tuple(names))
+
+
+def verb_options() -> tuple[str, ...]:
+    """Options of the verb that runs, for messages on a key that may be meant as one of them; none where Python called."""
+    return _options.get()
 
 
 def called_as() -> dict[str, str]:

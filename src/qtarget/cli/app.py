@@ -30,7 +30,7 @@ from qtarget.cli import (
     train,
 )
 from qtarget.cli.bench.lazy import Benchmarks
-from qtarget.cli.options.verb import remember_options
+from qtarget.command import remember_options
 
 
 def dashed(token: str) -> str:
@@ -78,7 +78,9 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; give it before the verb.")] = False,
 ) -> None:
     """Choose, per token, what distribution a language model is pulled towards."""
-    remember_options(context)
+    verb = getattr(context.command, "commands", {}).get(context.invoked_subcommand)
+    names = [name for one in getattr(verb, "params", ()) for name in (*one.opts, *one.secondary_opts)]
+    remember_options(name for name in names if name.startswith("--"))
     # targets, losses and metrics of the user's lie there; last, so that no file of theirs hides an installed package
     here = os.getcwd()
     sys.path.append(here)

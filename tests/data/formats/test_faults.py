@@ -38,7 +38,7 @@ def test_a_line_that_does_not_parse_hides_no_fault_before_it(tmp_path):
     assert "line 2: column 'output' is an integer" in one and "line 3, column 2: not valid JSON" in two
 
 
-@pytest.mark.parametrize("outputs", ([None, "a", None, "b"], ["a", None, "b", None]))
+@pytest.mark.parametrize("outputs", [[None, "a", None, "b"], ["a", None, "b", None]])
 def test_rows_without_a_value_are_dropped_wherever_they_stand(outputs, tmp_path):
     reading = read_files(alpaca(tmp_path / "a.jsonl", outputs), ReadOptions(null_content="drop"))
     assert [row["completion"][0]["content"] for row in reading.rows] == ["a", "b"] and reading.dropped == 2

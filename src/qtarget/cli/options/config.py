@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qtarget.cli.options.settings import Setting, check_algorithm, coerce, read_settings
-from qtarget.cli.options.verb import verb_options
+from qtarget.command import verb_options
 from qtarget.core.errors import ConfigError, QTargetError
 from qtarget.storage.folders import missing_folder
 
