@@ -53,8 +53,8 @@ class Filter:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             near = difflib.get_close_matches(str(self.rule), RULES, n=1)
-            hint = f"did you mean {near[0]}? Expected" if near else "expected"
-            raise ConfigError(f"filter: rule {self.rule!r} is unknown; {hint} one of {', '.join(RULES)}")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"filter: rule {self.rule!r} is unknown; expected one of {', '.join(RULES)}{hint}")
         number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
         if self.keep is not None and not (number and 0 < self.keep < 1):
             raise ConfigError(f"filter: keep is {self.keep!r}; expected a share of the rows, above 0 and below 1")

@@ -109,22 +109,25 @@ def test_padded_and_packed_train_alike_and_the_noise_weighs_least(make_trainer, 
 def test_the_log_tells_each_source_and_the_rows_that_hardly_teach(make_trainer, judged, caplog):
     paths = judged(sourced_rows())
     with caplog.at_level(logging.WARNING):
-        make_trainer("crossfit_consensus", data=sourced_rows(), target_kwargs={"caution": 100}, **paths)
+        rows = sourced_rows()
+        make_trainer("crossfit_consensus", data=rows, evals=rows, target_kwargs={"caution": 100}, **paths)
     told = [record.getMessage() for record in caplog.records]
     assert sum(line.startswith("train data, by copies that have not seen the rows, books: ") for line in told) == 1
     assert sum(line.startswith("train data, by copies that have not seen the rows, web: ") for line in told) == 1
     (silent,) = [line for line in told if line.startswith("train data, books: ")]
     assert "of 4 rows" in silent and "mean weight under 0.05" in silent
     assert any(repr(row["completion"] + "^") in silent for row in sourced_rows().select(range(12, 16)))
-    assert not any(line.startswith("train data, web: ") for line in told)
+    assert any(f"row {number}, " in silent for number in range(13, 17))
+    assert not any(line.startswith(("train data, web: ", "eval data, books: ")) for line in told)
 
 
 def test_reliability_is_told_of_each_source_without_a_cross_fit_too(make_trainer, cached, caplog):
     path = cached(make_model(seed=3), sourced_rows(), model_id="base")
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(
-            "consensus", data=sourced_rows(), reference_cache=path, reference_model_name_or_path="base"
-        )
+            "consensus", data=sourced_rows(), evals=sourced_rows(), reference_cache=path,
+            reference_model_name_or_path="base",
+        )  # fmt: skip
     told = [record.getMessage() for record in caplog.records]
     lines = [line for line in told if line.startswith("reference: reliability of the frozen model")]
     assert [line.split(", ")[2].split(":")[0] for line in lines] == ["books", "web"]
