@@ -73,6 +73,7 @@ def _compared(config: RunConfig, file: Path, plan: Mapping[str, Any], document: 
         output_dir=shown(_free(Path(os.path.abspath(str(config.training.output_dir))), str(document["take"]))),
         helps=taken is None or taken["level"] > document["base"]["level"],
         others=tuple(key for key in DECIDES if now.get(key) != settings.get(key)),
+        filtered=any((one["overrides"].get("filter") or "none") != "none" for one in document["contenders"]),
     )
 
 

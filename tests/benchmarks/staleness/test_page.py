@@ -60,12 +60,17 @@ def test_what_is_said_of_the_model():
     start = rows[0]["start"]
     gains = 0
     for row in rows:
-        for one in row["settings"].values():
-            assert one["sampled"]["mean"] > start["sampled"] and one["greedy"]["mean"] < start["greedy"]
-            assert one["collapsed"] == 0
+        is_both = (row["lag"], row["epochs"]) == (8, 4)
+        for name, one in row["settings"].items():
             gains += sum(key.endswith("to_no_region") for key in one)
-            assert one.get("sampled_to_no_region", {"low": 0})["low"] <= 0
-    assert f"of {gains}\ndifferences" in PAGE
+            if not is_both:
+                assert one["sampled"]["mean"] > start["sampled"] and one["greedy"]["mean"] < start["greedy"]
+                assert one["collapsed"] == 0 and one.get("sampled_to_no_region", {"low": 0})["low"] <= 0
+            elif name.startswith(("ppo_clip", "dppo_tv")):
+                assert one["sampled_to_no_region"]["low"] > 0
+            elif name.startswith("policy_gradient"):
+                assert one["sampled"]["mean"] < start["sampled"]
+    assert f"of {gains} differences" in PAGE
     log = (ROOT / "benchmarks/results/staleness_model.runs.jsonl").read_text().splitlines()
     ends = {run["key"]: run["runs"][0]["end"] for run in map(json.loads, log)}
     for percent, key in ((20.5, "8/1/0.0/policy_gradient/inf"), (38.2, "0/4/0.0/policy_gradient/inf"),

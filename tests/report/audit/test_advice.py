@@ -179,6 +179,13 @@ def test_a_comparison_of_these_rows_is_the_verdict():
     nothing = dataclasses.replace(found, take=None, options={})
     assert "no verdict" in which_target(facts(0.5), nothing).summary
     assert advice.as_dict()["compared"]["take"] == "dft"
+    unfiltered = dataclasses.replace(found, filtered=False)
+    told = which_target(facts(0.5, bad_rows=9) | {"crossfit_bad_rows": 58}, unfiltered).summary
+    assert (
+        "58 rows of these look bad: `qtarget compare CONFIG.yaml --filters none,crossfit --output runs/c --resume` tries it"
+        in told
+    )
+    assert "look bad" not in which_target(facts(0.5, bad_rows=9), found).summary, "the comparison tried it"
 
 
 def test_notes_follow_the_facts():
@@ -201,7 +208,7 @@ def test_facts_are_taken_from_the_findings():
     found = facts_of(findings, rows=10, teacher=True)
     assert found == surprise | {
         "suspected_share": 0.04, "flawed_prior_share": 0.0, "duplicate_share": 0.5, "contradictory_share": 0.0,
-        "bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True, "validation": None,
+        "bad_rows": None, "crossfit_bad_rows": None, "rows": 10, "scored_rows": 10, "teacher": True, "validation": None,
     }  # fmt: skip
     unknown = [findings[0], dataclasses.replace(findings[1], severity="info")]
     assert facts_of(unknown, rows=10, teacher=False)["suspected_share"] == 0.0  # of a base that does not know the rows

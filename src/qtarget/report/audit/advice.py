@@ -96,6 +96,7 @@ def facts_of(
         "suspected_share": suspected if scored else None,
         "flawed_prior_share": flawed if checked else None,
         "bad_rows": by_name["row_kinds"].count if "row_kinds" in by_name else None,
+        "crossfit_bad_rows": by_name["crossfit_kinds"].count if "crossfit_kinds" in by_name else None,
         "duplicate_share": share("duplicates"),
         "contradictory_share": share("contradictory_duplicates"),
         "rows": rows,
@@ -118,7 +119,10 @@ def which_target(facts: Mapping[str, Any], compared: Compared | None = None) -> 
         compared: a finished comparison of these rows and this model.
     """
     if compared is not None:
-        return Advice("compared", compared.in_audit(), facts, compared=compared)
+        kinds = [
+            (facts.get(name) or 0, rule) for name, rule in (("bad_rows", "auto"), ("crossfit_bad_rows", "crossfit"))
+        ]
+        return Advice("compared", compared.in_audit(*max(kinds)), facts, compared=compared)
     gap = _what_is_missing(facts)
     if gap is not None:
         wanted = proposal(facts)

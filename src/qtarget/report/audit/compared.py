@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from qtarget.command import command_for
+from qtarget.core.errors import counted, inflected
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Compared:
         output_dir: for that run.
         helps: whether what was taken is better than the untrained base.
         others: keys in which the comparison's runs differ from this config.
+        filtered: whether a contender left rows out.
     """
 
     file: str
@@ -30,10 +33,20 @@ class Compared:
     output_dir: str
     helps: bool = True
     others: tuple[str, ...] = ()
+    filtered: bool = True
 
-    def in_audit(self) -> str:
-        """The verdict, and what to do."""
-        return f"{self._verdict()} {self._step()}"
+    def in_audit(self, bad_rows: int = 0, rule: str = "auto") -> str:
+        """The verdict, and what to do.
+
+        Args:
+            bad_rows: that look bad by a filter's rule.
+        """
+        doubt = ""
+        if bad_rows and not self.filtered:
+            options = ("--filters", f"none,{rule}", "--output", str(Path(self.file).parent), "--resume")
+            doubt = f" No contender left rows out, and {counted(bad_rows, 'row')} of these {inflected(bad_rows, 'look')} bad: "
+            doubt += f"`{command_for('compare', *options)}` tries it."
+        return f"{self._verdict()} {self._step()}{doubt}"
 
     def in_training(self) -> str:
         """The verdict, and in what this run is another one."""
