@@ -67,7 +67,7 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
         (["--target", "talr"], "'talr' weighs a whole batch"),
         (["--target", "distillation", "--teacher_cache", "cache"], "'distillation' never looks at the observed token"),
         (["--target", "dft", "--reference", "live"], "'guarded dft' weighs what the rows agree on against the frozen"),
-        (["--target", "target_sft"], "run `qtarget score CONFIG.yaml --role teacher --output CACHE`"),
+        (["--target", "target_sft"], "run `qtarget score CONFIG.yaml --role teacher --teacher MODEL --output CACHE`"),
         (["--target", "asft", "--guard", "perhaps"], "guard"),
     ],
 )
