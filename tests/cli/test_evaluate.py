@@ -185,6 +185,19 @@ def test_draws_go_on_where_a_line_was_cut_and_other_plans_are_refused(runs, eval
         assert part in refused(capsys, "evaluate", *command, *other, *output, "--resume")
 
 
+def test_that_prompts_are_counted_is_said_by_an_evaluation_that_goes_on_too(runs, evaluated, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+             for row in load_demonstrations("test")[:4]]  # fmt: skip
+    command = (runs / "sft", "--data", write_rows(tmp_path / "chats.jsonl", chats), "--no-generate")
+    document, _ = evaluated(*command)
+    notes = by_name(document)[str(runs / "sft")]["notes"]
+    assert any("chats.jsonl counts prompts too" in note for note in notes)
+    whole = (tmp_path / "e.json").read_bytes()
+    (tmp_path / "e.json").unlink()
+    evaluated(*command, "--resume")  # with every row known
+    assert (tmp_path / "e.json").read_bytes() == whole
+
+
 def test_completions_are_judged_anew_without_generating(runs, evaluated, tmp_path, monkeypatch):
     command = (runs / "sft", "--data", runs / "data.jsonl", "--no-nll")
     evaluated(*command)

@@ -29,7 +29,8 @@ def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
     Args:
         rows: to be trained on, as ``load_datasets`` reads them.
     """
-    from qtarget.comparison.kept import model_digest, rows_digest
+    from qtarget.comparison.kept import model_digest
+    from qtarget.evaluation.evaluate import rows_digest
 
     finished = list(_finished(Path(os.path.abspath(str(config.training.output_dir))).parent))
     if not finished:

@@ -16,7 +16,7 @@ from qtarget.evaluation.contenders import Contender, weights_digest
 from qtarget.evaluation.evaluate import RowSet
 from qtarget.evaluation.judges import judged
 from qtarget.evaluation.records import check_plan, differences
-from qtarget.storage.files import digest, write_atomic, write_json
+from qtarget.storage.files import write_atomic, write_json
 
 PLAN, DOCUMENT = "plan.json", "comparison.json"
 METRICS, CONTENDERS = "metrics", "contenders"
@@ -140,11 +140,6 @@ def _scores(rows: RowSet, texts: Sequence[str], key: str) -> list[float] | None:
     ]
 
 
-def rows_digest(rows: Any) -> str:
-    """Of training rows: whether they are those that a comparison began with."""
-    return digest(json.dumps(rows.to_list(), sort_keys=True, default=str).encode())
-
-
 def model_digest(model: str) -> str:
-    """The same of the model's files."""
+    """Of a model's files: whether it is the one that a comparison began with."""
     return weights_digest(Contender(model, model, model))

@@ -59,7 +59,12 @@ class RowSet:
     @cached_property
     def fingerprint(self) -> str:
         """Of the rows, in their order."""
-        return digest(json.dumps(self.dataset.to_list(), sort_keys=True, default=str).encode())
+        return rows_digest(self.dataset)
+
+
+def rows_digest(rows: Any) -> str:
+    """Of a data set's rows, in their order."""
+    return digest(json.dumps(rows.to_list(), sort_keys=True, default=str).encode())
 
 
 @dataclass(frozen=True)
@@ -160,13 +165,24 @@ class Evaluation:
     def evaluate(self, loaded: Loaded) -> None:
         """Find out what is not known yet of one contender."""
         contender = loaded.contender
-        self.facts[contender.name] = {"notes": [*contender.notes, *loaded.notes], "max_new_tokens": {}}
+        notes = [*contender.notes, *loaded.notes, *self._prompts_counted(contender)]
+        self.facts[contender.name] = {"notes": notes, "max_new_tokens": {}}
         for rows in self._sets:
             if self._choices.nll:
                 self._score(loaded, rows)
             if rows.questions is not None:
                 self._complete(loaded, rows, rows.questions)
         loaded.forget()
+
+    def _prompts_counted(self, contender: Contender) -> list[str]:
+        """Sets whose nll is not of answers alone, in words."""
+        if not self._choices.nll or contender.settings.get("assistant_only_loss"):
+            return []
+        return [
+            f"nll of {rows.file} counts prompts too: its rows are conversations, and assistant_only_loss is off in the run; rows "
+            "of prompt and completion count answers alone"
+            for rows in self._sets if "messages" in rows.dataset.column_names
+        ]  # fmt: skip
 
     # -- likelihood -------------------------------------------------------------------------------------------
 
@@ -177,11 +193,6 @@ class Evaluation:
             self._tell(count, f"{name}: nll of {rows.name}, known")
             return
         ready = loaded.ready_rows(rows)
-        if "messages" in rows.dataset.column_names and not loaded.contender.settings.get("assistant_only_loss"):
-            self.facts[name]["notes"].append(
-                f"nll of {rows.file} counts prompts too: its rows are conversations, and assistant_only_loss is off in the "
-                "run; rows of prompt and completion count answers alone"
-            )
         size = self._choices.batch_size
         for start in range(0, len(ready.rows), size):
             part = slice(start, start + size)
