@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qtarget.cli.options.frozen import FROZEN_KEYS
-from qtarget.command import command_for
 from qtarget.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Request:
         if any(self.config.given.get(key) is not None for key in FROZEN_KEYS["teacher"]):
             return
         for one in self.contenders:
-            if self._bare().config({**one.overrides, "filter": "none"}).training.build_target().needs.teacher:
+            if self._plain[one.name].training.build_target().needs.teacher:
                 raise ConfigError(
                     f"{one.name} needs a frozen teacher, and {self.path} names none; add `--teacher MODEL`, a model's folder (the "
                     "base itself, where there is no other), or leave that contender out"
@@ -150,7 +150,8 @@ class Request:
     def _plan(self, sets: Sequence[RowSet]) -> dict[str, Any]:
         """What the finished runs in the folder depend on."""
         from qtarget.cli.recipe import OWN
-        from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest, rows_digest
+        from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest
+        from qtarget.evaluation.evaluate import rows_digest
 
         varied = {"output_dir", "learning_rate", *OWN, *(key for keys in FROZEN_KEYS.values() for key in keys)}
         return {
@@ -167,7 +168,7 @@ class Request:
         """What a contender's own runs depend on: its keys, its source, and the frozen models that it asks."""
         from qtarget.cli.missing import asks_witness
 
-        config = self._bare().config({**one.overrides, "filter": "none"})
+        config = self._plain[one.name]
         needs, given = config.training.build_target().needs, self.config.given
         asked = {
             "reference": bool(needs.reference) or one.filtered,
@@ -176,6 +177,12 @@ class Request:
         }
         frozen = {k: str(given[k]) for role, keys in FROZEN_KEYS.items() if asked[role] for k in keys if k in given}
         return dict(one.overrides) | own_source(one.overrides["target"]) | frozen
+
+    @cached_property
+    def _plain(self) -> dict[str, RunConfig]:
+        """Each contender's config, without its filter and before what is missing is made."""
+        bare = self._bare()
+        return {one.name: bare.config({**one.overrides, "filter": "none"}) for one in self.contenders}
 
     def _bare(self) -> ConfigRecipe:
         """The config as it was given."""
@@ -191,7 +198,7 @@ class Request:
         recipe = self._bare()
         needs, asked_by = frozenset[str](), None
         for one in self.contenders:
-            contender = recipe.config({**one.overrides, "filter": "none"})
+            contender = self._plain[one.name]
             needs |= contender.training.build_target().needs.reference
             asked_by = asked_by or asks_witness(contender, one.overrides.get("filter"))
         config = recipe.config({"target": "sft", "target_kwargs": None})
@@ -216,6 +223,7 @@ class Request:
         from qtarget.integrations.shared.frozen import open_caches, open_witness
 
         copies: dict[str, tuple[str, str | None]] = {}
+        judged: tuple[str, str | None] | None = None  # all contenders have one base and one cross-fit
         for one in self.contenders:
             config = recipe.config({**one.overrides, "filter": "none"})
             training = config.training
@@ -223,7 +231,7 @@ class Request:
             open_caches(training, training.build_target(), {"reference": None, "teacher": None})
             witness = open_witness(training.witness, training.build_target(), training.cache_verify_key)
             if witness is not None and training.reference_cache is not None:
-                copies[one.name] = led_astray(witness, training.reference_cache)
+                copies[one.name] = judged = judged or led_astray(witness, training.reference_cache)
         for line in dict.fromkeys(said for said, _ in copies.values() if said):
             typer.echo(line)
         able, idle = [], dict[str, list[str]]()
@@ -237,7 +245,7 @@ class Request:
                 able.append(one)
             else:
                 idle.setdefault(why, []).append(one.name)
-        left = [f"{'; '.join(names)}: {why}{_asked_of_copies(why)}" for why, names in idle.items()]
+        left = [f"{'; '.join(names)}: {why}" for why, names in idle.items()]
         for line in left:
             typer.echo(line)
         return able, left
@@ -296,11 +304,6 @@ class Request:
             base_entry(found, f"{model} (untrained)", self.folder), entries, groups=groups, sets=self.about,
             settings=settings, rows=row_texts(sets[0], self.numbers["data"]), left_out=found.left_out, cost=cost,
         )  # fmt: skip
-
-
-def _asked_of_copies(why: str) -> str:
-    """The command where the rule that asks copies may tell what the base cannot."""
-    return f": `{command_for('compare', '--filters', 'none,crossfit')}`" if "`crossfit`" in why else ""
 
 
 def own_source(target: str) -> dict[str, str]:

@@ -87,6 +87,8 @@ def filter_rows(
         found = filter_config(run, wanted)
         document = write_filtered(run, found, output, group, mark, made)
     print_filtered(document)
+    if found.decision.copies_may_tell:
+        typer.echo(f"next: `{command_for('filter', '--rule', 'crossfit')}`")
     say_written(output / name for name in (*ROW_FILES, PAGE, VERDICT))
 
 
@@ -347,8 +349,6 @@ def print_filtered(document: Mapping[str, Any]) -> None:
             table.add_row(Text(line["value"]), f"{line['rows']:,}", f"{line['dropped']:,}")
         console.print(table)
     console.print(Text(document["summary"]), soft_wrap=True)
-    if "the rule `crossfit`" in document["summary"]:
-        console.print(Text(f"next: `{command_for('filter', '--rule', 'crossfit')}`"), soft_wrap=True)
     if (roc := document["roc"]) is not None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
         console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli.options.settings import Setting
+from qtarget.command import command_for
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -83,7 +84,10 @@ def why_not_filtered(recipe: ConfigRecipe, rule: Any) -> str | None:
     from qtarget.cli.filter import decide_config
 
     found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule).decision
-    return None if found.dropped or found.weights.min() < 1 else found.summary
+    if found.dropped or found.weights.min() < 1:
+        return None
+    tries = f": `{command_for('compare', '--filters', 'none,crossfit')}`" if found.copies_may_tell else ""
+    return found.summary + tries
 
 
 def led_astray(witness: ReferenceCache, reference: str) -> tuple[str, str | None]:

@@ -126,6 +126,12 @@ class Decision:
         """``[rows]`` P(row is good), what ``as: weight`` multiplies."""
         return 1 - self.posterior
 
+    @property
+    def copies_may_tell(self) -> bool:
+        """Whether the base cannot tell because it does not know the rows: copies learn their format first."""
+        doubted = self.verdict == "cannot tell" and WITNESSES[self.rule].asks == "base"
+        return doubted and self.facts.get("kept_excess", 0.0) > UNEXPECTED
+
     def reason(self, row: int) -> str:
         """Why a row is kept or dropped, in words."""
         if self.verdict in ("cannot tell", "not filtered"):
