@@ -10,7 +10,7 @@ import typer
 
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
-from qtarget.cli.bench.real import real_noise, real_prior
+from qtarget.cli.bench.real import real_noise, real_prior, size_of
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
@@ -132,19 +132,6 @@ def noise(
         results = run_noise(config, output, resume=resume, progress=advance)
     drawn = any(cell["kind"] == "random_tokens" for cell in results["cells"])  # the figure is the map of these
     show(results["summary"]["finding"], output, noise_table(results), noise_figure(results) if drawn else None)
-
-
-def size_of(is_quick: bool, is_short: bool, base: str) -> str:
-    """``quick``, ``short`` or ``full``.
-
-    Raises:
-        ConfigError: two sizes, or the short one without a real base.
-    """
-    if is_quick and is_short:
-        raise ConfigError("--quick and --short contradict each other; give one of them")
-    if is_short and base == "embedded":
-        raise ConfigError("--short goes with a real base: add --base smollm2, or say --quick")
-    return "quick" if is_quick else "short" if is_short else "full"
 
 
 def chosen_part(

@@ -40,24 +40,38 @@ def rl(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the finished models beside --output.")] = False,
 ) -> None:
     """SmolLM2-135M with adapters on its own samples, by rewards and by a fine-tuned copy: sampled and greedy answers."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from qtarget.benchmarks.real.rl import SIZES, real_rl_table, run_real_rl
 
-    if is_short and is_quick:
-        raise ConfigError("--quick and --short contradict each other; give one of them")
+    config = SIZES[size_of(is_quick, is_short, base)]
     folder = real_base(base, output, resume)
-    config = SIZES["quick" if is_quick else "short" if is_short else "full"]
     runs = output.with_suffix(".runs.jsonl")
     with progress_bar() as advance, on_interrupt(lambda: f"finished models are kept in {runs}; go on with --resume"):
         results = run_real_rl(config, folder, output, resume=resume, progress=advance)
+    show(real_rl_table(results), "one seed; intervals are over held-out prompts", output)
+
+
+def show(table: str, finding: str, output: Path) -> None:
+    """Table, finding, and what every number of this base has to be read with."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     console = Console()
-    console.print(Markdown(real_rl_table(results)))
-    console.print(
-        f"one seed; intervals are over held-out prompts; four-bit weights are part of this base; {output}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+    console.print(Markdown(table))
+    console.print(finding, soft_wrap=True, highlight=False)
+    console.print(f"four-bit weights are part of this base; {output}", soft_wrap=True, highlight=False)
+
+
+def size_of(is_quick: bool, is_short: bool, base: str) -> str:
+    """``quick``, ``short`` or ``full``.
+
+    Raises:
+        ConfigError: two sizes, or the short one without a real base.
+    """
+    if is_quick and is_short:
+        raise ConfigError("--quick and --short contradict each other; give one of them")
+    if is_short and base == "embedded":
+        raise ConfigError("--short goes with a real base: add --base smollm2, or say --quick")
+    return "quick" if is_quick else "short" if is_short else "full"
 
 
 def real_base(base: str, output: Path, resume: bool) -> Path:
@@ -84,9 +98,6 @@ def real_base(base: str, output: Path, resume: bool) -> Path:
 
 def real_prior(base: str, size: str, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]) -> None:
     """``bench prior`` on the real model; arguments as for ``real_noise``."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from qtarget.benchmarks.prior.bench import run_prior
     from qtarget.benchmarks.prior.results import prior_table
     from qtarget.benchmarks.real.bench import RATE
@@ -97,10 +108,7 @@ def real_prior(base: str, size: str, output: Path, resume: bool, workers: int, k
     config = sized(size, start, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_prior(config, output, resume=resume, progress=advance, worker=RealPriorWorker)
-    console = Console()
-    console.print(Markdown(prior_table(results)))
-    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
-    console.print(f"four-bit weights are part of this base; {output}", soft_wrap=True, highlight=False)
+    show(prior_table(results), results["summary"]["finding"], output)
 
 
 def real_noise(
@@ -116,9 +124,6 @@ def real_noise(
     Raises:
         ConfigError: the base is neither.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from qtarget.benchmarks.real.bench import RATE, SIZES, run_real
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
@@ -127,7 +132,4 @@ def real_noise(
     config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_real(config, output, resume=resume, progress=advance)
-    console = Console()
-    console.print(Markdown(real_table(results)))
-    console.print(results["summary"]["finding"], soft_wrap=True, highlight=False)
-    console.print(f"four-bit weights are part of this base; {output}", soft_wrap=True, highlight=False)
+    show(real_table(results), results["summary"]["finding"], output)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl.data_utils import pack_dataset
 
 from qtarget.core.errors import ConfigError, DataError
-from qtarget.core.types import Target
+from qtarget.core.types import DATA_FIELDS, Target
 from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
@@ -82,7 +82,9 @@ class Preparation:
         if isinstance(dataset, dict):
             return type(dataset)({key: self.adopt(part, key, text_field) for key, part in dataset.items()})
         rows, self._adopted[name] = adopt(dataset, name, text_field=text_field)
-        if isinstance(dataset, Dataset) and len(rows) == len(dataset):  # their column is left out here
+        needs = self._target.needs
+        asked = (needs.reference | needs.teacher) & set(DATA_FIELDS)
+        if asked and isinstance(dataset, Dataset) and len(rows) == len(dataset):  # their column is left out here
             self._sources[name] = Sources.of(dataset, self._group_by, text_field)
         return rows
 
