@@ -18,7 +18,7 @@ import numpy as np
 
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, RunLog, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.worker import adapters
+from qtarget.benchmarks.real.worker import adapters, question_of
 from qtarget.benchmarks.sampling import NEW_TOKENS, right_answers
 from qtarget.benchmarks.start import claim
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
@@ -136,10 +136,8 @@ def in_turns(row: Row) -> dict[str, Any]:
         >>> in_turns({"prompt": "Instruction: Add 1 1.\\nResponse:\\n", "completion": "[2]", "answer": "2"})["answer"]
         '2'
     """
-    before, after = tasks.INSTRUCTION_TEMPLATE.split("{instruction}")
-    question = row["prompt"].removeprefix(before).removesuffix(after)
     return {
-        "prompt": [{"role": "user", "content": question}],
+        "prompt": [{"role": "user", "content": question_of(row)}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
         "answer": row["answer"],
     }

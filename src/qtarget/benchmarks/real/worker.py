@@ -143,13 +143,26 @@ def in_chat(row: Row, tokenizer: Any) -> Row:
     """A demonstration whose question is a user's turn.
 
     Raises:
+        DataError: see ``question_of``.
+    """
+    return {**row, "prompt": as_turn(question_of(row), tokenizer)}
+
+
+def question_of(row: Row) -> str:
+    """What a demonstration asks, without the words around it.
+
+    Raises:
         DataError: the prompt is not in the words of the embedded tasks.
+
+    Example:
+        >>> question_of({"prompt": "Instruction: Add 1 1.\\nResponse:\\n"})
+        'Add 1 1.'
     """
     before, after = tasks.INSTRUCTION_TEMPLATE.split("{instruction}")
     prompt = row["prompt"]
     if not (prompt.startswith(before) and prompt.endswith(after)):
         raise DataError(f"{prompt!r} is no instruction; expected {tasks.INSTRUCTION_TEMPLATE!r}")
-    return {**row, "prompt": as_turn(prompt[len(before) : -len(after)], tokenizer)}
+    return prompt[len(before) : -len(after)]
 
 
 def as_turn(question: str, tokenizer: Any) -> str:
