@@ -39,7 +39,8 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
 
     install_import_hook([f"qtarget.{name}" for name in CHECKED], "tests.core_typechecker.checked")
 
-import torch  # noqa: E402 - after the hook
+import pytest  # noqa: E402 - after the hook
+import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # The same examples on every run: a red suite is never a matter of luck. To explore: `--hypothesis-profile=default`.
@@ -47,3 +48,12 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line():
+    """What one test's command line was is nothing to the messages of the next."""
+    yield
+    from qtarget.command import forget
+
+    forget()

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-import pytest
-
 from qtarget.command import CALLED_AS, PLACEHOLDER, called_as, command_for, forget, remember
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    yield
-    forget()
 
 
 def test_a_training_keeps_what_a_scoring_leaves_out():

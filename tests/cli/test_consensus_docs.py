@@ -67,12 +67,13 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
         (["--target", "talr"], "'talr' weighs a whole batch"),
         (["--target", "distillation", "--teacher_cache", "cache"], "'distillation' never looks at the observed token"),
         (["--target", "dft", "--reference", "live"], "'guarded dft' weighs what the rows agree on against the frozen"),
-        (["--target", "target_sft"], "run `qtarget score CONFIG.yaml --role teacher --teacher MODEL --output CACHE`"),
+        (["--target", "target_sft"], "run `qtarget score {config} --role teacher --teacher MODEL --output CACHE`"),
         (["--target", "asft", "--guard", "perhaps"], "guard"),
     ],
 )
 def test_wrong_uses_of_the_guard_say_what_and_how(workspace, capsys, options, words):
-    assert called("train", workspace(guard=True), *options) == 2
+    config = workspace(guard=True)
+    assert called("train", config, *options) == 2
     errors = capsys.readouterr().err
-    assert words in " ".join(errors.split())
+    assert words.format(config=config) in " ".join(errors.split())
     assert "Traceback" not in errors
