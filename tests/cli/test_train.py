@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_training_leaves_model_tokenizer_config_and_summary(workspace, tmp_path,
     assert summary["tokens"] == 2 * tokens
     assert "trained with target dft" in printed
     assert f"{summary['first_nll']:.4f} -> {summary['last_nll']:.4f}" in printed
+    for line in printed.partition("next:\n")[2].splitlines():  # what is printed runs as it stands
+        qtarget(*shlex.split(line, comments=True)[1:])
+    evaluated, reported = capsys.readouterr().out.partition("next, ")[::2]
+    assert "(base)" in evaluated and "the only evaluation" in reported
+    assert f"qtarget compare {out / 'qtarget_config.yaml'}" in reported
 
 
 def test_score_then_train_from_the_cache(workspace, tmp_path, tiny_model, capsys):

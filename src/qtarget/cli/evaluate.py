@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import yaml
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.outputs import OverwriteOption
@@ -75,6 +76,7 @@ def evaluate(
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import Mark, check_outputs, held, progress_bar, say_written
+    from qtarget.command import quoted
     from qtarget.data.files import check_files
     from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders, recorded_rows
@@ -133,6 +135,19 @@ def evaluate(
         save(document, output, page, mark)
     print_evaluation(document)
     say_written([output, page, records_file])
+    if (config := compared_by(models)) is not None:
+        typer.echo(f"next, whether another target does better on these rows:\n  qtarget compare {quoted(config)}")
+
+
+def compared_by(models: Sequence[str]) -> Path | None:
+    """The config of the only run among the models, which a comparison takes; None where there are several, or none."""
+    from qtarget.cli.options.settings import RL
+    from qtarget.report.runs.records import CONFIG_FILE
+
+    if len(models) != 1 or not (config := Path(models[0]) / CONFIG_FILE).is_file():
+        return None
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return config if isinstance(settings.get("validation_file"), str) and settings.get("algorithm") != RL else None
 
 
 def default_output(models: Sequence[str]) -> Path:

@@ -154,6 +154,8 @@ def print_report(result: dict[str, Any]) -> None:
             about = (run["name"], run["target"] or "-", run["status"]["state"], str(run["status"]["step"]))
             for name, found in run[summary].items() or [("-", None)]:
                 ends = [f"{found[end][metric]:.4f}" for end in ("first", "last")] if found else ["-", "-"]
+                if found and found["first"]["step"] == found["last"]["step"]:
+                    ends[0] = "-"  # one evaluation is no course
                 # ``Text``, because names and notes may hold brackets, which rich would read as markup
                 table.add_row(*map(Text, (*about, name, *ends)))
         if shown:

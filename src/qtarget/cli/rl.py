@@ -97,7 +97,7 @@ def run_rl(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def _train_and_save(config: RunConfig) -> dict[str, Any]:
-    from qtarget.cli.options.started import starting_point, write_records
+    from qtarget.cli.options.started import after_training, starting_point, write_records
 
     checkpoint = starting_point(config)
     trainer = build_rl_trainer(config, *load_prompt_sets(config))
@@ -116,6 +116,8 @@ def _train_and_save(config: RunConfig) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_records(output, config, summary)
         print_summary(summary, output)
+        for line in after_training(output, None):  # prompts need no answers, and an evaluation does
+            typer.echo(line)
     return summary
 
 

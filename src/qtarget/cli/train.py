@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtarget.cli.options.settings import RL, check_algorithm
-from qtarget.cli.options.started import SUMMARY_FILE, how_to_go_on, saved_model, starting_point, write_records
+from qtarget.cli.options.started import (
+    SUMMARY_FILE,
+    after_training,
+    how_to_go_on,
+    saved_model,
+    starting_point,
+    write_records,
+)
 from qtarget.report.runs.records import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -116,6 +123,8 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
         write_records(output, config, summary)
         trainer.create_model_card()  # once more: only the config names the files
         print_summary(summary, output)
+        for line in after_training(output, config.data.validation_file):
+            typer.echo(line)
     trainer.end()
     let_gloo_go()
     return summary

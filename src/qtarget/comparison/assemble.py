@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ def entry_of(found: Found, contender: Contender, halves: Sequence[int], folder: 
     runs = {seed: [found.final[name, rate, seed] for rate in rates] for seed in seeds}
     shown = [found.final.get((name, found.best[name], seed), runs[seed][0]) for seed in seeds]
     every = [found.final[name, rate, seed] for rate in dict.fromkeys(rates) for seed in seeds]
-    sets = {"data": _crossed(list(runs.values()), halves)}
+    cut = sum(run["sets"]["data"]["unfinished"] or 0 for run in shown)
+    sets = {"data": replace(_crossed(list(runs.values()), halves), cut=cut)}
     if "forgetting" in found.base["sets"]:
         sets["forgetting"] = _whole(shown, "forgetting")
     memory = [run["memory_bytes"] for run in every if run["memory_bytes"]]
     notes = list(found.notes.get(name, ()))
     if rates[0] != rates[1]:
         notes.append(f"the two halves of the rows chose different rates, {rates[1]:g} and {rates[0]:g}")
-    cut = sum(run["sets"]["data"]["unfinished"] or 0 for run in shown)
     if cut:
         answers = f"{counted(cut, 'answer')} of {counted(len(shown), 'run')} {inflected(cut, 'are')}"
         notes.append(f"{answers} cut off at {counted(shown[0]['max_new_tokens']['data'], 'token')}")

@@ -145,7 +145,8 @@ def recorded_rows(contenders: Sequence[Contender]) -> Path:
     Raises:
         ConfigError: there is none, or runs record different ones.
     """
-    files = {str(file): None for one in contenders if (file := one.settings.get("validation_file")) is not None}
+    recorded = [file for one in contenders if (file := one.settings.get("validation_file")) is not None]
+    files = dict.fromkeys(str(part) for file in recorded for part in (file if isinstance(file, list) else [file]))
     if len(files) != 1:
         why = "the runs record none" if not files else f"the runs record several, {', '.join(files)}"
         raise ConfigError(f"which rows are the models asked: {why}; pass --data ROWS")

@@ -86,6 +86,30 @@ def saved_model(output: Path) -> str:
     return "adapter" if (output / "adapter_config.json").is_file() else "model"
 
 
+def after_training(output: str | Path, held_out: str | list[str] | None) -> list[str]:
+    """Commands to go on with when a run is finished.
+
+    Args:
+        held_out: the ``validation_file`` that the run records; where it is not one, the user has to name one.
+
+    Example:
+        >>> print("\\n".join(after_training("runs/sft", None)))
+        next:
+          qtarget evaluate runs/sft --data HELD_OUT.jsonl  # beside its base, on rows that it was not trained on
+          qtarget report runs/sft  # its course
+    """
+    from qtarget.command import quoted
+
+    run = quoted(output)
+    recorded = isinstance(held_out, str)
+    asked, which = ("", held_out) if recorded else (" --data HELD_OUT.jsonl", "rows that it was not trained on")
+    return [
+        "next:",
+        f"  qtarget evaluate {run}{asked}  # beside its base, on {which}",
+        f"  qtarget report {run}  # its course",
+    ]
+
+
 def recorded_config(named: Path) -> Path:
     """What there is to show: a config as it is, of a run its samples, or else the config that it left.
 

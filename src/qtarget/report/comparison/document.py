@@ -25,11 +25,18 @@ class Scored:
         scores: ``[seeds][rows]``, larger is better.
         weights: ``[rows]``.
         nll: ``[seeds]`` nats a token over all rows; None where it was not measured.
+        cut: answers of all seeds that were stopped before their end.
     """
 
     scores: Sequence[Sequence[float]]
     weights: Sequence[float]
     nll: Sequence[float] | None = None
+    cut: int = 0
+
+    @property
+    def mostly_cut(self) -> bool:
+        """Whether more than half of the answers were stopped before their end."""
+        return 2 * self.cut > len(self.scores) * len(self.weights)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,9 @@ def comparison_document(
         left_out: what was not run, and why.
         cost: seconds and runs in all.
     """
-    measure = Measure(sets["data"]["metric"], len(groups), len(entries[0].sets["data"].scores))
+    asked = [entry.sets["data"] for entry in entries]
+    cut_off = all(one.mostly_cut for one in asked)
+    measure = Measure(sets["data"]["metric"], len(groups), len(asked[0].scores), cut_off)
     lines = _lines(entries, groups)
     untrained = _one_difference(base, entries[0], groups)
     found = verdict(lines, measure, _against(base, entries, groups, lines))

@@ -17,11 +17,13 @@ class Measure:
     Attributes:
         metric: a judge's name, or ``nll``.
         rows, seeds: how many.
+        cut_off: whether every contender was stopped in most of its answers.
     """
 
     metric: str
     rows: int
     seeds: int
+    cut_off: bool = False
 
     @property
     def is_nll(self) -> bool:
@@ -83,8 +85,13 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
     """
     baseline, others = lines[0], [line for line in lines if line.difference is not None]
     if not measure.is_nll and not any(line.level for line in (*lines, *untrained.values())):
-        return Verdict(None, (), f"no model answers one of {measure.rows} rows right by {measure.metric}, so nothing can be "
-                       "told; choose another --metric, or nll")  # fmt: skip
+        step = (
+            "most answers are cut off: give more --max-new-tokens"
+            if measure.cut_off
+            else "choose another --metric, or nll"
+        )
+        said = f"no model answers one of {measure.rows} rows right by {measure.metric}, so nothing can be told; {step}"
+        return Verdict(None, (), said)
     better = [line for line in others if line.difference and line.difference["low"] > 0]
     better.sort(key=lambda line: -line.level)
     # half of all chance lies above 0: of one contender the confidence in no gain at all is one half

@@ -306,10 +306,11 @@ def finding(described: Sequence[Mapping[str, Any]]) -> str:
         return "No evaluation with a plain nll is common to all runs, so nothing is ranked"
     last = [(one["name"], one["clean_nll"][name]["last"]["nll"]) for one in described]
     if len(last) == 1:
-        first = described[0]["clean_nll"][name]["first"]
-        return (
-            f"{last[0][0]}: nll on {name} rows {first['nll']:.3f} at step {first['step']}, {last[0][1]:.3f} at the end"
-        )
+        first, end = (described[0]["clean_nll"][name][which] for which in ("first", "last"))
+        start = f"{last[0][0]}: nll on {name} rows {first['nll']:.3f} at step {first['step']}"
+        if first["step"] == end["step"]:
+            return f"{start}, the only evaluation (eval_strategy: steps and eval_steps make a curve)"
+        return f"{start}, {end['nll']:.3f} at step {end['step']}"
     return f"Nll on {name} rows at the last evaluation, nats a token: {in_order(last)}"
 
 
