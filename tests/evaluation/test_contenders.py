@@ -128,5 +128,5 @@ def test_the_rows_that_the_runs_record():
         recorded_rows([*runs, one("c", validation_file="w.jsonl")])
     with pytest.raises(ConfigError, match="record none; pass --data ROWS"):
         recorded_rows(runs[:1])
-    with pytest.raises(ConfigError, match="several, v.jsonl, w.jsonl"):
+    with pytest.raises(ConfigError, match=r"several, v.jsonl, w.jsonl"):
         recorded_rows([one("d", validation_file=["v.jsonl", "w.jsonl"])])

@@ -26,6 +26,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_real_noise_example_end_to_end(tmp_path):
     """Score, train five targets, resume one, evaluate: a small budget already teaches the format of the answers."""
     run(

@@ -121,7 +121,7 @@ def test_numbers_are_those_of_the_raw_results():
     assert summarise(results["rounds"]) == results["summary"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_load_test_runs(folder):
     small = ["--requests", "12", "--rounds", "1", "--clients", "4", "--longest", "64", "--layers", "1"]
     done = CliRunner(env=ENVIRONMENT).invoke(app, [*COMMANDS[5][1:], *small], catch_exceptions=False)

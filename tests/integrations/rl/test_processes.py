@@ -29,7 +29,7 @@ def work(output, settings: dict, ranks: int) -> tuple[dict[str, torch.Tensor], l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.nightly)])
 def test_two_processes_are_one(loss_type, tmp_path):
     settings = {
         "loss_type": loss_type,

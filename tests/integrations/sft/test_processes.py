@@ -139,6 +139,9 @@ def test_two_ranks_equal_one(one_process, tmp_path, target):
     assert [line["nll"] for line in recorded if "loss" in line] == nll  # once, by the main process
 
 
+PADDING_FREE = {"padding_free": True, "max_length": None}
+
+
 def evaluations(output: Path) -> list[dict]:
     """Our own numbers of each evaluation; TRL's ``eval_loss`` is a mean over batches, which depends on their size."""
     names = ("nll", "entropy", "mean_token_accuracy", "label_weight", "effective_sample_size", "num_tokens")
@@ -147,9 +150,16 @@ def evaluations(output: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"padding_free": True, "max_length": None}], ids=["padded", "padding-free"])
-@pytest.mark.parametrize("rows", [2, 9])
-def test_two_ranks_evaluate_every_row_once(one_process, tmp_path, settings, rows):
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        pytest.param(2, {}, id="2-padded"),
+        pytest.param(9, PADDING_FREE, id="9-padding-free"),
+        pytest.param(9, {}, id="9-padded", marks=pytest.mark.nightly),
+        pytest.param(2, PADDING_FREE, id="2-padding-free", marks=pytest.mark.nightly),
+    ],
+)
+def test_two_ranks_evaluate_every_row_once(one_process, tmp_path, rows, settings):
     """9 rows in four batches of 2 and one row: 3 rows are repeated to fill the last round; of 2 rows, all but 2."""
     chosen = {"target": "dft", **settings, "per_device_eval_batch_size": 2}
     one = evaluations(one_process(chosen, "--evaluate", str(rows)))

@@ -144,7 +144,10 @@ def test_verdicts(lines, take, words):
 def test_where_nothing_is_right_because_answers_are_cut_off_the_next_step_is_their_length():
     short = verdict([line("sft", 0.0), line("a", 0.0, 0.0, 0.0)], Measure("exact", 100, 3, cut_off=True), {})
     assert short.sentence.endswith("most answers are cut off: give more --max-new-tokens")
-    assert Scored([[0.0] * 4] * 2, [1.0] * 4, cut=5).mostly_cut and not Scored([[0.0] * 4] * 2, [1.0] * 4, cut=4).mostly_cut
+    assert (
+        Scored([[0.0] * 4] * 2, [1.0] * 4, cut=5).mostly_cut
+        and not Scored([[0.0] * 4] * 2, [1.0] * 4, cut=4).mostly_cut
+    )
 
 
 def test_one_seed_shows_nothing_and_the_base_may_be_better():

@@ -130,6 +130,17 @@ def actors() -> list[psutil.Process]:
     return found
 
 
+def test_a_model_that_is_not_the_one_that_was_named_is_refused(cluster, model_path):
+    with (
+        pytest.raises(CacheMismatchError, match="expected other"),
+        ray_source(model_path, fingerprint="other") as other,
+    ):
+        other.score([np.array([1, 2])], 0)
+    with pytest.raises(HyperparameterError, match="workers=0"):
+        ray_source(model_path, workers=0)
+
+
+@pytest.mark.nightly
 def test_what_a_worker_raises_is_ours(cluster, model_path, tmp_path):
     with pytest.raises(CacheMismatchError, match="a worker loads a model with fingerprint"):
         write_cache(tmp_path / "a", ragged_rows(4), ray_source(model_path, fingerprint="other"), provenance(0))
@@ -141,13 +152,6 @@ def test_what_a_worker_raises_is_ours(cluster, model_path, tmp_path):
     with pytest.raises(NonFiniteLossError, match="NaN or infinite at position"):
         write_cache(tmp_path / "b", ragged_rows(4), source, provenance(0))
     assert not list((tmp_path / "b").glob("shard*.parquet"))
-    with (
-        pytest.raises(CacheMismatchError, match="expected other"),
-        ray_source(model_path, fingerprint="other") as other,
-    ):
-        other.score([np.array([1, 2])], 0)
-    with pytest.raises(HyperparameterError, match="workers=0"):
-        ray_source(model_path, workers=0)
 
 
 @pytest.mark.slow
