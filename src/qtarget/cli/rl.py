@@ -125,16 +125,20 @@ def load_prompt_sets(config: RunConfig) -> tuple[Any, Any]:
     """Training and validation prompts; validation is None if the config names none.
 
     Raises:
-        DataError: the files are unusable.
-        ConfigError: a data set of the hub, a file that is in both, or ``eval_strategy`` without validation prompts.
+        DataError: the files are unusable, or the hub has no such data set or split.
+        ConfigError: prompts that are trained and validated both, or ``eval_strategy`` without validation prompts.
     """
-    from qtarget.cli.options.datasets import refuse_same_files, row_options
-    from qtarget.integrations.rl.inputs.reading import load_prompts
+    from qtarget.cli.options.datasets import dataset_split, refuse_same_files, refuse_same_split, row_options
+    from qtarget.integrations.rl.inputs.reading import load_prompts, read_prompts
 
     data = config.data
-    if data.train_file is None:
-        raise ConfigError("dataset_name is not read here yet; download the rows and set train_file")
     options = row_options(data.data_format, data.null_content, data.roles, data.tools_file, config.parts[0].limits)
+    if data.train_file is None:
+        refuse_same_split(config)
+        train = read_prompts(dataset_split(config, data.dataset_train_split), options)
+        if config.training.eval_strategy == "no":
+            return train, None
+        return train, read_prompts(dataset_split(config, data.dataset_test_split), options, "validation data")
     if data.validation_file is None:
         if config.training.eval_strategy != "no":
             raise ConfigError(

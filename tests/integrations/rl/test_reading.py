@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 
-from qtarget.core.errors import DataError
-from qtarget.integrations.rl.inputs.reading import load_prompts
+from qtarget.cli.rl import load_prompt_sets, load_rl_config
+from qtarget.core.errors import ConfigError, DataError
+from qtarget.integrations.rl.inputs.reading import load_prompts, read_prompts
 
 ASKED = {"role": "user", "content": "2+2"}
 SAID = {"role": "assistant", "content": "4"}
@@ -36,6 +38,24 @@ def test_rows_become_prompts(tmp_path, row, expected):
     found = load_prompts(written(tmp_path, row, row))
     assert len(found) == 2
     assert {key: value for key, value in found[0].items() if value is not None} == expected
+    assert read_prompts(Dataset.from_list([row, row])).to_list() == found.to_list()
+
+
+def test_prompts_of_a_data_set_by_its_name(tmp_path):
+    for split, rows in (("train", "123"), ("test", "45")):
+        lines = [json.dumps({"prompt": f"{n}+1=", "answer": n}) for n in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    config = tmp_path / "rl.yaml"
+    settings = {"model_name_or_path": "base", "dataset_name": str(tmp_path), "reward_funcs": "a:b", "output_dir": "out",
+                "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "report_to": "none"}  # fmt: skip
+    config.write_text(json.dumps(settings))
+    train, validation = load_prompt_sets(load_rl_config(config, ["--eval_strategy", "epoch"]))
+    assert train["prompt"] == ["1+1=", "2+1=", "3+1="] and validation is not None and validation["answer"] == ["4", "5"]
+    assert load_prompt_sets(load_rl_config(config))[1] is None
+    with pytest.raises(ConfigError, match="are both 'train'"):
+        load_prompt_sets(load_rl_config(config, ["--eval_strategy", "epoch", "--dataset_test_split", "train"]))
+    with pytest.raises(DataError, match="split 'absent'"):
+        load_prompt_sets(load_rl_config(config, ["--dataset_train_split", "absent"]))
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,11 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
         data.data_format, data.null_content, data.roles, data.tools_file, training.limits, text_field=text_field
     )
     if data.train_file is None:
-        if evaluates and data.dataset_train_split == data.dataset_test_split:
-            raise ConfigError(
-                f"dataset_train_split and dataset_test_split are both {data.dataset_test_split!r}: what is trained cannot "
-                "validate it; name another split, or eval_strategy: no"
-            )
-        train = read_dataset(_split(config, data.dataset_train_split), options, "train data")
+        refuse_same_split(config)
+        train = read_dataset(dataset_split(config, data.dataset_train_split), options, "train data")
         if not evaluates:
             return train, None
-        return train, read_dataset(_split(config, data.dataset_test_split), options, "validation data")
+        return train, read_dataset(dataset_split(config, data.dataset_test_split), options, "validation data")
     if data.validation_file is not None:
         refuse_same_files(data.train_file, data.validation_file)
     train = load_dataset_file(data.train_file, text_field=text_field, options=options)
@@ -111,6 +107,20 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
             f"eval_strategy is {str(training.eval_strategy)!r} without validation_file; set it, or eval_strategy: no"
         )
     return train, None
+
+
+def refuse_same_split(config: RunConfig) -> None:
+    """Raise where one split of a data set would be trained and evaluated both.
+
+    Raises:
+        ConfigError: it would.
+    """
+    data = config.data
+    if config.training.eval_strategy != "no" and data.dataset_train_split == data.dataset_test_split:
+        raise ConfigError(
+            f"dataset_train_split and dataset_test_split are both {data.dataset_test_split!r}: what is trained cannot "
+            "validate it; name another split, or eval_strategy: no"
+        )
 
 
 def refuse_same_files(train: Files, validation: Files) -> None:
@@ -128,7 +138,12 @@ def refuse_same_files(train: Files, validation: Files) -> None:
         )
 
 
-def _split(config: RunConfig, split: str) -> Dataset:
+def dataset_split(config: RunConfig, split: str) -> Dataset:
+    """A split of the config's ``dataset_name``: of the hub, or of a folder that ``datasets`` can load.
+
+    Raises:
+        DataError: there is no such data set or split.
+    """
     from datasets import load_dataset
 
     data = config.data

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError
-from qtarget.data.files import Files, Row
+from qtarget.data.files import Files, Located, Place, Row
 from qtarget.data.formats.shape import ReadOptions
-from qtarget.data.loading import load_rows, raw_rows
-from qtarget.data.nested import rows_to_dataset
+from qtarget.data.loading import load_rows, raw_rows, read_dataset
+from qtarget.data.nested import as_written, rows_to_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +35,25 @@ def load_prompts(files: Files, options: ReadOptions | None = None) -> Dataset:
     Raises:
         DataError: as ``read_files``; a prompt that is neither text nor messages; a conversation without a question.
     """
-    located = list(raw_rows(files, options))
+    return _prompts(raw_rows(files, options), lambda: load_rows(files, options=options))
+
+
+def read_prompts(dataset: Dataset, options: ReadOptions | None = None, name: str = "train data") -> Dataset:
+    """The same of a ``Dataset``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> read_prompts(Dataset.from_list([{"prompt": "2+2=", "completion": "4"}]))[0]
+        {'prompt': '2+2=', 'answer': '4'}
+    """
+    where = Path(name)
+    rows = ((Place(where, f"row {number}"), row) for number, row in enumerate(as_written(dataset)[0], start=1))
+    return _prompts(rows, lambda: as_written(read_dataset(dataset, options, name))[0])
+
+
+def _prompts(rows: Iterable[Located], demonstrations: Callable[[], Sequence[Row]]) -> Dataset:
+    """The rows where all are prompts, else what ``demonstrations`` reads of them, each without its answer."""
+    located = list(rows)
     bare = [
         row for _, row in located if isinstance(row, dict) and row.get("prompt") is not None and "completion" not in row
     ]
@@ -41,11 +61,11 @@ def load_prompts(files: Files, options: ReadOptions | None = None) -> Dataset:
         for place, row in located:
             check_prompt(row["prompt"], str(place))  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
         return rows_to_dataset(bare)
-    rows = [without_answer(row, number) for number, row in enumerate(load_rows(files, options=options), start=1)]
+    asked = [without_answer(row, number) for number, row in enumerate(demonstrations(), start=1)]
     logger.warning(
-        "%d demonstrations: their prompts are taken, their answers stand in the column %r", len(rows), ANSWER
+        "%d demonstrations: their prompts are taken, their answers stand in the column %r", len(asked), ANSWER
     )
-    return rows_to_dataset(rows)
+    return rows_to_dataset(asked)
 
 
 def check_prompt(prompt: Any, place: str) -> None:
