@@ -33,7 +33,7 @@ MEASURES = {
 first or last line."""
 BATCH = 32
 """Prompts at once: more would only lengthen what the shorter answers of a batch wait for."""
-PACKAGES = ("lm_eval", "langdetect", "nltk", "llama_index.core")
+PACKAGES = ("lm_eval", "langdetect", "immutabledict", "nltk", "llama_index.core")
 Check = Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
 
 
@@ -78,8 +78,11 @@ def _sentence_splitter() -> Path:
             f"instruction following (IFEval) is judged by packages that are not installed ({', '.join(absent)}); run `make real`, "
             f"or `{INSTALL}`, or leave --data out: then neither it nor forgetting is measured"
         )
-    origin = importlib.util.find_spec("llama_index.core").origin  # pyright: ignore[reportOptionalMemberAccess]
-    return Path(str(origin)).parent / "_static" / "nltk_cache"
+    carrier: Any = importlib.util.find_spec("llama_index.core")
+    folder = Path(carrier.origin).parent / "_static" / "nltk_cache"
+    if not (folder / "tokenizers" / "punkt_tab").is_dir():
+        raise MissingDependencyError(f"{folder} has no sentence splitter; expected llama-index-core as in `{INSTALL}`")
+    return folder
 
 
 def _is_there(name: str) -> bool:
@@ -97,13 +100,13 @@ def official_checks() -> Check:
         MissingDependencyError: a package is not installed.
     """
     splitter = str(_sentence_splitter())
-    import langdetect
-    import nltk
+    import langdetect  # pyright: ignore[reportMissingImports]
+    import nltk  # pyright: ignore[reportMissingImports]
 
     # before the import below, which downloads what it does not find
     nltk.data.path.insert(0, splitter)
     langdetect.DetectorFactory.seed = 0  # it draws, and would judge one answer now so, now otherwise
-    from lm_eval.tasks.ifeval.utils import process_results
+    from lm_eval.tasks.ifeval.utils import process_results  # pyright: ignore[reportMissingImports]
 
     return process_results
 

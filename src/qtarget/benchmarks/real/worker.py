@@ -97,7 +97,7 @@ class RealWorker(NoiseWorker):
     def test(self, model: Any, cell: Cell) -> dict[str, Any]:
         """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); ``instruction_following``."""
         rows = self.task.test
-        found = {
+        found: dict[str, Any] = {
             "accuracy_percent": accuracy(model, self.tokenizer, rows, self.task.check),
             "nll": mean_nll(model, encode(self.tokenizer, rows)),
             **{name: mean_nll(model, texts) for name, texts in self.elsewhere.items()},
