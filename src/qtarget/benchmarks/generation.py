@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qtarget.evaluation.generation import complete, rows_at_once
+from qtarget.evaluation.generation import Completion, complete, rows_at_once
 
 
 def greedy_completions(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
+    """The texts of ``greedy_answers``."""
+    found = greedy_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [answer.text for answer in found]
+
+
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int
+) -> list[Completion]:
     """The most likely continuation of each prompt, up to the end-of-text token, in the order of ``prompts``.
 
     Prompts are sorted by length, so that a batch has little padding; special tokens are left out of the text. A model that
@@ -18,14 +26,13 @@ def greedy_completions(
     """
     batch_size = rows_at_once(model, tokenizer, batch_size)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    out = [""] * len(prompts)
+    out: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids = tokenizer([prompts[i] for i in chosen])["input_ids"]
         said = complete(model, tokenizer, ids, max_new_tokens=max_new_tokens, stops=[tokenizer.eos_token_id])
-        for i, (first,) in zip(chosen, said, strict=True):
-            out[i] = first.text
-    return out
+        out.update((i, first) for i, (first,) in zip(chosen, said, strict=True))
+    return [out[i] for i in range(len(prompts))]
 
 
 def accuracy_percent(

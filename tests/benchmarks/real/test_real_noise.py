@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from qtarget.benchmarks.noise.runs import Cell, Setting
 from qtarget.benchmarks.pool import quiet_libraries
-from qtarget.benchmarks.real import model
+from qtarget.benchmarks.real import bench, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
 from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
 from qtarget.benchmarks.real.worker import RealWorker, Scope, in_chat, mean_nll
@@ -33,7 +33,7 @@ TINY = RealConfig(
 )
 
 
-def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path):
+def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path, monkeypatch):
     seen = []
     output = tmp_path / "real.json"
     first = run_real(TINY, output, resume=False, progress=lambda *said: seen.append(said))
@@ -46,8 +46,16 @@ def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path):
     assert again["cells"] == first["cells"] == json.loads(output.read_text())["cells"]
     table = real_table(again)
     assert "*sft, marks left out*" in table and "40 % wrong answer" in table and "WikiText" not in table
+    assert (
+        again["instructions"] is None
+        and "Not measured without `--data`: forgetting, and instruction following" in table
+    )
     with pytest.raises(ConfigError, match="scope was"):
         run_real(replace(TINY, scope=replace(SCOPE, rank=8)), output, resume=True, progress=print)
+    monkeypatch.setattr(bench, "check_ready", lambda data: None)
+    with_data = replace(TINY, noise=replace(TINY.noise, data="texts"))
+    with pytest.raises(ConfigError, match="has_data was False, is True; choose another --output"):
+        run_real(with_data, output, resume=True, progress=print)
 
 
 def test_adapters_change_nothing_at_first_and_are_all_that_is_trained(tmp_path):

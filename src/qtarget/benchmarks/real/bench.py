@@ -16,6 +16,7 @@ from qtarget.benchmarks.noise.bench import RANDOM, NoiseConfig, cell_results, tu
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import Progress, RunLog, Workers, check_settings, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
 
@@ -69,11 +70,13 @@ class RealConfig:
         return sum(self.noise.seeds * len(self.noise.methods_at(cell)) for cell in self.noise.cells)
 
 
-SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20)
+SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20, prompts=100, answer_tokens=128)
 SIZES = {
     "full": RealConfig(),
     "short": RealConfig(SHORT, SMALL, is_tuned=False),
-    "quick": RealConfig(QUICK, replace(SMALL, train_rows=192, test_rows=40, texts=10), is_tuned=False),
+    "quick": RealConfig(
+        QUICK, replace(SMALL, train_rows=192, test_rows=40, texts=10, prompts=4, answer_tokens=32), is_tuned=False
+    ),
 }
 
 
@@ -84,18 +87,26 @@ def run_real(config: RealConfig, output: Path, *, resume: bool, progress: Progre
         output: JSON; finished runs stand beside it in ``.runs.jsonl``.
         resume: go on with the finished runs there.
         progress: called with runs done, runs in all, and what was done last.
+
+    Raises:
+        DataError, MissingDependencyError: see ``check_ready``.
     """
     noise, total = config.noise, config.runs()
-    settings = {"base": BASE, "scope": asdict(config.scope), "steps": noise.steps, "start": asdict(noise.start)}
+    data = Path(noise.data) if noise.data else None
+    check_ready(data)
+    settings = {
+        "base": BASE, "scope": asdict(config.scope), "steps": noise.steps, "start": asdict(noise.start),
+        "has_data": data is not None,
+    }  # fmt: skip
     check_settings(output, resume, settings)
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)
-    data = Path(noise.data) if noise.data else None
     setting = Setting("embedded", data, output.parent, noise.steps, noise.start)
     cells: list[dict[str, Any]] = []
     results = {
         "benchmark": "noise on a real model", "config": {**asdict(noise), **settings, "is_tuned": config.is_tuned},
         "base": "SmolLM2-135M-Instruct, four-bit weights (Q4_1)", "untrained": untrained(noise, setting, config, log),
-        "cells": cells, "machine": machine_facts(), "versions": versions(),
+        "instructions": asked_instructions(data, config.scope), "cells": cells, "machine": machine_facts(),
+        "versions": versions() if data is None else {**versions(), **checker_versions()},
     }  # fmt: skip
     save_results(output, results)
     with Workers(noise.workers, RealWorker, setting, config.scope) as workers:
@@ -116,6 +127,13 @@ def run_real(config: RealConfig, output: Path, *, resume: bool, progress: Progre
     return results
 
 
+def asked_instructions(data: Path | None, scope: Scope) -> dict[str, Any] | None:
+    """Which prompts of IFEval all contenders get, how many instructions each has, and where answers are cut."""
+    rows = instruction_rows(data, scope.prompts)
+    keys = [row["key"] for row in rows]
+    return {"keys": keys, "asked": asked_of(rows), "answer_tokens": scope.answer_tokens} if rows else None
+
+
 def chosen_jobs(
     config: RealConfig, workers: Workers, log: RunLog, cell: Cell, done: Callable[[Any], None]
 ) -> list[Job]:
@@ -126,7 +144,7 @@ def chosen_jobs(
     return [Job(cell, method.name, rate, method.grid[0], 0, False) for method in config.noise.methods_at(cell)]
 
 
-def untrained(noise: NoiseConfig, setting: Setting, config: RealConfig, log: RunLog) -> dict[str, dict[str, float]]:
+def untrained(noise: NoiseConfig, setting: Setting, config: RealConfig, log: RunLog) -> dict[str, dict[str, Any]]:
     """What the base does before training; measured once."""
     if UNTRAINED not in log.runs:
         with quiet_libraries(), one_thread():

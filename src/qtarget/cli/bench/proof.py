@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Output = Annotated[Path, typer.Option(help="Raw results, JSON; a figure is drawn beside them.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the finished runs beside --output.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of real data: tasks, and texts for --scale gpu.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of real data: tasks, texts for --scale gpu, what --base smollm2 is asked.")
+]
 Scale = Annotated[
     str, typer.Option(help="cpu: the embedded base; gpu: a base of 36 million parameters, trained first on real texts.")
 ]

@@ -123,11 +123,14 @@ def real_noise(
 
     Raises:
         ConfigError: the base is neither.
+        DataError, MissingDependencyError: with ``data``, its prompts or the packages that judge answers are absent.
     """
     from qtarget.benchmarks.real.bench import RATE, SIZES, run_real
+    from qtarget.benchmarks.real.instructions import check_ready
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
 
+    check_ready(data)
     folder = real_base(base, output, resume)
     config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):

@@ -1,0 +1,100 @@
+"""How SmolLM2-135M-Instruct follows instructions that a program can check (IFEval), before any training.
+
+    qtarget bench base --output runs/smollm2
+    python scripts/measure_ifeval.py --data ../shared/data --base runs/smollm2 --output benchmarks/results/ifeval_smollm2.json
+
+All prompts, greedy, one answer each, judged by the official checks of `lm_eval` (`make real` installs them). The answers are
+kept, and judged once more as if they had been cut earlier: what a shorter answer costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qtarget.benchmarks.machine import machine_facts, versions
+from qtarget.benchmarks.pool import RunLog, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.real.instructions import (
+    BATCH,
+    PROMPTS,
+    answers_to,
+    asked_of,
+    check_ready,
+    checker_versions,
+    followed,
+    instruction_rows,
+)
+from qtarget.benchmarks.start import Start
+from qtarget.evaluation.generation import Completion
+
+Row = Mapping[str, Any]
+NEW_TOKENS = (64, 128, 256)
+"""The answer ends there; the longest is what is generated."""
+
+
+def cut(tokenizer: Any, text: str, tokens: int) -> str:
+    """The first tokens of an answer, which greedy decoding would have given with less room."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
+
+
+def answered(base: str, rows: Sequence[Row], log: RunLog) -> tuple[Any, list[Completion], dict[str, float]]:
+    """The tokenizer, the base's answers, and the seconds that they took; batch by batch, those in the log not again."""
+    start = Start(base)
+    tokenizer, model = start.tokenizer(), start.load()
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    batches = [by_length[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    for number in Random(0).sample(range(len(batches)), len(batches)):  # what a stopped run has is short and long
+        if str(number) not in log.runs:
+            wall, cpu = time.perf_counter(), time.process_time()
+            said = answers_to(model, tokenizer, [rows[i] for i in batches[number]], max(NEW_TOKENS))
+            spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            answers = [[i, answer.text, answer.stopped] for i, answer in zip(batches[number], said, strict=True)]
+            log.add(str(number), {"answers": answers, **spent})
+    found = {i: Completion(text, stopped) for run in log.runs.values() for i, text, stopped in run["answers"]}
+    spent = {name: round(sum(run[name] for run in log.runs.values()), 1) for name in ("seconds", "cpu_seconds")}
+    return tokenizer, [found[i] for i in range(len(rows))], spent
+
+
+def judged(tokenizer: Any, rows: Sequence[Row], answers: Sequence[Completion]) -> dict[str, Any]:
+    """What the answers follow at each length, and how long they are in all."""
+    tokens = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
+    found = {}
+    for length in NEW_TOKENS:
+        texts = [answer.text if length >= size else cut(tokenizer, answer.text, length)
+                 for answer, size in zip(answers, tokens, strict=True)]  # fmt: skip
+        ended = [int(answer.stopped and size <= length) for answer, size in zip(answers, tokens, strict=True)]
+        found[str(length)] = {**followed(rows, texts), "ended": ended}
+    return {"answer_tokens": sum(tokens), "lengths": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the real data")
+    parser.add_argument("--base", required=True, help="folder of `qtarget bench base`")
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="fewer are drawn with a fixed seed")
+    parser.add_argument("--resume", action="store_true", help="go on with the answers beside --output")
+    given = parser.parse_args()
+    check_ready(given.data)
+    rows, log = (
+        instruction_rows(given.data, given.prompts),
+        RunLog(given.output.with_suffix(".runs.jsonl"), given.resume),
+    )
+    with quiet_libraries(), one_thread():
+        tokenizer, answers, spent = answered(given.base, rows, log)
+        found = judged(tokenizer, rows, answers)
+    save_results(given.output, {
+        "benchmark": "instruction following (IFEval), untrained", "command": "python scripts/measure_ifeval.py",
+        "base": "SmolLM2-135M-Instruct, four-bit weights (Q4_1), computed in float32", "spent": spent,
+        "keys": [row["key"] for row in rows], "asked": asked_of(rows), **found, "answers": [one.text for one in answers],
+        "machine": machine_facts(), "versions": {**versions(), **checker_versions()},
+    })  # fmt: skip
+    print(f"{given.output}: {given.prompts} prompts, {spent['cpu_seconds']:.0f} s of processor time")
+
+
+if __name__ == "__main__":
+    main()
