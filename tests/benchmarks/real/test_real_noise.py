@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -14,12 +15,14 @@ from click import Context
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from qtarget.benchmarks.finetune import encode
 from qtarget.benchmarks.noise.runs import Cell, Setting
 from qtarget.benchmarks.pool import quiet_libraries
-from qtarget.benchmarks.real import bench, model
+from qtarget.benchmarks.real import bench, instructions, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
+from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, short_answers, written_tasks
 from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
-from qtarget.benchmarks.real.worker import RealWorker, Scope, in_chat, mean_nll
+from qtarget.benchmarks.real.worker import RealWorker, Scope, mean_nll
 from qtarget.benchmarks.start import Start
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError, DataError, MissingDependencyError
@@ -83,6 +86,60 @@ def test_nll_is_that_of_the_model_itself(tmp_path):
             total += float(plain(input_ids=ids, labels=labels).loss) * len(row.completion)
         count += len(row.completion)
     assert mean_nll(plain, rows) == pytest.approx(total / count, abs=1e-4)
+
+
+def packed(path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(value.encode()))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A folder of real data: 200 questions with answers in words, some of which are left out, and a text."""
+    rows = [
+        {"instruction": f"Name {i}", "category": "qa", "input": "", "output": f"The name is {i % 7}."}
+        for i in range(200)
+    ]
+    rows += [rows[0], {**rows[1], "input": "a text"}, {**rows[2], "instruction": "Long", "output": "word " * 100}]
+    packed(tmp_path / "data/dolly_3k/dolly_3k.json.gz", json.dumps(rows))
+    packed(tmp_path / "data/text_corpora/wikitext2_valid.txt.gz", "\n".join(["word " * 400] * 4))
+    packed(tmp_path / "data" / instructions.FILE, "")
+    return tmp_path / "data"
+
+
+def test_written_answers_are_judged_token_by_token(written, tmp_path):
+    found = short_answers(written / "dolly_3k/dolly_3k.json.gz")
+    assert [row["instruction"] for row in found] == [f"Name {i}" for i in range(200)]
+    config = TINY.with_tasks("dolly")
+    assert [cell.kind for cell in config.noise.cells] == ["random_tokens"] and config.scope.form == "chat"
+    with quiet_libraries():
+        worker = RealWorker(Setting("embedded", written, tmp_path, 1, Start()), replace(config.scope, test_rows=20))
+    asked = [row["prompt"] for part in (worker.task.train, worker.task.validation, worker.task.test) for row in part]
+    assert len(set(asked)) == len(asked) == 48 + 128 + 20
+    plain, cell = worker.base(BASE), Cell(BASE, "other_response", 0.4)
+    said = worker.test(plain, cell)
+    assert set(said) == {"accuracy_percent", "nll", "wikitext_nll"}  # not dolly_nll: it is what was taught
+    right, count = 0, 0
+    for row in encode(worker.tokenizer, worker.task.test):
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([row.prompt + row.completion])).logits[0, len(row.prompt) - 1 : -1]
+        right += int((logits.argmax(-1) == torch.tensor(row.completion)).sum())
+        count += len(row.completion)
+    assert said["accuracy_percent"] == pytest.approx(100 * right / count, abs=1e-3)
+    # noisy validation rows state other answers than clean ones
+    assert worker.validation(plain, cell, 0) != worker.validation(plain, replace(cell, rate=0.0), 0)
+
+
+def test_what_cannot_be_shown_is_refused(written):
+    check_tasks("dolly", written)
+    with pytest.raises(ConfigError, match="expected embedded, scan, dolly, alpaca"):
+        check_tasks("listops", written)
+    with pytest.raises(ConfigError, match="name it with --data"):
+        check_tasks("dolly", None)
+    with pytest.raises(DataError, match=r"alpaca_9k.random_9k.json.gz is missing"):
+        check_tasks("alpaca", written)
+    with pytest.raises(ConfigError, match="200 short answers and 1,148 are asked for"):
+        written_tasks("dolly", written, 1000, 20, Start().tokenizer())
 
 
 def test_a_question_stands_in_the_models_own_template():

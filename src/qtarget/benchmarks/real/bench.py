@@ -16,6 +16,7 @@ from qtarget.benchmarks.noise.bench import RANDOM, NoiseConfig, cell_results, tu
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import Progress, RunLog, Workers, check_settings, one_thread, quiet_libraries, save_results
+from qtarget.benchmarks.real.demonstrations import WRITTEN
 from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
@@ -41,6 +42,8 @@ SHORT = replace(
     seeds=1, steps=20, learning_rates=(RATE,),
 )  # fmt: skip
 """An hour's run: five contenders, three points, one seed, nothing tuned."""
+POINTS_OF_WRITTEN = (Cell(BASE, RANDOM, 0.4), Cell(BASE, "other_response", 0.4), Cell(BASE, RANDOM, 0.0))
+"""Of demonstrations whose answers no program checks: none of them can be made wrong by one."""
 QUICK = replace(SHORT, cells=(Cell(BASE, WRONG, 0.4),), names=("sft", "sft, marks left out", "consensus"), steps=12)
 
 
@@ -62,6 +65,14 @@ class RealConfig:
         """The same from this model, with these texts."""
         noise = replace(self.noise, start=start, data=None if data is None else str(data), workers=workers)
         return replace(self, noise=noise)
+
+    def with_tasks(self, tasks: str) -> RealConfig:
+        """The same on other demonstrations; written ones stand in chat form, at as many points of their own."""
+        noise, scope = replace(self.noise, tasks=tasks), replace(self.scope, tasks=tasks)
+        if tasks in WRITTEN:
+            noise = replace(noise, cells=POINTS_OF_WRITTEN[: len(noise.cells)])
+            scope = replace(scope, form="chat")
+        return replace(self, noise=noise, scope=scope)
 
     def runs(self) -> int:
         """How many there are in all."""

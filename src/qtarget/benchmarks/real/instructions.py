@@ -170,4 +170,4 @@ def share_percent(
     of = np.broadcast_to(np.asarray(asked, dtype=float), counts.shape)
     above, below = bootstrap_means(np.stack([counts, of]))
     low, high = percentiles(100 * above / below)
-    return {"mean": round(100 * counts.sum() / of.sum(), 2), "low": round(low, 2), "high": round(high, 2)}
+    return {"mean": round(float(100 * counts.sum() / of.sum()), 2), "low": round(low, 2), "high": round(high, 2)}

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from qtarget.benchmarks.noise.results import BASELINE, ORACLES, words
+from qtarget.benchmarks.real.demonstrations import WRITTEN
 from qtarget.benchmarks.real.instructions import MEASURES, share_percent
 from qtarget.benchmarks.tables import markdown_table, with_ends
 
@@ -41,7 +42,7 @@ def real_table(results: Mapping[str, Any]) -> str:
                 "" if name == "sft" else _percent(row["to_sft_points"], len(runs), "+.1f"),
                 *(_number(_mean(runs, column)) for column in shown),
             ])  # fmt: skip
-        head = ["method", "completed (%)", "to sft (points)", *(COLUMNS[name] for name in shown)]
+        head = ["method", f"{measured(results)} (%)", "to sft (points)", *(COLUMNS[name] for name in shown)]
         parts.append(f"**{words(cell)}**\n\n{markdown_table(head, lines)}")
         if results.get("instructions"):
             parts.append(instruction_table(results, cell))
@@ -92,6 +93,11 @@ def _ended(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{100 * fmean(fmean(run['ended']) for run in runs):.0f}"
 
 
+def measured(results: Mapping[str, Any]) -> str:
+    """What the first column counts: answered prompts, or tokens of written answers that are the model's first choice."""
+    return "first choice" if results["config"]["tasks"] in WRITTEN else "completed"
+
+
 def short_table(results: Mapping[str, Any]) -> str:
     """What each contender completed, a column a point of the map."""
     cells = results["summary"]["cells"]
@@ -101,7 +107,7 @@ def short_table(results: Mapping[str, Any]) -> str:
         found = [cell["methods"].get(name) for cell in cells]
         shown = ["" if row is None else f"{row['accuracy_percent']['mean']:.1f}" for row in found]
         lines.append([f"*{name}*" if name in ORACLES else name, *shown])
-    return markdown_table(["completed, %", *(words(cell) for cell in results["cells"])], lines)
+    return markdown_table([f"{measured(results)}, %", *(words(cell) for cell in results["cells"])], lines)
 
 
 def marked_table(results: Mapping[str, Any]) -> str:

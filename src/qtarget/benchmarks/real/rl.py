@@ -18,7 +18,8 @@ import numpy as np
 
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import Progress, RunLog, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.worker import adapters, question_of
+from qtarget.benchmarks.real.demonstrations import question_of
+from qtarget.benchmarks.real.worker import adapters
 from qtarget.benchmarks.sampling import NEW_TOKENS, right_answers
 from qtarget.benchmarks.start import claim
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,20 +15,17 @@ import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
 from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
-from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy
+from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy, noisy_rows
+from qtarget.benchmarks.real.demonstrations import LONGEST_ANSWER, WRITTEN, as_turn, shown_tasks, unpacked
 from qtarget.benchmarks.real.instructions import PROMPTS, instruction_following, instruction_rows, official_checks
 from qtarget.benchmarks.start import Start
-from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, teach
-from qtarget.core.errors import DataError
-from qtarget.data import tasks
+from qtarget.benchmarks.tasks import BATCH_SIZE, Row, teach
 from qtarget.storage.models import save_whole
 
 Form = Literal["chat", "instruction"]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEXT_TOKENS, SEEN_TOKENS = 64, 8
 """Of a piece of running text, and how many of them are given and not asked."""
-LONGEST_ANSWER = 160
-"""Characters of a human answer, for memory's sake."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,9 @@ class Scope:
 
     Attributes:
         form: ``chat`` puts questions into the model's own chat template, ``instruction`` into the embedded tasks' words.
-        train_rows: demonstrations of the nine embedded skills.
-        test_rows: clean prompts that a run answers, and rows whose NLL it is asked.
+        tasks: what demonstrations are of, a name that ``check_tasks`` knows.
+        train_rows: demonstrations.
+        test_rows: clean prompts that a run answers where a program can check it, and rows whose NLL it is asked.
         texts: pieces of running text, and human answers, by which forgetting is measured.
         prompts: with instructions that a program can check (IFEval).
         answer_tokens: where an answer to one of them is cut, if it has not ended.
@@ -47,6 +44,7 @@ class Scope:
     """
 
     form: Form = "chat"
+    tasks: str = "embedded"
     train_rows: int = 640
     test_rows: int = 120
     texts: int = 60
@@ -71,8 +69,12 @@ class RealWorker(NoiseWorker):
         self.judged = lru_cache(maxsize=1)(self._judged)
         self.told = lru_cache(maxsize=None)(self._told)  # of the labels alone, and two trainings each
         self.scope = scope
-        self.task = real_tasks(scope, self.tokenizer)
+        self.task = shown_tasks(
+            scope.tasks, setting.data, scope.train_rows, scope.test_rows,
+            in_chat_form=scope.form == "chat", tokenizer=self.tokenizer,
+        )  # fmt: skip
         self.elsewhere = elsewhere(setting.data, scope.texts, self.tokenizer)
+        self.elsewhere.pop(f"{scope.tasks}_nll", None)  # it was taught, so it is not elsewhere
         self.instructions = instruction_rows(setting.data, scope.prompts)
         if self.instructions:
             official_checks()  # what is missing is said before anything is trained
@@ -94,12 +96,25 @@ class RealWorker(NoiseWorker):
         rows = self.material(cell, seed).rows
         return crossfit_of(rows, lambda: self.base(cell.base), recipe, other_prompts=False)
 
+    def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
+        """Noisy rows, by what they themselves state; of written answers, which state nothing to check, token by token."""
+        if self.scope.tasks not in WRITTEN:
+            return super().validation(model, cell, seed)
+        rows = noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer)
+        return {"accuracy_percent": first_choice_percent(model, encode(self.tokenizer, rows))}
+
     def test(self, model: Any, cell: Cell) -> dict[str, Any]:
-        """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); ``instruction_following``."""
+        """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); ``instruction_following``.
+
+        Of written answers ``accuracy_percent`` is the share of their tokens that are the model's first choice.
+        """
         rows = self.task.test
+        encoded = encode(self.tokenizer, rows)
         found: dict[str, Any] = {
-            "accuracy_percent": accuracy(model, self.tokenizer, rows, self.task.check),
-            "nll": mean_nll(model, encode(self.tokenizer, rows)),
+            "accuracy_percent": first_choice_percent(model, encoded)
+            if self.scope.tasks in WRITTEN
+            else accuracy(model, self.tokenizer, rows, self.task.check),
+            "nll": mean_nll(model, encoded),
             **{name: mean_nll(model, texts) for name, texts in self.elsewhere.items()},
         }
         if self.instructions:
@@ -136,54 +151,6 @@ def teach_by_adapters(start: Start, rows: list[Row], steps: int, rank: int, path
     save_whole(adapted.merge_and_unload() if adapted else model, path)
 
 
-def real_tasks(scope: Scope, tokenizer: Any) -> TaskSet:
-    """The nine embedded skills in the form of the scope; there is no format that the base alone knows."""
-    task = embedded_tasks(scope.train_rows)
-
-    def formed(rows: Sequence[Row]) -> list[Row]:
-        return [in_chat(row, tokenizer) if scope.form == "chat" else row for row in rows]
-
-    return replace(
-        task,
-        train=formed(task.train),
-        validation=formed(task.validation),
-        test=formed(task.test[: scope.test_rows]),
-        kept=[],
-    )
-
-
-def in_chat(row: Row, tokenizer: Any) -> Row:
-    """A demonstration whose question is a user's turn.
-
-    Raises:
-        DataError: see ``question_of``.
-    """
-    return {**row, "prompt": as_turn(question_of(row), tokenizer)}
-
-
-def question_of(row: Row) -> str:
-    """What a demonstration asks, without the words around it.
-
-    Raises:
-        DataError: the prompt is not in the words of the embedded tasks.
-
-    Example:
-        >>> question_of({"prompt": "Instruction: Add 1 1.\\nResponse:\\n"})
-        'Add 1 1.'
-    """
-    before, after = tasks.INSTRUCTION_TEMPLATE.split("{instruction}")
-    prompt = row["prompt"]
-    if not (prompt.startswith(before) and prompt.endswith(after)):
-        raise DataError(f"{prompt!r} is no instruction; expected {tasks.INSTRUCTION_TEMPLATE!r}")
-    return prompt[len(before) : -len(after)]
-
-
-def as_turn(question: str, tokenizer: Any) -> str:
-    """A question up to where the assistant begins."""
-    turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
 def elsewhere(data: Path | None, count: int, tokenizer: Any) -> dict[str, list[Encoded]]:
     """What a model should not forget: running text (WikiText-2), and human answers in chat form (dolly).
 
@@ -192,9 +159,9 @@ def elsewhere(data: Path | None, count: int, tokenizer: Any) -> dict[str, list[E
     """
     if data is None:
         return {}
-    lines = _unpacked(data / "text_corpora" / "wikitext2_valid.txt.gz").splitlines()
+    lines = unpacked(data / "text_corpora" / "wikitext2_valid.txt.gz").splitlines()
     texts = [tokenizer(line.strip())["input_ids"][:TEXT_TOKENS] for line in _drawn(lines, count, len)]
-    rows = json.loads(_unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
+    rows = json.loads(unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
     short = [row for row in rows if not row["input"] and len(row["output"]) <= LONGEST_ANSWER]
     answered = [
         {"prompt": as_turn(row["instruction"], tokenizer), "completion": row["output"]}
@@ -215,18 +182,26 @@ def _asked(ids: list[int]) -> Encoded:
     return Encoded(ids[:SEEN_TOKENS], ids[SEEN_TOKENS:], [False] * (len(ids) - SEEN_TOKENS))
 
 
-def _unpacked(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path} is missing; name the folder of the real data with --data, or leave it out")
-    return gzip.decompress(path.read_bytes()).decode("utf-8")
-
-
 def mean_nll(model: Any, rows: Sequence[Encoded], batch_size: int = 16) -> float:
-    """Nats a token over all completions, a few rows at once: a row's log-probs are as wide as the vocabulary."""
+    """Nats a token over all completions."""
     total, count = 0.0, 0
+    for values, row in _in_turn(model, rows, batch_size):
+        total -= float(of_labels(values, row).sum())
+        count += len(row.completion)
+    return round(total / count, 4)
+
+
+def first_choice_percent(model: Any, rows: Sequence[Encoded]) -> float:
+    """Share of the tokens of all completions that are the model's first choice."""
+    right, count = 0, 0
+    for values, row in _in_turn(model, rows):
+        right += int((values.argmax(-1).cpu() == torch.tensor(row.completion)).sum())
+        count += len(row.completion)
+    return round(100 * right / count, 3)
+
+
+def _in_turn(model: Any, rows: Sequence[Encoded], batch_size: int = 16) -> Iterator[tuple[torch.Tensor, Encoded]]:
+    """Log-probs of each row, a few rows at once: those of one are as wide as the vocabulary."""
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        for values, row in zip(completion_log_probs(model, chosen, batch_size), chosen, strict=True):
-            total -= float(of_labels(values, row).sum())
-            count += len(row.completion)
-    return round(total / count, 4)
+        yield from zip(completion_log_probs(model, chosen, batch_size), chosen, strict=True)

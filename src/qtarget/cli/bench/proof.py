@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +66,10 @@ def distill(
 def noise(
     output: Output = Path("runs/noise.json"),
     tasks: Annotated[
-        str, typer.Option(help="embedded or caesar; or scan, math, cogs, listops (with --data).")
+        str,
+        typer.Option(
+            help="embedded or caesar; or scan, math, cogs, listops (with --data); with a real base embedded, scan, dolly, alpaca."
+        ),
     ] = "embedded",
     data: Data = None,
     is_quick: Annotated[
@@ -102,19 +107,20 @@ def noise(
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
     from qtarget.benchmarks.noise.bench import CROSSFITTED, GPU, QUICK, REAL, NoiseConfig, run_noise
     from qtarget.benchmarks.noise.results import noise_figure, noise_table
-    from qtarget.benchmarks.tasks import task_set
+    from qtarget.benchmarks.tasks import BASES, task_set
 
     if is_quick + is_crossfit + is_short > 1:
         raise ConfigError("--quick, --short and --crossfit contradict each other; give one of them")
     check_writable(output)
     if base != "embedded":
-        chosen = (is_crossfit, steps_grid, equal_compute, cells, methods, seeds, rates, corpus is not None)
-        if any(chosen) or tasks != "embedded" or scale != "cpu":
+        if is_crossfit or steps_grid or equal_compute or corpus is not None or scale != "cpu":
             raise ConfigError(
-                f"--base {base} has sizes of its own: of the others, --quick, --short and --data go with it"
+                f"--base {base} has sizes of its own: --crossfit, --steps-grid, --equal-compute, --corpus and --scale do not go "
+                "with it"
             )
         size = size_of(is_quick, is_short, base)
-        real_noise(base, size, data, output, resume, workers, kept)
+        part = partial(chosen_part, cells=cells, names=methods, seeds=seeds, rates=rates, bases=("smollm2",))
+        real_noise(base, size, tasks, data, output, resume, workers, kept, part)
         return
     size_of(is_quick, is_short, base)
     task_set(tasks, data)  # says what is missing before a base is trained
@@ -128,7 +134,7 @@ def noise(
         steps_grid=tuple(steps_grid or ()),
         equal_compute=equal_compute,
     )
-    config = chosen_part(config, cells, methods, seeds, rates)
+    config = chosen_part(config, cells, methods, seeds, rates, tuple(BASES))
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
@@ -137,9 +143,14 @@ def noise(
 
 
 def chosen_part(
-    config: NoiseConfig, cells: list[str] | None, names: list[str] | None, seeds: int | None, rates: list[float] | None
+    config: NoiseConfig,
+    cells: list[str] | None,
+    names: list[str] | None,
+    seeds: int | None,
+    rates: list[float] | None,
+    bases: Collection[str],
 ) -> NoiseConfig:
-    """A setting with what the command line names in the place of its own.
+    """A setting with what the command line names in the place of its own; ``bases`` are those that a point may have.
 
     Raises:
         ConfigError: a point that is none, or an unknown method.
@@ -147,7 +158,7 @@ def chosen_part(
     from qtarget.benchmarks.noise.runs import parse_cell
 
     if cells:
-        config = replace(config, cells=tuple(parse_cell(text) for text in cells), screen=())
+        config = replace(config, cells=tuple(parse_cell(text, bases) for text in cells), screen=())
     if names:
         config = replace(config, names=tuple(names))
     return replace(config, seeds=seeds or config.seeds, learning_rates=tuple(rates or config.learning_rates))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import progress_bar
 from qtarget.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.benchmarks.noise.bench import NoiseConfig
 
 
 def base(
@@ -112,13 +116,22 @@ def real_prior(base: str, size: str, output: Path, resume: bool, workers: int, k
 
 
 def real_noise(
-    base: str, size: str, data: Path | None, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]
+    base: str,
+    size: str,
+    tasks: str,
+    data: Path | None,
+    output: Path,
+    resume: bool,
+    workers: int,
+    kept: Callable[[Path], str],
+    part: Callable[[NoiseConfig], NoiseConfig],
 ) -> None:
     """``bench noise`` on the real model, with its tables on the terminal.
 
     Args:
         base: ``smollm2``, made beside the results, or a folder that ``bench base`` made.
         size: ``full``, ``short`` or ``quick``.
+        part: takes what the command line names in the place of a size's own.
         kept: what is said when it is ended early.
 
     Raises:
@@ -126,13 +139,17 @@ def real_noise(
         DataError, MissingDependencyError: with ``data``, its prompts or the packages that judge answers are absent.
     """
     from qtarget.benchmarks.real.bench import RATE, SIZES, run_real
+    from qtarget.benchmarks.real.demonstrations import check_tasks
     from qtarget.benchmarks.real.instructions import check_ready
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
 
+    check_tasks(tasks, data)
     check_ready(data)
+    config = SIZES[size].with_tasks(tasks)
+    config = replace(config, noise=part(config.noise))
     folder = real_base(base, output, resume)
-    config = SIZES[size].with_start(Start(str(folder), learning_rate=RATE), data, workers)
+    config = config.with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_real(config, output, resume=resume, progress=advance)
     show(real_table(results), results["summary"]["finding"], output)

@@ -1,0 +1,142 @@
+"""What the real model is shown: the embedded skills or SCAN, whose answers a program checks, or what people and models wrote."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qtarget.benchmarks.tasks import VALIDATION_ROWS, Row, TaskSet, embedded_tasks, scan_tasks
+from qtarget.core.errors import ConfigError, DataError
+from qtarget.data import tasks
+
+WRITTEN = {"dolly": "dolly_3k/dolly_3k.json.gz", "alpaca": "alpaca_9k/random_9k.json.gz"}
+"""Instructions with answers in words: by people, and by text-davinci-003."""
+CHECKED = ("embedded", "scan")
+LONGEST_ANSWER = 160
+"""Characters of a written answer, for memory's sake; a question may be twice that."""
+
+
+def check_tasks(name: str, data: Path | None) -> None:
+    """Raise for what cannot be shown.
+
+    Raises:
+        ConfigError: an unknown name, or one that asks for a folder.
+        DataError: the folder does not hold the file.
+    """
+    if name not in (*CHECKED, *WRITTEN):
+        raise ConfigError(
+            f"--tasks {name} with a real base: expected {', '.join((*CHECKED, *WRITTEN))}; the others are in the words of the "
+            "embedded tokenizer"
+        )
+    if name != "embedded" and data is None:
+        raise ConfigError(f"--tasks {name} reads the folder of real data; name it with --data")
+    if data is not None and name in WRITTEN and not (data / WRITTEN[name]).is_file():
+        raise DataError(f"{data / WRITTEN[name]} is missing; name the folder of the real data with --data")
+
+
+def shown_tasks(
+    name: str, data: Path | None, train_rows: int, test_rows: int, *, in_chat_form: bool, tokenizer: Any
+) -> TaskSet:
+    """The rows of a run; there is no format that the base alone knows.
+
+    Args:
+        name: of ``CHECKED`` or ``WRITTEN``; answers of the latter are never completed, as there is no right one.
+        data: the folder of real data.
+        in_chat_form: whether questions stand in the model's own chat template; written ones always do.
+    """
+    if name in WRITTEN:
+        assert data is not None, "check_tasks"
+        return written_tasks(name, data, train_rows, test_rows, tokenizer)
+    task = embedded_tasks(train_rows) if name == "embedded" else scan_tasks(data or Path(), train_rows)
+
+    def formed(rows: Sequence[Row]) -> list[Row]:
+        return [in_chat(row, tokenizer) if in_chat_form else row for row in rows]
+
+    return replace(
+        task, train=formed(task.train), validation=formed(task.validation), test=formed(task.test[:test_rows]), kept=[]
+    )
+
+
+def written_tasks(name: str, data: Path, train_rows: int, test_rows: int, tokenizer: Any) -> TaskSet:
+    """Questions without a text beside them and short answers, in chat form, drawn with a fixed seed; no question is there twice.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    found = short_answers(data / WRITTEN[name])
+    count = train_rows + VALIDATION_ROWS + test_rows
+    if len(found) < count:
+        raise ConfigError(f"{name} has {len(found):,} short answers and {count:,} are asked for; ask for fewer rows")
+    drawn = [answered(row, tokenizer) for row in Random(0).sample(found, count)]
+    train, validation = drawn[:train_rows], drawn[train_rows : train_rows + VALIDATION_ROWS]
+    return TaskSet(
+        name=name, train=train, validation=validation, test=drawn[train_rows + VALIDATION_ROWS :], kept=[], warmup=[],
+        check=tasks.check, check_kept=tasks.check, pretraining=[], pretraining_steps=0,
+    )  # fmt: skip
+
+
+def short_answers(path: Path) -> list[Row]:
+    """Rows of a file of Alpaca's form that have no input, a short question and a short answer; the first of equal questions.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    found: dict[str, Row] = {}
+    for row in json.loads(unpacked(path)):
+        is_short = len(row["instruction"]) <= 2 * LONGEST_ANSWER and 0 < len(row["output"].strip()) <= LONGEST_ANSWER
+        if is_short and not row["input"]:
+            found.setdefault(row["instruction"], row)
+    return list(found.values())
+
+
+def answered(row: Row, tokenizer: Any) -> Row:
+    """An instruction as a user's turn, and its answer."""
+    return {"prompt": as_turn(row["instruction"], tokenizer), "completion": row["output"].strip()}
+
+
+def unpacked(path: Path) -> str:
+    """The text of a packed file of the real data.
+
+    Raises:
+        DataError: it is missing.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing; name the folder of the real data with --data, or leave it out")
+    return gzip.decompress(path.read_bytes()).decode("utf-8")
+
+
+def in_chat(row: Row, tokenizer: Any) -> Row:
+    """A demonstration whose question is a user's turn.
+
+    Raises:
+        DataError: see ``question_of``.
+    """
+    return {**row, "prompt": as_turn(question_of(row), tokenizer)}
+
+
+def question_of(row: Row) -> str:
+    """What a demonstration asks, without the words around it.
+
+    Raises:
+        DataError: the prompt is not in the words of the embedded tasks.
+
+    Example:
+        >>> question_of({"prompt": "Instruction: Add 1 1.\\nResponse:\\n"})
+        'Add 1 1.'
+    """
+    before, after = tasks.INSTRUCTION_TEMPLATE.split("{instruction}")
+    prompt = row["prompt"]
+    if not (prompt.startswith(before) and prompt.endswith(after)):
+        raise DataError(f"{prompt!r} is no instruction; expected {tasks.INSTRUCTION_TEMPLATE!r}")
+    return prompt[len(before) : -len(after)]
+
+
+def as_turn(question: str, tokenizer: Any) -> str:
+    """A question up to where the assistant begins."""
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
