@@ -101,8 +101,8 @@ def test_the_benchmark_of_the_page_is_the_small_one_with_steps_tuned(monkeypatch
     ended = CliRunner().invoke(app, line[2:])
     assert isinstance(ended.exception, Stop), ended.output
     ((config, output),) = found
-    assert (config.steps_grid, config.seeds, str(output)) == ((40, 120), 2, "runs/noise_crossfit.json")
-    assert {"sft", "consensus", "crossfit_consensus", "sft, rows by cross-fit"} == set(config.names)
+    assert (config.steps_grid, config.seeds, str(output)) == ((40, 120), 3, "runs/noise_crossfit.json")
+    assert {"sft", "crossfit_consensus", "sft, rows by witness", "sft, marks left out"} <= set(config.names)
 
 
 def test_the_page_names_every_option_and_its_default(workspace):

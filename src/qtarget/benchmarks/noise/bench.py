@@ -151,9 +151,13 @@ CROSSFITTED = NoiseConfig(
         *(Cell("none", kind, 0.4) for kind in (RANDOM, "wrong_answer")),
         Cell("most", RANDOM, 0.0), Cell("most", "wrong_answer", 0.4),
     ),
-    names=("sft", "consensus", "crossfit_consensus", "sft, rows by cross-fit"), screen=(), seeds=2, learning_rates=(1e-3, 2e-3),
+    names=(
+        "sft", "sft, filtered rows", "consensus", "crossfit_consensus", "sft, rows by witness",
+        "crossfit_consensus, rows by witness", "sft, marks left out", "sft, marked rows left out",
+    ),
+    screen=(), seeds=3, learning_rates=(1e-3, 2e-3),
 )  # fmt: skip
-"""Contenders that train copies first, at a few points: small, to see whether they are worth the full map."""
+"""Contenders that train copies first, at a few points, beside both oracles and the oldest practice."""
 QUICK = NoiseConfig(
     cells=(Cell("most", RANDOM, 0.4),), names=("sft", "prior_surprise", "target_sft"), screen=(), seeds=1, steps=12,
     learning_rates=(1e-3,),

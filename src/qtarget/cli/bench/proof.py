@@ -76,7 +76,7 @@ def noise(
         bool, typer.Option("--quick", help="Three methods, one point of the map: a smoke test.")
     ] = False,
     is_crossfit: Annotated[
-        bool, typer.Option("--crossfit", help="Contenders that train copies first, two seeds at four points.")
+        bool, typer.Option("--crossfit", help="Contenders that train copies first, three seeds at four points.")
     ] = False,
     steps_grid: Annotated[
         list[int] | None, typer.Option(min=1, help="Steps that every method tunes; give it once for each number.")
