@@ -47,16 +47,16 @@ def answered(
     tokenizer, model = start.tokenizer(), start.load()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))  # little padding
     batches = [by_length[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    keys = [f"prompts {batch}, {longest} tokens" for batch in batches]
+    keys = [f"prompts {[rows[i]['key'] for i in batch]}, {longest} tokens" for batch in batches]
     for batch, key in zip(batches, keys, strict=True):
         if key not in log.runs:
             wall, cpu = time.perf_counter(), time.process_time()
             said = answers_to(model, tokenizer, [rows[i] for i in batch], longest)
             spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-            answers = [[i, answer.text, answer.stopped] for i, answer in zip(batch, said, strict=True)]
-            log.add(key, {"answers": answers, **spent})
+            log.add(key, {"answers": [[answer.text, answer.stopped] for answer in said], **spent})
     runs = [log.runs[key] for key in keys]
-    found = {i: Completion(text, stopped) for run in runs for i, text, stopped in run["answers"]}
+    found = {i: Completion(*said) for batch, run in zip(batches, runs, strict=True)
+             for i, said in zip(batch, run["answers"], strict=True)}  # fmt: skip
     spent = {name: round(sum(run[name] for run in runs), 1) for name in ("seconds", "cpu_seconds")}
     return tokenizer, [found[i] for i in range(len(rows))], spent
 
