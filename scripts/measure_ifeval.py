@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from qtarget.benchmarks.machine import machine_facts, versions
@@ -32,8 +31,7 @@ from qtarget.benchmarks.start import Start
 from qtarget.evaluation.generation import Completion
 
 Row = Mapping[str, Any]
-NEW_TOKENS = (64, 128, 256)
-"""The answer ends there; the longest is what is generated."""
+LENGTHS = (32, 64, 128)
 
 
 def cut(tokenizer: Any, text: str, tokens: int) -> str:
@@ -41,32 +39,38 @@ def cut(tokenizer: Any, text: str, tokens: int) -> str:
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
 
 
-def answered(base: str, rows: Sequence[Row], log: RunLog) -> tuple[Any, list[Completion], dict[str, float]]:
+def answered(
+    base: str, rows: Sequence[Row], longest: int, log: RunLog
+) -> tuple[Any, list[Completion], dict[str, float]]:
     """The tokenizer, the base's answers, and the seconds that they took; batch by batch, those in the log not again."""
     start = Start(base)
     tokenizer, model = start.tokenizer(), start.load()
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))  # little padding
     batches = [by_length[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    for number in Random(0).sample(range(len(batches)), len(batches)):  # what a stopped run has is short and long
-        if str(number) not in log.runs:
+    keys = [f"prompts {[rows[i]['key'] for i in batch]}, {longest} tokens" for batch in batches]
+    for batch, key in zip(batches, keys, strict=True):
+        if key not in log.runs:
             wall, cpu = time.perf_counter(), time.process_time()
-            said = answers_to(model, tokenizer, [rows[i] for i in batches[number]], max(NEW_TOKENS))
+            said = answers_to(model, tokenizer, [rows[i] for i in batch], longest)
             spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-            answers = [[i, answer.text, answer.stopped] for i, answer in zip(batches[number], said, strict=True)]
-            log.add(str(number), {"answers": answers, **spent})
-    found = {i: Completion(text, stopped) for run in log.runs.values() for i, text, stopped in run["answers"]}
-    spent = {name: round(sum(run[name] for run in log.runs.values()), 1) for name in ("seconds", "cpu_seconds")}
+            log.add(key, {"answers": [[answer.text, answer.stopped] for answer in said], **spent})
+    runs = [log.runs[key] for key in keys]
+    found = {i: Completion(*said) for batch, run in zip(batches, runs, strict=True)
+             for i, said in zip(batch, run["answers"], strict=True)}  # fmt: skip
+    spent = {name: round(sum(run[name] for run in runs), 1) for name in ("seconds", "cpu_seconds")}
     return tokenizer, [found[i] for i in range(len(rows))], spent
 
 
-def judged(tokenizer: Any, rows: Sequence[Row], answers: Sequence[Completion]) -> dict[str, Any]:
+def judged(
+    tokenizer: Any, rows: Sequence[Row], answers: Sequence[Completion], lengths: Sequence[int]
+) -> dict[str, Any]:
     """What the answers follow at each length, and how long they are in all."""
     tokens = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
     found = {}
-    for length in NEW_TOKENS:
-        texts = [answer.text if length >= size else cut(tokenizer, answer.text, length)
+    for length in lengths:
+        texts = [answer.text if size <= length else cut(tokenizer, answer.text, length)
                  for answer, size in zip(answers, tokens, strict=True)]  # fmt: skip
-        ended = [int(answer.stopped and size <= length) for answer, size in zip(answers, tokens, strict=True)]
+        ended = [int(answer.stopped and size < length) for answer, size in zip(answers, tokens, strict=True)]
         found[str(length)] = {**followed(rows, texts), "ended": ended}
     return {"answer_tokens": sum(tokens), "lengths": found}
 
@@ -77,16 +81,15 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder of `qtarget bench base`")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="fewer are drawn with a fixed seed")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="in tokens; the longest is generated")
     parser.add_argument("--resume", action="store_true", help="go on with the answers beside --output")
     given = parser.parse_args()
     check_ready(given.data)
-    rows, log = (
-        instruction_rows(given.data, given.prompts),
-        RunLog(given.output.with_suffix(".runs.jsonl"), given.resume),
-    )
+    rows = instruction_rows(given.data, given.prompts)
+    log = RunLog(given.output.with_suffix(".runs.jsonl"), given.resume)
     with quiet_libraries(), one_thread():
-        tokenizer, answers, spent = answered(given.base, rows, log)
-        found = judged(tokenizer, rows, answers)
+        tokenizer, answers, spent = answered(given.base, rows, max(given.lengths), log)
+        found = judged(tokenizer, rows, answers, given.lengths)
     save_results(given.output, {
         "benchmark": "instruction following (IFEval), untrained", "command": "python scripts/measure_ifeval.py",
         "base": "SmolLM2-135M-Instruct, four-bit weights (Q4_1), computed in float32", "spent": spent,

@@ -81,7 +81,7 @@ class RealConfig:
         return sum(self.noise.seeds * len(self.noise.methods_at(cell)) for cell in self.noise.cells)
 
 
-SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20, prompts=100, answer_tokens=128)
+SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20, prompts=160)
 SIZES = {
     "full": RealConfig(),
     "short": RealConfig(SHORT, SMALL, is_tuned=False),

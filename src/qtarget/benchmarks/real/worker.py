@@ -49,7 +49,7 @@ class Scope:
     test_rows: int = 120
     texts: int = 60
     prompts: int = PROMPTS
-    answer_tokens: int = 256
+    answer_tokens: int = 128
     rank: int = 16
 
 
