@@ -179,9 +179,9 @@ def elsewhere(data: Path | None, count: int, tokenizer: Any) -> dict[str, list[E
     """
     if data is None:
         return {}
-    lines = _unpacked(data / "text_corpora" / "wikitext2_valid.txt.gz").splitlines()
+    lines = unpacked(data / "text_corpora" / "wikitext2_valid.txt.gz").splitlines()
     texts = [tokenizer(line.strip())["input_ids"][:TEXT_TOKENS] for line in _drawn(lines, count, len)]
-    rows = json.loads(_unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
+    rows = json.loads(unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
     short = [row for row in rows if not row["input"] and len(row["output"]) <= LONGEST_ANSWER]
     answered = [
         {"prompt": as_turn(row["instruction"], tokenizer), "completion": row["output"]}
@@ -202,7 +202,7 @@ def _asked(ids: list[int]) -> Encoded:
     return Encoded(ids[:SEEN_TOKENS], ids[SEEN_TOKENS:], [False] * (len(ids) - SEEN_TOKENS))
 
 
-def _unpacked(path: Path) -> str:
+def unpacked(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path} is missing; name the folder of the real data with --data, or leave it out")
     return gzip.decompress(path.read_bytes()).decode("utf-8")
