@@ -1,4 +1,4 @@
-"""`bench distill --base`: its machinery with the embedded base as teacher, on rows made here; it needs no package and takes seconds."""
+"""`bench distill --base`: its machinery the embedded base teaches on rows made here; no package, and seconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from qtarget.benchmarks.pool import RunLog, Workers
 from qtarget.benchmarks.real import distill
 from qtarget.benchmarks.real.distill import CONTENDERS, DOLLY, HALF, QUICK, SIZES, SMALL, STORIES, run_real_distill
 from qtarget.benchmarks.real.distill_results import real_distill_figure, real_distill_table, summarize
@@ -20,9 +21,14 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.scoring.cache.reader import ReferenceCache
 
 TINY = replace(
-    QUICK, points=((HALF, DOLLY), (SMALL, STORIES)), contenders=("sft", "top8_bucket", "draws50"), fractions=(0.5, 1.0),
-    rates={HALF: (1e-3,), SMALL: (1e-3, 3e-3)}, length=40, validation_rows=2, test_rows=3,
-)  # fmt: skip
+    QUICK,
+    points=((HALF, DOLLY),),
+    fractions=(0.5, 1.0),
+    rates={HALF: (1e-3,)},
+    length=40,
+    validation_rows=2,
+    test_rows=3,
+)
 
 
 class Stopped(Exception):
@@ -33,7 +39,11 @@ class Stopped(Exception):
 def data(tmp_path):
     """Both texts, made here."""
     answers = [
-        {"instruction": f"What is {n} plus {n}?", "input": "", "output": f"{n} plus {n} is {2 * n}, as all of us know."}
+        {
+            "instruction": f"What is {n} plus {n}?",
+            "input": "",
+            "output": f"{n} plus {n} is {2 * n}, as all of us knew long before now.",
+        }
         for n in range(12)
     ]
     stories = [f"Once there were {n} little dogs. They ran to the park and found {n} more." for n in range(12)]
@@ -49,7 +59,7 @@ def test_a_killed_run_goes_on_from_what_it_has_and_finds_all(tmp_path, data):
 
     def stop(done, total, said):
         seen.append(said)
-        if done == 3:
+        if done == 2:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -58,26 +68,58 @@ def test_a_killed_run_goes_on_from_what_it_has_and_finds_all(tmp_path, data):
     before = (cache / "manifest.json").stat().st_mtime_ns
     found = run_real_distill(TINY, data, output, resume=True, progress=lambda *said: seen.append(said[2]))
     runs = [said for said in seen if "of the rows" in said]
-    # two points: the untrained student and six runs each; one of them tunes three contenders at two rates
-    assert len(runs) == len(set(runs)) + 3 == TINY.runs() == 20
+    assert len(runs) == len(set(runs)) == TINY.runs() == 3  # the untrained student, and two contenders
     assert (cache / "manifest.json").stat().st_mtime_ns == before
-    assert ReferenceCache.open(cache).manifest.tail_policy == "bucket"
-    half, small = found["summary"]["points"]
-    for point in (half, small):
-        sft, listed = (point["methods"][name] for name in ("sft", "top8_bucket"))
-        assert 0 == sft["bytes_per_token"] < listed["bytes_per_token"]
-        assert all(0 < cell["mean"] < 20 for row in (sft, listed) for cell in row["kl_to_teacher"] + row["nll"])
-    tuned = found["points"][1]["tuned"]["sft"]
-    assert set(tuned) == {"0.001", "0.003"} and found["points"][1]["rates"]["sft"] == float(min(tuned, key=tuned.get))
-    assert found["points"][0]["rates"] == dict.fromkeys(TINY.contenders, 1e-3)
-    table = real_distill_table(found)
-    assert table.count("| draws50 |") == table.count("*untrained*") == 2
-    assert len(real_distill_figure(found).axes) == 4
+    sft, listed = found["summary"]["points"][0]["methods"].values()
+    assert 0 == sft["bytes_per_token"] < listed["bytes_per_token"]
+    assert sft["learning_rate"] == listed["learning_rate"] == 1e-3
+    assert real_distill_table(found).count("*untrained*") == 1 and len(real_distill_figure(found).axes) == 2
     assert str(tmp_path) not in output.read_text() and "folder" not in output.read_text()
-    again = run_real_distill(TINY, data, output, resume=True, progress=lambda *said: None)
-    assert again["summary"] == found["summary"]
     with pytest.raises(ConfigError, match="steps was 2, is 3"):
         run_real_distill(replace(TINY, steps=3), data, output, resume=True, progress=print)
+
+
+@pytest.mark.nightly
+def test_every_contender_trains_both_students_and_tunes(tmp_path, data):
+    config = replace(
+        TINY, points=((HALF, DOLLY), (SMALL, STORIES)), contenders=tuple(CONTENDERS), fractions=(0.5, 1.0), steps=4,
+        rates={HALF: (1e-3,), SMALL: (1e-3, 3e-3)}, is_tuned=True,
+    )  # fmt: skip
+    found = run_real_distill(config, data, tmp_path / "d.json", resume=False, progress=lambda *said: None)
+    half, small = found["points"]
+    assert not half["tuned"] and set(small["tuned"]) == set(CONTENDERS)
+    for point in (half, small):
+        before = sum(point["untrained"]["nll"]) / 3
+        assert all(sum(run["nll"]) / 3 < before for run in point["runs"].values())
+    for name in ("top8_bucket", "top8_spread", "top8_renormalize"):
+        cache = ReferenceCache.open(tmp_path / "d.work/dolly" / name)
+        assert cache.manifest.tail_policy == name.partition("_")[2]
+
+
+class Fixed:
+    """Finds a KL by contender and rate."""
+
+    def __init__(self, table) -> None:
+        self.table = table
+
+    def __call__(self, job):
+        return {"kl_to_teacher": self.table[job.method, job.learning_rate]}
+
+
+def test_each_contender_takes_its_own_rate_or_all_take_that_of_sft(tmp_path):
+    config = replace(TINY, rates={HALF: (1e-3, 3e-3)}, is_tuned=True)
+    table = {
+        ("sft", 1e-3): [2.0, 4.0], ("sft", 3e-3): [2.0, 3.0], ("top8_bucket", 1e-3): [2.0], ("top8_bucket", 3e-3): [2.0]
+    }  # fmt: skip
+    for is_tuned, expected in ((True, 1e-3), (False, 3e-3)):
+        config, log = replace(config, is_tuned=is_tuned), RunLog(tmp_path / f"{is_tuned}.jsonl", resume=False)
+        with Workers(1, Fixed, table) as workers:
+            rates, tuned = distill.chosen_rates(config, HALF, DOLLY, workers, log, lambda _: None)
+        assert rates == {"sft": 3e-3, "top8_bucket": expected}
+        assert tuned["sft"] == {"0.001": 3.0, "0.003": 2.5} and ("top8_bucket" in tuned) == is_tuned
+        assert all(
+            "tuning" in key and "|1000|" in key for key in log.runs
+        )  # on another draw of rows than the final runs
 
 
 def test_the_half_is_the_teachers_own_and_a_model_is_at_no_distance_from_itself(tmp_path, data):
@@ -130,17 +172,18 @@ def test_the_verdict_by_hand():
     assert row["kl_to_teacher_data_needed"]["mean"] == 0.4 and row["nll_data_needed"]["mean"] == pytest.approx(0.52)
     assert found["untrained"] == {"kl_to_teacher": 8.0, "nll": 9.0} and found["teacher_nll"] == 1.0
     assert results["summary"]["finding"] == (
-        "half student, dolly: top8_bucket on 0.4 of the rows, its KL is below that of sft on all rows (-0.50 (-0.50..-0.50)) and its "
-        "NLL is not told from that of sft on all rows (+0.25 (-1.00..+1.50))"
+        "half student, dolly, 0.4 of the rows against sft on all: KL above: sft, below: top8_bucket; "
+        "NLL above: sft, not told apart: top8_bucket"
     )
-    assert "| top8_bucket | 25 | 1.00 | 0.50 | 3.25 | 2.00 | 0.40" in real_distill_table(results)
+    line = "| top8_bucket | 25 | 1.00 | 0.50 | 3.25 | 2.00 | -0.50 (-0.50..-0.50) | +0.25 (-1.00..+1.50) |"
+    assert line in real_distill_table(results)
 
 
 def test_the_full_setting_has_what_its_page_names():
     full, short = SIZES["full"], SIZES["short"]
     assert set(full.contenders) == set(CONTENDERS) >= {"sft", "top8_spread", "top64_bucket", "draws50", "hybrid_top64"}
     assert len(full.points) == 4 and all(len(grid) == 3 for grid in full.rates.values())
-    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) and short.runs() == 2 * (1 + 4 * 3)
+    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) and short.runs() == 2 * (1 + 3 * 3 + 2)
     assert 0.4 in full.fractions and 0.4 in short.fractions
     assert len({job.key for point in full.points for job in full.tuning_jobs(*point)}) == 4 * 21
 

@@ -81,6 +81,7 @@ class RealDistillConfig:
         contenders: names of ``CONTENDERS``.
         fractions: of the training rows.
         rates: the grid of each student; all contenders share it, and the one of least KL on validation rows is taken.
+        is_tuned: whether every contender takes its own; else all take that of sft.
         tuning_fraction: of the rows, when the rate is chosen.
         steps, batch_size: of every run, whatever the fraction.
         length: tokens at which rows are cut.
@@ -90,17 +91,18 @@ class RealDistillConfig:
         start: the teacher.
     """
 
-    points: tuple[tuple[str, str], ...] = ((HALF, DOLLY), (SMALL, STORIES), (HALF, STORIES), (SMALL, DOLLY))
+    points: tuple[tuple[str, str], ...] = ((SMALL, STORIES), (HALF, DOLLY), (HALF, STORIES), (SMALL, DOLLY))
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     fractions: tuple[float, ...] = (0.1, 0.4, 1.0)
     rates: Mapping[str, tuple[float, ...]] = field(
         default_factory=lambda: {HALF: (3e-4, 1e-4, 1e-3), SMALL: (3e-3, 1e-3, 6e-3)}
     )
+    is_tuned: bool = True
     tuning_fraction: float = 0.4
-    steps: int = 40
-    batch_size: int = 8
+    steps: int = 128
+    batch_size: int = 2
     length: int = 96
-    train_rows: int = 320
+    train_rows: int = 256
     validation_rows: int = 24
     test_rows: int = 60
     seed: int = 0
@@ -116,12 +118,12 @@ class RealDistillConfig:
         ]
 
     def tuning_jobs(self, student: str, text: str) -> list[PointJob]:
-        """None where the grid has one rate."""
+        """None where the grid has one rate; those of sft alone where the others take its rate."""
         grid = self.rates[student]
         # another seed than the final runs': nothing is tuned on their draw of rows
         return [
             PointJob(name, self.tuning_fraction, rate, self.seed + 1000, True, student, text)
-            for name in self.contenders
+            for name in (self.contenders if self.is_tuned else (BASELINE,))
             for rate in (grid if len(grid) > 1 else ())
         ]
 
@@ -141,13 +143,13 @@ class RealDistillConfig:
 
 
 SHORT = RealDistillConfig(
-    points=((HALF, DOLLY), (SMALL, STORIES)), contenders=(BASELINE, "top8_bucket", "draws50"),
-    rates={HALF: (3e-4,), SMALL: (3e-3,)}, steps=64, batch_size=2, train_rows=128, test_rows=32, workers=1,
+    points=((SMALL, STORIES), (HALF, DOLLY)), contenders=(BASELINE, "top8_bucket", "draws50"),
+    rates={HALF: (1e-3, 3e-4), SMALL: (3e-3, 1e-3)}, is_tuned=False, steps=64, train_rows=128, test_rows=32, workers=1,
 )  # fmt: skip
-"""Half an hour of one core: four contenders, two points, one rate for each student, chosen by a look at sft alone."""
+"""Half an hour of one core: three contenders, two points; two rates are tried with sft, and all take the better one."""
 QUICK = replace(
-    SHORT, points=((SMALL, STORIES),), contenders=(BASELINE, "top8_bucket"), fractions=(0.5, 1.0), steps=2,
-    batch_size=2, length=24, train_rows=4, validation_rows=1, test_rows=4,
+    SHORT, points=((SMALL, STORIES),), contenders=(BASELINE, "top8_bucket"), fractions=(0.5, 1.0),
+    rates={SMALL: (3e-3,)}, steps=2, length=24, train_rows=4, validation_rows=1, test_rows=4,
 )  # fmt: skip
 SIZES = {"full": RealDistillConfig(), "short": SHORT, "quick": QUICK}
 
@@ -211,7 +213,8 @@ def chosen_rates(
         kl = run["kl_to_teacher"]
         tuned.setdefault(job.method, {})[f"{job.learning_rate:g}"] = round(sum(kl) / len(kl), 5)
     best = {name: float(min(found, key=lambda rate: found[rate])) for name, found in tuned.items()}
-    return {name: best.get(name, config.rates[student][0]) for name in config.contenders}, tuned
+    given = best.get(BASELINE, config.rates[student][0])
+    return {name: best.get(name, given) for name in config.contenders}, tuned
 
 
 # -- text, teacher, students -------------------------------------------------------------------------------------

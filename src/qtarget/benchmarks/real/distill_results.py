@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qtarget.benchmarks.distill.results import DATA_GOAL, compared, draw_curves, needed_words
+from qtarget.benchmarks.distill.results import DATA_GOAL, compared, draw_curves
 from qtarget.benchmarks.distill.runs import BASELINE
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
@@ -68,16 +68,26 @@ def summarize_point(
     }  # fmt: skip
 
 
+def verdict(apart: Mapping[str, float]) -> str:
+    """Where an interval of a difference lies.
+
+    Example:
+        >>> verdict({"mean": -1.0, "low": -2.0, "high": 0.1})
+        'not told apart'
+    """
+    return "below" if apart["high"] < 0 else "above" if apart["low"] > 0 else "not told apart"
+
+
 def finding(point: Mapping[str, Any]) -> str:
-    """One sentence a point: the contender with the largest cache on part of the rows, against sft on all."""
-    name = max(point["methods"], key=lambda name: point["methods"][name]["bytes_per_token"])
+    """One sentence a point: which contenders are with the goal's fraction at least where sft is with all rows."""
     parts = []
     for measure, word in MEASURES.items():
-        apart = point["methods"][name][f"{measure}_to_sft_on_all_rows"]
-        sided = "below" if apart["high"] < 0 else "above" if apart["low"] > 0 else "not told from"
-        parts.append(f"its {word} is {sided} that of sft on all rows ({with_ends(apart, '+.2f', '+.2f')})")
-    where = f"{point['student']} student, {point['text']}: {name} on {point['decided_at']:g} of the rows"
-    return f"{where}, {' and '.join(parts)}"
+        names: dict[str, list[str]] = {}
+        for name, row in point["methods"].items():
+            names.setdefault(verdict(row[f"{measure}_to_sft_on_all_rows"]), []).append(name)
+        parts.append(f"{word} " + ", ".join(f"{sided}: {' and '.join(found)}" for sided, found in names.items()))
+    where = f"{point['student']} student, {point['text']}, {point['decided_at']:g} of the rows against sft on all"
+    return f"{where}: {'; '.join(parts)}"
 
 
 def real_distill_table(results: Mapping[str, Any]) -> str:
@@ -86,13 +96,14 @@ def real_distill_table(results: Mapping[str, Any]) -> str:
     for point in results["summary"]["points"]:
         fractions = point["fractions"]
         size = results["teacher"]["students"][point["student"]] / 1e6
+        decided = f"{point['decided_at']:g} of the rows, to sft on all"
         head = [
             "contender", "bytes a token", *(f"{word}, {f:g} of the rows" for word in MEASURES.values() for f in fractions),
-            *(f"rows needed for sft's {word}" for word in MEASURES.values()),
+            *(f"{word}, {decided}" for word in MEASURES.values()),
         ]  # fmt: skip
         blank = ["" for _ in fractions[1:]]
         told = [cell for m in MEASURES for cell in (f"{point['untrained'][m]:.2f}", *blank)]
-        lines = [["*untrained*", "", *told, "", ""], *([line_of(name, row) for name, row in point["methods"].items()])]
+        lines = [["*untrained*", "", *told, "", ""], *(line_of(name, row) for name, row in point["methods"].items())]
         title = (
             f"**{point['student']} student ({size:.0f} million parameters), {point['text']}** "
             f"(the teacher's NLL: {point['teacher_nll']:.2f})"
@@ -102,12 +113,12 @@ def real_distill_table(results: Mapping[str, Any]) -> str:
 
 
 def line_of(name: str, row: Mapping[str, Any]) -> list[str]:
-    """A contender's line: its curves, and the rows that it needs."""
+    """A contender's line: its curves, and how far it is from sft on all rows."""
     return [
         name,
         f"{row['bytes_per_token']:.0f}" if row["cache"] else "text only",
         *(f"{cell['mean']:.2f}" for measure in MEASURES for cell in row[measure]),
-        *(needed_words(row[f"{measure}_data_needed"]) for measure in MEASURES),
+        *(with_ends(row[f"{measure}_to_sft_on_all_rows"], "+.2f", "+.2f") for measure in MEASURES),
     ]
 
 

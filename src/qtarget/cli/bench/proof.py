@@ -39,7 +39,7 @@ def distill(
     ] = False,
     base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     is_short: Annotated[
-        bool, typer.Option("--short", help="With a real base: four contenders, two students, one seed, nothing tuned.")
+        bool, typer.Option("--short", help="With a real base: three contenders, two students, one seed.")
     ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
