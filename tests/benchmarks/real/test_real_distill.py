@@ -21,13 +21,7 @@ from qtarget.core.errors import ConfigError, DataError
 from qtarget.scoring.cache.reader import ReferenceCache
 
 TINY = replace(
-    QUICK,
-    points=((HALF, DOLLY),),
-    fractions=(0.5, 1.0),
-    rates={HALF: (1e-3,)},
-    length=40,
-    validation_rows=2,
-    test_rows=3,
+    QUICK, points=((HALF, DOLLY),), fractions=(1.0,), rates={HALF: (1e-3,)}, length=40, validation_rows=2, test_rows=3
 )
 
 

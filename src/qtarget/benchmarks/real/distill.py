@@ -336,7 +336,7 @@ def write_held_out(config: RealDistillConfig, parts: Mapping[str, list[dict[str,
 
 
 def write_cache(
-    config: RealDistillConfig, rows: Sequence[Mapping[str, Any]], kind: CacheKind, policy: Any, folder: Path
+    config: RealDistillConfig, rows: list[dict[str, Any]], kind: CacheKind, policy: Any, folder: Path
 ) -> dict[str, float]:
     """Ask the teacher about the training rows, unless it was; bytes a token of all files."""
     from datasets import Dataset
@@ -347,7 +347,7 @@ def write_cache(
     if not (folder / MANIFEST).is_file():
         with untold(True):
             score(
-                config.start.load(), arguments(config, folder), Dataset.from_list(list(rows)), None,
+                config.start.load(), arguments(config, folder), Dataset.from_list(rows), None,
                 config.start.tokenizer(), directory=folder, top_k=kind.top_k, sampled=kind.sampled, model_id="teacher",
                 progress=False, shard_rows=40, **({} if kind.sampled else {"tail_policy": policy}),
             )  # fmt: skip
