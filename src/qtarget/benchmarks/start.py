@@ -232,7 +232,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(
             f"{folder} has no {mark.name}, so nobody knows what it was made with; delete it, or choose another --output"
         )
-    then, now = json.loads(mark.read_text()) if mark.is_file() else settings, json.loads(json.dumps(settings))
+    now = json.loads(json.dumps(settings))
+    then = json.loads(mark.read_text()) if mark.is_file() else now
     if differing := [name for name, value in now.items() if then.get(name) != value]:
         raise ConfigError(
             f"{folder} was made with another {' and '.join(differing)}; delete it, or choose another --output"

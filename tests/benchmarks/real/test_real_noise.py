@@ -21,6 +21,7 @@ from qtarget.benchmarks.pool import quiet_libraries
 from qtarget.benchmarks.real import bench, instructions, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
 from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, short_answers, written_tasks
+from qtarget.benchmarks.real.distill_results import real_distill_table
 from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
 from qtarget.benchmarks.real.worker import RealWorker, Scope, mean_nll
 from qtarget.benchmarks.start import Start
@@ -194,13 +195,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize(("name", "table"), [("marked", marked_table), ("prior", repaired_table)])
+@pytest.mark.parametrize(
+    ("name", "table"), [("marked", marked_table), ("prior", repaired_table), ("distill", real_distill_table)]
+)
 def test_the_tables_of_the_page_are_the_result_files(name, table):
     page, file = (ROOT / "docs/real_model.md").read_text(), ROOT / f"benchmarks/results/{name}_smollm2.json"
     if file.is_file():
         assert table(json.loads(file.read_text())) in page
     else:
-        assert "Not measured yet." in page.partition("## A flawed prior")[2]
+        assert "Not measured yet." in page.partition({"prior": "## A flawed prior", "distill": "## Less data"}[name])[2]
 
 
 def test_the_commands_of_the_page_are_what_the_command_line_takes():
@@ -213,6 +216,6 @@ def test_the_commands_of_the_page_are_what_the_command_line_takes():
         found: Any = get_command(app)
         while hasattr(found, "list_commands"):
             found = found.get_command(Context(found), words.pop(0))
-        assert found is not None and {"base", "noise", "prior", "demo", "init", "train"} >= {found.name}
+        assert found is not None and {"base", "noise", "prior", "distill", "demo", "init", "train"} >= {found.name}
         found.make_context(found.name, words)
     assert model.INSTALL in lines

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DATA_GOAL, BYTES_GOAL, POINTS_GOAL = 0.4, 40.0, 1.0
-SHOWN = (BASELINE, FULL_LOGITS, "top8_bucket", "draws50", "target_sft_0.3", "reverse_kl")
-COLOURS = (BASELINE_COLOUR, TARGET_COLOUR, "#2f855a", "#805ad5", "#b7791f", "#c53030")
+SHOWN = {
+    BASELINE: BASELINE_COLOUR, FULL_LOGITS: TARGET_COLOUR, "top8_bucket": "#2f855a", "draws50": "#805ad5",
+    "target_sft_0.3": "#b7791f", "reverse_kl": "#c53030",
+}  # fmt: skip
+"""Methods of the figure, and their colours."""
 CAPTION = (
     "Means over seeds, each with its own rows and order, the same for all methods; intervals are 95 % percentile bootstrap, "
     "paired over methods and fractions, over seeds and (accuracy) test prompts; over few seeds they are too narrow."
@@ -97,16 +100,21 @@ def summarize(
 
 
 def compared(
-    methods: Sequence[str], fractions: Sequence[float], values: Curves, falling: bool = False
+    methods: Sequence[str],
+    fractions: Sequence[float],
+    values: Curves,
+    falling: bool = False,
+    full: str = FULL_LOGITS,
 ) -> dict[str, dict[str, Any]]:
     """Of each method its curve, its differences to sft and to full logits, and the data that it needs, with intervals.
 
     Args:
         values: ``[methods, fractions, seeds, prompts]``.
         falling: smaller is better.
+        full: the method that has full logits, or what stands for it.
     """
     means, draws = values.mean((-1, -2)), bootstrap_means(values)  # [methods, fractions], [methods, fractions, draws]
-    sft, full, sign = methods.index(BASELINE), methods.index(FULL_LOGITS), -1 if falling else 1
+    sft, best, sign = methods.index(BASELINE), methods.index(full), -1 if falling else 1
     needed = data_needed(fractions, sign * means.T, sign * means[sft, -1])
     needed_draws = data_needed(fractions, sign * draws.swapaxes(0, 1), sign * draws[sft, -1])
     places = range(len(fractions))
@@ -114,7 +122,7 @@ def compared(
         name: {
             "curve": [interval(means[i, j], draws[i, j]) for j in places],
             "to_sft": [interval(means[i, j] - means[sft, j], draws[i, j] - draws[sft, j]) for j in places],
-            "to_full_logits": interval((means[i] - means[full]).mean(), (draws[i] - draws[full]).mean(0)),
+            "to_full_logits": interval((means[i] - means[best]).mean(), (draws[i] - draws[best]).mean(0)),
             "data_needed": needed_interval(needed[i], needed_draws[i]),
         }
         for i, name in enumerate(methods)
@@ -230,10 +238,17 @@ def distill_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_curves(axes: Any, results: Mapping[str, Any], field: str) -> None:
-    """One panel; dashed what cross entropy reaches with all rows, dotted the goal."""
+def draw_curves(
+    axes: Any, results: Mapping[str, Any], field: str, shown: Mapping[str, str] = SHOWN, text: str = "teacher text"
+) -> None:
+    """One panel; dashed what cross entropy reaches with all rows, dotted the goal.
+
+    Args:
+        shown: methods and their colours; those that were not run are left out.
+        text: what the rows are of.
+    """
     fractions = results["fractions"]
-    for name, colour in zip(SHOWN, COLOURS, strict=True):
+    for name, colour in shown.items():
         if name not in results["methods"]:
             continue
         row = results["methods"][name]
@@ -244,7 +259,7 @@ def draw_curves(axes: Any, results: Mapping[str, Any], field: str) -> None:
     axes.axhline(results["methods"][BASELINE][field][-1]["mean"], color=REST_COLOUR, linestyle="--", linewidth=1)
     axes.axvline(DATA_GOAL, color=REST_COLOUR, linestyle=":", linewidth=1)
     axes.set_xticks(fractions, [f"{fraction:g}" for fraction in fractions])
-    axes.set_xlabel(f"fraction of {results['config']['train_rows']} rows of teacher text; equal steps at each")
+    axes.set_xlabel(f"fraction of {results['config']['train_rows']} rows of {text}; equal steps at each")
     axes.grid(color="#e5e7eb")
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -12,7 +12,7 @@ import typer
 
 from qtarget.benchmarks.pool import WORKERS, refuse_earlier
 from qtarget.benchmarks.start import Start, start_of
-from qtarget.cli.bench.real import real_noise, real_prior, size_of
+from qtarget.cli.bench.real import real_distill, real_noise, real_prior, size_of
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_writable, progress_bar, saver
 from qtarget.core.errors import ConfigError
@@ -41,6 +41,10 @@ def distill(
     is_long: Annotated[
         bool, typer.Option("--long", help="Eight methods, 300 steps instead of 80: rows are scarce, and not steps.")
     ] = False,
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
+    is_short: Annotated[
+        bool, typer.Option("--short", help="With a real base: three contenders, two students, one seed.")
+    ] = False,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -54,6 +58,15 @@ def distill(
     if is_quick and is_long:
         raise ConfigError("--quick and --long contradict each other; give one of them")
     check_writable(output)
+    size = size_of(is_quick, is_short, base)
+    if base != "embedded":
+        if is_long or scale != "cpu" or corpus is not None or data is None:
+            raise ConfigError(
+                f"--base {base} is distilled on real text, in sizes of its own: name the folder with --data; of the others, "
+                "--quick and --short go with it"
+            )
+        real_distill(base, size, data, output, resume, workers, kept)
+        return
     start, full = started(scale, data, corpus, output, resume, is_quick), DistillConfig()
     config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))

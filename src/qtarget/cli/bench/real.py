@@ -1,4 +1,4 @@
-"""``qtarget bench base``, ``bench rl``, and ``bench noise --base smollm2``: the real model."""
+"""``qtarget bench base``, ``bench rl``, and ``bench noise | prior | distill --base smollm2``: the real model."""
 
 from __future__ import annotations
 
@@ -113,6 +113,22 @@ def real_prior(base: str, size: str, output: Path, resume: bool, workers: int, k
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_prior(config, output, resume=resume, progress=advance, worker=RealPriorWorker)
     show(prior_table(results), results["summary"]["finding"], output)
+
+
+def real_distill(
+    base: str, size: str, data: Path, output: Path, resume: bool, workers: int, kept: Callable[[Path], str]
+) -> None:
+    """``bench distill`` with the real model as teacher; arguments as for ``real_noise``."""
+    from qtarget.benchmarks.figure import save_figure
+    from qtarget.benchmarks.real.distill import run_real_distill, sized
+    from qtarget.benchmarks.real.distill_results import real_distill_figure, real_distill_table
+    from qtarget.benchmarks.start import Start
+
+    config = sized(size, Start(str(real_base(base, output, resume))), workers)
+    with progress_bar() as advance, on_interrupt(lambda: kept(output)):
+        results = run_real_distill(config, data, output, resume=resume, progress=advance)
+    save_figure(real_distill_figure(results), output.with_suffix(".png"))
+    show(real_distill_table(results), results["summary"]["finding"], output)
 
 
 def real_noise(

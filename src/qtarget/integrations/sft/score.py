@@ -88,7 +88,7 @@ def training_rows(
 
 
 @contextmanager
-def _untold(quiet: bool) -> Iterator[None]:
+def untold(quiet: bool) -> Iterator[None]:
     """Preparation's findings are not logged inside; errors are raised as ever."""
     before = findings.level
     findings.setLevel(logging.ERROR if quiet else before)
@@ -172,7 +172,7 @@ def score(
         CacheMismatchError: the model named has another tokenizer than ``processing_class``.
         ScoringServerError: a server fails, or is not what it should be.
     """
-    with _untold(announce is not None):
+    with untold(announce is not None):
         job = training_rows(model, args, train_dataset, eval_dataset, processing_class)
     base, tokenizer = job.trainer._base_model(), job.trainer.processing_class
     name = model if isinstance(model, str) else str(getattr(base.config, "_name_or_path", ""))
