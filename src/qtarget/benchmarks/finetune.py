@@ -26,12 +26,14 @@ class Encoded:
         prompt, completion: ids; the completion ends with end-of-text.
         noise: which completion tokens are noise.
         left_out: which completion tokens the loss leaves out, or none.
+        weight: above 0; what the row teaches is multiplied by it, anchors too.
     """
 
     prompt: list[int]
     completion: list[int]
     noise: list[bool]
     left_out: list[bool] | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,14 @@ def fine_tune(
         ids, labels = (tensor.to(model.device) for tensor in collate(batch))
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
-        factors = [float(not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
+        factors = [row.weight * (not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
+        weighed = any(row.weight != 1 for row in rows)
         sequences = torch.arange(len(batch), device=labels.device).repeat_interleave(kept.sum(-1))
         now = target if isinstance(target, Target) else target(trained)
         loss, report = linear_target_loss(
             hidden, model.lm_head.weight, flat, now, sequence_ids=sequences, return_report=True,
-            loss_weights=None if all(factors) else torch.tensor(factors, device=labels.device),
-            weights_scale="label",  # tokens left out keep their share of the mean
+            loss_weights=None if all(factor == 1 for factor in factors) else torch.tensor(factors, device=labels.device),
+            weights_scale="all" if weighed else "label",  # tokens left out keep their share of the mean
             reference=None if reference is None else _joined(reference, chosen),
             teacher=None if teacher is None else _joined(teacher, chosen),
         )  # fmt: skip

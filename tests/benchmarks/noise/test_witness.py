@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qtarget.benchmarks.finetune import Encoded, Recipe, encode, fine_tune
+from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, fine_tune, of_labels
 from qtarget.benchmarks.noise.crossfitting import crossfit_of, forward_steps, masks_of, with_crossfit
 from qtarget.benchmarks.noise.methods import METHODS
 from qtarget.benchmarks.noise.runs import Cell, Material, chosen_rows, known_of, noisy_rows, parse_cell
@@ -17,8 +17,10 @@ from qtarget.benchmarks.noise.selection import Peer, Tail, row_losses
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import cogs_tasks, embedded_tasks, listops_tasks
 from qtarget.core.errors import ConfigError
+from qtarget.core.types import Reference
 from qtarget.data.embedded import base_model_path
 from qtarget.data.tasks import check
+from qtarget.filtering import ScoredRows
 from qtarget.registry import get_target
 from tests import SHARED
 
@@ -157,6 +159,39 @@ def test_the_nearest_prompts_are_those_of_the_plain_loop():
             for j, other in enumerate(sets)
         ])  # fmt: skip
         np.testing.assert_allclose(alike[found[i]], np.sort(alike)[::-1][:PROMPTS], rtol=1e-6)
+
+
+def test_rows_are_weighed_by_what_the_filter_believes_of_them_and_all_stay_where_it_cannot_tell():
+    rng, masks = np.random.default_rng(0), [np.array([False] + [True] * 6)] * 200
+    ids = [rng.integers(0, 50, 7) for _ in masks]
+    entropy = [rng.exponential(0.4, 6) for _ in masks]
+    log_probs = [-rng.exponential(expected) for expected in entropy]
+    rows, known = [Encoded([1], [2], [False]) for _ in masks], [Reference() for _ in masks]
+
+    def weights(said: list[np.ndarray]) -> np.ndarray:
+        evidence = ScoredRows.of(ids, masks, said, entropy, crossfit=said, crossfit_entropy=entropy)
+        chosen, numbers = chosen_rows(METHODS["sft, rows weighed by witness"], 0.0, Material(rows, known, evidence))
+        assert len(chosen) == len(numbers) == 200
+        return np.array([row.weight for row in chosen])
+
+    assert (weights(log_probs) == 1).all()
+    bad = [values - np.array([8.0, 8, 0, 0, 0, 0]) * (row % 5 == 0) for row, values in enumerate(log_probs)]
+    found = weights(bad)
+    assert 0 < found[::5].max() < 0.05 and np.delete(found, np.arange(0, 200, 5)).min() > 0.5
+
+
+def test_a_weight_multiplies_all_that_a_row_teaches(material):
+    """The first loss is the sum of weight x loss over the number of tokens, of the label and of the anchor."""
+    chosen = [replace(row, weight=weight) for row, weight in zip(material.rows[:2], (0.25, 1.0), strict=True)]
+    known = [replace(one, log_probs=torch.zeros_like(one.log_probs) - np.log(512)) for one in material.known[:2]]  # pyright: ignore[reportArgumentType]
+    for name, anchor in (("sft", 0.0), ("sft_kl", 1.0)):
+        target = get_target(name, **({"kl_weight": 1.0} if anchor else {}))
+        first = fine_tune(Start().load(), chosen, target, Recipe(1e-3, 2, 1, 0), reference=known if anchor else None)
+        sums = 0.0
+        for row, base in zip(chosen, completion_log_probs(Start().load(), chosen), strict=True):
+            uniform = -np.log(512) - base.mean(-1)  # KL(uniform || p)
+            sums += row.weight * float((-of_labels(base, row) + anchor * uniform).sum())
+        assert first.losses[0] == pytest.approx(sums / sum(len(row.completion) for row in chosen), rel=1e-4)
 
 
 def test_encoded_rows_know_their_masks():

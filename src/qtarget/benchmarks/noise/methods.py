@@ -9,7 +9,7 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.types import WITNESS_FIELDS, Target
 from qtarget.registry import get_target
 
-Rows = Literal["noisy", "marked", "marked rows", "filtered", "crossfit", "witness", "witness share"]
+Rows = Literal["noisy", "marked", "marked rows", "filtered", "crossfit", "witness", "witness share", "witness weights"]
 Selects = Literal["tail", "peer"]
 
 
@@ -27,7 +27,8 @@ class Method:
             ``crossfit``: those that a mixture of two puts into the likelier part by their mean NLL under the cross-fit;
             ``marked rows``: those without a mark (an oracle); ``witness``: those that the filter keeps by `surprise`, or by
             `crossfit` where that cannot tell;
-            ``witness share``: so many as ``setting`` says, by the rule `crossfit`.
+            ``witness share``: so many as ``setting`` says, by the rule `crossfit`; ``witness weights``: all of them, each
+            weighed by P(right) of the filter that ``witness`` asks.
         selects: what drops a share ``setting`` of each batch as it comes (``qtarget.benchmarks.noise.selection``).
         stops_early: keeps the best of five checkpoints on the noisy validation rows.
     """
@@ -43,7 +44,7 @@ class Method:
     @property
     def asks_crossfit(self) -> bool:
         """Whether copies are trained before it."""
-        return self.rows in ("crossfit", "witness", "witness share") or bool(
+        return self.rows in ("crossfit", "witness", "witness share", "witness weights") or bool(
             get_target(self.target).needs.reference & set(WITNESS_FIELDS)
         )
 
@@ -76,6 +77,8 @@ CROSSFIT = (
     Method("sft, rows by witness", rows="witness"),
     Method("sft, share by witness", setting="share of rows kept", grid=(0.7, 0.5, 0.9), rows="witness share"),
     Method("crossfit_consensus, rows by witness", "crossfit_consensus", rows="witness"),
+    Method("sft, rows weighed by witness", rows="witness weights"),
+    Method("crossfit_consensus, rows weighed by witness", "crossfit_consensus", rows="witness weights"),
 )
 """What two fine-tunings more buy: copies of the base, trained at the rate of the run on one half of the rows each, judge the
 other half. Caution is not tuned: it follows from the noise that the copies find."""

@@ -25,7 +25,7 @@ from qtarget.core.types import COUNTED_FIELDS, Reference
 from qtarget.data import tasks
 from qtarget.data.agreement import confident_choices, counted_fields
 from qtarget.data.noise import NOISE_KINDS, inject_noise
-from qtarget.filtering import ScoredRows, decide
+from qtarget.filtering import Decision, ScoredRows, decide
 
 KINDS = (*NOISE_KINDS, "cue", "minority")
 CHECKPOINTS = 5
@@ -309,6 +309,11 @@ def chosen_rows(method: Method, value: float, material: Material) -> tuple[list[
         nll = np.array([-float(known.crossfit.log().mean()) for known in material.known])  # pyright: ignore[reportOptionalMemberAccess]
         chosen = np.flatnonzero(likelier_part(nll)).tolist()
         return [material.rows[i] for i in chosen], [material.known[i] for i in chosen]
+    if method.rows == "witness weights":
+        weights = by_witness(material).weights
+        chosen = np.flatnonzero(weights > 0).tolist()
+        rows = [replace(material.rows[i], weight=float(weights[i])) for i in chosen]
+        return rows, [material.known[i] for i in chosen]
     kept = kept_rows(method, value, material)
     if kept is None:
         return material.rows, material.known
@@ -319,16 +324,20 @@ def kept_rows(method: Method, value: float, material: Material) -> list[int] | N
     """Numbers of the rows that a method keeps, or None for all."""
     if method.rows == "marked rows":
         return [i for i, row in enumerate(material.rows) if not any(row.noise)]
-    if method.rows in ("witness", "witness share"):
+    if method.rows == "witness":
+        return np.flatnonzero(by_witness(material).keep).tolist()
+    if method.rows == "witness share":
         assert material.evidence is not None, "copies have judged the rows"
-        if method.rows == "witness share":
-            found = decide(material.evidence, {"rule": "crossfit", "keep": value})
-        else:
-            found = decide(material.evidence, "surprise")
-            found = decide(material.evidence, "crossfit") if found.verdict == "cannot tell" else found
-        return np.flatnonzero(found.keep).tolist()
+        return np.flatnonzero(decide(material.evidence, {"rule": "crossfit", "keep": value}).keep).tolist()
     if method.rows != "filtered":
         return None
     assert all(known.label_log_probs is not None for known in material.known)
     surprise = [-float(known.label_log_probs.mean()) for known in material.known]  # pyright: ignore[reportOptionalMemberAccess]
     return sorted(range(len(surprise)), key=surprise.__getitem__)[: max(1, round(value * len(surprise)))]
+
+
+def by_witness(material: Material) -> Decision:
+    """What the filter says by `surprise`, or by `crossfit` where that cannot tell."""
+    assert material.evidence is not None, "copies have judged the rows"
+    found = decide(material.evidence, "surprise")
+    return decide(material.evidence, "crossfit") if found.verdict == "cannot tell" else found
