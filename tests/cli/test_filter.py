@@ -171,11 +171,15 @@ class TestVerb:
         from qtarget.cli.filter import wish
         from qtarget.filtering import Filter
 
-        named = Filter("surprise", 0.6, "weight")
+        named = Filter("surprise", 0.6)
         assert wish(named, None, None) == named
-        assert wish(named, None, 0.7) == Filter("surprise", 0.7, "weight")
-        assert wish(named, "auto", None) == Filter("auto", None, "weight")
+        assert wish(named, None, 0.7) == Filter("surprise", 0.7)
+        assert wish(named, "auto", None) == Filter("auto")
         assert wish(Filter("none"), None, None) == Filter("auto")
+        weighed = Filter("surprise", None, "weight")
+        assert wish(weighed, "auto", None) == Filter("auto", None, "weight")
+        assert wish(weighed, None, 0.7, "drop") == Filter("surprise", 0.7)
+        assert wish(Filter("none"), None, None, "weight") == Filter("auto", None, "weight")
 
     def test_clean_rows_are_all_kept(self, documented, config, tmp_path):
         rows = tmp_path / "clean.jsonl"
@@ -240,6 +244,7 @@ class TestVerb:
             (["--group_by", "colour"], "no such column"),
             (["--mark", "colour=red"], "no row has a value"),
             (["--filter", "{rule: surprize}"], "unknown"),
+            (["--as", "weight", "--keep", "0.7"], "no row has a P(right) to be weighed by"),
             (["--reference_cache", "nowhere"], "nowhere"),
         ],
     )
@@ -262,6 +267,87 @@ class TestVerb:
         rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("train")[:60]))
         assert called("filter", config(train_file=str(rows)), "--output", tmp_path / "f") == 2
         assert "are not in the cache" in capsys.readouterr().err
+
+
+class TestWeighing:
+    def test_every_row_is_weighed_and_the_printed_command_trains_on_it(self, documented, config, tmp_path, capsys):
+        path, folder = config(group_by="skill"), tmp_path / "w"
+        assert called("filter", path, "--output", folder) == 0
+        assert called("filter", path, "--as", "weight", "--output", folder) == 0
+        said = capsys.readouterr().out
+        assert {file.name for file in folder.glob("*.jsonl")} == {"weights.jsonl", "reasons.jsonl"}
+        document = json.loads((folder / "filter.json").read_text())
+        weights = np.array([json.loads(line)["weight"] for line in lines_of(folder / "weights.jsonl")])
+        found, light = document["weights"], int((weights < 0.05).sum())
+        assert (found["sum"], found["light"]) == (pytest.approx(weights.sum(), abs=1e-3), light)
+        assert f"{weights.sum():,.1f} of 300 rows in all, mean {weights.mean():.2f}, {light} under 0.05" in said
+        assert weights.min() > 0  # 0 would leave the row out
+        reasons = [json.loads(line) for line in lines_of(folder / "reasons.jsonl")]
+        assert all(
+            line["kept"] and line["reason"].startswith(f"weighed {1 - line['posterior']:.2f}") for line in reasons
+        )
+        skills = [json.loads(line)["skill"] for line in lines_of(documented / "noisy.jsonl")]
+        for line in document["groups"]["rows"]:
+            mine = weights[np.array(skills) == line["value"]]
+            assert (line["weight"], line["light"]) == (pytest.approx(mine.sum(), abs=1e-3), (mine < 0.05).sum())
+        lowest = int(np.argmin(weights))
+        assert any(line.startswith(f"{skills[lowest]}: ") and f"row {lowest + 1}, " in line for line in found["lines"])
+
+        (command,) = re.findall(r"next: `qtarget (.*)`", said)
+        assert command.split()[0] == "train" and command.endswith(f"--train_file {folder / 'weights.jsonl'}")
+        capsys.readouterr()
+        assert called(*shlex.split(command), "--packing", "true", "--output_dir", tmp_path / "run") == 0
+        text = capsys.readouterr()
+        assert f"weight: 300 rows, mean {weights.mean():.3g}" in text.out + text.err
+
+        assert called("filter", path, "--train_file", folder / "weights.jsonl", "--as", "weight") == 2
+        assert "would count twice" in capsys.readouterr().err
+        twice = ["--train_file", folder / "weights.jsonl", "--filter", "{as: weight}", "--output_dir", tmp_path / "no"]
+        assert called("train", path, *twice) == 2
+        assert "would count twice" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+    def test_an_audit_of_weighed_rows_says_so_and_sends_nobody_to_the_filter(
+        self, documented, config, tmp_path, capsys
+    ):
+        path = config()
+        assert called("audit-data", path, "--train_file", documented / "filtered/weights.jsonl") == 0
+        said = capsys.readouterr().out
+        assert "so they are weighed already" in said
+        assert "qtarget filter" not in said
+        assert called("audit-data", path) == 0
+        assert "`filter: auto` leaves them out" in capsys.readouterr().out
+
+    def test_weights_of_the_rows_own_are_multiplied_and_counted(self, documented, config, tmp_path, capsys):
+        rows = [json.loads(line) for line in lines_of(documented / "noisy.jsonl")]
+        for row in rows[:40]:
+            row["weight"] = 0.5
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert called("filter", config(train_file=str(path)), "--as", "weight", "--output", tmp_path / "f") == 0
+        assert "40 rows had a weight of their own, which is multiplied" in capsys.readouterr().out
+        for line, reason in zip(
+            lines_of(tmp_path / "f/weights.jsonl"), lines_of(tmp_path / "f/reasons.jsonl"), strict=True
+        ):
+            row, found = json.loads(line), json.loads(reason)
+            own = 0.5 if found["row"] < 40 else 1.0
+            assert row["weight"] == pytest.approx(own * (1 - found["posterior"]), abs=1e-6)
+
+    def test_where_nobody_can_tell_no_weights_are_written(self, config, tmp_path, capsys):
+        rows = tmp_path / "clean.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:60]))
+        path = config(train_file=str(rows), reference_cache=None, filter={"as": "weight"})
+        (tmp_path / "f").mkdir()
+        assert called("filter", path, "--output", tmp_path / "f") == 0
+        said = capsys.readouterr().out
+        assert "no weights are written: cannot tell" in said
+        assert "next: `qtarget train" not in said
+        assert [file.name for file in (tmp_path / "f").glob("*.jsonl")] == ["reasons.jsonl"]
+        assert json.loads((tmp_path / "f/filter.json").read_text())["weights"] is None
+        assert called("train", path) == 0
+        text = capsys.readouterr()
+        assert "no row is weighed" in text.out + text.err
+        assert "mean_weight" not in json.loads((tmp_path / "out/train_summary.json").read_text())["filter"]
 
 
 class TestTraining:

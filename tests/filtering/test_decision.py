@@ -136,7 +136,11 @@ def test_every_row_has_its_reason() -> None:
     assert found.reason(dropped).startswith("dropped: surprise")
     assert "above" in found.reason(dropped)
     assert "at most" in found.reason(kept)
-    assert decide(rows_of(share(30, 0.3))).reason(0) == "kept: cannot tell"
+    assert found.reason(dropped, "weight").startswith("weighed 0.0")
+    assert found.tells
+    unsure = decide(rows_of(share(30, 0.3)))
+    assert unsure.reason(0) == unsure.reason(0, "weight") == "kept: cannot tell"
+    assert not unsure.tells
 
 
 def test_none_keeps_everything() -> None:

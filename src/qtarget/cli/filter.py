@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,22 +11,17 @@ import typer
 
 from qtarget.cli.options.outputs import OverwriteOption
 from qtarget.command import command_for
-from qtarget.core.errors import ConfigError, counted, inflected
-from qtarget.data.groups import row_groups
+from qtarget.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qtarget.cli.options.config import RunConfig
-    from qtarget.cli.options.outputs import Mark
     from qtarget.filtering import Decision, Filter, ScoredRows
     from qtarget.scoring.cache.reader import ReferenceCache
 
 Rule = Literal["auto", "surprise", "agreement", "gain", "combined", "crossfit", "none"]
-ROW_FILES = ("keep.jsonl", "drop.jsonl", "weights.jsonl", "reasons.jsonl")
-PAGE, VERDICT = "filter.html", "filter.json"
-COUNTED_ALWAYS = 200_000
-"""Trained tokens up to which agreement is counted whatever the rule; it takes seconds a hundred thousand tokens."""
+As = Literal["drop", "weight"]
 
 
 def filter_rows(
@@ -39,6 +32,12 @@ def filter_rows(
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Share of the rows to keep, whatever the evidence looks like.")
+    ] = None,
+    form: Annotated[
+        As | None,
+        typer.Option(
+            "--as", help="drop rows that look bad, or weight every row by P(right); default: the config's, else drop."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -52,9 +51,10 @@ def filter_rows(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Split the training rows into those to keep and those to drop; any key of CONFIG.yaml can be set by `--key value`."""
+    """Split the training rows into those to keep and to drop, or weigh them; any key of CONFIG.yaml can be set by `--key value`."""
     from qtarget.cli.audit_data import HARDWARE
     from qtarget.cli.crossfit import refuse_training_keys
+    from qtarget.cli.filtered import VERDICT, print_filtered, refuse_weighed, write_filtered
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_config
@@ -78,31 +78,48 @@ def filter_rows(
     beside = Path(str(run.training.output_dir))
     output = output or beside.with_name(f"{beside.name}-filtered")
     refuse_prompts(run.training.prompt_weight)  # before the base is scored
-    wanted = wish(Filter.of(run.training.filter), rule, keep)
+    wanted = wish(Filter.of(run.training.filter), rule, keep, form)
+    refuse_weighed(run, wanted)
     read = [config, *run.inputs]
     made = Mark.of("filter", [config, *row_files(run)])
     with owned(output, FILTER, inputs=read):
         if not overwrite:
             refuse_existing(output / VERDICT, "--output", made)
         found = filter_config(run, wanted)
-        document = write_filtered(run, found, output, group, mark, made)
+        document, written = write_filtered(run, found, output, group, mark, made)
     print_filtered(document)
     if found.decision.copies_may_tell:
-        typer.echo(f"next: `{command_for('filter', '--rule', 'crossfit')}`")
-    say_written(output / name for name in (*ROW_FILES, PAGE, VERDICT))
+        options = ["--rule", "crossfit", *(["--as", form] if form else [])]
+        typer.echo(f"next: `{command_for('filter', *options)}`")
+    elif (step := next_step(found, output)) is not None:
+        typer.echo(f"next: {step}")
+    say_written(written)
 
 
-def wish(named: Filter, rule: str | None, keep: float | None) -> Filter:
+def wish(named: Filter, rule: str | None, keep: float | None, form: str | None = None) -> Filter:
     """The config's filter, or another rule with a share of its own.
 
     Raises:
-        ConfigError: no such share.
+        ConfigError: no such share, or one of rows that are to be weighed.
     """
     from qtarget.filtering import Filter
 
+    shape: Any = form or named.form
     if rule is not None:
-        return Filter(rule, keep, named.form)
-    return Filter(named.rule if named else "auto", named.keep if keep is None else keep, named.form)
+        return Filter(rule, keep, shape)
+    return Filter(named.rule if named else "auto", named.keep if keep is None else keep, shape)
+
+
+def next_step(found: Filtered, folder: Path) -> str | None:
+    """How to train on the weights; None where there are none, or rows are dropped."""
+    from qtarget.cli.filtered import WEIGHTS
+
+    if found.wanted.form != "weight" or not found.decision.tells:
+        return None
+    if found.from_files:  # the config's own filter would weigh the rows once more
+        again = ["--filter", "none"] if found.named else []
+        return f"`{command_for('train', '--train_file', str(folder / WEIGHTS), *again)}`"
+    return f"train with `train_file: {folder / WEIGHTS}` in the place of `dataset_name`"
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,9 @@ class Filtered:
         raw: the rows themselves.
         tokenizer: which made the tokens.
         cache: what judged.
+        wanted: the filter that was asked for.
+        named: whether the config itself names a filter.
+        from_files: whether the rows are of ``train_file``.
     """
 
     decision: Decision
@@ -124,6 +144,9 @@ class Filtered:
     raw: Sequence[Mapping[str, Any]]
     tokenizer: Any
     cache: Path
+    wanted: Filter
+    named: bool
+    from_files: bool
 
     @property
     def kept(self) -> np.ndarray:
@@ -194,6 +217,7 @@ def decide_config(
     from qtarget.cli.audit_data import cache_findings, load_tokenizer, open_cache
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.core.errors import CacheMismatchError, DataError
+    from qtarget.data.columns import parsed_weight
     from qtarget.filtering import Filter, decide
     from qtarget.filtering.lookup import rows_in_cache
     from qtarget.integrations.sft.audit import cut, tokenise
@@ -223,7 +247,7 @@ def decide_config(
     labels: list[Any] = [row["labels"] for row in rows]
     masks = [np.asarray(supervised_mask(row), dtype=bool) for row in labels]
     raw: Any = list(data)
-    judged = [i for i, mask in enumerate(masks) if mask.any() and raw[i].get("weight") != 0]
+    judged = [i for i, mask in enumerate(masks) if mask.any() and parsed_weight(raw[i].get("weight"), "weight") != 0]
     if not judged:
         raise DataError("no row trains on anything; `qtarget audit-data` says why")
     ids, trained = [rows[i]["input_ids"] for i in judged], [masks[i] for i in judged]
@@ -232,7 +256,10 @@ def decide_config(
         answers = _answers_alone(config, ids, trained, opened, Path(alone or alone_folder(opened.path)))
     copies = open_copies(training.witness, asked, opened, key)
     scored = rows_in_cache(opened, ids, trained, judged, answers, copies, sided=key is None)
-    return Filtered(decide(scored, asked), scored, len(rows), raw, tokens.tokenizer, opened.path)
+    return Filtered(
+        decide(scored, asked), scored, len(rows), raw, tokens.tokenizer, opened.path, asked, bool(Filter.of(training.filter)),
+        config.data.train_file is not None,
+    )  # fmt: skip
 
 
 def _answers_alone(
@@ -257,101 +284,3 @@ def _answers_alone(
     with torch.no_grad():
         head = probe_head(model)
     return score_alone(model, ids, trained, folder, cache, logit_scale=head.scale, logit_softcap=head.softcap)
-
-
-def write_filtered(
-    config: RunConfig, found: Filtered, folder: Path, group: str | None, mark: str | None, made: Mark
-) -> dict[str, Any]:
-    """Write rows, reasons, numbers and page, ``filter.json`` last; returns the document.
-
-    Raises:
-        ConfigError: no such column.
-    """
-    from qtarget.cli.options.outputs import write_numbers, write_page
-    from qtarget.report.filtering.document import filter_document
-    from qtarget.report.filtering.page import filter_page
-    from qtarget.report.inspect.marks import check_marks, row_marks
-
-    marks = row_marks(found.raw, mark)
-    check_marks(mark, marks)
-    training = config.training
-    groups = row_groups(found.raw, group or training.group_by, text_field=training.dataset_text_field)
-    counted = len(found.rows.log_probs) <= COUNTED_ALWAYS
-    document = filter_document(
-        found.decision, found.rows, found.count, title=config.data.name, cache=str(found.cache),
-        marks=None if marks is None else marks[found.rows.numbers], groups=groups, counted=counted,
-        decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False),
-    )  # fmt: skip
-    (folder / VERDICT).unlink(missing_ok=True)  # while the files are of two calls, there is none
-    write_rows(config, found, folder, document["scores"])
-    del document["scores"]
-    write_page(folder / PAGE, filter_page(document), made)
-    write_numbers(folder / VERDICT, document, made)
-    return document
-
-
-def write_rows(config: RunConfig, found: Filtered, folder: Path, scores: Mapping[str, np.ndarray]) -> None:
-    """Each of ``ROW_FILES``."""
-    from qtarget.storage.files import writing
-
-    texts, decision = originals(config, found.raw), found.decision
-    places = dict(zip(found.rows.numbers.tolist(), range(len(found.rows)), strict=True))
-    columns = {name: values.tolist() for name, values in scores.items()}
-    with ExitStack() as files:
-        keep, drop, weights, reasons = (files.enter_context(writing(folder / name, text=True)) for name in ROW_FILES)
-        for number, text in enumerate(texts):
-            place = places.get(number)
-            kept = place is None or bool(decision.keep[place])
-            (keep if kept else drop).write(text + "\n")
-            factor = 1.0 if place is None else float(decision.weights[place])
-            weights.write(_weighted(text, factor) + "\n")
-            line: dict[str, Any] = {"row": number, "kept": kept}
-            if place is None:
-                line["reason"] = "kept: not judged, it trains on nothing"
-            else:
-                line |= {"posterior": round(float(decision.posterior[place]), 6)}
-                line |= {"scores": {name: round(values[place], 4) for name, values in columns.items()}}
-                line["reason"] = decision.reason(place)
-            reasons.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def originals(config: RunConfig, raw: Sequence[Mapping[str, Any]]) -> list[str]:
-    """JSON text of each row as it came in: a JSONL file's own lines."""
-    from qtarget.cli.options.datasets import row_options
-    from qtarget.data.loading import original_texts
-
-    data = config.data
-    if data.train_file is None:
-        return [json.dumps(dict(row), ensure_ascii=False, default=str) for row in raw]
-    options = row_options(
-        data.data_format, data.null_content, data.roles, data.tools_file, text_field=config.training.dataset_text_field
-    )
-    return original_texts(data.train_file, options)
-
-
-def _weighted(text: str, factor: float) -> str:
-    """A row with its weight times ``factor``."""
-    row = json.loads(text)
-    own = row.get("weight")
-    return json.dumps(row | {"weight": round((1.0 if own is None else float(own)) * factor, 6)}, ensure_ascii=False)
-
-
-def print_filtered(document: Mapping[str, Any]) -> None:
-    """The verdict, and counts by source."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if (groups := document["groups"]) is not None:
-        table = Table("", "rows", "dropped", title=f"by {groups['column']}")
-        for line in groups["rows"]:
-            table.add_row(Text(line["value"]), f"{line['rows']:,}", f"{line['dropped']:,}")
-        console.print(table)
-    console.print(Text(document["summary"]), soft_wrap=True)
-    if (roc := document["roc"]) is not None:
-        said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
-        console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)
-    if silent := document["not_judged"]:
-        words = f"{counted(silent, 'row')} {inflected(silent, 'train')} on nothing and {inflected(silent, 'were')} not judged"
-        console.print(Text(words), soft_wrap=True)

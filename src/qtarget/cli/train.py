@@ -75,9 +75,12 @@ def run_training(config: RunConfig, beside: Sequence[Path] = ()) -> dict[str, An
         ResumeError: the checkpoint is damaged or of another run.
         ScoringServerError: the teacher is a URL, and its server fails or is not what it should be.
     """
+    from qtarget.cli.filtered import refuse_weighed
     from qtarget.cli.options.interrupts import on_interrupt
+    from qtarget.filtering.decision import Filter
     from qtarget.storage.folders import RUN, owned
 
+    refuse_weighed(config, Filter.of(config.training.filter))
     training, read = config.training, [*config.inputs, config.data.dataset_name]
     with ExitStack() as stack:
         if training.process_index == 0:

@@ -62,6 +62,11 @@ class Filter:
             raise ConfigError("filter: rule none keeps every row; leave keep out, or name another rule")
         if self.form not in get_args(As):
             raise ConfigError(f"filter: as is {self.form!r}; expected drop or weight")
+        if self.form == "weight" and self.keep is not None:
+            raise ConfigError(
+                f"filter: keep {self.keep:g} leaves rows out whatever the evidence, so no row has a P(right) to be weighed by; "
+                "leave keep out, or set as: drop"
+            )
 
     def __bool__(self) -> bool:
         return self.rule != "none"
@@ -122,8 +127,13 @@ class Decision:
         return int((~self.keep).sum())
 
     @property
+    def tells(self) -> bool:
+        """Whether the evidence separates rows, so that ``posterior`` says something of each."""
+        return self.verdict == "two kinds"
+
+    @property
     def weights(self) -> np.ndarray:
-        """``[rows]`` P(row is good), what ``as: weight`` multiplies."""
+        """``[rows]`` P(row is good), what ``as: weight`` multiplies; of no meaning unless the decision ``tells``."""
         return 1 - self.posterior
 
     @property
@@ -132,13 +142,15 @@ class Decision:
         doubted = self.verdict == "cannot tell" and WITNESSES[self.rule].asks == "base"
         return doubted and self.facts.get("kept_excess", 0.0) > UNEXPECTED
 
-    def reason(self, row: int) -> str:
-        """Why a row is kept or dropped, in words."""
+    def reason(self, row: int, form: As = "drop") -> str:
+        """Why a row is kept or dropped, or weighed as it is, in words."""
         if self.verdict in ("cannot tell", "not filtered"):
             return f"kept: {self.verdict}"
         side = "at most" if self.keep[row] else "above"
         sure = "" if self.verdict == "kept by share" else f", P(bad) {self.posterior[row]:.2f}"
         what = "kept" if self.keep[row] else "dropped"
+        if form == "weight":
+            what = f"weighed {self.weights[row]:.2f}"
         return f"{what}: {self.rule} {self.score[row]:.2f} nats, {side} {self.threshold:.2f}{sure}"
 
 

@@ -119,6 +119,13 @@ class TestNoise:
         found = {f.check: f for f in check_noise(mixed, decode)}["row_kinds"]
         assert (found.severity, found.count, found.rows[:2]) == ("warning", 20, (100, 105))
         assert "two kinds: 20 of 100 rows look bad" in found.message
+        weights = np.ones(200)
+        weights[100::5] = 0.1
+        (weighed,) = [f for f in check_noise(mixed, decode, weights) if f.check == "row_kinds"]
+        assert (weighed.severity, weighed.count) == ("info", 0)
+        assert "0.10 on average, those of the other rows 1.00, so they are weighed already" in weighed.message
+        weights[100] = 0.6  # one bad row teaches as before
+        assert [f for f in check_noise(mixed, decode, weights) if f.check == "row_kinds"] == [found]
         strange = scored(
             [[(i, 0.0, 0, 1.0), *[(9, -9.0 - 0.01 * (i % 7) - (i == 3) * 9, 5, 0.95)] * 3] for i in range(100)]
         )

@@ -16,12 +16,13 @@ from tests.filtering.test_decision import rows_of, share
 from tests.report.hostile import HOSTILE
 
 
-def document_of(bad, *, marks=True, wanted="auto", groups=None, said=None):
+def document_of(bad, *, marks=True, wanted="auto", groups=None, said=None, **more):
     rows = rows_of(bad)
     texts = iter(said or [])
     document = filter_document(
         decide(rows, wanted), rows, len(rows) + 2, title="rows.jsonl", cache="/c", groups=groups,
         marks=bad if marks else None, decode=lambda ids: next(texts, f"{len(ids)} tokens"),
+        **more,
     )  # fmt: skip
     scores = document.pop("scores")
     return document, scores
@@ -106,6 +107,39 @@ def test_the_page_in_a_browser(open_page, tmp_path, scheme):
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.locator("#qt-theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+
+
+def test_weighed_rows_are_all_kept_and_counted_by_their_weights():
+    bad, groups = share(400, 0.2), ("source", ["a", "b"] * 200 + ["c"] * 2)
+    document, _ = document_of(bad, groups=groups, form="weight", own=3)
+    expected = decide(rows_of(bad)).weights
+    assert (document["kept"], document["dropped"], document["weights"]["own"]) == (402, 0, 3)
+    assert document["weights"]["sum"] == pytest.approx(expected.sum(), abs=1e-3)
+    assert document["weights"]["light"] == (expected < 0.05).sum() > 50
+    by_value = {line["value"]: (line["weight"], line["light"]) for line in document["groups"]["rows"]}
+    assert by_value["a"] == (pytest.approx(expected[::2].sum(), abs=1e-3), (expected[::2] < 0.05).sum())
+    assert by_value["c"] == (0, 0)  # nobody judged them
+    lightest = document["borders"]["least weight"][0]
+    assert lightest["kept"] and lightest["reason"].startswith("weighed 0.0")
+    assert document_of(np.zeros(300, dtype=bool), form="weight")[0]["weights"] is None
+
+
+def test_the_page_of_weights_in_a_browser(open_page, tmp_path):
+    lines = ["b: 1 of 9 rows has a weight under 0.05: row 2, '<b>'"]
+    document, _ = document_of(share(400, 0.2), groups=("source", ["a", "b"] * 201), form="weight", own=2, light=lines)
+    write_text(tmp_path / "page.html", filter_page(document))
+    page = open_page(tmp_path / "page.html")
+    cells = page.locator("#counts tbody tr td, #counts tbody tr th").all_inner_texts()
+    assert cells[:4] == [
+        "kept, each weighed by P(right)",
+        "402",
+        "their weights in all",
+        f"{document['weights']['sum']:.1f}",
+    ]
+    assert lines[0] in page.locator("#counts").inner_text()
+    assert page.locator("#kind option").first.inner_text().startswith("nearest")
+    page.select_option("#kind", "least weight")
+    assert page.locator(".qt-case.qt-dropped").count() == 0
 
 
 def test_the_page_without_marks_or_drops_in_a_browser(open_page, tmp_path):

@@ -2,7 +2,8 @@
 
 A base that knows the format is taught one thing wrong, and confidently. Clean demonstrations correct it, in two doses. Every
 prior-based target is trained with and without `qtarget.Guarded`; what the guard costs is measured on a base without flaw,
-with clean rows and with random wrong tokens. One recipe for all, chosen on plain SFT.
+with clean rows and with random wrong tokens. On that base a few rows are right in another language as well, and it is asked in
+that language: what doubts labels must not silence a minority. One recipe for all, chosen on plain SFT.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 from qtarget.benchmarks.finetune import Recipe, encode, fine_tune
 from qtarget.benchmarks.machine import machine_facts, versions
-from qtarget.benchmarks.noise.runs import Material, accuracy, known_of
+from qtarget.benchmarks.noise.crossfitting import crossfit_of, with_crossfit
+from qtarget.benchmarks.noise.runs import Cell, Material, accuracy, in_minority, known_of, noisy_rows
 from qtarget.benchmarks.pool import (
     WORKERS,
     Progress,
@@ -33,7 +35,7 @@ from qtarget.benchmarks.start import Start, claim
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, TaskSet, embedded_tasks, make_base, teach
 from qtarget.composed.guarded import Guarded
 from qtarget.core.errors import ConfigError
-from qtarget.core.types import Target
+from qtarget.core.types import WITNESS_FIELDS, Target
 from qtarget.data import tasks
 from qtarget.data.noise import inject_noise
 from qtarget.data.tasks.skills import MONTHS
@@ -64,9 +66,11 @@ FLAWS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
 """Flaw -> the skill it spoils, and the wrong answer to a row. Facts are for a model that knows any."""
 TARGETS: Mapping[str, dict[str, float]] = {
     "sft": {}, "prior_surprise": {}, "dft": {}, "sft_kl": {"kl_weight": 0.3}, "asft": {"kl_weight": 0.2},
-    "target_sft": {"eta": 0.3}, "hybrid_distillation": {"teacher_weight": 0.5}, "consensus": {},
+    "target_sft": {"eta": 0.3}, "hybrid_distillation": {"teacher_weight": 0.5}, "consensus": {}, "crossfit_consensus": {},
 }  # fmt: skip
-GUARDED = ("dft", "sft_kl", "asft", "target_sft", "hybrid_distillation", "consensus")
+GUARDED = ("dft", "sft_kl", "asft", "target_sft", "hybrid_distillation", "consensus", "crossfit_consensus")
+MINORITY = "minority"
+"""In the place of a flaw: none, and a share ``dose`` of the rows is right in another language."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class PriorConfig:
         doses: share of the flawed skill's demonstrations that are there.
         noise_rate: of random tokens, on the base without flaw.
         with_sound: whether the base without flaw is run, too.
+        minority: share of rows in another language, on the base without flaw; 0 leaves that point out.
         seeds, steps, workers, start: as in ``NoiseConfig``; the learning rate is the start's.
     """
 
@@ -87,6 +92,7 @@ class PriorConfig:
     doses: tuple[float, ...] = (1.0, 0.25)
     noise_rate: float = 0.2
     with_sound: bool = True
+    minority: float = 0.1
     seeds: int = 5
     steps: int = 40
     workers: int = WORKERS
@@ -101,9 +107,10 @@ class PriorConfig:
             raise ConfigError("what a target corrects is compared with what sft corrects; add sft")
 
     def conditions(self) -> list[Condition]:
-        """Flaws by dose, then the two without flaw."""
+        """Flaws by dose, then those without flaw."""
         flawed = [Condition(flaw, dose, 0.0) for flaw in self.flaws for dose in self.doses]
         sound = [Condition("none", 1.0, 0.0), Condition("none", 1.0, self.noise_rate)]
+        sound += [Condition(MINORITY, self.minority, 0.0)] if self.minority else []
         return flawed + sound if self.with_sound else flawed
 
     def fixed(self) -> dict[str, Any]:
@@ -119,13 +126,15 @@ class PriorConfig:
         return [(name, guard) for name in self.targets for guard in ((False, True) if name in GUARDED else (False,))]
 
 
-QUICK = PriorConfig(targets=("sft", "asft"), flaws=("wrong skill",), doses=(1.0,), seeds=1, steps=20, workers=1)
+QUICK = PriorConfig(
+    targets=("sft", "asft"), flaws=("wrong skill",), doses=(1.0,), minority=0.0, seeds=1, steps=20, workers=1
+)
 """For continuous integration."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is wrong with base and rows; ``flaw`` is ``none`` for a sound base."""
+    """What is wrong with base and rows; ``flaw`` is ``none`` for a sound base, or ``minority``."""
 
     flaw: str
     dose: float
@@ -156,9 +165,12 @@ class PriorWorker:
         self.config, self.bases, self.task = config, bases, embedded_tasks()
         self.tokenizer = config.start.tokenizer()
         self.material = lru_cache(maxsize=4)(self._material)
+        self.judged = lru_cache(maxsize=2)(self._judged)
 
     def __call__(self, job: PriorJob) -> dict[str, float | None]:
-        material, target = self.material(job.condition, job.seed), build(job.target, job.guard)
+        target = build(job.target, job.guard)
+        judged = bool(target.needs.reference & set(WITNESS_FIELDS))
+        material = (self.judged if judged else self.material)(job.condition, job.seed)
         model = self.base(job.condition.flaw)
         recipe = Recipe(self.config.start.learning_rate, BATCH_SIZE, self.config.steps, job.seed)
         needs = target.needs
@@ -174,6 +186,8 @@ class PriorWorker:
 
     def _material(self, condition: Condition, seed: int) -> Material:
         rows = dosed(self.task.train, condition, seed)
+        if condition.flaw == MINORITY:
+            rows = noisy_rows(rows, Cell(BASE, MINORITY, condition.dose), seed, self.tokenizer)
         if condition.noise_rate:
             rows = inject_noise(
                 rows, kind="random_tokens", rate=condition.noise_rate, seed=seed, tokenizer=self.tokenizer
@@ -181,9 +195,24 @@ class PriorWorker:
         encoded = encode(self.tokenizer, rows)
         return Material(encoded, known_of(self.base(condition.flaw), encoded))
 
+    def _judged(self, condition: Condition, seed: int) -> Material:
+        """The material with what copies say that have not seen each row's prompt; they begin as the base, flaw and all."""
+        material, config = self.material(condition, seed), self.config
+        recipe = Recipe(config.start.learning_rate, BATCH_SIZE, config.steps, seed)
+
+        def base() -> Any:
+            return self.base(condition.flaw)
+
+        told = crossfit_of(material.rows, base, recipe, other_prompts=False)
+        known, _ = with_crossfit(material.rows, material.known, told, base)
+        return Material(material.rows, known)
+
     def answers(self, model: Any, flaw: str) -> dict[str, float]:
-        """Percent of the flawed skill's problems answered right, answered as the flaw would, and of all other prompts."""
+        """Percent of all prompts answered right; of the flawed skill's problems, right and as the flaw would; of a minority's."""
         found = {"accuracy_percent": accuracy(model, self.tokenizer, self.task.test)}
+        if flaw == MINORITY:
+            asked = [in_minority(row) for row in self.task.test]
+            found["minority_percent"] = accuracy(model, self.tokenizer, asked)
         if flaw in FLAWS:
             skill, wrong = FLAWS[flaw]
             rows = asked_problems(skill)[: self.asked]

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINE, GUARD = "sft", ", guarded"
-CORRECTS, LOSES = 0.95, 0.1
-"""The goals: share of SFT's correction that a guarded target reaches, share of its robustness that it may lose."""
+CORRECTS, LOSES, KEEPS = 0.95, 0.1, 0.8
+"""The goals: share of SFT's correction that a guarded target reaches, share of its robustness that it may lose, share of SFT's
+accuracy on a right minority's prompts that any target keeps."""
+COUNTED = {"none": "accuracy_percent", "minority": "minority_percent"}
+"""What is asked at a point; at the others, flaws, the share corrected."""
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,20 +29,34 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
         }
         for condition in results["conditions"]
     ]
-    return {"conditions": conditions, "goals": goals(conditions), "finding": finding(conditions)}
+    found = {"conditions": conditions, "goals": goals(conditions), "finding": finding(conditions)}
+    return found | {"minority": minority(conditions)}
+
+
+def minority(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each method's share of SFT's accuracy on a right minority's prompts, and whether that is enough; empty where unasked."""
+    rows = next((condition["methods"] for condition in conditions if condition["flaw"] == "minority"), {})
+    shares = {name: row["share_of_sft"] for name, row in rows.items() if name != BASELINE}
+    return {name: {"keeps": share, "reached": share is not None and share >= KEEPS} for name, share in shares.items()}
 
 
 def _row(condition: Mapping[str, Any], name: str) -> dict[str, Any]:
     runs, baseline = condition["runs"][name], condition["runs"][BASELINE]
     row: dict[str, Any] = {"accuracy_percent": rounded_interval([run["accuracy_percent"] for run in runs])}
     if condition["flaw"] != "none":
-        corrected, by_sft = ([run["corrected_percent"] for run in some] for some in (runs, baseline))
+        counted = _counted(condition)
+        mine, by_sft = ([run[counted] for run in some] for some in (runs, baseline))
         row |= {
-            "corrected_percent": rounded_interval(corrected),
-            "flawed_percent": round(sum(run["flawed_percent"] for run in runs) / len(runs), 1),
-            "share_of_sft": round(sum(corrected) / sum(by_sft), 3) if sum(by_sft) else None,
+            counted: rounded_interval(mine),
+            "share_of_sft": round(sum(mine) / sum(by_sft), 3) if sum(by_sft) else None,
         }
+    if _is_flawed(condition):
+        row["flawed_percent"] = round(sum(run["flawed_percent"] for run in runs) / len(runs), 1)
     return row
+
+
+def _is_flawed(condition: Mapping[str, Any]) -> bool:
+    return condition["flaw"] not in COUNTED
 
 
 def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,7 +64,7 @@ def goals(conditions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Whether the goal is ``reached`` is not said where no sound base was run: half of it is about that.
     """
-    flawed = [condition for condition in conditions if condition["flaw"] != "none"]
+    flawed = [condition for condition in conditions if _is_flawed(condition)]
     sound = {condition["noise_rate"]: condition["methods"] for condition in conditions if condition["flaw"] == "none"}
     out = {}
     for name in conditions[0]["methods"] if conditions else ():
@@ -82,7 +99,7 @@ def finding(conditions: Sequence[Mapping[str, Any]]) -> str:
     """One sentence: the range of corrections over prior-based targets, without and with guard, flaw by flaw."""
     parts = []
     for condition in conditions:
-        if condition["flaw"] != "none":
+        if _is_flawed(condition):
             shares = {name: row["share_of_sft"] for name, row in condition["methods"].items()}
             guarded = [name for name in shares if name.endswith(GUARD)]
             without, with_guard = (
@@ -109,7 +126,9 @@ def prior_table(results: Mapping[str, Any]) -> str:
 
 
 def _words(condition: Mapping[str, Any]) -> str:
-    if condition["flaw"] != "none":
+    if condition["flaw"] == "minority":
+        return f"sound base, {100 * condition['dose']:g} % of the rows in German: answered in German (%)"
+    if _is_flawed(condition):
         return f"{condition['flaw']}, {100 * condition['dose']:g} % of its rows: corrected (%)"
     return f"sound base, {100 * condition['noise_rate']:g} % random tokens: accuracy (%)"
 
@@ -119,14 +138,14 @@ def _untrained(results: Mapping[str, Any], condition: Mapping[str, Any]) -> str:
 
 
 def _counted(condition: Mapping[str, Any]) -> str:
-    return "accuracy_percent" if condition["flaw"] == "none" else "corrected_percent"
+    return COUNTED.get(condition["flaw"], "corrected_percent")
 
 
 def prior_figure(results: Mapping[str, Any]) -> Figure:
     """Percent of the flawed skill answered right, by flaw and dose: hollow without guard, filled with it."""
     from matplotlib.figure import Figure
 
-    conditions = [condition for condition in results["summary"]["conditions"] if condition["flaw"] != "none"]
+    conditions = [condition for condition in results["summary"]["conditions"] if _is_flawed(condition)]
     names = [name for name in conditions[0]["methods"] if not name.endswith(GUARD)][::-1]
     figure = Figure(figsize=(4 * len(conditions), 1.8 + 0.4 * len(names)), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(conditions), sharey=True, squeeze=False)[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.prior import facts
-from qtarget.benchmarks.prior.bench import FLAWS, PriorConfig, PriorJob, PriorWorker, spoilt
+from qtarget.benchmarks.prior.bench import FLAWS, TARGETS, PriorConfig, PriorJob, PriorWorker, spoilt
 from qtarget.benchmarks.real.worker import teach_by_adapters, with_adapters
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import Row, TaskSet, embedded_tasks
@@ -35,6 +35,8 @@ class RealPriorConfig(PriorConfig):
     """
 
     flaws: tuple[str, ...] = ("biased token", "wrong fact")
+    targets: tuple[str, ...] = tuple(name for name in TARGETS if name != "crossfit_consensus")
+    minority: float = 0.0
     seeds: int = 3
     train_rows: int = 320
     test_rows: int = 40

@@ -184,6 +184,10 @@ def prior(
     is_short: Annotated[
         bool, typer.Option("--short", help="With a real base: four targets, two flaws, one seed.")
     ] = False,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="Only this target, with and without guard; may be repeated.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Draws of rows and order.")] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -197,12 +201,13 @@ def prior(
     check_writable(output)
     size = size_of(is_quick, is_short, base)
     if base != "embedded":
-        if scale != "cpu" or data is not None or corpus is not None:
+        if scale != "cpu" or data is not None or corpus is not None or targets or seeds:
             raise ConfigError(f"--base {base} has sizes of its own: of the others, --quick and --short go with it")
         real_prior(base, size, output, resume, workers, kept)
         return
     start = started(scale, data, corpus, output, resume, is_quick)
     config = replace(QUICK if is_quick else PriorConfig(), workers=workers, start=start)
+    config = replace(config, targets=tuple(targets or config.targets), seeds=seeds or config.seeds)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_prior(config, output, resume=resume, progress=advance)
     show(results["summary"]["finding"], output, prior_table(results), prior_figure(results))

@@ -11,11 +11,23 @@
     told_by_prompt: "ROC of the prompts alone (0.5: they say nothing)",
   };
 
+  function totals() {
+    if (data.as === "weight" && !data.weights) return [["kept, none weighed", number(data.kept)]];
+    if (!data.weights) return [["kept", number(data.kept)], ["dropped", number(data.dropped)]];
+    return [["kept, each weighed by P(right)", number(data.kept)], ["their weights in all", data.weights.sum.toFixed(1)],
+      ["of a weight under 0.05", number(data.weights.light)], ["with a weight of their own before, which is multiplied", number(data.weights.own)]];
+  }
+
   function counts() {
     place("counts").append(table(el("span", {}, name(data.data), ", judged by ", name(data.rule), " from ", name(data.cache)), ["", "rows"],
-      [["kept", number(data.kept)], ["dropped", number(data.dropped)], ["not judged, they train on nothing", number(data.not_judged)]]));
-    if (data.groups) place("counts").append(table(el("span", {}, "by ", name(data.groups.column)), ["", "rows", "dropped", "share"],
-      data.groups.rows.map((line) => [name(line.value), number(line.rows), number(line.dropped), (100 * line.dropped / line.rows).toFixed(1) + " %"])));
+      [...totals(), ["not judged, they train on nothing", number(data.not_judged)]]));
+    if (data.weights) data.weights.lines.forEach((line) => place("counts").append(el("p", { class: "qt-note" }, name(line))));
+    if (!data.groups) return;
+    const heads = data.weights ? ["weights", "under 0.05"] : ["dropped", "share"];
+    const cells = data.weights ? (line) => [line.weight.toFixed(1), number(line.light)]
+      : (line) => [number(line.dropped), (100 * line.dropped / line.rows).toFixed(1) + " %"];
+    place("counts").append(table(el("span", {}, "by ", name(data.groups.column)), ["", "rows", ...heads],
+      data.groups.rows.map((line) => [name(line.value), number(line.rows), ...cells(line)])));
   }
 
   function histogram() {
@@ -25,7 +37,7 @@
     const line = (title, values) => ({ name: title, points: values.map((value, i) => [found.middles[i], Math.log10(1 + value)]) });
     const series = [line("rows", found.rows)];
     if (found.good) series.push(line("good, as fitted", found.good), line("bad, as fitted", found.bad));
-    const caption = data.threshold === null ? "No row is dropped." : `Rows above ${data.threshold.toFixed(2)} are dropped.`;
+    const caption = data.threshold === null ? "No row is dropped." : `Rows above ${data.threshold.toFixed(2)} are ${data.as === "weight" ? "likelier bad than right" : "dropped"}.`;
     place("histogram").append(lineChart({ title: `Rows by ${data.rule}`, x: data.witnesses[data.rule] || data.rule, y: "log10 (1 + rows)", series, caption }));
   }
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qtarget.command import command_for
+from qtarget.core.errors import DataError
 from qtarget.data.checks.audit import audit_rows
 from qtarget.data.checks.findings import Finding, in_order
 from qtarget.data.checks.text import check_texts
 from qtarget.data.checks.tokens import Vocabulary, check_roles, check_tokens
 from qtarget.data.checks.weights import check_weights
+from qtarget.data.columns import parsed_weight
 from qtarget.report.audit.advice import Advice, facts_of, which_target
 from qtarget.report.audit.compared import Compared
 from qtarget.report.audit.noise import check_noise, knows_rows
@@ -125,11 +129,26 @@ def audit_data(
     elif not any(found.check == "outside_vocabulary" for found in findings):
         scored, missing = score_from_cache(trained, cache)
         findings += check_coverage(missing, len(missing) + len(scored.numbers), cache)
-        findings += (noise := check_noise(scored, vocabulary.decode))
+        weights = weights_of(raw)
+        findings += (noise := check_noise(scored, vocabulary.decode, weights))
         findings += check_prior(scored, vocabulary.decode, known=knows_rows(noise))
-        findings += [] if witness is None else check_witness(scored, trained, cache, witness, sided)
+        findings += [] if witness is None else check_witness(scored, trained, cache, witness, sided, weights)
     facts = facts_of(in_order(findings), rows=len(raw), teacher=teacher, validation=validation)
     return DataAudit(len(raw), tuple(in_order(findings)), which_target(facts, compared))
+
+
+def weights_of(raw: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """``[rows]`` the ``weight`` of each, 1 without one; None where no row has one, or one is none and another check says so.
+
+    Example:
+        >>> weights_of([{"weight": 0.5}, {"weight": None}]), weights_of([{}])
+        (array([0.5, 1. ]), None)
+    """
+    try:
+        found = [parsed_weight(row.get("weight"), "weight") for row in raw]
+    except DataError:
+        return None
+    return None if all(one is None for one in found) else np.array([1.0 if one is None else one for one in found])
 
 
 def _complete(rows: int, findings: Sequence[Finding]) -> DataAudit:

@@ -59,11 +59,19 @@ def row_threshold(means: np.ndarray) -> float:
     return max(_outliers_from(means), float(np.median(means)) + LEAST_ROW_SURPRISE)
 
 
-def check_noise(scored: ScoredTokens, decode: Decode) -> list[Finding]:
-    """How surprised the base is, and where it is surprised beyond that."""
+WEIGHED = 0.5
+"""Weight under which a row was weighed down before: P(right) of a row that the filter finds likelier bad."""
+
+
+def check_noise(scored: ScoredTokens, decode: Decode, weights: np.ndarray | None = None) -> list[Finding]:
+    """How surprised the base is, and where it is surprised beyond that.
+
+    Args:
+        weights: as for ``row_kinds``.
+    """
     if not len(scored.places):
         return []
-    kinds = row_kinds("row_kinds", scored_rows(scored))
+    kinds = row_kinds("row_kinds", scored_rows(scored), weights=weights)
     known = knows_rows([kinds])
     return [_surprise(scored), kinds, *_tokens(scored, decode, known), *_rows(scored, decode, known)]
 
@@ -90,14 +98,25 @@ def _surprise(scored: ScoredTokens) -> Finding:
     return Finding("base_surprise", "info", len(scored.numbers), (), message, evidence)
 
 
-def row_kinds(check: str, rows: ScoredRows, rule: str = "auto") -> Finding:
-    """Whether a rule of the filter tells good rows from bad ones at all."""
+def row_kinds(check: str, rows: ScoredRows, rule: str = "auto", *, weights: np.ndarray | None = None) -> Finding:
+    """Whether a rule of the filter tells good rows from bad ones at all, and whether the rows' weights do so already.
+
+    Args:
+        weights: ``[rows of the data]`` the weight of each; None where no row has one.
+    """
     decision = decide(rows, rule)
     bad = rows.numbers[~decision.keep]
     found = {"verdict": decision.verdict, "bad_rows": len(bad), "threshold": decision.threshold, **decision.facts}
     if not len(bad):
         return Finding(check, "info", 0, (), decision.summary, found)
     first = tuple(int(row) for row in bad[:ROWS_NAMED])
+    if weights is not None and (weights[bad] < WEIGHED).all():
+        kept = float(weights[rows.numbers[decision.keep]].mean())
+        message = (
+            f"{decision.summary}: {named(bad.tolist())}; their weights are {weights[bad].mean():.2f} on average, those of the "
+            f"other rows {kept:.2f}, so they are weighed already"
+        )
+        return Finding(check, "info", 0, first, message, found | {"weighed": True})
     shown = command_for("filter", *(("--rule", rule) if rule != "auto" else ()))
     message = f"{decision.summary}: {named(bad.tolist())}; `{shown}` shows them, `filter: {rule}` leaves them out"
     return Finding(check, "warning", len(bad), first, message, found)

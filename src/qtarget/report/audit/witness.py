@@ -25,6 +25,7 @@ def check_witness(
     cache: ReferenceCache,
     witness: ReferenceCache,
     sided: bool = True,
+    weights: np.ndarray | None = None,
 ) -> list[Finding]:
     """How much of the rows the copies find to be noise, and whether they tell two kinds; or that they do not know the rows;
     or why it is no witness: then training stops, too.
@@ -34,6 +35,7 @@ def check_witness(
         trained: all rows as they are trained; ``scored.numbers`` names those that the base has judged.
         witness: of the copies.
         sided: whether to read what lies beside the witness, which a signature does not cover.
+        weights: as for ``row_kinds``.
     """
     try:
         require_witness(witness, cache)
@@ -58,5 +60,5 @@ def check_witness(
     message = f"{rows.knowledge.sentence}; {found.words()}"
     return [
         Finding("crossfit_noise", "info", len(rows), (), message, dict(vars(found)) | {"copies": told}),
-        row_kinds("crossfit_kinds", rows, RULE),
+        row_kinds("crossfit_kinds", rows, RULE, weights=weights),
     ]

@@ -78,7 +78,7 @@ class RowFilter:
         decision = decide(
             rows_in_cache(self.cache, ids, masks, numbers, alone, self.witness, sided=not self.signed), self.wanted
         )
-        weighs = self.wanted.form == "weight"
+        weighs = self.wanted.form == "weight" and decision.tells
         kept = decision.weights > 0 if weighs else decision.keep
         self._say(decision, numbers[~kept])
         record = {
@@ -92,6 +92,13 @@ class RowFilter:
 
     def _say(self, decision: Decision, left_out: np.ndarray) -> None:
         which = f"; left out: {named(left_out.tolist())}" if len(left_out) else ""
+        if self.wanted.form == "weight":
+            said = (
+                f"each row is weighed by P(right), mean {decision.weights.mean():.2f}"
+                if decision.tells
+                else "no row is weighed"
+            )
+            which = f"; {said}{which}"
         logger.warning(f"train data: filter: {decision.summary}{which}")
 
 

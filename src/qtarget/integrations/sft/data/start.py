@@ -59,6 +59,7 @@ def silent_rows(
     of_row: np.ndarray,
     text: Callable[[int], str],
     numbers: np.ndarray | None = None,
+    verbs: tuple[str, str] = ("starts with a mean weight", "start with a mean weight"),
 ) -> list[str]:
     """Lines that count the rows of mean weight under ``SILENT`` by source, with examples; none where there are none.
 
@@ -68,6 +69,7 @@ def silent_rows(
         names, of_row: the sources, and which of them each row is of.
         text: shows a row, by its place.
         numbers: ``[rows]`` of each row in the data, from 0; default: its place.
+        verbs: what one row does, and what several do.
 
     Example:
         >>> silent_rows(np.array([0.9, 0.01]), np.array([0, 1]), np.array([1, 1]), ["en", "fr"], np.array([0, 1]), "row {}".format)
@@ -85,10 +87,10 @@ def silent_rows(
             continue
         lowest = silent[np.argsort(means[silent], kind="stable")][:SHOWN]
         shown = "; ".join(f"row {number_of[row] + 1}, {shortened(text(int(row)))!r}" for row in lowest)
-        verbs = ("starts", "teaches") if len(silent) == 1 else ("start", "teach")
+        verb, teach = (verbs[0], "teaches") if len(silent) == 1 else (verbs[1], "teach")
         lines.append(
-            f"{name + ': ' if name else ''}{len(silent):,} of {int(mine.sum()):,} rows {verbs[0]} with a mean weight under "
-            f"{SILENT:g} and hardly {verbs[1]}: {shown}"
+            f"{name + ': ' if name else ''}{len(silent):,} of {int(mine.sum()):,} rows {verb} under {SILENT:g} and hardly "
+            f"{teach}: {shown}"
         )
     return lines
 
