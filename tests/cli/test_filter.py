@@ -16,6 +16,7 @@ import yaml
 
 pytest.importorskip("trl")
 
+from qtarget.cli.filtered import weight_lines
 from qtarget.cli.main import run
 from qtarget.data.embedded import base_model_path, load_demonstrations
 from tests import ROOT
@@ -91,8 +92,13 @@ def config(documented, tmp_path):
 class TestPage:
     def test_the_verdict_is_the_pages(self, documented):
         document = json.loads((documented / "filtered/filter.json").read_text())
-        (said,) = blocks("text")
-        assert document["summary"] == said.strip()
+        verdict, weighed = blocks("text")
+        assert document["summary"] == verdict.strip()
+        lines = weight_lines(json.loads((documented / "weighed/filter.json").read_text()))
+        total, light, step = weighed.splitlines()
+        assert total == lines[0]
+        assert any(line.startswith(light.removesuffix("...")) for line in lines[1:])
+        assert step.removeprefix("next: `").removesuffix("`") in blocks("bash")[0]
 
     def test_the_example_prints_what_it_says(self):
         (code,) = blocks("python")
@@ -270,41 +276,52 @@ class TestVerb:
 
 
 class TestWeighing:
-    def test_every_row_is_weighed_and_the_printed_command_trains_on_it(self, documented, config, tmp_path, capsys):
-        path, folder = config(group_by="skill"), tmp_path / "w"
+    def test_the_documented_run_trained_on_the_weights(self, documented):
+        weights = [json.loads(line)["weight"] for line in lines_of(documented / "weighed/weights.jsonl")]
+        assert len(weights) == 300 and min(weights) > 0
+        trained = yaml.safe_load((documented / "weighed_sft/qtarget_config.yaml").read_text())
+        assert trained["train_file"].endswith("weighed/weights.jsonl")
+        last = json.loads((documented / "weighed_sft/train_summary.json").read_text())
+        assert last["filter"] is None
+
+    def test_every_row_is_weighed_and_counted_and_never_twice(self, documented, config, tmp_path, capsys):
+        rows = [json.loads(line) for line in lines_of(documented / "noisy.jsonl")]
+        for row in rows[:40]:
+            row["weight"] = 0.5
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path, folder = config(train_file=str(tmp_path / "rows.jsonl"), group_by="skill"), tmp_path / "w"
         assert called("filter", path, "--output", folder) == 0
+        assert (folder / "drop.jsonl").is_file()
+        capsys.readouterr()
         assert called("filter", path, "--as", "weight", "--output", folder) == 0
         said = capsys.readouterr().out
         assert {file.name for file in folder.glob("*.jsonl")} == {"weights.jsonl", "reasons.jsonl"}
-        document = json.loads((folder / "filter.json").read_text())
-        weights = np.array([json.loads(line)["weight"] for line in lines_of(folder / "weights.jsonl")])
-        found, light = document["weights"], int((weights < 0.05).sum())
-        assert (found["sum"], found["light"]) == (pytest.approx(weights.sum(), abs=1e-3), light)
-        assert f"{weights.sum():,.1f} of 300 rows in all, mean {weights.mean():.2f}, {light} under 0.05" in said
-        assert weights.min() > 0  # 0 would leave the row out
+        assert "40 rows had a weight of their own, which is multiplied" in said
         reasons = [json.loads(line) for line in lines_of(folder / "reasons.jsonl")]
-        assert all(
-            line["kept"] and line["reason"].startswith(f"weighed {1 - line['posterior']:.2f}") for line in reasons
-        )
-        skills = [json.loads(line)["skill"] for line in lines_of(documented / "noisy.jsonl")]
+        right = np.array([1 - line["posterior"] for line in reasons])
+        weights = np.array([json.loads(line)["weight"] for line in lines_of(folder / "weights.jsonl")])
+        assert weights == pytest.approx(right * np.where(np.arange(300) < 40, 0.5, 1.0), abs=1e-6)
+        assert weights.min() > 0  # 0 would leave the row out
+        assert all(line["kept"] and line["reason"].startswith("weighed ") for line in reasons)
+
+        document = json.loads((folder / "filter.json").read_text())
+        found, light = document["weights"], int((right < 0.05).sum())
+        assert (found["sum"], found["light"], found["own"]) == (pytest.approx(right.sum(), abs=1e-3), light, 40)
+        assert f"{right.sum():,.1f} of 300 rows in all, mean {right.mean():.2f}, {light} under 0.05" in said
+        skills = np.array([row["skill"] for row in rows])
         for line in document["groups"]["rows"]:
-            mine = weights[np.array(skills) == line["value"]]
+            mine = right[skills == line["value"]]
             assert (line["weight"], line["light"]) == (pytest.approx(mine.sum(), abs=1e-3), (mine < 0.05).sum())
         lowest = int(np.argmin(weights))
         assert any(line.startswith(f"{skills[lowest]}: ") and f"row {lowest + 1}, " in line for line in found["lines"])
 
         (command,) = re.findall(r"next: `qtarget (.*)`", said)
-        assert command.split()[0] == "train" and command.endswith(f"--train_file {folder / 'weights.jsonl'}")
-        capsys.readouterr()
-        assert called(*shlex.split(command), "--packing", "true", "--output_dir", tmp_path / "run") == 0
-        text = capsys.readouterr()
-        assert f"weight: 300 rows, mean {weights.mean():.3g}" in text.out + text.err
+        assert command == f"train {path} --train_file {folder / 'weights.jsonl'}"
 
         assert called("filter", path, "--train_file", folder / "weights.jsonl", "--as", "weight") == 2
-        assert "would count twice" in capsys.readouterr().err
         twice = ["--train_file", folder / "weights.jsonl", "--filter", "{as: weight}", "--output_dir", tmp_path / "no"]
         assert called("train", path, *twice) == 2
-        assert "would count twice" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("would count twice") == 2
         assert not (tmp_path / "no").exists()
 
     def test_an_audit_of_weighed_rows_says_so_and_sends_nobody_to_the_filter(
@@ -318,22 +335,11 @@ class TestWeighing:
         assert called("audit-data", path) == 0
         assert "`filter: auto` leaves them out" in capsys.readouterr().out
 
-    def test_weights_of_the_rows_own_are_multiplied_and_counted(self, documented, config, tmp_path, capsys):
-        rows = [json.loads(line) for line in lines_of(documented / "noisy.jsonl")]
-        for row in rows[:40]:
-            row["weight"] = 0.5
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert called("filter", config(train_file=str(path)), "--as", "weight", "--output", tmp_path / "f") == 0
-        assert "40 rows had a weight of their own, which is multiplied" in capsys.readouterr().out
-        for line, reason in zip(
-            lines_of(tmp_path / "f/weights.jsonl"), lines_of(tmp_path / "f/reasons.jsonl"), strict=True
-        ):
-            row, found = json.loads(line), json.loads(reason)
-            own = 0.5 if found["row"] < 40 else 1.0
-            assert row["weight"] == pytest.approx(own * (1 - found["posterior"]), abs=1e-6)
+    def test_where_nobody_can_tell_no_weights_are_written(self, config, tmp_path, capsys, caplog):
+        from qtarget.cli.options.config import load_config
+        from qtarget.cli.options.datasets import load_datasets
+        from qtarget.cli.train import build_trainer
 
-    def test_where_nobody_can_tell_no_weights_are_written(self, config, tmp_path, capsys):
         rows = tmp_path / "clean.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:60]))
         path = config(train_file=str(rows), reference_cache=None, filter={"as": "weight"})
@@ -344,10 +350,12 @@ class TestWeighing:
         assert "next: `qtarget train" not in said
         assert [file.name for file in (tmp_path / "f").glob("*.jsonl")] == ["reasons.jsonl"]
         assert json.loads((tmp_path / "f/filter.json").read_text())["weights"] is None
-        assert called("train", path) == 0
-        text = capsys.readouterr()
-        assert "no row is weighed" in text.out + text.err
-        assert "mean_weight" not in json.loads((tmp_path / "out/train_summary.json").read_text())["filter"]
+        run_config = load_config(path)
+        run_config.training.reference_cache = str(cache_of(tmp_path))
+        trainer = build_trainer(run_config, *load_datasets(run_config))
+        assert "no row is weighed" in caplog.text
+        assert "mean_weight" not in trainer.preparation.filtered
+        assert "loss_weights" not in trainer.train_dataset.column_names
 
 
 class TestTraining:

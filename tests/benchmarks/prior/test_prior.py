@@ -7,13 +7,16 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from qtarget.benchmarks.prior import facts
 from qtarget.benchmarks.prior.bench import (
     FLAWS,
+    MINORITY,
     Condition,
     PriorConfig,
+    PriorWorker,
     always_may,
     asked_problems,
     dosed,
@@ -25,6 +28,7 @@ from qtarget.benchmarks.prior.results import prior_figure, prior_table, summariz
 from qtarget.benchmarks.real.prior import QUICK as REAL_QUICK
 from qtarget.benchmarks.real.prior import SKILLS, RealPriorWorker
 from qtarget.benchmarks.real.results import repaired_table
+from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import embedded_tasks
 from qtarget.cli.bench.app import app
 from qtarget.core.errors import ConfigError
@@ -89,6 +93,49 @@ def test_the_sums_by_hand():
     )
     assert "| dft, guarded | 78.0 (78..78) | 66.5 (66..66) |" in prior_table(results)
     assert len(prior_figure(results).axes) == 1
+
+
+def test_a_minoritys_share_of_sft_by_hand():
+    def runs(accuracy, german):
+        return [{"accuracy_percent": accuracy, "minority_percent": value, "noise_share": 0.0} for value in german]
+
+    found = {
+        "sft": runs(70.0, [50.0, 40.0]),
+        "dft": runs(60.0, [30.0, 41.0]),
+        "dft, guarded": runs(60.0, [30.0, 42.0]),
+    }
+    results = {
+        "conditions": [
+            {"flaw": "none", "dose": 1.0, "noise_rate": 0.0, "runs": {name: runs(70.0, [1.0]) for name in found}},
+            {"flaw": "minority", "dose": 0.1, "noise_rate": 0.0, "runs": found},
+        ],
+        "untrained": {"none": {"accuracy_percent": 63.0}, "minority": {"minority_percent": 0.5}},
+    }
+    results["summary"] = summarize(results)
+    assert results["summary"]["minority"] == {
+        "dft": {"keeps": 0.789, "reached": False}, "dft, guarded": {"keeps": 0.8, "reached": True}
+    }  # fmt: skip
+    assert results["summary"]["finding"].endswith("least to most target: ")  # it is no flaw
+    table = prior_table(results)
+    assert "10 % of the rows in German: answered in German (%)" in table
+    assert "| dft, guarded | 70.0 (70..70) | 36.0 (30..42) |" in table
+    assert "| *untrained* | 63.0 | 0.5 |" in table
+
+
+def test_copies_of_the_base_judge_a_minoritys_rows(tmp_path):
+    worker = PriorWorker(PriorConfig(steps=2), tmp_path)
+    worker.task, worker.base = embedded_tasks(train_rows=40), lambda flaw: Start().load()  # pyright: ignore[reportAttributeAccessIssue]
+    condition = Condition(MINORITY, 0.1, 0.0)
+    material, judged = worker.material(condition, 3), worker.judged(condition, 3)
+    german = worker.tokenizer("Auf Deutsch. ")["input_ids"][:2]
+    assert sum(row.prompt[: len(german)] == german for row in material.rows) == 4
+    assert judged.rows is material.rows
+    assert all(one.crossfit is None for one in material.known)
+    for row, one in zip(judged.rows, judged.known, strict=True):
+        assert one.crossfit is not None and len(one.crossfit) == len(row.completion)
+    assert not torch.allclose(judged.known[0].crossfit, judged.known[0].label_log_probs.exp(), atol=1e-3)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+    assert worker.config.conditions()[-1] == condition
+    assert condition not in PriorConfig(minority=0.0).conditions()
 
 
 def test_settings_without_their_baseline_are_refused():
@@ -169,6 +216,7 @@ def test_planting_teaches_the_flaw(tmp_path):
         (["--base", "nonsense"], "is unknown"),
         (["--base", "smollm2", "--scale", "gpu"], "sizes of its own"),
         (["--short"], "goes with a real base"),
+        (["--base", "smollm2", "--target", "sft"], "sizes of its own"),
         (["--short", "--quick", "--base", "smollm2"], "contradict"),
     ],
 )
