@@ -125,6 +125,16 @@ class TestMeasurements:
         assert len(lines) > 30
         assert [line for line in PAGE.splitlines() if line.startswith("| ") and "%:" in line] == lines
 
+    def test_the_table_of_weighed_rows_is_the_result_file(self):
+        cells = json.loads((ROOT / "benchmarks/results/noise_weighed.json").read_text())["cells"]
+        assert [(cell["base"], cell["kind"], cell["rate"]) for cell in cells] == [
+            ("none", "wrong_answer", 0.4), ("most", "wrong_answer", 0.4), ("none", "wrong_answer", 0)
+        ]  # fmt: skip
+        for name in cells[0]["runs"]:
+            runs = [[run["accuracy_percent"] for run in cell["runs"][name]] for cell in cells]
+            said = " | ".join(f"{sum(pair) / 2:.1f} ({pair[0]:.1f}, {pair[1]:.1f})" for pair in runs)
+            assert f"| {name} | {said} |" in PAGE
+
     def test_clean_rows_are_never_two_kinds(self):
         clean = [point for point in self.RESULTS["points"] if point["kind"] == "clean"]
         verdicts = [line["verdict"] for point in clean + self.RESULTS["fresh"] for line in point["rules"].values()]
