@@ -44,7 +44,16 @@ def page() -> str:
     distill = [distill_part(results("distill")), long_part(results("distill_long"))]
     there = real_model_part(results("noise_smollm2"), results("marked_smollm2"), results("prior_smollm2"))
     return "\n".join(
-        [HEAD, there, noise, *filter(None, real), marked, *filter(None, distill), prior_part(results("prior"))]
+        [
+            HEAD,
+            there,
+            noise,
+            *filter(None, real),
+            marked,
+            *filter(None, distill),
+            prior_part(results("prior")),
+            *filter(None, [minority_part(results("prior_crossfit"))]),
+        ]
     )
 
 
@@ -361,16 +370,43 @@ def prior_part(found: Mapping[str, Any] | None) -> str:
     title = '## "A flawed prior is amplified"\n'
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench prior --output benchmarks/results/prior.json`.\n"
+    figure = "![the flawed skill answered right, by target and guard](prior.png)\n"
+    head_words, _, shares = found["summary"]["finding"].partition(": ")
+    finding = f"**{head_words}:**\n\n{listed(shares.split('; '))}"
+    return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), corrected_table(found)])
+
+
+def corrected_table(found: Mapping[str, Any]) -> str:
+    """For each guarded target of `bench prior` what it corrects, what the guard costs, and the goal."""
     head = ("target", "least share of SFT's correction, without", "with guard", "accuracy change by the guard", "goal")
     lines = []
     for name, row in found["summary"]["goals"].items():
         changes = ", ".join(f"{condition}: {change:+.0%}" for condition, change in row["accuracy_change"].items())
         without, corrects = (f"{row[key]:.0%}" for key in ("corrects_without", "corrects"))
         lines.append([name, without, corrects, changes, "reached" if row["reached"] else "missed"])
-    figure = "![the flawed skill answered right, by target and guard](prior.png)\n"
-    head_words, _, shares = found["summary"]["finding"].partition(": ")
-    finding = f"**{head_words}:**\n\n{listed(shares.split('; '))}"
-    return "\n".join([title, figure, finding, PRIOR_PROTOCOL, prior_table(found), markdown_table(head, lines)])
+    return markdown_table(head, lines)
+
+
+def minority_part(found: Mapping[str, Any] | None) -> str:
+    """`bench prior` with copies that have not seen the rows, and with a right minority; empty where it was not measured."""
+    if found is None:
+        return ""
+    kept = found["summary"]["minority"]
+    shares = {name: "none" if row["keeps"] is None else f"{row['keeps']:.0%}" for name, row in kept.items()}
+    lines = [[name, share, "reached" if kept[name]["reached"] else "missed"] for name, share in shares.items()]
+    protocol = MINORITY_PROTOCOL.format(seeds=found["config"]["seeds"])
+    keeps = markdown_table(("method", "share of SFT's accuracy in German", "goal, 80 %"), lines)
+    return "\n".join([protocol, prior_table(found), corrected_table(found), keeps])
+
+
+MINORITY_PROTOCOL = """\
+### Copies that have not seen the rows, and a right minority
+
+`qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`. As above with {seeds} seeds,
+and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base, and learn for as many steps as the run.
+The last column is another goal. On the base without flaw every tenth row is right in German, to a prompt that asks for
+it; then all test prompts are asked in German. Whoever doubts labels must not silence it: at least 80 % of SFT's accuracy there.
+"""
 
 
 PRIOR_PROTOCOL = """\
