@@ -410,7 +410,7 @@ it; then all test prompts are asked in German. Whoever doubts labels must not si
 
 
 PRIOR_PROTOCOL = """\
-`qtarget bench prior` (full setting: about 15 minutes on two quiet cores; resumable, `--quick` as above).
+`qtarget bench prior` (full setting: about half an hour on two quiet cores; resumable, `--quick` as above).
 The base that knows most of the format is taught one thing wrong: to answer the smallest number for the
 largest (*wrong skill*), or May for every month (*biased token*). Clean demonstrations correct it, all of them or a quarter of
 that skill's. The guard (`guard: true`, [consensus.md](consensus.md)) gives labels their weight back where the rows contradict the
