@@ -405,7 +405,8 @@ def minority_part(found: Mapping[str, Any] | None) -> str:
 MINORITY_PROTOCOL = """\
 ### Copies that have not seen the rows, and a right minority
 
-**A right minority keeps 80 % of SFT's accuracy or more; 95 % of SFT's correction is missed in one column of four.**
+**A right minority keeps at least 80 % of SFT's accuracy. `crossfit_consensus` misses 95 % of SFT's correction in one column of
+four, `consensus` in all, guarded or not.**
 
 `qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`, ended before its sound
 base was run. As above with seeds 0 and 1, and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base,
