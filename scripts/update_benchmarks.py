@@ -18,7 +18,7 @@ from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
 from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
-from qtarget.benchmarks.prior.results import prior_figure, prior_table
+from qtarget.benchmarks.prior.results import CORRECTS, prior_figure, prior_table
 from qtarget.benchmarks.real.results import real_model_part
 from qtarget.benchmarks.tables import markdown_table
 
@@ -383,7 +383,10 @@ def corrected_table(found: Mapping[str, Any]) -> str:
     for name, row in found["summary"]["goals"].items():
         changes = ", ".join(f"{condition}: {change:+.0%}" for condition, change in row["accuracy_change"].items())
         without, corrects = (f"{row[key]:.0%}" for key in ("corrects_without", "corrects"))
-        lines.append([name, without, corrects, changes, "reached" if row["reached"] else "missed"])
+        # without a sound base half of the goal was not measured
+        reached = row.get("reached", None if row["corrects"] >= CORRECTS else False)
+        goal = "cost not measured" if reached is None else "reached" if reached else "missed"
+        lines.append([name, without, corrects, changes or "not measured", goal])
     return markdown_table(head, lines)
 
 
@@ -402,10 +405,18 @@ def minority_part(found: Mapping[str, Any] | None) -> str:
 MINORITY_PROTOCOL = """\
 ### Copies that have not seen the rows, and a right minority
 
-`qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`. As above with {seeds} seeds,
-and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base, and learn for as many steps as the run.
-The last column is another goal. On the base without flaw every tenth row is right in German, to a prompt that asks for
-it; then all test prompts are asked in German. Whoever doubts labels must not silence it: at least 80 % of SFT's accuracy there.
+**A right minority keeps at least 80 % of SFT's accuracy. `crossfit_consensus` misses 95 % of SFT's correction in one column of
+four, `consensus` in all, guarded or not.**
+
+`qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`, ended before its sound
+base was run. As above with seeds 0 and 1, and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base,
+and learn for as many steps as the run. The last column is another goal. On the base without flaw every tenth row is right in
+German, to a prompt that asks for it; then all test prompts are asked in German. Whoever doubts labels must not silence it:
+at least 80 % of SFT's accuracy there (the untrained base has 26 %). Both targets reach that. No target here corrects 95 % in
+every column: `crossfit_consensus` does in three of four, without its guard as with it, and misses the biased token at a
+quarter of its rows. Where the other rows hold a month once or never, no n-gram supports it, and the guard gives little back.
+Asking the copies there too changed nothing: 60 and 81 % with either guard where SFT has 56 and 83 (seeds 7 and 8), so the
+guard stays as it is.
 """
 
 

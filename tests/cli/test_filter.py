@@ -334,6 +334,7 @@ class TestWeighing:
         assert capsys.readouterr().err.count("would count twice") == 2
         assert not (tmp_path / "no").exists()
 
+    @pytest.mark.nightly
     def test_an_audit_of_weighed_rows_says_so_and_sends_nobody_to_the_filter(
         self, documented, config, tmp_path, capsys
     ):
@@ -345,11 +346,7 @@ class TestWeighing:
         assert called("audit-data", path) == 0
         assert "`filter: auto` leaves them out" in capsys.readouterr().out
 
-    def test_where_nobody_can_tell_no_weights_are_written(self, config, tmp_path, capsys, caplog):
-        from qtarget.cli.options.config import load_config
-        from qtarget.cli.options.datasets import load_datasets
-        from qtarget.cli.train import build_trainer
-
+    def test_where_nobody_can_tell_no_weights_are_written(self, config, tmp_path, capsys):
         rows = tmp_path / "clean.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:60]))
         path = config(train_file=str(rows), reference_cache=None, filter={"as": "weight"})
@@ -360,6 +357,17 @@ class TestWeighing:
         assert "next: `qtarget train" not in said
         assert [file.name for file in (tmp_path / "f").glob("*.jsonl")] == ["reasons.jsonl"]
         assert json.loads((tmp_path / "f/filter.json").read_text())["weights"] is None
+
+    @pytest.mark.nightly
+    def test_training_weighs_no_row_where_nobody_can_tell(self, config, tmp_path, caplog):
+        from qtarget.cli.options.config import load_config
+        from qtarget.cli.options.datasets import load_datasets
+        from qtarget.cli.train import build_trainer
+
+        rows = tmp_path / "clean.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:60]))
+        path = config(train_file=str(rows), reference_cache=None, filter={"as": "weight"})
+        assert called("filter", path, "--output", tmp_path / "f") == 0
         run_config = load_config(path)
         run_config.training.reference_cache = str(cache_of(tmp_path))
         trainer = build_trainer(run_config, *load_datasets(run_config))

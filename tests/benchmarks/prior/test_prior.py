@@ -123,12 +123,12 @@ def test_a_minoritys_share_of_sft_by_hand():
 
 
 def test_copies_of_the_base_judge_a_minoritys_rows(tmp_path):
-    worker = PriorWorker(PriorConfig(steps=2), tmp_path)
-    worker.task, worker.base = embedded_tasks(train_rows=40), lambda flaw: Start().load()  # pyright: ignore[reportAttributeAccessIssue]
+    worker = PriorWorker(PriorConfig(steps=1), tmp_path)
+    worker.task, worker.base = embedded_tasks(train_rows=20), lambda flaw: Start().load()  # pyright: ignore[reportAttributeAccessIssue]
     condition = Condition(MINORITY, 0.1, 0.0)
     material, judged = worker.material(condition, 3), worker.judged(condition, 3)
     german = worker.tokenizer("Auf Deutsch. ")["input_ids"][:2]
-    assert sum(row.prompt[: len(german)] == german for row in material.rows) == 4
+    assert sum(row.prompt[: len(german)] == german for row in material.rows) == 2
     assert judged.rows is material.rows
     assert all(one.crossfit is None for one in material.known)
     for row, one in zip(judged.rows, judged.known, strict=True):
