@@ -122,6 +122,7 @@ def test_a_minoritys_share_of_sft_by_hand():
     assert "| *untrained* | 63.0 | 0.5 |" in table
 
 
+@pytest.mark.nightly
 def test_copies_of_the_base_judge_a_minoritys_rows(tmp_path):
     worker = PriorWorker(PriorConfig(steps=1), tmp_path)
     worker.task, worker.base = embedded_tasks(train_rows=20), lambda flaw: Start().load()  # pyright: ignore[reportAttributeAccessIssue]
