@@ -65,12 +65,14 @@ def judged(
     tokenizer: Any, rows: Sequence[Row], answers: Sequence[Completion], lengths: Sequence[int]
 ) -> dict[str, Any]:
     """What the answers follow at each length, and how long they are in all."""
-    tokens = [len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) for answer in answers]
+    tokens, longest = [len(tokenizer(one.text, add_special_tokens=False)["input_ids"]) for one in answers], max(lengths)
     found = {}
     for length in lengths:
-        texts = [answer.text if size <= length else cut(tokenizer, answer.text, length)
-                 for answer, size in zip(answers, tokens, strict=True)]  # fmt: skip
-        ended = [int(answer.stopped and size < length) for answer, size in zip(answers, tokens, strict=True)]
+        # at the longest nothing is cut: a text may be read in more tokens than it was written in
+        whole = [length == longest or size < length for size in tokens]
+        texts = [one.text if is_whole else cut(tokenizer, one.text, length)
+                 for one, is_whole in zip(answers, whole, strict=True)]  # fmt: skip
+        ended = [int(one.stopped and is_whole) for one, is_whole in zip(answers, whole, strict=True)]
         found[str(length)] = {**followed(rows, texts), "ended": ended}
     return {"answer_tokens": sum(tokens), "lengths": found}
 

@@ -118,7 +118,10 @@ def test_answers_are_asked_in_the_template_and_judged_by_the_checks(monkeypatch)
         asked.append((prompts, settings["max_new_tokens"]))
         return [SimpleNamespace(text="Hello, you", stopped=True), SimpleNamespace(text="ONE. TWO.", stopped=False)]
 
+    drawn = []
+
     def check(row, results):
+        drawn.append(random.random())
         parts = [row["key"] == 2, results == ["ONE. TWO."]][: len(row["kwargs"])]
         return {theirs: parts if "inst" in theirs else all(parts) for theirs in instructions.MEASURES.values()}
 
@@ -128,7 +131,10 @@ def test_answers_are_asked_in_the_template_and_judged_by_the_checks(monkeypatch)
 
     monkeypatch.setattr(instructions, "greedy_answers", answers)
     monkeypatch.setattr(instructions, "official_checks", lambda: check)
+    random.seed(7)
     found = instructions.instruction_following(None, Template(), ROWS, 9)
+    # whatever a check draws, an answer gets one verdict, and the caller's own draws go on
+    assert len(set(drawn)) == 1 and random.random() == random.Random(7).random()
     assert asked == [(["<Say hello without commas.>", "<Two sentences, in capitals.>"], 9)]
     assert found == {
         "prompt_strict": [0, 1], "instruction_strict": [0, 2], "prompt_loose": [0, 1], "instruction_loose": [0, 2],
