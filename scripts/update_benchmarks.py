@@ -19,6 +19,7 @@ from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
 from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior.results import CORRECTS, prior_figure, prior_table
+from qtarget.benchmarks.real.distill_results import real_distill_figure
 from qtarget.benchmarks.real.results import real_model_part
 from qtarget.benchmarks.tables import markdown_table
 
@@ -26,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "noise": noise_figure, "distill": distill_figure, "distill_long": distill_figure, "prior": prior_figure
+    "noise": noise_figure, "distill": distill_figure, "distill_long": distill_figure, "prior": prior_figure,
+    "distill_smollm2": real_distill_figure,
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def page() -> str:
     real = [real_part(results("noise_scan"), SCAN), real_part(results("noise_math"), MATH)]
     marked = marked_part(results("real_noise"))
     distill = [distill_part(results("distill")), long_part(results("distill_long"))]
-    there = real_model_part(results("noise_smollm2"), results("marked_smollm2"), results("prior_smollm2"))
+    there = real_model_part(*(results(f"{name}_smollm2") for name in ("noise", "marked", "prior", "distill")))
     return "\n".join(
         [
             HEAD,

@@ -1,8 +1,8 @@
 """`qtarget bench distill --base smollm2`: real text, a real teacher, two students; how many of the rows does a student need?
 
-The text is other people's: answers that people wrote (dolly, in the model's chat template), and stories. The teacher is asked
-once, by `qtarget score`'s code; every student is trained by `QTargetTrainer`, an equal number of steps whatever the fraction of
-rows. Measured on held-out rows: ``KL(teacher || student)`` over the whole vocabulary, and NLL.
+The text is not the teacher's: answers that people wrote (dolly, in the model's chat template), and TinyStories. The teacher is
+asked once, by `qtarget score`'s code; every student is trained by `QTargetTrainer`, an equal number of steps whatever the
+fraction of rows. Measured on held-out rows: ``KL(teacher || student)`` over the whole vocabulary, and NLL.
 """
 
 from __future__ import annotations

@@ -127,11 +127,11 @@ def real_distill_figure(results: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     points = results["summary"]["points"]
-    figure = Figure(figsize=(11, 4.2 * len(points)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 4.2 * len(points)), dpi=110, layout="constrained")
     for row, point in zip(figure.subplots(len(points), 2, squeeze=False), points, strict=True):
         colours = dict(zip(point["methods"], (BASELINE_COLOUR, *COLOURS), strict=False))
         for axes, (measure, word) in zip(row, MEASURES.items(), strict=True):
-            draw_curves(axes, point, measure, colours, "human text")
+            draw_curves(axes, point, measure, colours, "the text")
             axes.set_ylabel(f"{word} on held-out rows (nats a token)")
         row[0].set_title(f"{point['student']} student, {point['text']}", loc="left", fontsize=10)
         row[0].legend(frameon=False, fontsize=8)

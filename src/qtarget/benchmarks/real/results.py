@@ -8,6 +8,7 @@ from typing import Any
 
 from qtarget.benchmarks.noise.results import BASELINE, ORACLES, words
 from qtarget.benchmarks.real.demonstrations import WRITTEN
+from qtarget.benchmarks.real.distill_results import real_distill_table
 from qtarget.benchmarks.real.instructions import MEASURES, share_percent
 from qtarget.benchmarks.tables import markdown_table, with_ends
 
@@ -147,7 +148,10 @@ parameters that were trained here.
 
 
 def real_model_part(
-    noise: Mapping[str, Any] | None, marked: Mapping[str, Any] | None, prior: Mapping[str, Any] | None
+    noise: Mapping[str, Any] | None,
+    marked: Mapping[str, Any] | None,
+    prior: Mapping[str, Any] | None,
+    distill: Mapping[str, Any] | None,
 ) -> str:
     """What was measured on the real model; what was not is said."""
     parts = [REAL_MODEL]
@@ -155,6 +159,12 @@ def real_model_part(
         ("Noise", noise, short_table, "qtarget bench noise --base smollm2 --short --data ../shared/data"),
         ("Which rows are wrong", marked, marked_table, "python scripts/measure_marked_rows.py --base runs/smollm2"),
         ("A flawed prior", prior, repaired_table, "qtarget bench prior --base smollm2 --short"),
+        (
+            "Less data",
+            distill,
+            real_distill_table,
+            "qtarget bench distill --base smollm2 --short --data ../shared/data",
+        ),
     ):
         shown = f"Not measured yet: `{how}`.\n" if found is None else f"`{how}`:\n\n{table(found)}"
         parts.append(f"**{title}.** {shown}")
