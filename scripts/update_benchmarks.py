@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.distill.results import distill_figure, distill_table, needed_words, summarize
-from qtarget.benchmarks.distill.runs import METHODS
+from qtarget.benchmarks.distill.runs import WITHOUT_ORACLES
 from qtarget.benchmarks.figure import save_figure
 from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
@@ -267,7 +267,7 @@ def distill_part(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return f"{title}\nNot measured yet: `qtarget bench distill --output benchmarks/results/distill.json`.\n"
     figure = "![accuracy by fraction of the data](distill.png)\n"
-    left = [name for name in METHODS if name not in found["config"]["methods"]]
+    left = [name for name in WITHOUT_ORACLES if name not in found["config"]["methods"]]
     missing = f"Part of the full setting and not run yet: {', '.join(left)}.\n" if left else ""
     return "\n".join([title, *distill_body(found, figure, DISTILL_PROTOCOL, missing)])
 

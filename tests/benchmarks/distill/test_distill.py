@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from qtarget.benchmarks.distill.bench import DistillConfig, chosen_rates, long, quick, work_folder
 from qtarget.benchmarks.distill.data import Sizes, read_rows, read_teacher, split_rows
 from qtarget.benchmarks.distill.results import compared, data_needed, distill_table, goals, summarize
-from qtarget.benchmarks.distill.runs import FULL, METHODS, CacheKind, Job, TaidSchedule, chosen_rows
-from qtarget.benchmarks.finetune import Trained, completion_log_probs
+from qtarget.benchmarks.distill.runs import FULL, METHODS, CacheKind, Job, TaidSchedule, chosen_rows, right_answers
+from qtarget.benchmarks.finetune import Trained, completion_log_probs, encode
 from qtarget.benchmarks.pool import RunLog, Workers
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import generated_demonstrations
@@ -130,6 +130,17 @@ def test_taid_moves_from_its_start_to_the_teacher():
         seen.append(schedule(trained).interpolation)  # pyright: ignore[reportAttributeAccessIssue]
         trained.losses.append(2.0 - 0.1 * step)
     assert seen[0] == 0.4 and seen == sorted(seen) and seen[-1] == pytest.approx(0.4 + 0.6 * 0.9, abs=0.01)
+
+
+def test_an_oracle_leaves_out_the_rows_that_are_answered_wrongly():
+    tokenizer = Start().tokenizer()
+    asked = split_rows(Sizes(20, 20, 20, 1))["train"][:4]
+    said = [row["completion"] for row in asked[:2]] + [asked[0]["completion"] + " or not", "no idea"]
+    rows = encode(tokenizer, [{**row, "completion": text} for row, text in zip(asked, said, strict=True)])
+    expected = [tasks.check(row, text) for row, text in zip(asked, said, strict=True)]
+    assert right_answers(rows, asked, tokenizer) == expected and expected[:2] == [True, True] and not expected[3]
+    oracles = [name for name, plan in METHODS.items() if plan.right_rows]
+    assert len(oracles) == 2 and not set(oracles) & set(DistillConfig().methods)
 
 
 def test_every_method_of_the_benchmark_can_be_built():

@@ -18,7 +18,7 @@ from typing import Any
 
 from qtarget.benchmarks.distill.data import Sizes, percent, prepare
 from qtarget.benchmarks.distill.results import CAPTION, summarize
-from qtarget.benchmarks.distill.runs import BASELINE, FULL_LOGITS, METHODS, DistillWorker, Job, method
+from qtarget.benchmarks.distill.runs import BASELINE, FULL_LOGITS, WITHOUT_ORACLES, DistillWorker, Job, method
 from qtarget.benchmarks.machine import machine_facts, versions
 from qtarget.benchmarks.pool import WORKERS, Progress, RunLog, Workers, one_thread, quiet_libraries
 from qtarget.benchmarks.start import Start
@@ -44,7 +44,7 @@ class DistillConfig:
         start: the student, and what the teacher is made of.
     """
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = WITHOUT_ORACLES
     fractions: tuple[float, ...] = (0.1, 0.2, 0.4, 0.7, 1.0)
     seeds: int = 5
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)

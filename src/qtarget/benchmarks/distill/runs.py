@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from qtarget.benchmarks.distill.data import WHOLE, CacheKind, Sizes, answered, read_rows, read_teacher, split_rows
-from qtarget.benchmarks.finetune import Recipe, Trained, completion_log_probs, fine_tune
+from qtarget.benchmarks.finetune import Encoded, Recipe, Trained, completion_log_probs, fine_tune
 from qtarget.benchmarks.start import Start
+from qtarget.benchmarks.tasks import Row
 from qtarget.core.errors import ConfigError
 from qtarget.core.types import Reference, TailPolicy, Target
+from qtarget.data import tasks
 from qtarget.registry import get_target
 from qtarget.targets.taid import next_interpolation
 
@@ -33,6 +36,7 @@ class Method:
     Attributes:
         cache: absent where the teacher's text is all that is used.
         scheduled: taid's interpolation moves as its paper says.
+        right_rows: an oracle: rows whose answer is wrong, which nobody is told of, are left out. No weight of rows can know more.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Method:
     cache: CacheKind | None = FULL
     policy: TailPolicy = "bucket"
     scheduled: bool = False
+    right_rows: bool = False
 
     def build(self, steps: int) -> Target | TaidSchedule:
         return TaidSchedule(steps) if self.scheduled else get_target(self.target, **self.hyperparameters)
@@ -74,11 +79,14 @@ def _methods() -> dict[str, Method]:
         *(Method(f"target_sft_{eta:g}", "target_sft", {"eta": eta}) for eta in ETAS),
         *(Method(name, name) for name in ("reverse_kl", "generalized_jsd", "skew_kl")),
         Method("taid", "taid", scheduled=True),
+        Method(f"{BASELINE}, right rows", "sft", cache=None, right_rows=True),
+        Method(f"{FULL_LOGITS}, right rows", "distillation", right_rows=True),
     ]
     return {method.name: method for method in found}
 
 
 METHODS = _methods()
+WITHOUT_ORACLES = tuple(name for name, method in METHODS.items() if not method.right_rows)
 
 
 def method(name: str) -> Method:
@@ -118,11 +126,14 @@ class DistillWorker:
         self.rows, self.held_out, self.asked = read_rows(folder, "train"), read_rows(folder, "test"), split_rows(sizes)
         # once: every run is compared with the same teacher on the same text
         self.frozen = completion_log_probs(start.load(folder / "teacher"), self.held_out)
+        self.right = right_answers(self.rows, self.asked["train"], self.tokenizer)
         self.teacher = lru_cache(maxsize=4)(self._teacher)
 
     def __call__(self, job: Job) -> dict[str, Any]:
         chosen = chosen_rows(len(self.rows), job.fraction, job.seed)
         plan, model = method(job.method), self.start.load()
+        if plan.right_rows:
+            chosen = [i for i in chosen if self.right[i]]
         teacher = self.teacher(plan.cache, plan.policy) if plan.cache else None
         recipe = Recipe(job.learning_rate, self.batch_size, self.steps, job.seed)
         fine_tune(
@@ -144,6 +155,13 @@ class DistillWorker:
     def _teacher(self, kind: CacheKind, policy: TailPolicy) -> list[Reference]:
         rows = read_teacher(self.folder / "caches", kind, policy, self.frozen[0].shape[-1])
         return [row.map_tensors(lambda _, tensor: tensor.to(self.start.device)) for row in rows]
+
+
+def right_answers(rows: Sequence[Encoded], asked: Sequence[Row], tokenizer: Any) -> list[bool]:
+    """Which rows of the teacher's text answer their prompt rightly."""
+    of_prompt = {tuple(tokenizer(row["prompt"])["input_ids"]): row for row in asked}
+    texts = tokenizer.batch_decode([row.completion for row in rows], skip_special_tokens=True)
+    return [tasks.check(of_prompt[tuple(row.prompt)], text) for row, text in zip(rows, texts, strict=True)]
 
 
 def chosen_rows(count: int, fraction: float, seed: int) -> list[int]:

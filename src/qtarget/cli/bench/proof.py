@@ -45,6 +45,9 @@ def distill(
     is_short: Annotated[
         bool, typer.Option("--short", help="With a real base: three contenders, two students, one seed.")
     ] = False,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this line of the table; may be repeated.")
+    ] = None,
     resume: Resume = False,
     workers: Processes = WORKERS,
     scale: Scale = "cpu",
@@ -60,7 +63,7 @@ def distill(
     check_writable(output)
     size = size_of(is_quick, is_short, base)
     if base != "embedded":
-        if is_long or scale != "cpu" or corpus is not None or data is None:
+        if is_long or scale != "cpu" or corpus is not None or data is None or methods:
             raise ConfigError(
                 f"--base {base} is distilled on real text, in sizes of its own: name the folder with --data; of the others, "
                 "--quick and --short go with it"
@@ -70,6 +73,7 @@ def distill(
     start, full = started(scale, data, corpus, output, resume, is_quick), DistillConfig()
     config = replace(quick(full) if is_quick else long(full) if is_long else full, workers=workers, start=start)
     config = replace(config, learning_rates=start.rates(config.learning_rates))
+    config = replace(config, methods=tuple(methods or config.methods))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_distill(config, output, resume=resume, progress=advance)
     saver(output)(results)
