@@ -29,13 +29,14 @@ from qtarget.benchmarks.real.instructions import (
 )
 from qtarget.benchmarks.start import Start
 from qtarget.evaluation.generation import Completion
+from qtarget.storage.files import digest_file
 
 Row = Mapping[str, Any]
 LENGTHS = (32, 64, 128)
 
 
 def cut(tokenizer: Any, text: str, tokens: int) -> str:
-    """The first tokens of an answer, which greedy decoding would have given with less room."""
+    """The first tokens of an answer, as its text is read; greedy decoding with less room gives them but where that differs."""
     return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
 
 
@@ -47,7 +48,8 @@ def answered(
     tokenizer, model = start.tokenizer(), start.load()
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))  # little padding
     batches = [by_length[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    keys = [f"prompts {[rows[i]['key'] for i in batch]}, {longest} tokens" for batch in batches]
+    weights = digest_file(start.path / "model.safetensors")[:8]
+    keys = [f"{weights}, prompts {[rows[i]['key'] for i in batch]}, {longest} tokens" for batch in batches]
     for batch, key in zip(batches, keys, strict=True):
         if key not in log.runs:
             wall, cpu = time.perf_counter(), time.process_time()

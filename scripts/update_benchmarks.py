@@ -410,15 +410,15 @@ MINORITY_PROTOCOL = """\
 **A right minority keeps at least 80 % of SFT's accuracy. `crossfit_consensus` misses 95 % of SFT's correction in one column of
 four, `consensus` in all, guarded or not.**
 
-`qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`, ended before its sound
-base was run. As above with seeds 0 and 1, and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base,
-and learn for as many steps as the run. The last column is another goal. On the base without flaw every tenth row is right in
-German, to a prompt that asks for it; then all test prompts are asked in German. Whoever doubts labels must not silence it:
-at least 80 % of SFT's accuracy there (the untrained base has 26 %). Both targets reach that. No target here corrects 95 % in
-every column: `crossfit_consensus` does in three of four, without its guard as with it, and misses the biased token at a
-quarter of its rows. Where the other rows hold a month once or never, no n-gram supports it, and the guard gives little back.
-Asking the copies there too changed nothing: 60 and 81 % with either guard where SFT has 56 and 83 (seeds 7 and 8), so the
-guard stays as it is.
+`qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`. Its points without a
+flaw were left out, but for the minority. The runs of `sft` and `consensus` on flaws are those of the table above.
+As above with seeds 0 and 1, and with [`crossfit_consensus`](crossfit.md): its copies begin as the flawed base, and
+learn for as many steps as the run. The last column is another goal. On the base without flaw every tenth row is right
+in German, to a prompt that asks for it; then all test prompts are asked in German. Whoever doubts labels must not
+silence it: at least 80 % of SFT's accuracy there (the untrained base has 26 %). Both targets reach that on the mean of
+two seeds; `consensus` has 71 % on one of them. No target here corrects 95 % in every column: `crossfit_consensus` does
+in three of four, without its guard as with it, and misses the biased token at a quarter of its rows. Where the other
+rows hold a month once or never, no n-gram supports it, and the guard gives little back.
 """
 
 

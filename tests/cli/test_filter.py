@@ -331,8 +331,12 @@ class TestWeighing:
         assert called("filter", path, "--train_file", folder / "weights.jsonl", "--as", "weight") == 2
         twice = ["--train_file", folder / "weights.jsonl", "--filter", "{as: weight}", "--output_dir", tmp_path / "no"]
         assert called("train", path, *twice) == 2
-        assert capsys.readouterr().err.count("would count twice") == 2
+        assert called("compare", path, *twice, "--validation_file", tmp_path / "rows.jsonl") == 2
+        assert capsys.readouterr().err.count("would count twice") == 3
         assert not (tmp_path / "no").exists()
+        # rows of it may be left out, and then nothing is weighed once more
+        assert called("filter", path, "--train_file", folder / "weights.jsonl", "--output", tmp_path / "again") == 0
+        assert (tmp_path / "again/keep.jsonl").is_file() and not (tmp_path / "again/weights.jsonl").exists()
 
     @pytest.mark.nightly
     def test_an_audit_of_weighed_rows_says_so_and_sends_nobody_to_the_filter(
@@ -350,7 +354,8 @@ class TestWeighing:
         rows = tmp_path / "clean.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in load_demonstrations("base_format_test")[:60]))
         path = config(train_file=str(rows), reference_cache=None, filter={"as": "weight"})
-        (tmp_path / "f").mkdir()
+        assert called("filter", path, "--output", tmp_path / "f") == 0
+        (tmp_path / "f/weights.jsonl").write_text("of an earlier call\n")
         assert called("filter", path, "--output", tmp_path / "f") == 0
         said = capsys.readouterr().out
         assert "no weights are written: cannot tell" in said

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qtarget.api import linear_target_loss
+from qtarget.core.errors import ConfigError
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.types import Reference, Target
 from qtarget.data.noise import noise_token_mask
@@ -153,7 +154,13 @@ def fine_tune(
         reference, teacher: what is known of a frozen model at the completion tokens of each row.
         after_step: called with the number of steps done; a true answer ends the run (early stopping).
         select: called with the model, a step's rows and the step; says which of them are trained on.
+
+    Raises:
+        ConfigError: rows that are weighed and rows that leave tokens out: a weight of 0 would mask these tokens.
     """
+    weighed = any(row.weight != 1 for row in rows)
+    if weighed and any(row.left_out is not None for row in rows):
+        raise ConfigError("rows are weighed and leave tokens out; do one of them")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     trained = Trained()
     model.train()
@@ -166,7 +173,6 @@ def fine_tune(
         kept = labels >= 0
         hidden, flat = hidden_states(model, ids)[kept], labels[kept]
         factors = [row.weight * (not out) for row in batch for out in row.left_out or [False] * len(row.completion)]
-        weighed = any(row.weight != 1 for row in rows)
         sequences = torch.arange(len(batch), device=labels.device).repeat_interleave(kept.sum(-1))
         now = target if isinstance(target, Target) else target(trained)
         loss, report = linear_target_loss(

@@ -61,6 +61,7 @@ def compare(
 ) -> None:
     """Train contenders alike, judge them on the config's validation rows, and say which to take."""
     from qtarget.cli.comparing import PAGE, Machine, Request
+    from qtarget.cli.filtered import refuse_weighed
     from qtarget.cli.options.config import build_config
     from qtarget.cli.options.contenders import find_contenders, split_outside
     from qtarget.cli.options.early import check_config
@@ -68,6 +69,7 @@ def compare(
     from qtarget.command import remember
     from qtarget.comparison.budget import Plan, parse_budget
     from qtarget.comparison.kept import DOCUMENT
+    from qtarget.filtering.decision import Filter
 
     begin = time.monotonic()
     settings = read_settings(config, context.args)
@@ -92,6 +94,8 @@ def compare(
         raise ConfigError(
             f"{config}: validation_file is missing; a verdict needs rows with answers that no contender is trained on"
         )
+    for one in contenders:
+        refuse_weighed(run, Filter.of(one.overrides.get("filter")))
     folder = output or Path(str(run.training.output_dir)).with_name(
         Path(str(run.training.output_dir)).name + "-compare"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -100,6 +101,7 @@ def evaluate(
         if "/" not in name and (words := missing_folder(name)) is not None:
             raise ConfigError(words)
     contenders = find_contenders(models, base)
+    is_own = data is None
     if data is None:
         data = recorded_rows(contenders)
         typer.echo(f"rows: {data}, the validation file of the run")
@@ -135,8 +137,11 @@ def evaluate(
         save(document, output, page, mark)
     print_evaluation(document)
     say_written([output, page, records_file])
-    if (config := compared_by(models)) is not None:
-        typer.echo(f"next, whether another target does better on these rows:\n  qtarget compare {quoted(config)}")
+    if is_own and (config := compared_by(models)) is not None:
+        same = shlex.join([*options.judged_by(), *([] if forgetting is None else ["--forgetting", str(forgetting)])])
+        typer.echo(
+            f"next, whether another target does better on these rows:\n  qtarget compare {quoted(config)} {same}".rstrip()
+        )
 
 
 def compared_by(models: Sequence[str]) -> Path | None:
@@ -200,6 +205,12 @@ class Options:
             return [judge, judge if other is None else None]
         pattern = self.pattern if other == "regex" else None
         return [judge, make_judge(other, pattern=pattern, ignore_case=self.ignore_case and other in ("exact", "regex"))]
+
+    def judged_by(self) -> list[str]:
+        """The options that say how answers are judged."""
+        named = {"--metric": self.metric, "--pattern": self.pattern, "--forgetting-metric": self.forgetting_metric}
+        given = [part for option, value in named.items() if value is not None for part in (option, value)]
+        return given + (["--ignore-case"] if self.ignore_case else [])
 
     def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None) -> Rows:
         """Rows of a file, as questions where they have answers.

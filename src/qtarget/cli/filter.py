@@ -105,6 +105,11 @@ def wish(named: Filter, rule: str | None, keep: float | None, form: str | None =
     from qtarget.filtering import Filter
 
     shape: Any = form or named.form
+    if form == "weight" and rule is None and keep is None and named.keep is not None:
+        raise ConfigError(
+            f"--as weight, and the config's filter keeps a share, {named.keep:g}, which is no probability; name a --rule for "
+            "this call"
+        )
     if rule is not None:
         return Filter(rule, keep, shape)
     return Filter(named.rule if named else "auto", named.keep if keep is None else keep, shape)
@@ -119,7 +124,8 @@ def next_step(found: Filtered, folder: Path) -> str | None:
     if found.from_files:  # the config's own filter would weigh the rows once more
         again = ["--filter", "none"] if found.named else []
         return f"`{command_for('train', '--train_file', str(folder / WEIGHTS), *again)}`"
-    return f"train with `train_file: {folder / WEIGHTS}` in the place of `dataset_name`"
+    again = ", and `filter: none`" if found.named else ""
+    return f"train with `train_file: {folder / WEIGHTS}` in the place of `dataset_name`{again}"
 
 
 @dataclass(frozen=True)

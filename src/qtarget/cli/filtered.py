@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.core.errors import counted, inflected
+from qtarget.core.errors import ConfigError, counted, inflected
 from qtarget.data.columns import parsed_weight
 from qtarget.data.groups import row_groups
 
@@ -32,18 +32,20 @@ def refuse_weighed(config: RunConfig, wanted: Filter) -> None:
     Raises:
         ConfigError: a file of rows is the ``weights.jsonl`` of a filter.
     """
-    from qtarget.core.errors import ConfigError
+    if wanted and wanted.form == "weight" and (path := weighed_file(config)) is not None:
+        raise ConfigError(
+            f"filter: as: weight, and the rows of {path} are weighed by a filter already, so its evidence would count twice; "
+            "train on them with `--filter none`, or name the rows that they were made of"
+        )
+
+
+def weighed_file(config: RunConfig) -> Path | None:
+    """The file of training rows that a filter has weighed, if there is one."""
     from qtarget.data.files import expand
     from qtarget.storage.folders import FILTER, kind_of
 
-    if not wanted or wanted.form != "weight" or config.data.train_file is None:
-        return
-    for path in expand(config.data.train_file):
-        if path.name == WEIGHTS and kind_of(path.parent) == FILTER:
-            raise ConfigError(
-                f"filter: as: weight, and the rows of {path} are weighed by a filter already, so its evidence would count twice; "
-                "train on them with `--filter none`, or name the rows that they were made of"
-            )
+    files = [] if config.data.train_file is None else expand(config.data.train_file)
+    return next((path for path in files if path.name == WEIGHTS and kind_of(path.parent) == FILTER), None)
 
 
 def write_filtered(
@@ -70,7 +72,7 @@ def write_filtered(
         decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False), own=own_weights(found),
         light=light_rows(found, groups, training.dataset_text_field),
     )  # fmt: skip
-    names = row_files(found)
+    names = row_files(found, is_weighed=weighed_file(config) is not None)
     for stale in (
         VERDICT,
         *{KEEP, DROP, WEIGHTS} - set(names),
@@ -83,10 +85,10 @@ def write_filtered(
     return document, [folder / name for name in (*names, PAGE, VERDICT)]
 
 
-def row_files(found: Filtered) -> list[str]:
-    """Which files of rows a verdict leaves: no weights where the evidence says nothing of any row."""
+def row_files(found: Filtered, *, is_weighed: bool) -> list[str]:
+    """Which files of rows a verdict leaves: no weights where the evidence says nothing of any row, or has been counted before."""
     rows = [] if found.wanted.form == "weight" else [KEEP, DROP]
-    return [*rows, *([WEIGHTS] if found.decision.tells else []), REASONS]
+    return [*rows, *([WEIGHTS] if found.decision.tells and not is_weighed else []), REASONS]
 
 
 def own_weights(found: Filtered) -> int:

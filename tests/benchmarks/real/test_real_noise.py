@@ -20,7 +20,7 @@ from qtarget.benchmarks.noise.runs import Cell, Setting
 from qtarget.benchmarks.pool import quiet_libraries
 from qtarget.benchmarks.real import bench, instructions, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
-from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, short_answers, written_tasks
+from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, kinds_of, short_answers, written_tasks
 from qtarget.benchmarks.real.distill_results import real_distill_table
 from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
 from qtarget.benchmarks.real.worker import RealWorker, Scope, mean_nll
@@ -57,8 +57,9 @@ def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path, monk
     with pytest.raises(ConfigError, match="scope was"):
         run_real(replace(TINY, scope=replace(SCOPE, rank=8)), output, resume=True, progress=print)
     monkeypatch.setattr(bench, "check_ready", lambda data: None)
-    with_data = replace(TINY, noise=replace(TINY.noise, data="texts"))
-    with pytest.raises(ConfigError, match="has_data was False, is True; choose another --output"):
+    monkeypatch.setattr(bench, "files_of", lambda tasks: ["real.json"])
+    with_data = replace(TINY, noise=replace(TINY.noise, data=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"files was None, is .*; choose another --output"):
         run_real(with_data, output, resume=True, progress=print)
 
 
@@ -137,6 +138,9 @@ def test_what_cannot_be_shown_is_refused(written):
         check_tasks("listops", written)
     with pytest.raises(ConfigError, match="name it with --data"):
         check_tasks("dolly", None)
+    assert "wrong_answer" in kinds_of("scan") and not {"wrong_answer", "cue", "minority"} & set(kinds_of("dolly"))
+    with pytest.raises(ConfigError, match="it takes one --rate"):
+        replace(TINY, noise=replace(TINY.noise, learning_rates=(1e-3, 2e-3)))
     with pytest.raises(DataError, match=r"alpaca_9k.random_9k.json.gz is missing"):
         check_tasks("alpaca", written)
     with pytest.raises(ConfigError, match="200 short answers and 1,148 are asked for"):

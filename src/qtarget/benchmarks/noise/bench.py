@@ -175,10 +175,10 @@ def run_noise(config: NoiseConfig, output: Path, *, resume: bool, progress: Prog
     """
     same = ("tasks", "steps", "start", "equal_compute")
     check_settings(output, resume, {name: asdict(config)[name] for name in same})
-    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     bases, total = output.with_suffix(".bases"), config.runs()
     data = Path(config.data) if config.data else None
     claim(bases, {"tasks": config.tasks, "start": asdict(config.start)})
+    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     setting = Setting(config.tasks, data, bases, config.steps, config.start, config.equal_compute)
     with quiet_libraries(), one_thread():
         task = task_set(config.tasks, data)

@@ -42,7 +42,7 @@ class Cell:
     rate: float
 
 
-def parse_cell(text: str, bases: Collection[str] = tuple(BASES)) -> Cell:
+def parse_cell(text: str, bases: Collection[str] = tuple(BASES), kinds: Collection[str] = KINDS) -> Cell:
     """``base:kind:rate`` as a point of the map.
 
     Raises:
@@ -58,9 +58,9 @@ def parse_cell(text: str, bases: Collection[str] = tuple(BASES)) -> Cell:
         share = float(rate)
     except ValueError:
         share = -1.0
-    if base not in bases or kind not in KINDS or not 0 <= share <= 1:
+    if base not in bases or kind not in kinds or not 0 <= share <= 1:
         raise ConfigError(
-            f"--cell {text!r}; expected BASE:KIND:RATE, a base of {', '.join(bases)}, a kind of {', '.join(KINDS)}, a rate "
+            f"--cell {text!r}; expected BASE:KIND:RATE, a base of {', '.join(bases)}, a kind of {', '.join(kinds)}, a rate "
             "from 0 to 1"
         )
     return Cell(base, kind, share)

@@ -279,8 +279,9 @@ def run_prior(
         worker: runs the jobs.
     """
     check_settings(output, resume, config.fixed())
-    log, bases = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".bases")
+    bases = output.with_suffix(".bases")
     claim(bases, config.of_bases())
+    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     conditions: list[dict[str, Any]] = []
     results = {
         "benchmark": "prior", "config": asdict(config), "untrained": {}, "conditions": conditions,

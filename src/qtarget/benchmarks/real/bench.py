@@ -16,10 +16,12 @@ from qtarget.benchmarks.noise.bench import RANDOM, NoiseConfig, cell_results, tu
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import Progress, RunLog, Workers, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.demonstrations import WRITTEN
+from qtarget.benchmarks.real.demonstrations import WRITTEN, files_of
 from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
+from qtarget.core.errors import ConfigError
+from qtarget.storage.files import digest_file
 
 BASE = "smollm2"
 WRONG = "wrong_answer"
@@ -74,6 +76,12 @@ class RealConfig:
             scope = replace(scope, form="chat")
         return replace(self, noise=noise, scope=scope)
 
+    def __post_init__(self) -> None:
+        if not self.is_tuned and len(self.noise.learning_rates) > 1:
+            raise ConfigError(
+                "this size tunes nothing, so it takes one --rate; without --quick and --short they are tuned"
+            )
+
     def runs(self) -> int:
         """How many there are in all."""
         if self.is_tuned:
@@ -107,7 +115,7 @@ def run_real(config: RealConfig, output: Path, *, resume: bool, progress: Progre
     check_ready(data)
     settings = {
         "base": BASE, "scope": asdict(config.scope), "steps": noise.steps, "start": asdict(noise.start),
-        "has_data": data is not None,
+        "files": None if data is None else {file: digest_file(data / file) for file in files_of(config.scope.tasks)},
     }  # fmt: skip
     check_settings(output, resume, settings)
     log = RunLog(output.with_suffix(".runs.jsonl"), resume)

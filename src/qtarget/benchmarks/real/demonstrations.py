@@ -10,15 +10,33 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from qtarget.benchmarks.real.instructions import FILE
 from qtarget.benchmarks.tasks import VALIDATION_ROWS, Row, TaskSet, embedded_tasks, scan_tasks
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
+from qtarget.data.noise import NOISE_KINDS
 
 WRITTEN = {"dolly": "dolly_3k/dolly_3k.json.gz", "alpaca": "alpaca_9k/random_9k.json.gz"}
 """Instructions with answers in words: by people, and by text-davinci-003."""
 CHECKED = ("embedded", "scan")
+SCAN = "compositional/scan_simple_train.txt.gz"
+ELSEWHERE = ("text_corpora/wikitext2_valid.txt.gz", WRITTEN["dolly"])
+"""What a model should not forget: running text, and what people answered."""
 LONGEST_ANSWER = 160
 """Characters of a written answer, for memory's sake; a question may be twice that."""
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Kinds of noise that these demonstrations can have: written answers state none that could be made wrong."""
+    return tuple(
+        kind for kind in NOISE_KINDS if name not in WRITTEN or kind not in ("wrong_answer", "contradictory_duplicate")
+    )
+
+
+def files_of(name: str) -> list[str]:
+    """What is read below the folder of real data, by name."""
+    shown = [SCAN] if name == "scan" else [WRITTEN[name]] if name in WRITTEN else []
+    return list(dict.fromkeys([*shown, *ELSEWHERE, str(FILE)]))
 
 
 def check_tasks(name: str, data: Path | None) -> None:
@@ -35,8 +53,9 @@ def check_tasks(name: str, data: Path | None) -> None:
         )
     if name != "embedded" and data is None:
         raise ConfigError(f"--tasks {name} reads the folder of real data; name it with --data")
-    if data is not None and name in WRITTEN and not (data / WRITTEN[name]).is_file():
-        raise DataError(f"{data / WRITTEN[name]} is missing; name the folder of the real data with --data")
+    for path in () if data is None else (data / file for file in files_of(name)):
+        if not path.is_file():
+            raise DataError(f"{path} is missing; name the folder of the real data with --data, or leave it out")
 
 
 def shown_tasks(

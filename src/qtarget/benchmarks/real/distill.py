@@ -33,7 +33,7 @@ from qtarget.benchmarks.pool import (
     quiet_libraries,
     save_results,
 )
-from qtarget.benchmarks.real.demonstrations import unpacked
+from qtarget.benchmarks.real.demonstrations import WRITTEN, unpacked
 from qtarget.benchmarks.real.distill_results import summarize
 from qtarget.benchmarks.start import Scale, Start, claim
 from qtarget.benchmarks.start import untrained as random_model
@@ -172,8 +172,9 @@ def run_real_distill(
     rows = {text: real_rows(data, text, config) for text in dict.fromkeys(text for _, text in config.points)}
     settings = config.settings()
     check_settings(output, resume, settings)
-    log, folder = RunLog(output.with_suffix(".runs.jsonl"), resume), output.with_suffix(".work")
+    folder = output.with_suffix(".work")
     claim(folder, {**settings, "base": str(config.start.path.resolve()), "data": str(data.resolve())})
+    log = RunLog(output.with_suffix(".runs.jsonl"), resume)
     total = config.runs()
     with quiet_libraries(), one_thread():
         teacher = prepare(config, rows, folder, lambda text: progress(len(log.runs), total, text))
@@ -228,7 +229,7 @@ def real_rows(data: Path, text: str, config: RealDistillConfig) -> dict[str, lis
         ConfigError: it has fewer rows than are asked for.
     """
     if text == DOLLY:
-        found = json.loads(unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
+        found = json.loads(unpacked(data / WRITTEN["dolly"]))
         found = [row for row in found if not row["input"] and ANSWER[0] <= len(row["output"]) <= ANSWER[1]]
         rows = [in_turns(row["instruction"], row["output"]) for row in found]
     else:

@@ -16,7 +16,7 @@ import torch
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
 from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
 from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy, noisy_rows
-from qtarget.benchmarks.real.demonstrations import LONGEST_ANSWER, WRITTEN, as_turn, shown_tasks, unpacked
+from qtarget.benchmarks.real.demonstrations import ELSEWHERE, LONGEST_ANSWER, WRITTEN, as_turn, shown_tasks, unpacked
 from qtarget.benchmarks.real.instructions import PROMPTS, instruction_following, instruction_rows, official_checks
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, teach
@@ -159,9 +159,9 @@ def elsewhere(data: Path | None, count: int, tokenizer: Any) -> dict[str, list[E
     """
     if data is None:
         return {}
-    lines = unpacked(data / "text_corpora" / "wikitext2_valid.txt.gz").splitlines()
+    lines = unpacked(data / ELSEWHERE[0]).splitlines()
     texts = [tokenizer(line.strip())["input_ids"][:TEXT_TOKENS] for line in _drawn(lines, count, len)]
-    rows = json.loads(unpacked(data / "dolly_3k" / "dolly_3k.json.gz"))
+    rows = json.loads(unpacked(data / ELSEWHERE[1]))
     short = [row for row in rows if not row["input"] and len(row["output"]) <= LONGEST_ANSWER]
     answered = [
         {"prompt": as_turn(row["instruction"], tokenizer), "completion": row["output"]}

@@ -124,6 +124,8 @@ def noise(
     """Which targets survive noise, by how much the base already knows? The map of rate and base, every method tuned alike."""
     from qtarget.benchmarks.noise.bench import CROSSFITTED, GPU, QUICK, REAL, NoiseConfig, run_noise
     from qtarget.benchmarks.noise.results import noise_figure, noise_table
+    from qtarget.benchmarks.noise.runs import KINDS
+    from qtarget.benchmarks.real.demonstrations import kinds_of
     from qtarget.benchmarks.tasks import BASES, task_set
 
     if is_quick + is_crossfit + is_short > 1:
@@ -136,7 +138,9 @@ def noise(
                 "with it"
             )
         size = size_of(is_quick, is_short, base)
-        part = partial(chosen_part, cells=cells, names=methods, seeds=seeds, rates=rates, bases=("smollm2",))
+        part = partial(
+            chosen_part, cells=cells, names=methods, seeds=seeds, rates=rates, bases=("smollm2",), kinds=kinds_of(tasks)
+        )
         real_noise(base, size, tasks, data, output, resume, workers, kept, part)
         return
     size_of(is_quick, is_short, base)
@@ -151,7 +155,7 @@ def noise(
         steps_grid=tuple(steps_grid or ()),
         equal_compute=equal_compute,
     )
-    config = chosen_part(config, cells, methods, seeds, rates, tuple(BASES))
+    config = chosen_part(config, cells, methods, seeds, rates, tuple(BASES), KINDS)
     config = replace(config, start=start, learning_rates=start.rates(config.learning_rates))
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_noise(config, output, resume=resume, progress=advance)
@@ -166,8 +170,9 @@ def chosen_part(
     seeds: int | None,
     rates: list[float] | None,
     bases: Collection[str],
+    kinds: Collection[str],
 ) -> NoiseConfig:
-    """A setting with what the command line names in the place of its own; ``bases`` are those that a point may have.
+    """A setting with what the command line names in the place of its own; ``bases`` and ``kinds`` are those of its points.
 
     Raises:
         ConfigError: a point that is none, or an unknown method.
@@ -175,7 +180,7 @@ def chosen_part(
     from qtarget.benchmarks.noise.runs import parse_cell
 
     if cells:
-        config = replace(config, cells=tuple(parse_cell(text, bases) for text in cells), screen=())
+        config = replace(config, cells=tuple(parse_cell(text, bases, kinds) for text in cells), screen=())
     if names:
         config = replace(config, names=tuple(names))
     return replace(config, seeds=seeds or config.seeds, learning_rates=tuple(rates or config.learning_rates))

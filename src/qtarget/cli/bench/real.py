@@ -160,8 +160,8 @@ def real_noise(
     from qtarget.benchmarks.real.results import real_table
     from qtarget.benchmarks.start import Start
 
-    check_tasks(tasks, data)
     check_ready(data)
+    check_tasks(tasks, data)
     config = SIZES[size].with_tasks(tasks)
     config = replace(config, noise=part(config.noise))
     folder = real_base(base, output, resume)

@@ -60,7 +60,7 @@ def row_threshold(means: np.ndarray) -> float:
 
 
 WEIGHED = 0.5
-"""Weight under which a row was weighed down before: P(right) of a row that the filter finds likelier bad."""
+"""Of the mean weight of the other rows: under this the bad rows were weighed down before, on the mean."""
 
 
 def check_noise(scored: ScoredTokens, decode: Decode, weights: np.ndarray | None = None) -> list[Finding]:
@@ -110,8 +110,8 @@ def row_kinds(check: str, rows: ScoredRows, rule: str = "auto", *, weights: np.n
     if not len(bad):
         return Finding(check, "info", 0, (), decision.summary, found)
     first = tuple(int(row) for row in bad[:ROWS_NAMED])
-    if weights is not None and (weights[bad] < WEIGHED).all():
-        kept = float(weights[rows.numbers[decision.keep]].mean())
+    kept = 1.0 if weights is None else float(weights[rows.numbers[decision.keep]].mean())
+    if weights is not None and weights[bad].mean() < WEIGHED * kept:
         message = (
             f"{decision.summary}: {named(bad.tolist())}; their weights are {weights[bad].mean():.2f} on average, those of the "
             f"other rows {kept:.2f}, so they are weighed already"

@@ -54,6 +54,8 @@ def read_prompts(dataset: Dataset, options: ReadOptions | None = None, name: str
 def _prompts(rows: Iterable[Located], demonstrations: Callable[[], Sequence[Row]]) -> Dataset:
     """The rows where all are prompts, else what ``demonstrations`` reads of them, each without its answer."""
     located = list(rows)
+    if not located:
+        raise DataError("there are no rows; expected one prompt a row")
     bare = [
         row for _, row in located if isinstance(row, dict) and row.get("prompt") is not None and "completion" not in row
     ]
