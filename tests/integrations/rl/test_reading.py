@@ -41,6 +41,18 @@ def test_rows_become_prompts(tmp_path, row, expected):
     assert read_prompts(Dataset.from_list([row, row])).to_list() == found.to_list()
 
 
+@pytest.mark.parametrize("bad", [{"prompt": None, "answer": "4"}, {"answer": "4"}])
+def test_one_row_without_a_prompt_is_named(tmp_path, bad):
+    good = {"prompt": "2+2=", "answer": "4"}
+    with pytest.raises(DataError, match="line 2: no prompt, as 2 other rows have"):
+        load_prompts(written(tmp_path, good, bad, good))
+
+
+def test_no_rows_are_no_prompts():
+    with pytest.raises(DataError, match="there are no rows"):
+        read_prompts(Dataset.from_list([]))
+
+
 def test_prompts_of_a_data_set_by_its_name(tmp_path):
     for split, rows in (("train", "123"), ("test", "45")):
         lines = [json.dumps({"prompt": f"{n}+1=", "answer": n}) for n in rows]

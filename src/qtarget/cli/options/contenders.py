@@ -63,13 +63,14 @@ def parse_target(text: str) -> dict[str, Any]:
 
 
 def find_contenders(
-    targets: Sequence[str | Mapping[str, Any]], filters: Sequence[str], config: Mapping[str, Any]
+    targets: Sequence[str | Mapping[str, Any]], filters: Sequence[Any], config: Mapping[str, Any]
 ) -> list[Contender]:
     """The baseline first, then what was named, each with each filter.
 
     Args:
         targets: texts, or keys of a config with an optional ``name``.
-        filters: ``none``, ``auto``, or another rule.
+        filters: ``none``, ``auto``, another rule, or a mapping as in a config; a bare rule weighs rows where the config's
+            filter does.
         config: the file's keys: the hyper-parameters of its own target are that target's here, too.
 
     Raises:
@@ -80,6 +81,7 @@ def find_contenders(
     from qtarget.filtering import Filter
 
     found = [_entry(one, config) for one in targets]
+    filters = [_shaped(rule, config.get("filter")) for rule in filters]
     own = [Contender(name, keys) for name, keys in found if "filter" in keys]
     found = [(name, keys) for name, keys in found if "filter" not in keys]
     named = [
@@ -100,8 +102,31 @@ def find_contenders(
     return named
 
 
-def _with(name: str, rule: str) -> str:
-    return name if rule == "none" else f"{name}, filtered" if rule == "auto" else f"{name}, filtered {rule}"
+def _shaped(rule: Any, own: Any) -> Any:
+    """A rule in the form of the config's own filter: rows that it weighs are weighed under another rule, too.
+
+    Example:
+        >>> _shaped("agreement", {"rule": "auto", "as": "weight"}), _shaped("none", {"as": "weight"}), _shaped("auto", "gain")
+        ({'rule': 'agreement', 'as': 'weight'}, 'none', 'auto')
+    """
+    weighs = isinstance(own, Mapping) and own.get("as") == "weight"
+    return {"rule": rule, "as": "weight"} if weighs and isinstance(rule, str) and rule != "none" else rule
+
+
+def _with(name: str, rule: Any) -> str:
+    """A contender's name with what is done to its rows.
+
+    Example:
+        >>> _with("sft", "none"), _with("sft", "gain"), _with("sft", {"as": "weight"}), _with("sft", {"keep": 0.5})
+        ('sft', 'sft, filtered gain', 'sft, weighed', 'sft, filtered keep 0.5')
+    """
+    from qtarget.filtering import Filter
+
+    if not (found := Filter.of(rule)):
+        return name
+    told = [] if found.rule == "auto" else [found.rule]
+    told += [] if found.keep is None else [f"keep {found.keep:g}"]
+    return f"{name}, {' '.join(['weighed' if found.form == 'weight' else 'filtered', *told])}"
 
 
 def _entry(one: str | Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

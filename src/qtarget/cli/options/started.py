@@ -90,22 +90,28 @@ def after_training(output: str | Path, held_out: str | list[str] | None) -> list
     """Commands to go on with when a run is finished.
 
     Args:
-        held_out: the ``validation_file`` that the run records; where it is not one, the user has to name one.
+        held_out: the ``validation_file`` that the run records: of several the first is asked; where there is none, the user has
+            to name one.
 
     Example:
         >>> print("\\n".join(after_training("runs/sft", None)))
         next:
-          qtarget evaluate runs/sft --data HELD_OUT.jsonl  # beside its base, on rows that it was not trained on
+          qtarget evaluate runs/sft --data HELD_OUT.jsonl  # beside its base; your rows with `prompt` and `completion`
           qtarget report runs/sft  # its course
+        >>> after_training("runs/sft", ["my rows.jsonl", "b.jsonl"])[1]
+        "  qtarget evaluate runs/sft --data 'my rows.jsonl'  # beside its base, on the first of 2 validation files"
     """
     from qtarget.command import quoted
 
+    asked, which = " --data HELD_OUT.jsonl", "; your rows with `prompt` and `completion`"
+    if isinstance(held_out, list):
+        asked, which = f" --data {quoted(held_out[0])}", f", on the first of {len(held_out)} validation files"
+    elif held_out is not None:
+        asked, which = "", f", on {held_out}"
     run = quoted(output)
-    recorded = isinstance(held_out, str)
-    asked, which = ("", held_out) if recorded else (" --data HELD_OUT.jsonl", "rows that it was not trained on")
     return [
         "next:",
-        f"  qtarget evaluate {run}{asked}  # beside its base, on {which}",
+        f"  qtarget evaluate {run}{asked}  # beside its base{which}",
         f"  qtarget report {run}  # its course",
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.core.errors import DataError
+from qtarget.core.errors import DataError, counted, inflected
 from qtarget.data.files import Files, Located, Place, Row
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.loading import load_rows, raw_rows, read_dataset
@@ -59,8 +59,13 @@ def _prompts(rows: Iterable[Located], demonstrations: Callable[[], Sequence[Row]
     bare = [
         row for _, row in located if isinstance(row, dict) and row.get("prompt") is not None and "completion" not in row
     ]
-    if len(bare) == len(located) and bare:
+    if bare and not any(isinstance(row, dict) and {"completion", "messages"} & set(row) for _, row in located):
         for place, row in located:
+            if not isinstance(row, dict) or row.get("prompt") is None:
+                raise DataError(
+                    f"{place}: no prompt, as {counted(len(bare), 'other row')} {inflected(len(bare), 'have')}; write one, or take "
+                    "the row out"
+                )
             check_prompt(row["prompt"], str(place))  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
         return rows_to_dataset(bare)
     asked = [without_answer(row, number) for number, row in enumerate(demonstrations(), start=1)]
