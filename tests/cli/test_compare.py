@@ -152,7 +152,10 @@ def test_rows_without_answers_and_a_budget(config, tmp_path, capsys, caplog):
     qtarget("compare", config, "--targets", "dft,gem(temperature=0.8)", "--rates", "1", "--seeds", "2", "--at-once", "1",
             "--budget", "5m")  # fmt: skip
     document = document_in(tmp_path / "run-compare")
-    assert document["measure"] == {"metric": "nll", "rows": 10, "seeds": 2, "cut_off": False} and document["left_out"] == []
+    assert (
+        document["measure"] == {"metric": "nll", "rows": 10, "seeds": 2, "cut_off": False}
+        and document["left_out"] == []
+    )
     assert [one["name"] for one in document["contenders"]] == ["sft", "dft", "gem(temperature=0.8)"]
     shown = document["rows"]["shown"]
     assert shown and all(

@@ -176,6 +176,8 @@ def test_the_full_setting_has_every_contender_that_its_page_names():
         (["--base", "nonsense"], "is unknown"),
         (["--base", "smollm2", "--crossfit"], "sizes of its own"),
         (["--short"], "goes with a real base"),
+        (["--base", "smollm2", "--method", "dft"], "add --method sft"),
+        (["--base", "smollm2", "--cell", "smollm2:cue:0.4"], "a kind of random_tokens"),
         (["--short", "--quick", "--base", "smollm2"], "contradict"),
     ],
 )

@@ -175,12 +175,15 @@ def chosen_part(
     """A setting with what the command line names in the place of its own; ``bases`` and ``kinds`` are those of its points.
 
     Raises:
-        ConfigError: a point that is none, or an unknown method.
+        ConfigError: a point that is none, an unknown method, or methods without the one that they are compared with.
     """
+    from qtarget.benchmarks.noise.results import BASELINE
     from qtarget.benchmarks.noise.runs import parse_cell
 
     if cells:
         config = replace(config, cells=tuple(parse_cell(text, bases, kinds) for text in cells), screen=())
+    if names and BASELINE not in names:
+        raise ConfigError(f"--method: the lines are compared with {BASELINE}; add --method {BASELINE}")
     if names:
         config = replace(config, names=tuple(names))
     return replace(config, seeds=seeds or config.seeds, learning_rates=tuple(rates or config.learning_rates))
