@@ -136,12 +136,12 @@ def evaluate(
             document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
         save(document, output, page, mark)
     print_evaluation(document)
-    say_written([output, page, records_file])
     if is_own and (config := compared_by(models)) is not None:
         same = shlex.join([*options.judged_by(), *([] if forgetting is None else ["--forgetting", str(forgetting)])])
         typer.echo(
             f"next, whether another target does better on these rows:\n  qtarget compare {quoted(config)} {same}".rstrip()
         )
+    say_written([output, page, records_file])
 
 
 def compared_by(models: Sequence[str]) -> Path | None:
