@@ -91,6 +91,13 @@ class HeldTrainer(Trainer):
                     return self._take_finished(Path(resume_from_checkpoint))
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Transformers', but for a tied head that the embeddings bring along: 5.23 would name it as missing."""
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = load_result.missing_keys
+        kept = [name for name in missing if name not in tied or tied[name] in missing]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=kept))
+
     def _is_finished(self, checkpoint: Path) -> bool:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they load weights only where training begins
             return False
