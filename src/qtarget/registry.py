@@ -111,7 +111,7 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module's own code runs here, and may raise anything
         own = isinstance(error, ModuleNotFoundError) and error.name in (module_name, module_name.partition(".")[0])
-        hint = f"; is {own_file(module_name)} in the current folder?" if own else ""
+        hint = f"; is {own_file(module_name, expected.rpartition(':')[2])} in the current folder?" if own else ""
         raise unknown(
             f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}); expected {expected}{hint}"
         ) from error
@@ -126,15 +126,18 @@ def load_outside(name: str, what: str = "target", expected: str = "package.modul
         ) from error
 
 
-def own_file(module: str) -> str:
+def own_file(module: str, what: str = "Class") -> str:
     """The file that a module of the user's would be in.
 
+    Args:
+        what: is looked for in it.
+
     Example:
-        >>> own_file("targets.mine"), own_file("mine.py")
-        ('targets/mine.py', 'mine.py (write mine:Class, without .py)')
+        >>> own_file("targets.mine"), own_file("mine.py", "function")
+        ('targets/mine.py', 'mine.py (write mine:function, without .py)')
     """
     if module.endswith(".py"):
-        return f"{module} (write {module.removesuffix('.py')}:Class, without .py)"
+        return f"{module} (write {module.removesuffix('.py')}:{what}, without .py)"
     return module.replace(".", "/") + ".py"
 
 

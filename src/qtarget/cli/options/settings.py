@@ -108,7 +108,7 @@ def read_settings(path: Path, overrides: Sequence[str]) -> dict[str, Setting]:
         ConfigError: no such file, broken YAML (with its line), no mapping at the top, or broken overrides.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is not a file; the config comes first: qtarget train CONFIG.yaml --key value")
+        raise ConfigError(f"{path} is not a file; the config comes first: qtarget VERB CONFIG.yaml --key value")
     try:
         content = parse_yaml(read_small(path).decode())
     except UnicodeDecodeError as error:
