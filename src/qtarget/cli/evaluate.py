@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import yaml
 
 from qtarget.cli.options.datasets import LimitsOption
 from qtarget.cli.options.outputs import OverwriteOption
 from qtarget.core.errors import ConfigError, counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qtarget.cli.options.outputs import Mark
     from qtarget.data.formats.shape import ReadOptions
@@ -77,12 +76,10 @@ def evaluate(
     """Compare trained models with their untrained base on rows with answers."""
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import Mark, check_outputs, held, progress_bar, say_written
-    from qtarget.command import quoted
     from qtarget.data.files import check_files
     from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders, recorded_rows
     from qtarget.evaluation.records import refuse_earlier
-    from qtarget.storage.folders import missing_folder
 
     rows = row_options(limits=limits)
     options = Options(
@@ -97,9 +94,7 @@ def evaluate(
     for option, rows_file in (("--data", data), ("--forgetting", forgetting)):
         if rows_file is not None:
             check_files(rows_file, option)
-    for name in [*models, *([base] if base else [])]:
-        if "/" not in name and (words := missing_folder(name)) is not None:
-            raise ConfigError(words)
+    refuse_mistyped([*models, *([base] if base else [])])
     contenders = find_contenders(models, base)
     is_own = data is None
     if data is None:
@@ -136,23 +131,41 @@ def evaluate(
             document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
         save(document, output, page, mark)
     print_evaluation(document)
-    if is_own and (config := compared_by(models)) is not None:
-        same = shlex.join([*options.judged_by(), *([] if forgetting is None else ["--forgetting", str(forgetting)])])
-        typer.echo(
-            f"next, whether another target does better on these rows:\n  qtarget compare {quoted(config)} {same}".rstrip()
-        )
+    if (
+        is_own
+        and (command := comparison_of(models, contenders[-1].settings, options.judged_by(forgetting))) is not None
+    ):
+        typer.echo(f"next, whether another target does better on these rows:\n  {command}")
     say_written([output, page, records_file])
 
 
-def compared_by(models: Sequence[str]) -> Path | None:
-    """The config of the only run among the models, which a comparison takes; None where there are several, or none."""
+def refuse_mistyped(names: Sequence[str]) -> None:
+    """Raise where a name without a slash is nearly that of a folder here.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    from qtarget.storage.folders import missing_folder
+
+    for name in names:
+        if "/" not in name and (words := missing_folder(name)) is not None:
+            raise ConfigError(words)
+
+
+def comparison_of(models: Sequence[str], settings: Mapping[str, Any], judged: Sequence[str]) -> str | None:
+    """What compares other targets on the rows of the only run among the models; None where there are several, or none.
+
+    Args:
+        settings: that the run recorded.
+        judged: options that say how answers are judged.
+    """
     from qtarget.cli.options.settings import RL
+    from qtarget.command import from_here
     from qtarget.report.runs.records import CONFIG_FILE
 
-    if len(models) != 1 or not (config := Path(models[0]) / CONFIG_FILE).is_file():
+    if len(models) != 1 or not (config := Path(models[0]) / CONFIG_FILE).is_file() or settings.get("algorithm") == RL:
         return None
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    return config if isinstance(settings.get("validation_file"), str) and settings.get("algorithm") != RL else None
+    return shlex.join(["qtarget", "compare", from_here(config), *judged])
 
 
 def default_output(models: Sequence[str]) -> Path:
@@ -206,9 +219,14 @@ class Options:
         pattern = self.pattern if other == "regex" else None
         return [judge, make_judge(other, pattern=pattern, ignore_case=self.ignore_case and other in ("exact", "regex"))]
 
-    def judged_by(self) -> list[str]:
+    def judged_by(self, forgetting: Path | None) -> list[str]:
         """The options that say how answers are judged."""
-        named = {"--metric": self.metric, "--pattern": self.pattern, "--forgetting-metric": self.forgetting_metric}
+        named = {
+            "--metric": self.metric,
+            "--pattern": self.pattern,
+            "--forgetting": None if forgetting is None else str(forgetting),
+            "--forgetting-metric": self.forgetting_metric,
+        }
         given = [part for option, value in named.items() if value is not None for part in (option, value)]
         return given + (["--ignore-case"] if self.ignore_case else [])
 

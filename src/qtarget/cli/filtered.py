@@ -66,11 +66,13 @@ def write_filtered(
     training = config.training
     groups = row_groups(found.raw, group or training.group_by, text_field=training.dataset_text_field)
     few = len(found.rows.log_probs) <= COUNTED_ALWAYS
+    weighs = found.wanted.form == "weight" and found.decision.tells
+    light = light_rows(found, groups, training.dataset_text_field) if weighs else []
     document = filter_document(
         found.decision, found.rows, found.count, title=config.data.name, cache=str(found.cache),
         marks=None if marks is None else marks[found.rows.numbers], groups=groups, counted=few, form=found.wanted.form,
-        decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False), own=own_weights(found),
-        light=light_rows(found, groups, training.dataset_text_field),
+        decode=lambda ids: found.tokenizer.decode(ids, skip_special_tokens=False), own=own_weights(found) if weighs else 0,
+        light=light,
     )  # fmt: skip
     names = row_files(found, is_weighed=weighed_file(config) is not None)
     for stale in (

@@ -104,17 +104,17 @@ def compared(
     fractions: Sequence[float],
     values: Curves,
     falling: bool = False,
-    full: str = FULL_LOGITS,
+    full: str | None = FULL_LOGITS,
 ) -> dict[str, dict[str, Any]]:
     """Of each method its curve, its differences to sft and to full logits, and the data that it needs, with intervals.
 
     Args:
         values: ``[methods, fractions, seeds, prompts]``.
         falling: smaller is better.
-        full: the method that has full logits, or what stands for it.
+        full: the method that has full logits; None where none has, and nothing is compared with it.
     """
     means, draws = values.mean((-1, -2)), bootstrap_means(values)  # [methods, fractions], [methods, fractions, draws]
-    sft, best, sign = methods.index(BASELINE), methods.index(full), -1 if falling else 1
+    sft, best, sign = methods.index(BASELINE), None if full is None else methods.index(full), -1 if falling else 1
     needed = data_needed(fractions, sign * means.T, sign * means[sft, -1])
     needed_draws = data_needed(fractions, sign * draws.swapaxes(0, 1), sign * draws[sft, -1])
     places = range(len(fractions))
@@ -122,9 +122,13 @@ def compared(
         name: {
             "curve": [interval(means[i, j], draws[i, j]) for j in places],
             "to_sft": [interval(means[i, j] - means[sft, j], draws[i, j] - draws[sft, j]) for j in places],
-            "to_full_logits": interval((means[i] - means[best]).mean(), (draws[i] - draws[best]).mean(0)),
             "data_needed": needed_interval(needed[i], needed_draws[i]),
         }
+        | (
+            {}
+            if best is None
+            else {"to_full_logits": interval((means[i] - means[best]).mean(), (draws[i] - draws[best]).mean(0))}
+        )
         for i, name in enumerate(methods)
     }
 

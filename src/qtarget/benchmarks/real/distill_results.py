@@ -52,7 +52,7 @@ def summarize_point(
         # [methods, fractions, one seed, rows]
         values = np.array([[[point["runs"][f"{n}|{f:g}"][measure]] for f in fractions] for n in names])
         sft = values[names.index(BASELINE), -1]
-        found = compared(names, fractions, values, falling=True, full=BASELINE)
+        found = compared(names, fractions, values, falling=True, full=None)
         for name, of in zip(names, values, strict=True):
             methods[name] |= {
                 measure: found[name]["curve"],
