@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import ConfigError, counted, inflected
-from qtarget.data.columns import parsed_weight
+from qtarget.data.columns import LIGHT, parsed_weight
 from qtarget.data.groups import row_groups
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def print_filtered(document: Mapping[str, Any]) -> None:
 
     console, weights = Console(), document["weights"]
     if (groups := document["groups"]) is not None:
-        heads = ["dropped"] if weights is None else ["weights", "under 0.05"]
+        heads = ["dropped"] if weights is None else ["weights", f"under {LIGHT:g}"]
         table = Table("", "rows", *heads, title=f"by {groups['column']}")
         for line in groups["rows"]:
             cells = [f"{line['dropped']:,}"] if weights is None else [f"{line['weight']:,.1f}", f"{line['light']:,}"]
@@ -200,7 +200,7 @@ def weight_lines(document: Mapping[str, Any]) -> list[str]:
     judged = document["rows"] - document["not_judged"]
     lines = [
         f"every row is kept, weighed by P(right): {weights['sum']:,.1f} of {counted(judged, 'row')} in all, mean "
-        f"{weights['mean']:.2f}, {weights['light']:,} under 0.05"
+        f"{weights['mean']:.2f}, {weights['light']:,} under {LIGHT:g}"
     ]
     if own := weights["own"]:
         lines.append(f"{counted(own, 'row')} had a weight of {'its' if own == 1 else 'their'} own, which is multiplied")

@@ -14,6 +14,8 @@ from qtarget.core.errors import DataError, counted
 Message = Mapping[str, Any]
 # A word that no template rewrites; it marks where a message's own text ends in the rendered conversation.
 END_MARK = " qzEndOfMessageqz"
+LIGHT = 0.05
+"""Weight of a row, or mean weight of its labels, under which it hardly teaches."""
 
 
 def message_token_weights(

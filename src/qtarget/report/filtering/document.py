@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.data.columns import LIGHT
 from qtarget.data.roc import roc_auc
 from qtarget.filtering import WITNESSES, Decision, ScoredRows
 from qtarget.filtering.decision import As
@@ -17,8 +18,6 @@ BORDER_ROWS = 20
 """Rows of each kind that the document holds with their texts."""
 BINS = 60
 CURVE_POINTS = 101
-LIGHT = 0.05
-"""Weight under which a row hardly teaches."""
 LONGEST_TEXT = 2000
 """Characters of a prompt or an answer that the document holds."""
 Decode = Callable[[list[int]], str]

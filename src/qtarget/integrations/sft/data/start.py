@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from qtarget.core.types import Outcomes, Reference, Target, TokenView
+from qtarget.data.columns import LIGHT
 
-SILENT = 0.05
-"""Mean label weight under which a row hardly teaches."""
 SHOWN = 3
 """Examples of each source."""
 LONGEST = 60
@@ -61,7 +60,7 @@ def silent_rows(
     numbers: np.ndarray | None = None,
     verbs: tuple[str, str] = ("starts with a mean weight", "start with a mean weight"),
 ) -> list[str]:
-    """Lines that count the rows of mean weight under ``SILENT`` by source, with examples; none where there are none.
+    """Lines that count the rows of mean weight under ``LIGHT`` by source, with examples; none where there are none.
 
     Args:
         weights, rows: ``[tokens]`` label weight of each trained token, and its row.
@@ -82,14 +81,14 @@ def silent_rows(
     lines = []
     for number, name in enumerate(names):
         mine = (of_row == number) & trained
-        silent = np.flatnonzero(mine & (means < SILENT))
+        silent = np.flatnonzero(mine & (means < LIGHT))
         if not len(silent):
             continue
         lowest = silent[np.argsort(means[silent], kind="stable")][:SHOWN]
         shown = "; ".join(f"row {number_of[row] + 1}, {shortened(text(int(row)))!r}" for row in lowest)
         verb, teach = (verbs[0], "teaches") if len(silent) == 1 else (verbs[1], "teach")
         lines.append(
-            f"{name + ': ' if name else ''}{len(silent):,} of {int(mine.sum()):,} rows {verb} under {SILENT:g} and hardly "
+            f"{name + ': ' if name else ''}{len(silent):,} of {int(mine.sum()):,} rows {verb} under {LIGHT:g} and hardly "
             f"{teach}: {shown}"
         )
     return lines
