@@ -104,7 +104,7 @@ def completion_log_probs(
     for start in range(0, len(rows), batch_size):
         ids, labels = (tensor.to(model.device) for tensor in collate(rows[start : start + batch_size]))
         hidden = hidden_states(model, ids)
-        log_probs = (hidden[labels >= 0] @ model.lm_head.weight.T).log_softmax(-1)
+        log_probs = (hidden[labels >= 0] @ model.lm_head.weight.T).float().log_softmax(-1)
         out += log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
     return out
 

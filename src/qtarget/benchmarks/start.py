@@ -52,11 +52,11 @@ class Start:
 
         return AutoTokenizer.from_pretrained(self.path)
 
-    def load(self, folder: Path | None = None) -> Any:
-        """A causal model in float32, on the device: the one of ``folder``, or the start itself."""
+    def load(self, folder: Path | None = None, dtype: str = "float32") -> Any:
+        """A causal model on the device: the one of ``folder``, or the start itself."""
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder or self.path, dtype="float32")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder or self.path, dtype=dtype)
         return model.to(self.device)
 
 

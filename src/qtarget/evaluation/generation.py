@@ -203,14 +203,17 @@ def answering(model: Any, chosen: Any) -> Iterator[None]:
     """The model without dropout and with these settings alone, and as it was afterwards.
 
     ``generate`` fills what its ``generation_config`` leaves open from the model's own (transformers 5.23,
-    ``_prepare_generation_config``): a minimal length, suppressed tokens, penalties.
+    ``_prepare_generation_config``): a minimal length, suppressed tokens, penalties. It asks the head for the last position
+    alone, a slice for which torch 2.13 on a CPU copies the head once for every prompt of the batch.
     """
     was_training, own = model.training, model.generation_config
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     model.eval()
     model.generation_config = chosen
     try:
         yield
     finally:
+        hook.remove()
         model.train(was_training)
         model.generation_config = own
 

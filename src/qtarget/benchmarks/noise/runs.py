@@ -142,7 +142,7 @@ class NoiseWorker:
         )  # fmt: skip
         if keeper:
             keeper.restore()
-        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell)
+        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell, job.seed)
         return {**found, "noise_share": trained.noise_share}
 
     def base(self, name: str) -> Any:
@@ -183,8 +183,11 @@ class NoiseWorker:
         rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
         return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
 
-    def test(self, model: Any, cell: Cell) -> dict[str, float]:
-        """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows."""
+    def test(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
+        """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows.
+
+        The seed of the run matters to none of them.
+        """
         rows = self.task.test
         asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows
         if cell.kind == "minority" and cell.rate:

@@ -60,7 +60,7 @@ class RealConfig:
     """
 
     noise: NoiseConfig = FULL
-    scope: Scope = field(default_factory=Scope)
+    scope: Scope = field(default_factory=lambda: Scope(dtype="bfloat16"))
     is_tuned: bool = True
 
     def with_start(self, start: Start, data: Path | None, workers: int) -> RealConfig:
@@ -89,7 +89,7 @@ class RealConfig:
         return sum(self.noise.seeds * len(self.noise.methods_at(cell)) for cell in self.noise.cells)
 
 
-SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20, prompts=160)
+SMALL = Scope(form="instruction", train_rows=320, test_rows=150, texts=20, prompts=160, dtype="bfloat16")
 SIZES = {
     "full": RealConfig(),
     "short": RealConfig(SHORT, SMALL, is_tuned=False),
@@ -168,5 +168,5 @@ def untrained(noise: NoiseConfig, setting: Setting, config: RealConfig, log: Run
     if UNTRAINED not in log.runs:
         with quiet_libraries(), one_thread():
             worker = RealWorker(setting, config.scope)
-            log.add(UNTRAINED, worker.test(worker.base(BASE), noise.cells[0]))
+            log.add(UNTRAINED, worker.test(worker.base(BASE), noise.cells[0], 0))
     return {untrained_key(BASE, cell.kind): log.runs[UNTRAINED] for cell in noise.cells}

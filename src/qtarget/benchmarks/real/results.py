@@ -51,14 +51,14 @@ def real_table(results: Mapping[str, Any]) -> str:
 
 
 def instruction_table(results: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
-    """Instruction following at one point, in percent; intervals draw prompts again, and seeds where there are several."""
+    """Instruction following at one point after the first seed's runs, in percent; intervals draw prompts again."""
     asked = results["instructions"]["asked"]
     first, *_ = results["untrained"].values()
     before = [first["instructions"]]
     lines = [["*untrained*", *_followed(before, asked), "", "", _ended(before)]]
     for name, runs in cell["runs"].items():
-        found = [run["instructions"] for run in runs]
-        beside = [run["instructions"] for run in cell["runs"].get(BASELINE, [])]
+        found = _asked(runs)
+        beside = _asked(cell["runs"].get(BASELINE, []))
         lines.append([
             f"*{name}*" if name in ORACLES else name,
             *_followed(found, asked),
@@ -67,7 +67,8 @@ def instruction_table(results: Mapping[str, Any], cell: Mapping[str, Any]) -> st
             _ended(found),
         ])  # fmt: skip
     count, longest = len(asked), results["instructions"]["answer_tokens"]
-    said = f"Instructions that a program can check (IFEval): {count} prompts, answers cut at {longest} tokens\n\n"
+    said = f"Instructions that a program can check (IFEval), asked after the first seed's run: {count} prompts, "
+    said += f"answers cut at {longest} tokens\n\n"
     return said + markdown_table(["method", *HEADS, f"{HEADS[0]}, to untrained", "to sft", "ended"], lines)
 
 
@@ -88,6 +89,11 @@ def _followed(runs: Sequence[Mapping[str, Any]], asked: Sequence[int]) -> list[s
 def _gained(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> str:
     counts, before = ([run[WHOLE] for run in some] for some in (runs, baseline))
     return with_ends(share_percent(counts, [1] * len(counts[0]), before), "+.1f", "+.0f")
+
+
+def _asked(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the runs that were asked to follow instructions, what they followed."""
+    return [run["instructions"] for run in runs if "instructions" in run]
 
 
 def _ended(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -20,10 +20,12 @@ from qtarget.benchmarks.real.demonstrations import ELSEWHERE, LONGEST_ANSWER, WR
 from qtarget.benchmarks.real.instructions import PROMPTS, instruction_following, instruction_rows, official_checks
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, teach
+from qtarget.core.errors import ConfigError
 from qtarget.storage.models import save_whole
 
 Form = Literal["chat", "instruction"]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = ("float32", "bfloat16")
 TEXT_TOKENS, SEEN_TOKENS = 64, 8
 """Of a piece of running text, and how many of them are given and not asked."""
 
@@ -38,9 +40,10 @@ class Scope:
         train_rows: demonstrations.
         test_rows: clean prompts that a run answers where a program can check it, and rows whose NLL it is asked.
         texts: pieces of running text, and human answers, by which forgetting is measured.
-        prompts: with instructions that a program can check (IFEval).
+        prompts: with instructions that a program can check (IFEval), asked after the runs of the first seed.
         answer_tokens: where an answer to one of them is cut, if it has not ended.
         rank: of the LoRA adapters on all linear layers; 0 trains all weights.
+        dtype: of the model; adapters, and losses from the logits on, are float32.
     """
 
     form: Form = "chat"
@@ -51,6 +54,13 @@ class Scope:
     prompts: int = PROMPTS
     answer_tokens: int = 128
     rank: int = 16
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES or (self.dtype != "float32" and not self.rank):
+            raise ConfigError(
+                f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}; all weights train in float32"
+            )
 
 
 class RealWorker(NoiseWorker):
@@ -88,7 +98,7 @@ class RealWorker(NoiseWorker):
 
     def base(self, name: str) -> Any:
         """A new copy, with adapters that change nothing yet."""
-        return with_adapters(self.setting.start.load(), self.scope.rank)
+        return with_adapters(self.setting.start.load(dtype=self.scope.dtype), self.scope.rank)
 
     def _told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
         """What copies say that have not seen each row's prompt; other prompts would take six passes more."""
@@ -103,8 +113,8 @@ class RealWorker(NoiseWorker):
         rows = noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer)
         return {"accuracy_percent": first_choice_percent(model, encode(self.tokenizer, rows))}
 
-    def test(self, model: Any, cell: Cell) -> dict[str, Any]:
-        """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); ``instruction_following``.
+    def test(self, model: Any, cell: Cell, seed: int) -> dict[str, Any]:
+        """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); of the first seed what it follows.
 
         Of written answers ``accuracy_percent`` is the share of their tokens that are the model's first choice.
         """
@@ -117,19 +127,21 @@ class RealWorker(NoiseWorker):
             "nll": mean_nll(model, encoded),
             **{name: mean_nll(model, texts) for name, texts in self.elsewhere.items()},
         }
-        if self.instructions:
+        if self.instructions and not seed:
             asked, longest = self.instructions, self.scope.answer_tokens
             found["instructions"] = instruction_following(model, self.tokenizer, asked, longest)
         return found
 
 
 def with_adapters(model: Any, rank: int) -> Any:
-    """The model with new adapters of this rank on all linear layers, which alone are trained; itself at rank 0."""
+    """The model with new adapters of this rank on all linear layers, float32, which alone are trained; itself at rank 0."""
     if not rank:
         return model
-    from peft import inject_adapter_in_model
+    from peft import cast_mixed_precision_params, inject_adapter_in_model
 
-    return inject_adapter_in_model(adapters(rank), model)
+    adapted = inject_adapter_in_model(adapters(rank), model)
+    cast_mixed_precision_params(adapted, model.dtype)  # what is trained to float32, as peft does for a whole PeftModel
+    return adapted
 
 
 def adapters(rank: int, task_type: str | None = None) -> Any:

@@ -102,6 +102,9 @@ def noise(
     is_short: Annotated[
         bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, nothing tuned.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a real base: bfloat16 (the default), or float32, two to three times slower.")
+    ] = None,
     equal_compute: Annotated[
         bool, typer.Option("--equal-compute", help="Contenders without copies get the steps that copies cost.")
     ] = False,
@@ -141,8 +144,10 @@ def noise(
         part = partial(
             chosen_part, cells=cells, names=methods, seeds=seeds, rates=rates, bases=("smollm2",), kinds=kinds_of(tasks)
         )
-        real_noise(base, size, tasks, data, output, resume, workers, kept, part)
+        real_noise(base, size, tasks, dtype or "bfloat16", data, output, resume, workers, kept, part)
         return
+    if dtype:
+        raise ConfigError("--dtype goes with a real base, as other bases train all their weights; add --base smollm2")
     size_of(is_quick, is_short, base)
     task_set(tasks, data)  # says what is missing before a base is trained
     start = started(scale, None if scale == "cpu" else data, corpus, output, resume, is_quick)

@@ -135,6 +135,7 @@ def real_noise(
     base: str,
     size: str,
     tasks: str,
+    dtype: str,
     data: Path | None,
     output: Path,
     resume: bool,
@@ -147,6 +148,7 @@ def real_noise(
     Args:
         base: ``smollm2``, made beside the results, or a folder that ``bench base`` made.
         size: ``full``, ``short`` or ``quick``.
+        dtype: of the model.
         part: takes what the command line names in the place of a size's own.
         kept: what is said when it is ended early.
 
@@ -163,7 +165,7 @@ def real_noise(
     check_ready(data)
     check_tasks(tasks, data)
     config = SIZES[size].with_tasks(tasks)
-    config = replace(config, noise=part(config.noise))
+    config = replace(config, noise=part(config.noise), scope=replace(config.scope, dtype=dtype))
     folder = real_base(base, output, resume)
     config = config.with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
