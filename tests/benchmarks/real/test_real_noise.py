@@ -119,7 +119,7 @@ def test_written_answers_are_judged_token_by_token(written, tmp_path):
     asked = [row["prompt"] for part in (worker.task.train, worker.task.validation, worker.task.test) for row in part]
     assert len(set(asked)) == len(asked) == 48 + 128 + 20
     plain, cell = worker.base(BASE), Cell(BASE, "other_response", 0.4)
-    said = worker.test(plain, cell)
+    said = worker.test(plain, cell, 0)
     assert set(said) == {"accuracy_percent", "nll", "wikitext_nll"}  # not dolly_nll: it is what was taught
     right, count = 0, 0
     for row in encode(worker.tokenizer, worker.task.test):
@@ -132,9 +132,86 @@ def test_written_answers_are_judged_token_by_token(written, tmp_path):
     assert worker.validation(plain, cell, 0) != worker.validation(plain, replace(cell, rate=0.0), 0)
 
 
+def solved(question: int, is_right: bool) -> dict[str, Any]:
+    return {"solution": f"{question} and {question + 1} is so\nA: {2 * question + is_right}", "is_correct": is_right}
+
+
+@pytest.fixture
+def gsm8k(written):
+    """200 questions: two solutions right and two wrong, but of the first 20 all right and of the last 20 all wrong."""
+    solvers = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    rows = [
+        {"question": f"How much is {i}?"}
+        | {name: solved(i, i < 20 or (i < 180 and k % 2 == 0)) for k, name in enumerate(solvers)}
+        for i in range(200)
+    ]
+    people = [{"question": f"Is it {i}?", "answer": f"It is.\n#### {i}"} for i in range(40)]
+    for name, found in (("model_solutions", rows), ("train", people)):
+        packed(written / f"gsm8k/{name}.jsonl.gz", "\n".join(map(json.dumps, found)))
+    return written
+
+
+def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
+    config = TINY.with_tasks("gsm8k")
+    assert [cell.kind for cell in config.noise.cells] == ["marked_wrong"] and config.scope.form == "chat"
+    assert SIZES["full"].with_tasks("gsm8k").scope.train_rows == 480
+    with quiet_libraries():
+        scope = replace(config.scope, train_rows=50, test_rows=20)
+        worker = RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), scope)
+    clean, noisy = (worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", rate), 3) for rate in (0.0, 0.4))
+    assert [row["prompt"] for row in clean] == [row["prompt"] for row in noisy]  # the same questions
+    wrong = [row for row in noisy if row["noise_spans"]]
+    assert len(wrong) == 20 and not any(row["noise_spans"] for row in clean)
+    for row in noisy:
+        number = int(re.search(r"How much is (\d+)", row["prompt"]).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+        is_right = row["completion"].endswith(f"A: {2 * number + 1}")
+        assert is_right != bool(row["noise_spans"])
+        assert is_right or row["noise_spans"] == [[0, len(row["completion"]), "marked_wrong"]]
+    other = worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", 0.4), 4)
+    assert [row["completion"] for row in other] != [row["completion"] for row in noisy]
+    # people solved other questions, and end in the same way
+    assert all(row["completion"].startswith("It is.\nA: ") for row in worker.task.test)
+    with pytest.raises(ConfigError, match="questions have a wrong solution, and 100% are asked for"):
+        worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", 1.0), 3)
+    with pytest.raises(ConfigError, match=r"gsm8k has 180 short right solutions and 628 are asked for; ask for fewer"):
+        RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), replace(scope, train_rows=500))
+
+
+def test_gsm8k_runs_from_the_command_line(gsm8k, tmp_path, monkeypatch):
+    monkeypatch.setattr("qtarget.cli.bench.real.real_base", lambda *_: Start().path)
+    monkeypatch.setitem(SIZES, "quick", replace(TINY, scope=replace(SCOPE, prompts=0)))
+    monkeypatch.setattr("qtarget.benchmarks.real.instructions.check_ready", lambda data: None)
+    monkeypatch.setattr(bench, "check_ready", lambda data: None)
+    monkeypatch.setattr(bench, "checker_versions", dict)
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, shlex.split(f"bench noise --base smollm2 --quick --tasks gsm8k --data {gsm8k}"))
+    assert said.exit_code == 0, said.output
+    found = json.loads((tmp_path / "runs/noise.json").read_text())
+    (cell,) = found["cells"]
+    assert cell["kind"] == "marked_wrong" and cell["runs"]["sft, marks left out"][0]["noise_share"] == 0
+    assert "40 % marked wrong" in said.output and found["config"]["scope"]["dtype"] == "bfloat16"
+
+
+def test_a_model_in_bfloat16_trains_adapters_in_float32(tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        with quiet_libraries():
+            worker = RealWorker(Setting("embedded", None, tmp_path, 1, Start()), replace(SCOPE, dtype=dtype))
+            model = worker.base(BASE)
+        trained = {str(weight.dtype) for weight in model.parameters() if weight.requires_grad}
+        frozen = {str(weight.dtype) for weight in model.parameters() if not weight.requires_grad}
+        assert trained == {"torch.float32"} and frozen == {f"torch.{dtype}"}
+        material = worker.material(Cell(BASE, "random_tokens", 0.0), 0)
+        assert all(known.log_probs.dtype == torch.float32 for known in material.known)  # pyright: ignore[reportOptionalMemberAccess]
+        found[dtype] = mean_nll(model, material.rows[:10])
+    assert found["bfloat16"] != found["float32"] and found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
+    with pytest.raises(ConfigError, match="all weights train in float32"):
+        replace(SCOPE, dtype="bfloat16", rank=0)
+
+
 def test_what_cannot_be_shown_is_refused(written):
     check_tasks("dolly", written)
-    with pytest.raises(ConfigError, match="expected embedded, scan, dolly, alpaca"):
+    with pytest.raises(ConfigError, match="expected embedded, scan, dolly, alpaca, gsm8k"):
         check_tasks("listops", written)
     with pytest.raises(ConfigError, match="name it with --data"):
         check_tasks("dolly", None)

@@ -31,6 +31,8 @@ KINDS = (*NOISE_KINDS, "cue", "minority")
 CHECKPOINTS = 5
 """How often early stopping looks."""
 NEW_TOKENS = 30
+VALIDATION_DRAW = 1_000_003
+"""Added to a seed: a draw of noise that no training run of that seed has."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,12 @@ class NoiseWorker:
             "reliability": round(float(reliability.mean()), 4),
         }
 
+    def noisy(self, rows: list[Row], cell: Cell, seed: int) -> list[Row]:
+        """The rows with the cell's noise, marked."""
+        return noisy_rows(rows, cell, seed, self.tokenizer)
+
     def _material(self, cell: Cell, seed: int) -> Material:
-        rows = noisy_rows(self.task.train, cell, seed, self.tokenizer)
+        rows = self.noisy(self.task.train, cell, seed)
         encoded = encode(self.tokenizer, rows)
         return Material(encoded, known_of(self.base(cell.base), encoded))
 
@@ -179,8 +185,7 @@ class NoiseWorker:
 
     def validation(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
         """Noisy rows, judged by what they themselves state: all that somebody without clean rows can measure."""
-        # a draw of noise that no training run of this seed has
-        rows = stated_answers(noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer))
+        rows = stated_answers(self.noisy(self.task.validation, cell, seed + VALIDATION_DRAW))
         return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
 
     def test(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from qtarget.benchmarks.noise.bench import RANDOM, NoiseConfig, cell_results, tu
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import Progress, RunLog, Workers, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.demonstrations import WRITTEN, files_of
+from qtarget.benchmarks.real.demonstrations import MARKED, SOLVED, SOLVED_ROWS, WRITTEN, files_of
 from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
@@ -46,6 +46,8 @@ SHORT = replace(
 """An hour's run: five contenders, three points, one seed, nothing tuned."""
 POINTS_OF_WRITTEN = (Cell(BASE, RANDOM, 0.4), Cell(BASE, "other_response", 0.4), Cell(BASE, RANDOM, 0.0))
 """Of demonstrations whose answers no program checks: none of them can be made wrong by one."""
+POINTS_OF_SOLVED = (Cell(BASE, MARKED, 0.4), Cell(BASE, MARKED, 0.0))
+"""Of GSM8K, whose wrong solutions are marked by the data."""
 QUICK = replace(SHORT, cells=(Cell(BASE, WRONG, 0.4),), names=("sft", "sft, marks left out", "consensus"), steps=12)
 
 
@@ -72,8 +74,11 @@ class RealConfig:
         """The same on other demonstrations; written ones stand in chat form, at as many points of their own."""
         noise, scope = replace(self.noise, tasks=tasks), replace(self.scope, tasks=tasks)
         if tasks in WRITTEN:
-            noise = replace(noise, cells=POINTS_OF_WRITTEN[: len(noise.cells)])
+            points = POINTS_OF_SOLVED if tasks == SOLVED else POINTS_OF_WRITTEN
+            noise = replace(noise, cells=points[: len(noise.cells)])
             scope = replace(scope, form="chat")
+        if tasks == SOLVED:
+            scope = replace(scope, train_rows=min(scope.train_rows, SOLVED_ROWS))
         return replace(self, noise=noise, scope=scope)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,8 @@
-"""What the real model is shown: the embedded skills or SCAN, whose answers a program checks, or what people and models wrote."""
+"""What the real model is shown: the embedded skills or SCAN, whose answers a program checks, or what people and models wrote.
+
+What was written has no answer that a program completes. Its noise is put in by us, but for GSM8K: models solved its questions,
+and the data marks who was wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,37 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from qtarget.benchmarks.marked_data import load_gsm8k_solutions
 from qtarget.benchmarks.real.instructions import FILE
 from qtarget.benchmarks.tasks import VALIDATION_ROWS, Row, TaskSet, embedded_tasks, scan_tasks
 from qtarget.core.errors import ConfigError, DataError
 from qtarget.data import tasks
 from qtarget.data.noise import NOISE_KINDS
 
-WRITTEN = {"dolly": "dolly_3k/dolly_3k.json.gz", "alpaca": "alpaca_9k/random_9k.json.gz"}
-"""Instructions with answers in words: by people, and by text-davinci-003."""
+WRITTEN = {
+    "dolly": "dolly_3k/dolly_3k.json.gz",
+    "alpaca": "alpaca_9k/random_9k.json.gz",
+    "gsm8k": "gsm8k/model_solutions.jsonl.gz",
+}
+"""Instructions with answers in words: by people, by text-davinci-003, and solutions of GPT-3 models."""
+SOLVED, MARKED = "gsm8k", "marked_wrong"
+"""The demonstrations that have marks of their own, and the one kind of noise that these have: solutions that are wrong."""
+WORKED = "gsm8k/train.jsonl.gz"
+"""Other questions of the same kind, solved by people."""
 CHECKED = ("embedded", "scan")
 SCAN = "compositional/scan_simple_train.txt.gz"
 ELSEWHERE = ("text_corpora/wikitext2_valid.txt.gz", WRITTEN["dolly"])
 """What a model should not forget: running text, and what people answered."""
 LONGEST_ANSWER = 160
 """Characters of a written answer, for memory's sake; a question may be twice that."""
+LONGEST_SOLUTION, SOLVED_ROWS = 300, 480
+"""Characters of a solution, and for how many rows there are questions that some model solved rightly."""
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
     """Kinds of noise that these demonstrations can have: written answers state none that could be made wrong."""
+    if name == SOLVED:
+        return (MARKED,)
     return tuple(
         kind for kind in NOISE_KINDS if name not in WRITTEN or kind not in ("wrong_answer", "contradictory_duplicate")
     )
@@ -36,6 +53,7 @@ def kinds_of(name: str) -> tuple[str, ...]:
 def files_of(name: str) -> list[str]:
     """What is read below the folder of real data, by name."""
     shown = [SCAN] if name == "scan" else [WRITTEN[name]] if name in WRITTEN else []
+    shown += [WORKED] if name == SOLVED else []
     return list(dict.fromkeys([*shown, *ELSEWHERE, str(FILE)]))
 
 
@@ -70,7 +88,8 @@ def shown_tasks(
     """
     if name in WRITTEN:
         assert data is not None, "check_tasks"
-        return written_tasks(name, data, train_rows, test_rows, tokenizer)
+        of = solved_tasks if name == SOLVED else written_tasks
+        return of(name, data, train_rows, test_rows, tokenizer)
     task = embedded_tasks(train_rows) if name == "embedded" else scan_tasks(data or Path(), train_rows)
 
     def formed(rows: Sequence[Row]) -> list[Row]:
@@ -93,10 +112,66 @@ def written_tasks(name: str, data: Path, train_rows: int, test_rows: int, tokeni
         raise ConfigError(f"{name} has {len(found):,} short answers and {count:,} are asked for; ask for fewer rows")
     drawn = [answered(row, tokenizer) for row in Random(0).sample(found, count)]
     train, validation = drawn[:train_rows], drawn[train_rows : train_rows + VALIDATION_ROWS]
+    return _unchecked(name, train, validation, drawn[train_rows + VALIDATION_ROWS :])
+
+
+def _unchecked(name: str, train: list[Row], validation: list[Row], test: list[Row]) -> TaskSet:
     return TaskSet(
-        name=name, train=train, validation=validation, test=drawn[train_rows + VALIDATION_ROWS :], kept=[], warmup=[],
+        name=name, train=train, validation=validation, test=test, kept=[], warmup=[],
         check=tasks.check, check_kept=tasks.check, pretraining=[], pretraining_steps=0,
     )  # fmt: skip
+
+
+def solved_tasks(name: str, data: Path, train_rows: int, test_rows: int, tokenizer: Any) -> TaskSet:
+    """Right solutions of GSM8K's questions by models, with a ``wrong`` one of the same question where some model wrote one.
+
+    Clean rows to test on are people's solutions of other questions, in the same form.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    solutions: dict[str, dict[bool, Row]] = {}
+    for row in load_gsm8k_solutions(data):
+        if _is_short(row["prompt"], row["completion"], LONGEST_SOLUTION):
+            solutions.setdefault(row["prompt"].strip(), {}).setdefault(row["is_noise"], row)
+    right = [
+        {
+            "instruction": question,
+            "output": of[False]["completion"],
+            "wrong": of[True]["completion"] if True in of else None,
+        }
+        for question, of in solutions.items()
+        if False in of
+    ]
+    worked = [json.loads(line) for line in unpacked(data / WORKED).splitlines()]
+    clean = [{"instruction": row["question"], "output": row["answer"].replace("####", "A:")} for row in worked]
+    clean = [row for row in clean if _is_short(row["instruction"], row["output"], LONGEST_SOLUTION)]
+    count = train_rows + VALIDATION_ROWS
+    if len(right) < count or len(clean) < test_rows:
+        raise ConfigError(
+            f"{name} has {len(right):,} short right solutions and {count:,} are asked for; ask for fewer rows"
+        )
+    drawn = [{**answered(row, tokenizer), "wrong": row["wrong"]} for row in Random(0).sample(right, count)]
+    test = [answered(row, tokenizer) for row in Random(0).sample(clean, test_rows)]
+    return _unchecked(name, drawn[:train_rows], drawn[train_rows:], test)
+
+
+def with_wrong_solutions(rows: Sequence[Row], rate: float, seed: int) -> list[Row]:
+    """This share of the rows with a wrong solution of the same question, marked whole.
+
+    Raises:
+        ConfigError: fewer questions have one.
+    """
+    wanted, able = round(rate * len(rows)), [i for i, row in enumerate(rows) if row["wrong"]]
+    if wanted > len(able):
+        raise ConfigError(f"{len(able)} of {len(rows)} questions have a wrong solution, and {rate:.0%} are asked for")
+    chosen = set(Random(f"{seed}-wrong").sample(able, wanted))
+    return [
+        {**row, "completion": row["wrong"], "noise_spans": [[0, len(row["wrong"]), MARKED]]}
+        if i in chosen
+        else {**row, "noise_spans": []}
+        for i, row in enumerate(rows)
+    ]
 
 
 def short_answers(path: Path) -> list[Row]:
@@ -107,10 +182,13 @@ def short_answers(path: Path) -> list[Row]:
     """
     found: dict[str, Row] = {}
     for row in json.loads(unpacked(path)):
-        is_short = len(row["instruction"]) <= 2 * LONGEST_ANSWER and 0 < len(row["output"].strip()) <= LONGEST_ANSWER
-        if is_short and not row["input"]:
+        if _is_short(row["instruction"], row["output"].strip()) and not row["input"]:
             found.setdefault(row["instruction"], row)
     return list(found.values())
+
+
+def _is_short(question: str, answer: str, longest: int = LONGEST_ANSWER) -> bool:
+    return len(question) <= 2 * longest and 0 < len(answer) <= longest
 
 
 def answered(row: Row, tokenizer: Any) -> Row:

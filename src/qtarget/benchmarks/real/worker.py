@@ -15,8 +15,17 @@ import torch
 
 from qtarget.benchmarks.finetune import Encoded, Recipe, completion_log_probs, encode, of_labels
 from qtarget.benchmarks.noise.crossfitting import Judged, crossfit_of
-from qtarget.benchmarks.noise.runs import Cell, Job, NoiseWorker, Setting, accuracy, noisy_rows
-from qtarget.benchmarks.real.demonstrations import ELSEWHERE, LONGEST_ANSWER, WRITTEN, as_turn, shown_tasks, unpacked
+from qtarget.benchmarks.noise.runs import VALIDATION_DRAW, Cell, Job, NoiseWorker, Setting, accuracy
+from qtarget.benchmarks.real.demonstrations import (
+    ELSEWHERE,
+    LONGEST_ANSWER,
+    MARKED,
+    WRITTEN,
+    as_turn,
+    shown_tasks,
+    unpacked,
+    with_wrong_solutions,
+)
 from qtarget.benchmarks.real.instructions import PROMPTS, instruction_following, instruction_rows, official_checks
 from qtarget.benchmarks.start import Start
 from qtarget.benchmarks.tasks import BATCH_SIZE, Row, teach
@@ -100,6 +109,10 @@ class RealWorker(NoiseWorker):
         """A new copy, with adapters that change nothing yet."""
         return with_adapters(self.setting.start.load(dtype=self.scope.dtype), self.scope.rank)
 
+    def noisy(self, rows: list[Row], cell: Cell, seed: int) -> list[Row]:
+        """The rows with the cell's noise, marked; the data's own wrong solutions where it has them."""
+        return with_wrong_solutions(rows, cell.rate, seed) if cell.kind == MARKED else super().noisy(rows, cell, seed)
+
     def _told(self, cell: Cell, seed: int, learning_rate: float) -> Judged:
         """What copies say that have not seen each row's prompt; other prompts would take six passes more."""
         recipe = Recipe(learning_rate, BATCH_SIZE, self.setting.steps, seed)
@@ -110,7 +123,7 @@ class RealWorker(NoiseWorker):
         """Noisy rows, by what they themselves state; of written answers, which state nothing to check, token by token."""
         if self.scope.tasks not in WRITTEN:
             return super().validation(model, cell, seed)
-        rows = noisy_rows(self.task.validation, cell, seed + 1_000_003, self.tokenizer)
+        rows = self.noisy(self.task.validation, cell, seed + VALIDATION_DRAW)
         return {"accuracy_percent": first_choice_percent(model, encode(self.tokenizer, rows))}
 
     def test(self, model: Any, cell: Cell, seed: int) -> dict[str, Any]:
