@@ -19,7 +19,7 @@ from qtarget.benchmarks.noise.bench import CELLS
 from qtarget.benchmarks.noise.methods import OTHERS
 from qtarget.benchmarks.noise.results import FILTERED, best_of, noise_figure, noise_table, share_table, words
 from qtarget.benchmarks.prior.results import CORRECTS, prior_figure, prior_table
-from qtarget.benchmarks.real.distill_results import real_distill_figure
+from qtarget.benchmarks.real.distill.results import real_distill_figure
 from qtarget.benchmarks.real.results import real_model_part
 from qtarget.benchmarks.tables import markdown_table
 

@@ -12,9 +12,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qtarget.benchmarks.pool import RunLog, Workers
-from qtarget.benchmarks.real import distill
-from qtarget.benchmarks.real.distill import CONTENDERS, DOLLY, HALF, QUICK, SIZES, SMALL, STORIES, run_real_distill
-from qtarget.benchmarks.real.distill_results import real_distill_figure, real_distill_table, summarize
+from qtarget.benchmarks.real.distill import bench, runs
+from qtarget.benchmarks.real.distill.bench import chosen_rates, run_real_distill
+from qtarget.benchmarks.real.distill.config import CONTENDERS, DOLLY, HALF, QUICK, SIZES, SMALL, STORIES
+from qtarget.benchmarks.real.distill.prepared import make_student, write_held_out
+from qtarget.benchmarks.real.distill.results import real_distill_figure, real_distill_table, summarize
+from qtarget.benchmarks.real.distill.runs import RealDistillWorker, measured
+from qtarget.benchmarks.real.distill.texts import real_rows
+from qtarget.benchmarks.real.instructions import FILE
 from qtarget.benchmarks.start import Start
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError, DataError
@@ -108,7 +113,7 @@ def test_each_contender_takes_its_own_rate_or_all_take_that_of_sft(tmp_path):
     for is_tuned, expected in ((True, 1e-3), (False, 3e-3)):
         config, log = replace(config, is_tuned=is_tuned), RunLog(tmp_path / f"{is_tuned}.jsonl", resume=False)
         with Workers(1, Fixed, table) as workers:
-            rates, tuned = distill.chosen_rates(config, HALF, DOLLY, workers, log, lambda _: None)
+            rates, tuned = chosen_rates(config, HALF, DOLLY, workers, log, lambda _: None)
         assert rates == {"sft": 3e-3, "top8_bucket": expected}
         assert tuned["sft"] == {"0.001": 3.0, "0.003": 2.5} and ("top8_bucket" in tuned) == is_tuned
         assert all(
@@ -120,14 +125,14 @@ def test_the_half_is_the_teachers_own_and_a_model_is_at_no_distance_from_itself(
     """KL and NLL against those of the models' own forward passes."""
     start = Start()
     config = replace(TINY, start=start)
-    distill.make_student(start, HALF, tmp_path / HALF)
-    distill.write_held_out(config, distill.real_rows(data, DOLLY, config), tmp_path / DOLLY)
-    worker = distill.RealDistillWorker(config, {}, tmp_path)
+    make_student(start, HALF, tmp_path / HALF)
+    write_held_out(config, real_rows(data, DOLLY, config), tmp_path / DOLLY)
+    worker = RealDistillWorker(config, {}, [], tmp_path)
     rows, states, head = worker.held_out(DOLLY, "test")
     teacher = start.load().eval()
     student = AutoModelForCausalLM.from_pretrained(tmp_path / HALF, dtype=torch.float32).eval()
     assert student.config.num_hidden_layers == teacher.config.num_hidden_layers // 2
-    same, apart = distill.measured(teacher, rows, states, head), distill.measured(student, rows, states, head)
+    same, apart = measured(teacher, rows, states, head), measured(student, rows, states, head)
     assert same["kl_to_teacher"] == pytest.approx([0] * 3, abs=1e-5) and same["nll"] == same["teacher_nll"]
     for index, row in enumerate(rows):
         ids = torch.tensor([row.prompt + row.completion])
@@ -156,7 +161,7 @@ def test_the_verdict_by_hand():
         "untrained": run([9.0, 7.0], [9.0, 9.0]),
     }  # fmt: skip
     results = {
-        "config": {"fractions": [0.4, 1.0], "train_rows": 10}, "points": [point],
+        "config": {"fractions": [0.4, 1.0], "train_rows": 10, "answer_tokens": 9}, "points": [point],
         "teacher": {"students": {HALF: 8e7}, DOLLY: {"caches": {"top8_bucket": {"bytes_per_token": 25.0}}}},
     }  # fmt: skip
     results["summary"] = summarize(results, {"sft": "", "top8_bucket": "top8_bucket"})
@@ -173,11 +178,53 @@ def test_the_verdict_by_hand():
     assert line in real_distill_table(results)
 
 
+def test_students_of_dolly_and_the_teacher_are_asked_to_follow_instructions(tmp_path, data, monkeypatch):
+    asked = [{"key": 1, "instruction_id_list": ["a"]}, {"key": 2, "instruction_id_list": ["b", "c"]}]
+    lines = "".join(json.dumps({**row, "prompt": "Say it.", "kwargs": []}) + "\n" for row in asked)
+    path = data / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(lines.encode()))
+    layers = []
+
+    def followed(model, tokenizer, rows, longest):
+        assert [row["key"] for row in rows] == [1, 2] and longest == 7
+        layers.append(model.config.num_hidden_layers)
+        one = [1, len(layers) % 3]  # of the second prompt: 1, 2, 0, 1 instructions
+        whole = [1, int(one[1] == 2)]
+        return {
+            "prompt_strict": whole,
+            "instruction_strict": one,
+            "prompt_loose": whole,
+            "instruction_loose": one,
+            "ended": [1, 0],
+        }
+
+    monkeypatch.setattr(runs, "instruction_following", followed)
+    monkeypatch.setattr(bench, "check_ready", lambda data: None)
+    config = replace(
+        TINY,
+        points=((HALF, DOLLY), (SMALL, STORIES)),
+        rates={HALF: (1e-3,), SMALL: (1e-3,)},
+        prompts=2,
+        answer_tokens=7,
+    )
+    found = run_real_distill(config, data, tmp_path / "d.json", resume=False, progress=lambda *said: None)
+    whole = Start().load().config.num_hidden_layers
+    assert layers == [whole // 2, whole, whole // 2, whole // 2]  # untrained, teacher, and two contenders
+    dolly, stories = found["points"]
+    assert max(dolly["teacher"]["kl_to_teacher"]) == pytest.approx(0, abs=1e-5)
+    assert "teacher" not in stories and not any("instructions" in run for run in stories["runs"].values())
+    table = real_distill_table(found)
+    assert table.count("IFEval") == 1 and "2 prompts, answers cut at 7 tokens" in table
+    assert "| *teacher* |  | 100.0 (100..100) | 100.0 (100..100) |" in table  # both prompts, all three instructions
+    assert len(found["points"]) == 2 and config.runs() == 4 + 3
+
+
 def test_the_full_setting_has_what_its_page_names():
     full, short = SIZES["full"], SIZES["short"]
     assert set(full.contenders) == set(CONTENDERS) >= {"sft", "top8_spread", "top64_bucket", "draws50", "hybrid_top64"}
     assert len(full.points) == 4 and all(len(grid) == 3 for grid in full.rates.values())
-    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) and short.runs() == 2 * (1 + 3 * 3 + 2)
+    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) + 2 and short.runs() == 2 * (1 + 3 * 3 + 2)
     assert 0.4 in full.fractions and 0.4 in short.fractions
     assert len({job.key for point in full.points for job in full.tuning_jobs(*point)}) == 4 * 21
 

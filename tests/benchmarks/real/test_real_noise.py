@@ -21,7 +21,7 @@ from qtarget.benchmarks.pool import quiet_libraries
 from qtarget.benchmarks.real import bench, instructions, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
 from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, kinds_of, short_answers, written_tasks
-from qtarget.benchmarks.real.distill_results import real_distill_table
+from qtarget.benchmarks.real.distill.results import real_distill_table
 from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
 from qtarget.benchmarks.real.worker import RealWorker, Scope, mean_nll
 from qtarget.benchmarks.start import Start

@@ -40,7 +40,9 @@ class RealDemoConfig(DemoConfig):
     methods: tuple[str, ...] = tuple(SAME)
     steps: int = 400 // BATCH_SIZE
     folder: str | None = None
-    scope: Scope = field(default_factory=lambda: Scope("instruction", train_rows=400, test_rows=60, texts=0))
+    scope: Scope = field(
+        default_factory=lambda: Scope("instruction", train_rows=400, test_rows=60, texts=0, dtype="bfloat16")
+    )
     taught_steps: int = 25
 
     regimes: ClassVar[Mapping[str, str]] = {
@@ -68,7 +70,7 @@ class RealDemoWorker(RealWorker):
     def base(self, name: str) -> Any:
         """A new copy, with adapters that change nothing yet."""
         folder = self.setting.bases / TAUGHT if name == "most" else None
-        return with_adapters(self.setting.start.load(folder), self.scope.rank)
+        return with_adapters(self.setting.start.load(folder, self.scope.dtype), self.scope.rank)
 
 
 def quick(config: RealDemoConfig) -> RealDemoConfig:

@@ -8,8 +8,8 @@ from typing import Any
 
 from qtarget.benchmarks.noise.results import BASELINE, ORACLES, words
 from qtarget.benchmarks.real.demonstrations import WRITTEN
-from qtarget.benchmarks.real.distill_results import real_distill_table
-from qtarget.benchmarks.real.instructions import MEASURES, share_percent
+from qtarget.benchmarks.real.distill.results import real_distill_table
+from qtarget.benchmarks.real.following import HEADS, ended_cell, followed_cells, gained_cell
 from qtarget.benchmarks.tables import markdown_table, with_ends
 
 COLUMNS = {
@@ -20,9 +20,6 @@ COLUMNS = {
 }
 """Beside what was completed; those that were not measured are left out."""
 NOT_MEASURED = "Not measured without `--data`: forgetting, and instruction following (IFEval).\n"
-WHOLE = "prompt_strict"
-"""What contenders are compared by: all instructions of a prompt."""
-HEADS = [name.replace("_", ", ") for name in MEASURES]
 
 
 def real_table(results: Mapping[str, Any]) -> str:
@@ -55,16 +52,16 @@ def instruction_table(results: Mapping[str, Any], cell: Mapping[str, Any]) -> st
     asked = results["instructions"]["asked"]
     first, *_ = results["untrained"].values()
     before = [first["instructions"]]
-    lines = [["*untrained*", *_followed(before, asked), "", "", _ended(before)]]
+    lines = [["*untrained*", *followed_cells(before, asked), "", "", ended_cell(before)]]
     for name, runs in cell["runs"].items():
         found = _asked(runs)
         beside = _asked(cell["runs"].get(BASELINE, []))
         lines.append([
             f"*{name}*" if name in ORACLES else name,
-            *_followed(found, asked),
-            _gained(found, before * len(found)),
-            "" if name == BASELINE or not beside else _gained(found, beside),
-            _ended(found),
+            *followed_cells(found, asked),
+            gained_cell(found, before * len(found)),
+            "" if name == BASELINE or not beside else gained_cell(found, beside),
+            ended_cell(found),
         ])  # fmt: skip
     count, longest = len(asked), results["instructions"]["answer_tokens"]
     said = f"Instructions that a program can check (IFEval), asked after the first seed's run: {count} prompts, "
@@ -75,29 +72,15 @@ def instruction_table(results: Mapping[str, Any], cell: Mapping[str, Any]) -> st
 def untrained_table(results: Mapping[str, Any]) -> str:
     """Instruction following of the untrained model on all prompts, a line a length of answer."""
     lines = [
-        [length, *_followed([found], results["asked"]), _ended([found])] for length, found in results["lengths"].items()
+        [length, *followed_cells([found], results["asked"]), ended_cell([found])]
+        for length, found in results["lengths"].items()
     ]
     return markdown_table(["answers cut at (tokens)", *HEADS, "ended"], lines)
-
-
-def _followed(runs: Sequence[Mapping[str, Any]], asked: Sequence[int]) -> list[str]:
-    """A cell a measure."""
-    found = ((name, [run[name] for run in runs]) for name in MEASURES)
-    return [with_ends(share_percent(counts, [1] * len(asked) if "prompt" in name else asked)) for name, counts in found]
-
-
-def _gained(runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> str:
-    counts, before = ([run[WHOLE] for run in some] for some in (runs, baseline))
-    return with_ends(share_percent(counts, [1] * len(counts[0]), before), "+.1f", "+.0f")
 
 
 def _asked(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Of the runs that were asked to follow instructions, what they followed."""
     return [run["instructions"] for run in runs if "instructions" in run]
-
-
-def _ended(runs: Sequence[Mapping[str, Any]]) -> str:
-    return f"{100 * fmean(fmean(run['ended']) for run in runs):.0f}"
 
 
 def measured(results: Mapping[str, Any]) -> str:

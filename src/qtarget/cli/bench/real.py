@@ -120,8 +120,9 @@ def real_distill(
 ) -> None:
     """``bench distill`` with the real model as teacher; arguments as for ``real_noise``."""
     from qtarget.benchmarks.figure import save_figure
-    from qtarget.benchmarks.real.distill import run_real_distill, sized
-    from qtarget.benchmarks.real.distill_results import real_distill_figure, real_distill_table
+    from qtarget.benchmarks.real.distill.bench import run_real_distill
+    from qtarget.benchmarks.real.distill.config import sized
+    from qtarget.benchmarks.real.distill.results import real_distill_figure, real_distill_table
     from qtarget.benchmarks.start import Start
 
     config = sized(size, Start(str(real_base(base, output, resume))), workers)

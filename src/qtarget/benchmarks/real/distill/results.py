@@ -11,6 +11,8 @@ import numpy as np
 from qtarget.benchmarks.distill.results import DATA_GOAL, compared, draw_curves
 from qtarget.benchmarks.distill.runs import BASELINE
 from qtarget.benchmarks.figure import BASELINE_COLOUR, REST_COLOUR
+from qtarget.benchmarks.real.distill.config import TEACHER, UNTRAINED
+from qtarget.benchmarks.real.following import HEADS, ended_cell, followed_cells, gained_cell
 from qtarget.benchmarks.tables import markdown_table, rounded_interval, with_ends
 
 if TYPE_CHECKING:
@@ -109,7 +111,25 @@ def real_distill_table(results: Mapping[str, Any]) -> str:
             f"(the teacher's NLL: {point['teacher_nll']:.2f})"
         )
         parts.append(f"{title}\n\n{markdown_table(head, lines)}")
+    parts += [following_table(results, point) for point in results["points"] if "instructions" in point["untrained"]]
     return "\n".join(parts)
+
+
+def following_table(results: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """What students of one point follow of the instructions that a program can check, and the teacher, in percent."""
+    asked, sft = results["asked"], point["runs"][f"{BASELINE}|{max(results['config']['fractions']):g}"]
+    lines = []
+    for name, run in {**{name: point[name] for name in (TEACHER, UNTRAINED)}, **point["runs"]}.items():
+        method, _, fraction = name.partition("|")
+        found = [run["instructions"]]
+        told = "" if run is sft else gained_cell(found, [sft["instructions"]])
+        lines.append(
+            [method if fraction else f"*{method}*", fraction, *followed_cells(found, asked), told, ended_cell(found)]
+        )
+    head = ["contender", "of the rows", *HEADS, f"{HEADS[0]}, to sft on all", "ended"]
+    cut = results["config"]["answer_tokens"]
+    said = f"{point['student']} student, {point['text']}: instructions that a program can check (IFEval)"
+    return f"{said}, {len(asked)} prompts, answers cut at {cut} tokens\n\n{markdown_table(head, lines)}"
 
 
 def line_of(name: str, row: Mapping[str, Any]) -> list[str]:
