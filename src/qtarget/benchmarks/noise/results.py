@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BASELINE, OURS = "sft", "consensus"
 COLOURS = {
     BASELINE: BASELINE_COLOUR, OURS: TARGET_COLOUR, "target_sft": "#2f855a", "dft": "#805ad5", "prior_surprise": "#c53030",
-    "sft_kl": "#b7791f",
+    "sft_kl": "#b7791f", "crossfit_consensus": "#0e7490",
 }  # fmt: skip
 CAPTION = (
     "Points: mean over seeds of clean test prompts answered exactly; lines: 95 % percentile bootstrap over seeds (a little "

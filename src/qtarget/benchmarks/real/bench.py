@@ -20,7 +20,6 @@ from qtarget.benchmarks.real.demonstrations import MARKED, SOLVED, SOLVED_ROWS, 
 from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
-from qtarget.core.errors import ConfigError
 from qtarget.storage.files import digest_file
 
 BASE = "smollm2"
@@ -70,6 +69,11 @@ class RealConfig:
         noise = replace(self.noise, start=start, data=None if data is None else str(data), workers=workers)
         return replace(self, noise=noise)
 
+    def with_part(self, part: Callable[[NoiseConfig], NoiseConfig]) -> RealConfig:
+        """The same with other points, methods, seeds or rates; who names several rates wants them tuned, whatever the size."""
+        noise = part(self.noise)
+        return replace(self, noise=noise, is_tuned=self.is_tuned or len(noise.learning_rates) > 1)
+
     def with_tasks(self, tasks: str) -> RealConfig:
         """The same on other demonstrations; written ones stand in chat form, at as many points of their own."""
         noise, scope = replace(self.noise, tasks=tasks), replace(self.scope, tasks=tasks)
@@ -80,12 +84,6 @@ class RealConfig:
         if tasks == SOLVED:
             scope = replace(scope, train_rows=min(scope.train_rows, SOLVED_ROWS))
         return replace(self, noise=noise, scope=scope)
-
-    def __post_init__(self) -> None:
-        if not self.is_tuned and len(self.noise.learning_rates) > 1:
-            raise ConfigError(
-                "this size tunes nothing, so it takes one --rate; without --quick and --short they are tuned"
-            )
 
     def runs(self) -> int:
         """How many there are in all."""

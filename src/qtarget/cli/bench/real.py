@@ -166,7 +166,8 @@ def real_noise(
     check_ready(data)
     check_tasks(tasks, data)
     config = SIZES[size].with_tasks(tasks)
-    config = replace(config, noise=part(config.noise), scope=replace(config.scope, dtype=dtype))
+    config = config.with_part(part)
+    config = replace(config, scope=replace(config.scope, dtype=dtype))
     folder = real_base(base, output, resume)
     config = config.with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
