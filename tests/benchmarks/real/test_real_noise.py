@@ -209,6 +209,15 @@ def test_a_model_in_bfloat16_trains_adapters_in_float32(tmp_path):
         replace(SCOPE, dtype="bfloat16", rank=0)
 
 
+def test_several_rates_are_tuned_whatever_the_size():
+    short = SIZES["short"]
+    one, two = (
+        short.with_part(lambda noise, r=rates: replace(noise, learning_rates=r)) for rates in ((2e-3,), (1e-3, 2e-3))
+    )
+    assert not one.is_tuned and two.is_tuned and one.runs() == short.runs() < two.runs()
+    assert SIZES["full"].with_part(lambda noise: replace(noise, learning_rates=(1e-3,))).is_tuned
+
+
 def test_what_cannot_be_shown_is_refused(written):
     check_tasks("dolly", written)
     with pytest.raises(ConfigError, match="expected embedded, scan, dolly, alpaca, gsm8k"):
@@ -216,8 +225,6 @@ def test_what_cannot_be_shown_is_refused(written):
     with pytest.raises(ConfigError, match="name it with --data"):
         check_tasks("dolly", None)
     assert "wrong_answer" in kinds_of("scan") and not {"wrong_answer", "cue", "minority"} & set(kinds_of("dolly"))
-    with pytest.raises(ConfigError, match="it takes one --rate"):
-        replace(TINY, noise=replace(TINY.noise, learning_rates=(1e-3, 2e-3)))
     with pytest.raises(DataError, match=r"alpaca_9k.random_9k.json.gz is missing"):
         check_tasks("alpaca", written)
     with pytest.raises(ConfigError, match="200 short answers and 1,148 are asked for"):
