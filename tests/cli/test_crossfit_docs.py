@@ -31,6 +31,33 @@ def called(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+LABELS = {
+    "sft, marks left out": ("*oracle: marks left out*", "*oracle: marked tokens left out*"),
+    "sft, marked rows left out": ("*oracle: marked rows left out*",),
+    "sft, filtered rows": ("sft, filtered rows", "sft, filtered rows (tuned)", "sft, filtered rows (0.7 kept, tuned)"),
+}
+EQUAL = {name: (f"{name}, 187 steps more",) for name in ("sft", "sft, filtered rows")}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("noise_crossfit", LABELS), ("noise_cogs_tuned", LABELS), ("noise_listops_tuned", LABELS), ("noise_equal", EQUAL)],
+)
+def test_the_tables_of_tuned_points_say_what_was_measured(name, labels):
+    """Every mean and range of the raw file stands in a line of its contender."""
+    lines = [
+        [cell.strip() for cell in line.strip("| \n").split(" | ")] for line in PAGE.splitlines() if line[:1] == "|"
+    ]
+    cells = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["cells"]
+    assert cells
+    for cell in cells:
+        for method, runs in cell["runs"].items():
+            found = [run["accuracy_percent"] for run in runs]
+            said = f"{sum(found) / len(found):.1f} ({min(found):.1f} .. {max(found):.1f})"
+            places = [line for line in lines if line[0] in labels.get(method, (method,)) and said in line]
+            assert places, (cell["kind"], cell["rate"], method, said)
+
+
 @pytest.mark.nightly
 def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkeypatch, capsys):
     workspace()  # writes rows.jsonl
