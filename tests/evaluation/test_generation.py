@@ -74,6 +74,20 @@ def test_the_models_own_penalties_do_not_count_and_its_modes_are_kept(embedded):
         model.eval()
 
 
+def test_the_head_is_not_copied_for_every_prompt(embedded):
+    """torch 2.13 multiplies a slice by an expanded copy of the weight, one a prompt: the head gets whole tensors."""
+    model, tokenizer = embedded
+    head, seen = model.get_output_embeddings(), []
+    own = head.register_forward_hook(lambda _, given, said: seen.append((given[0].is_contiguous(), given[0].shape[1])))
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in load_demonstrations("test")[:3]]
+    complete(model, tokenizer, prompts, max_new_tokens=2, stops=[])
+    own.remove()
+    assert seen[0] == (True, 1) and all(
+        is_whole for is_whole, _ in seen
+    )  # the first is the prompt's last position alone
+    assert not head._forward_pre_hooks
+
+
 def test_draws_follow_the_models_distribution_and_are_repeatable(embedded):
     model, tokenizer = embedded
     ids = [prompt_ids(tokenizer, "The ")]

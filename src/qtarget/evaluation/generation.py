@@ -207,13 +207,15 @@ def answering(model: Any, chosen: Any) -> Iterator[None]:
     alone, a slice for which torch 2.13 on a CPU copies the head once for every prompt of the batch.
     """
     was_training, own = model.training, model.generation_config
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    head = model.get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
     model.eval()
     model.generation_config = chosen
     try:
         yield
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
         model.train(was_training)
         model.generation_config = own
 
