@@ -205,8 +205,10 @@ def test_a_model_in_bfloat16_trains_adapters_in_float32(tmp_path):
         assert all(known.log_probs.dtype == torch.float32 for known in material.known)  # pyright: ignore[reportOptionalMemberAccess]
         found[dtype] = mean_nll(model, material.rows[:10])
     assert found["bfloat16"] != found["float32"] and found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
-    with pytest.raises(ConfigError, match="all weights train in float32"):
+    with pytest.raises(ConfigError, match="rank 0 trains all weights"):
         replace(SCOPE, dtype="bfloat16", rank=0)
+    with pytest.raises(ConfigError, match="'half' is unknown; expected float32 or bfloat16"):
+        replace(SCOPE, dtype="half")
 
 
 def test_several_rates_are_tuned_whatever_the_size():

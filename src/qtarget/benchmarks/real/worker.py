@@ -66,10 +66,10 @@ class Scope:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES or (self.dtype != "float32" and not self.rank):
-            raise ConfigError(
-                f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}; all weights train in float32"
-            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; expected {' or '.join(DTYPES)}")
+        if self.dtype != "float32" and not self.rank:
+            raise ConfigError(f"rank 0 trains all weights, which {self.dtype} is too coarse for; say dtype float32")
 
 
 class RealWorker(NoiseWorker):
