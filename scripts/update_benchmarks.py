@@ -44,7 +44,15 @@ def page() -> str:
     real = [real_part(results("noise_scan"), SCAN), real_part(results("noise_math"), MATH)]
     marked = marked_part(results("real_noise"))
     distill = [distill_part(results("distill")), long_part(results("distill_long"))]
-    there = real_model_part(*(results(f"{name}_smollm2") for name in ("noise", "marked", "prior", "distill")))
+    names = (
+        "noise_smollm2_tuned",
+        "noise_smollm2",
+        "noise_gsm8k",
+        "marked_smollm2",
+        "prior_smollm2",
+        "distill_smollm2",
+    )
+    there = real_model_part(*map(results, names))
     return "\n".join(
         [
             HEAD,

@@ -22,7 +22,7 @@ from qtarget.benchmarks.real import bench, instructions, model
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
 from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, kinds_of, short_answers, written_tasks
 from qtarget.benchmarks.real.distill.results import real_distill_table
-from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table
+from qtarget.benchmarks.real.results import marked_table, real_table, repaired_table, short_table
 from qtarget.benchmarks.real.worker import RealWorker, Scope, mean_nll
 from qtarget.benchmarks.start import Start
 from qtarget.cli.app import app
@@ -190,6 +190,10 @@ def test_gsm8k_runs_from_the_command_line(gsm8k, tmp_path, monkeypatch):
     (cell,) = found["cells"]
     assert cell["kind"] == "marked_wrong" and cell["runs"]["sft, marks left out"][0]["noise_share"] == 0
     assert "40 % marked wrong" in said.output and found["config"]["scope"]["dtype"] == "bfloat16"
+    head, _, untrained, sft, *_ = short_table(found).splitlines()
+    assert head == "| first choice, % | 40 % marked wrong | NLL, 40 % marked wrong |"
+    assert sft == f"| sft | {cell['runs']['sft'][0]['accuracy_percent']:.1f} | {cell['runs']['sft'][0]['nll']:.3f} |"
+    assert untrained.startswith("| *untrained* |") and "|  |" not in untrained
 
 
 def test_a_model_in_bfloat16_trains_adapters_in_float32(tmp_path):

@@ -89,15 +89,23 @@ def measured(results: Mapping[str, Any]) -> str:
 
 
 def short_table(results: Mapping[str, Any]) -> str:
-    """What each contender completed, a column a point of the map."""
-    cells = results["summary"]["cells"]
+    """What each contender completed, a column a point of the map; of written answers their NLL, too."""
+    cells, told = results["cells"], results["summary"]["cells"]
+    with_nll = results["config"]["tasks"] in WRITTEN
     first, *_ = results["untrained"].values()
     lines = [["*untrained*", *(f"{first['accuracy_percent']:.1f}" for _ in cells)]]
-    for name in dict.fromkeys(name for cell in cells for name in cell["methods"]):
-        found = [cell["methods"].get(name) for cell in cells]
-        shown = ["" if row is None else f"{row['accuracy_percent']['mean']:.1f}" for row in found]
-        lines.append([f"*{name}*" if name in ORACLES else name, *shown])
-    return markdown_table([f"{measured(results)}, %", *(words(cell) for cell in results["cells"])], lines)
+    if with_nll:
+        lines[0] += [f"{first['nll']:.3f}" for _ in cells]
+    for name in dict.fromkeys(name for cell in cells for name in cell["runs"]):
+        line = [f"*{name}*" if name in ORACLES else name]
+        for cell, summary in zip(cells, told, strict=True):
+            runs = cell["runs"].get(name, [])
+            line.append(_percent(summary["methods"][name]["accuracy_percent"], len(runs)) if runs else "")
+        if with_nll:
+            line += [_number(_mean(cell["runs"].get(name, []), "nll")) for cell in cells]
+        lines.append(line)
+    head = [f"{measured(results)}, %", *map(words, cells)]
+    return markdown_table([*head, *(f"NLL, {words(cell)}" for cell in cells)] if with_nll else head, lines)
 
 
 def marked_table(results: Mapping[str, Any]) -> str:
@@ -137,15 +145,20 @@ parameters that were trained here.
 
 
 def real_model_part(
+    tuned: Mapping[str, Any] | None,
     noise: Mapping[str, Any] | None,
+    solved: Mapping[str, Any] | None,
     marked: Mapping[str, Any] | None,
     prior: Mapping[str, Any] | None,
     distill: Mapping[str, Any] | None,
 ) -> str:
     """What was measured on the real model; what was not is said."""
     parts = [REAL_MODEL]
+    bench = "qtarget bench noise --base smollm2 --short --data ../shared/data"
     for title, found, table, how in (
-        ("Noise", noise, short_table, "qtarget bench noise --base smollm2 --short --data ../shared/data"),
+        ("Noise, each contender tuned", tuned, short_table, f"{bench} --rate 0.001 --rate 0.002 --seeds 3"),
+        ("Noise, nothing tuned, computed in float32", noise, short_table, f"{bench} --dtype float32"),
+        ("Wrong solutions of GSM8K", solved, short_table, f"{bench} --tasks gsm8k"),
         ("Which rows are wrong", marked, marked_table, "python scripts/measure_marked_rows.py --base runs/smollm2"),
         ("A flawed prior", prior, repaired_table, "qtarget bench prior --base smollm2 --short"),
         (
