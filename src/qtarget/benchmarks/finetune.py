@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from qtarget.core.errors import ConfigError
 from qtarget.core.shapes import Float, Int, Tensor
 from qtarget.core.types import Reference, Target
 from qtarget.data.noise import noise_token_mask
+from qtarget.loss.head import bfloat16_operands
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ def completion_log_probs(
 ) -> list[Float[Tensor, "completion vocab"]]:
     """The model's whole log-softmax at every completion token, row by row, nats."""
     out: list[Tensor] = []
+    # float32 logits whatever the model's dtype, as the loss has them
+    head, is_narrow = model.lm_head.weight.float(), model.dtype == torch.bfloat16
     for start in range(0, len(rows), batch_size):
         ids, labels = (tensor.to(model.device) for tensor in collate(rows[start : start + batch_size]))
-        hidden = hidden_states(model, ids)
-        log_probs = (hidden[labels >= 0] @ model.lm_head.weight.T).float().log_softmax(-1)
+        hidden = hidden_states(model, ids)[labels >= 0].float()
+        with bfloat16_operands() if is_narrow else nullcontext():
+            log_probs = (hidden @ head.T).log_softmax(-1)
         out += log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
     return out
 

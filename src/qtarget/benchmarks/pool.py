@@ -91,6 +91,8 @@ def check_settings(output: Path, resume: bool, settings: Mapping[str, Any]) -> N
         {"start": asdict(Start()), "equal_compute": False} | json.loads(output.read_text())["config"],
         json.loads(json.dumps(settings)),
     )
+    if "scope" in then:  # a file that names no dtype is of float32
+        then["scope"] = {"dtype": "float32"} | then["scope"]
     if differing := [f"{n} was {then.get(n)}, is {value}" for n, value in now.items() if then.get(n) != value]:
         raise ConfigError(f"--resume {output}: {'; '.join(differing)}; choose another --output")
 

@@ -224,7 +224,7 @@ def test_the_full_setting_has_what_its_page_names():
     full, short = SIZES["full"], SIZES["short"]
     assert set(full.contenders) == set(CONTENDERS) >= {"sft", "top8_spread", "top64_bucket", "draws50", "hybrid_top64"}
     assert len(full.points) == 4 and all(len(grid) == 3 for grid in full.rates.values())
-    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) + 2 and short.runs() == 2 * (1 + 3 * 3 + 2)
+    assert full.runs() == 4 * (1 + 7 * 3 + 7 * 3) + 1 and short.runs() == 2 * (1 + 3 * 3 + 2)
     assert 0.4 in full.fractions and 0.4 in short.fractions
     assert len({job.key for point in full.points for job in full.tuning_jobs(*point)}) == 4 * 21
 

@@ -16,9 +16,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from qtarget.benchmarks.finetune import encode
-from qtarget.benchmarks.noise.runs import Cell, Setting
+from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import quiet_libraries
 from qtarget.benchmarks.real import bench, instructions, model
+from qtarget.benchmarks.real import worker as worker_module
 from qtarget.benchmarks.real.bench import BASE, QUICK, SIZES, RealConfig, run_real
 from qtarget.benchmarks.real.demonstrations import check_tasks, in_chat, kinds_of, short_answers, written_tasks
 from qtarget.benchmarks.real.distill.results import real_distill_table
@@ -56,6 +57,10 @@ def test_every_contender_is_run_and_finished_runs_are_taken_again(tmp_path, monk
     )
     with pytest.raises(ConfigError, match="scope was"):
         run_real(replace(TINY, scope=replace(SCOPE, rank=8)), output, resume=True, progress=print)
+    older = json.loads(output.read_text())
+    del older["config"]["scope"]["dtype"]  # a file from before there was a choice
+    output.write_text(json.dumps(older))
+    assert run_real(TINY, output, resume=True, progress=print)["cells"] == first["cells"]
     monkeypatch.setattr(bench, "check_ready", lambda data: None)
     monkeypatch.setattr(bench, "files_of", lambda tasks: ["real.json"])
     with_data = replace(TINY, noise=replace(TINY.noise, data=str(tmp_path)))
@@ -119,7 +124,7 @@ def test_written_answers_are_judged_token_by_token(written, tmp_path):
     asked = [row["prompt"] for part in (worker.task.train, worker.task.validation, worker.task.test) for row in part]
     assert len(set(asked)) == len(asked) == 48 + 128 + 20
     plain, cell = worker.base(BASE), Cell(BASE, "other_response", 0.4)
-    said = worker.test(plain, cell, 0)
+    said = worker.test(plain, cell)
     assert set(said) == {"accuracy_percent", "nll", "wikitext_nll"}  # not dolly_nll: it is what was taught
     right, count = 0, 0
     for row in encode(worker.tokenizer, worker.task.test):
@@ -153,12 +158,12 @@ def gsm8k(written):
 
 def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
     config = TINY.with_tasks("gsm8k")
-    assert [cell.kind for cell in config.noise.cells] == ["marked_wrong"] and config.scope.form == "chat"
+    assert [cell.kind for cell in config.noise.cells] == ["wrong_solution"] and config.scope.form == "chat"
     assert SIZES["full"].with_tasks("gsm8k").scope.train_rows == 480
     with quiet_libraries():
         scope = replace(config.scope, train_rows=50, test_rows=20)
         worker = RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), scope)
-    clean, noisy = (worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", rate), 3) for rate in (0.0, 0.4))
+    clean, noisy = (worker.noisy(worker.task.train, Cell(BASE, "wrong_solution", rate), 3) for rate in (0.0, 0.4))
     assert [row["prompt"] for row in clean] == [row["prompt"] for row in noisy]  # the same questions
     wrong = [row for row in noisy if row["noise_spans"]]
     assert len(wrong) == 20 and not any(row["noise_spans"] for row in clean)
@@ -166,13 +171,13 @@ def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
         number = int(re.search(r"How much is (\d+)", row["prompt"]).group(1))  # pyright: ignore[reportOptionalMemberAccess]
         is_right = row["completion"].endswith(f"A: {2 * number + 1}")
         assert is_right != bool(row["noise_spans"])
-        assert is_right or row["noise_spans"] == [[0, len(row["completion"]), "marked_wrong"]]
-    other = worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", 0.4), 4)
+        assert is_right or row["noise_spans"] == [[0, len(row["completion"]), "wrong_solution"]]
+    other = worker.noisy(worker.task.train, Cell(BASE, "wrong_solution", 0.4), 4)
     assert [row["completion"] for row in other] != [row["completion"] for row in noisy]
     # people solved other questions, and end in the same way
     assert all(row["completion"].startswith("It is.\nA: ") for row in worker.task.test)
     with pytest.raises(ConfigError, match="questions have a wrong solution, and 100% are asked for"):
-        worker.noisy(worker.task.train, Cell(BASE, "marked_wrong", 1.0), 3)
+        worker.noisy(worker.task.train, Cell(BASE, "wrong_solution", 1.0), 3)
     with pytest.raises(ConfigError, match=r"gsm8k has 180 short right solutions and 628 are asked for; ask for fewer"):
         RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), replace(scope, train_rows=500))
 
@@ -188,10 +193,10 @@ def test_gsm8k_runs_from_the_command_line(gsm8k, tmp_path, monkeypatch):
     assert said.exit_code == 0, said.output
     found = json.loads((tmp_path / "runs/noise.json").read_text())
     (cell,) = found["cells"]
-    assert cell["kind"] == "marked_wrong" and cell["runs"]["sft, marks left out"][0]["noise_share"] == 0
-    assert "40 % marked wrong" in said.output and found["config"]["scope"]["dtype"] == "bfloat16"
+    assert cell["kind"] == "wrong_solution" and cell["runs"]["sft, marks left out"][0]["noise_share"] == 0
+    assert "40 % wrong solution" in said.output and found["config"]["scope"]["dtype"] == "bfloat16"
     head, _, untrained, sft, *_ = short_table(found).splitlines()
-    assert head == "| first choice, % | 40 % marked wrong | NLL, 40 % marked wrong |"
+    assert head == "| first choice, % | 40 % wrong solution | NLL, 40 % wrong solution |"
     assert sft == f"| sft | {cell['runs']['sft'][0]['accuracy_percent']:.1f} | {cell['runs']['sft'][0]['nll']:.3f} |"
     assert untrained.startswith("| *untrained* |") and "|  |" not in untrained
 
@@ -213,6 +218,25 @@ def test_a_model_in_bfloat16_trains_adapters_in_float32(tmp_path):
         replace(SCOPE, dtype="bfloat16", rank=0)
     with pytest.raises(ConfigError, match="'half' is unknown; expected float32 or bfloat16"):
         replace(SCOPE, dtype="half")
+
+
+def test_instructions_are_asked_after_the_first_seed_alone(gsm8k, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_module, "instruction_rows", lambda data, count: [{"key": 1}])
+    monkeypatch.setattr(worker_module, "official_checks", lambda: None)
+    monkeypatch.setattr(worker_module, "instruction_following", lambda *asked: {"prompt_strict": [1]})
+    scope = replace(TINY.with_tasks("gsm8k").scope, train_rows=10, test_rows=4)
+    cell, asked = Cell(BASE, "wrong_solution", 0.4), []
+    with quiet_libraries():
+        worker = RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), scope)
+        asked += ["instructions" in worker(Job(cell, "sft", 1e-3, 0.0, seed, False)) for seed in (0, 1)]
+    assert asked == [True, False]
+    with pytest.raises(ConfigError, match="at most 60% of the questions have a wrong solution"):
+        run_real(
+            replace(TINY, noise=replace(TINY.noise, cells=(replace(cell, rate=0.7),))),
+            tmp_path / "r.json",
+            resume=False,
+            progress=print,
+        )
 
 
 def test_several_rates_are_tuned_whatever_the_size():

@@ -155,7 +155,7 @@ def measure(config: DemoConfig, progress: Progress | None, begin: float) -> dict
         here = kind(*given)
         cells = {base: Cell(base, config.kind, config.rate) for base in config.regimes}
         bases = {
-            base: {"untrained": here.test(here.base(base), cell, 0), **here.base_knows(cell)}
+            base: {"untrained": here.test(here.base(base), cell), **here.base_knows(cell)}
             for base, cell in cells.items()
         }
         report(1, total, f"fine-tuning {len(jobs)} models")

@@ -255,5 +255,5 @@ def untrained_accuracies(config: NoiseConfig, worker: NoiseWorker) -> dict[str, 
     for cell in dict.fromkeys((*config.cells, *config.screen)):
         key = untrained_key(cell.base, cell.kind)
         if key not in out:
-            out[key] = worker.test(worker.base(cell.base), cell, 0)
+            out[key] = worker.test(worker.base(cell.base), cell)
     return out

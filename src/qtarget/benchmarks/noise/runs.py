@@ -144,7 +144,7 @@ class NoiseWorker:
         )  # fmt: skip
         if keeper:
             keeper.restore()
-        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell, job.seed)
+        found = self.validation(model, cell, job.seed) if job.tuning else self.test(model, cell, is_first=not job.seed)
         return {**found, "noise_share": trained.noise_share}
 
     def base(self, name: str) -> Any:
@@ -188,10 +188,10 @@ class NoiseWorker:
         rows = stated_answers(self.noisy(self.task.validation, cell, seed + VALIDATION_DRAW))
         return {"accuracy_percent": accuracy(model, self.tokenizer, rows)}
 
-    def test(self, model: Any, cell: Cell, seed: int) -> dict[str, float]:
+    def test(self, model: Any, cell: Cell, *, is_first: bool = True) -> dict[str, float]:
         """Clean prompts (with misleading cues where cues were planted), skills not demonstrated, NLL of clean rows.
 
-        The seed of the run matters to none of them.
+        ``is_first`` says whether the run is of the first seed, which matters to none of these.
         """
         rows = self.task.test
         asked = misleading_cues(rows) if cell.kind == "cue" and cell.rate else rows

@@ -16,10 +16,11 @@ from qtarget.benchmarks.noise.bench import RANDOM, NoiseConfig, cell_results, tu
 from qtarget.benchmarks.noise.results import summarize, untrained_key
 from qtarget.benchmarks.noise.runs import Cell, Job, Setting
 from qtarget.benchmarks.pool import Progress, RunLog, Workers, check_settings, one_thread, quiet_libraries, save_results
-from qtarget.benchmarks.real.demonstrations import MARKED, SOLVED, SOLVED_ROWS, WRITTEN, files_of
+from qtarget.benchmarks.real.demonstrations import MARKED, MOST_MARKED, SOLVED, SOLVED_ROWS, WRITTEN, files_of
 from qtarget.benchmarks.real.instructions import asked_of, check_ready, checker_versions, instruction_rows
 from qtarget.benchmarks.real.worker import RealWorker, Scope
 from qtarget.benchmarks.start import Start
+from qtarget.core.errors import ConfigError
 from qtarget.storage.files import digest_file
 
 BASE = "smollm2"
@@ -36,13 +37,13 @@ FULL = NoiseConfig(
     ),
     screen=(), seeds=3, steps=40, learning_rates=GRID,
 )  # fmt: skip
-"""A night's run: learning rate and hyper-parameter tuned on noisy validation rows, three seeds."""
+"""Half a night's run: learning rate and hyper-parameter tuned on noisy validation rows, three seeds."""
 SHORT = replace(
     FULL,
     names=("sft", "sft, marks left out", "consensus", "crossfit_consensus", "sft, filtered rows"),
     seeds=1, steps=20, learning_rates=(RATE,),
 )  # fmt: skip
-"""An hour's run: five contenders, three points, one seed, nothing tuned."""
+"""Half an hour's run: five contenders, three points, one seed; tuned where several rates are named."""
 POINTS_OF_WRITTEN = (Cell(BASE, RANDOM, 0.4), Cell(BASE, "other_response", 0.4), Cell(BASE, RANDOM, 0.0))
 """Of demonstrations whose answers no program checks: none of them can be made wrong by one."""
 POINTS_OF_SOLVED = (Cell(BASE, MARKED, 0.4), Cell(BASE, MARKED, 0.0))
@@ -116,6 +117,10 @@ def run_real(config: RealConfig, output: Path, *, resume: bool, progress: Progre
     noise, total = config.noise, config.runs()
     data = Path(noise.data) if noise.data else None
     check_ready(data)
+    if any(cell.kind == MARKED and cell.rate > MOST_MARKED for cell in noise.cells):
+        raise ConfigError(
+            f"{MARKED}: at most {MOST_MARKED:.0%} of the questions have a wrong solution; ask for a lower rate"
+        )
     settings = {
         "base": BASE, "scope": asdict(config.scope), "steps": noise.steps, "start": asdict(noise.start),
         "files": None if data is None else {file: digest_file(data / file) for file in files_of(config.scope.tasks)},
@@ -171,5 +176,5 @@ def untrained(noise: NoiseConfig, setting: Setting, config: RealConfig, log: Run
     if UNTRAINED not in log.runs:
         with quiet_libraries(), one_thread():
             worker = RealWorker(setting, config.scope)
-            log.add(UNTRAINED, worker.test(worker.base(BASE), noise.cells[0], 0))
+            log.add(UNTRAINED, worker.test(worker.base(BASE), noise.cells[0]))
     return {untrained_key(BASE, cell.kind): log.runs[UNTRAINED] for cell in noise.cells}

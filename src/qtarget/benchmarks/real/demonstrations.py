@@ -27,7 +27,7 @@ WRITTEN = {
     "gsm8k": "gsm8k/model_solutions.jsonl.gz",
 }
 """Instructions with answers in words: by people, by text-davinci-003, and solutions of GPT-3 models."""
-SOLVED, MARKED = "gsm8k", "marked_wrong"
+SOLVED, MARKED = "gsm8k", "wrong_solution"
 """The demonstrations that have marks of their own, and the one kind of noise that these have: solutions that are wrong."""
 WORKED = "gsm8k/train.jsonl.gz"
 """Other questions of the same kind, solved by people."""
@@ -37,8 +37,9 @@ ELSEWHERE = ("text_corpora/wikitext2_valid.txt.gz", WRITTEN["dolly"])
 """What a model should not forget: running text, and what people answered."""
 LONGEST_ANSWER = 160
 """Characters of a written answer, for memory's sake; a question may be twice that."""
-LONGEST_SOLUTION, SOLVED_ROWS = 300, 480
-"""Characters of a solution, and for how many rows there are questions that some model solved rightly."""
+LONGEST_SOLUTION, SOLVED_ROWS, MOST_MARKED = 300, 480, 0.6
+"""Characters of a solution; for how many rows there are questions that some model solved rightly; and for which share of them
+another model's wrong solution."""
 
 
 def kinds_of(name: str) -> tuple[str, ...]:
@@ -131,7 +132,9 @@ def solved_tasks(name: str, data: Path, train_rows: int, test_rows: int, tokeniz
         ConfigError: there are fewer.
     """
     solutions: dict[str, dict[bool, Row]] = {}
-    for row in load_gsm8k_solutions(data):
+    rows = load_gsm8k_solutions(data)
+    # in random order: the loader's is that of the models, and the first wrong solution would be by the weakest
+    for row in Random(0).sample(rows, len(rows)):
         if _is_short(row["prompt"], row["completion"], LONGEST_SOLUTION):
             solutions.setdefault(row["prompt"].strip(), {}).setdefault(row["is_noise"], row)
     right = [
@@ -147,10 +150,11 @@ def solved_tasks(name: str, data: Path, train_rows: int, test_rows: int, tokeniz
     clean = [{"instruction": row["question"], "output": row["answer"].replace("####", "A:")} for row in worked]
     clean = [row for row in clean if _is_short(row["instruction"], row["output"], LONGEST_SOLUTION)]
     count = train_rows + VALIDATION_ROWS
-    if len(right) < count or len(clean) < test_rows:
-        raise ConfigError(
-            f"{name} has {len(right):,} short right solutions and {count:,} are asked for; ask for fewer rows"
-        )
+    for what, found, wanted in (("right solutions by models", right, count), ("solutions by people", clean, test_rows)):
+        if len(found) < wanted:
+            raise ConfigError(
+                f"{name} has {len(found):,} short {what} and {wanted:,} are asked for; ask for fewer rows"
+            )
     drawn = [{**answered(row, tokenizer), "wrong": row["wrong"]} for row in Random(0).sample(right, count)]
     test = [answered(row, tokenizer) for row in Random(0).sample(clean, test_rows)]
     return _unchecked(name, drawn[:train_rows], drawn[train_rows:], test)

@@ -126,7 +126,7 @@ class RealWorker(NoiseWorker):
         rows = self.noisy(self.task.validation, cell, seed + VALIDATION_DRAW)
         return {"accuracy_percent": first_choice_percent(model, encode(self.tokenizer, rows))}
 
-    def test(self, model: Any, cell: Cell, seed: int) -> dict[str, Any]:
+    def test(self, model: Any, cell: Cell, *, is_first: bool = True) -> dict[str, Any]:
         """Clean prompts, NLL of clean rows, and NLL of what was not trained (nats a token); of the first seed what it follows.
 
         Of written answers ``accuracy_percent`` is the share of their tokens that are the model's first choice.
@@ -140,7 +140,7 @@ class RealWorker(NoiseWorker):
             "nll": mean_nll(model, encoded),
             **{name: mean_nll(model, texts) for name, texts in self.elsewhere.items()},
         }
-        if self.instructions and not seed:
+        if self.instructions and is_first:
             asked, longest = self.instructions, self.scope.answer_tokens
             found["instructions"] = instruction_following(model, self.tokenizer, asked, longest)
         return found

@@ -85,7 +85,8 @@ def noise(
     tasks: Annotated[
         str,
         typer.Option(
-            help="embedded or caesar; or scan, math, cogs, listops (with --data); with a real base embedded, scan, dolly, alpaca."
+            help="embedded or caesar; or scan, math, cogs, listops (with --data); with a real base embedded, scan, dolly, "
+            "alpaca, gsm8k."
         ),
     ] = "embedded",
     data: Data = None,
@@ -100,7 +101,7 @@ def noise(
     ] = None,
     base: Annotated[str, typer.Option(help=BASE_HELP)] = "embedded",
     is_short: Annotated[
-        bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, nothing tuned.")
+        bool, typer.Option("--short", help="With a real base: five contenders, three points, one seed, one rate.")
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="Of a real base: bfloat16 (the default), or float32, two to three times slower.")

@@ -120,11 +120,15 @@ def real_distill(
 ) -> None:
     """``bench distill`` with the real model as teacher; arguments as for ``real_noise``."""
     from qtarget.benchmarks.figure import save_figure
+    from qtarget.benchmarks.real.bench import BASE
     from qtarget.benchmarks.real.distill.bench import run_real_distill
     from qtarget.benchmarks.real.distill.config import sized
     from qtarget.benchmarks.real.distill.results import real_distill_figure, real_distill_table
+    from qtarget.benchmarks.real.instructions import check_ready
     from qtarget.benchmarks.start import Start
 
+    if base == BASE and sized(size, Start(), workers).prompts:
+        check_ready(data)  # before 270 MB are made
     config = sized(size, Start(str(real_base(base, output, resume))), workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
         results = run_real_distill(config, data, output, resume=resume, progress=advance)

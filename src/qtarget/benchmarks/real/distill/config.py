@@ -87,8 +87,9 @@ class RealDistillConfig:
 
     def given_jobs(self, student: str, text: str) -> list[PointJob]:
         """What is asked of the untrained student; and of the teacher, where it is asked to follow instructions."""
-        names = (UNTRAINED, TEACHER) if self.follows(text) else (UNTRAINED,)
-        return [PointJob(name, 0.0, 0.0, self.seed, False, student, text) for name in names]
+        untrained = PointJob(UNTRAINED, 0.0, 0.0, self.seed, False, student, text)
+        teacher = PointJob(TEACHER, 0.0, 0.0, self.seed, False, "none", text)  # one for all students
+        return [untrained, teacher] if self.follows(text) else [untrained]
 
     def follows(self, text: str) -> bool:
         """Whether those who learn this text are asked to follow instructions: stories have no turns."""
@@ -106,8 +107,11 @@ class RealDistillConfig:
 
     def runs(self) -> int:
         """How many there are in all, what is asked of an untrained student among them."""
-        each = len(self.contenders) * len(self.fractions)
-        return sum(each + len(self.given_jobs(*point)) + len(self.tuning_jobs(*point)) for point in self.points)
+        each, given = (
+            len(self.contenders) * len(self.fractions),
+            [job for p in self.points for job in self.given_jobs(*p)],
+        )
+        return len({job.key for job in given}) + sum(each + len(self.tuning_jobs(*point)) for point in self.points)
 
     def settings(self) -> dict[str, Any]:
         """What all runs of one file share; no path of this machine."""
