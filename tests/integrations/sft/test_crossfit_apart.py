@@ -81,11 +81,24 @@ def contents(path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.name != ".qtarget"}
 
 
-@pytest.mark.parametrize("goes_on", [RAY, pytest.param(None, marks=pytest.mark.nightly)])
-def test_what_travels_comes_back_as_in_one_process_which_may_go_on_with_it(judge, tmp_path, monkeypatch, goes_on):
-    judge("local")
+@pytest.fixture
+def pretended(monkeypatch):
+    """``ray`` is ``Here``."""
     monkeypatch.setattr(score, "processes_of", lambda engine: Here() if engine.name == "ray" else None)
     monkeypatch.setattr(SourcePool, "map_shards", mapped_here)
+
+
+def test_what_travels_comes_back_as_in_one_process(judge, tmp_path, pretended):
+    judge("local")
+    judge("apart", RAY)
+    assert contents(tmp_path / "apart") == contents(tmp_path / "local")
+    assert not (tmp_path / "apart" / COPIES).exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("begins", "goes_on"), [(RAY, RAY), (RAY, None), (None, RAY)])
+def test_a_folder_that_one_began_the_other_finishes(judge, tmp_path, monkeypatch, pretended, begins, goes_on):
+    judge("undisturbed")
     real, trained = jobs.train_copy, []
 
     def spied(*args):
@@ -97,12 +110,13 @@ def test_what_travels_comes_back_as_in_one_process_which_may_go_on_with_it(judge
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "train_copy", spied)
         with pytest.raises(Killed):
-            judge("apart", RAY)
-    assert (tmp_path / "apart" / COPIES / "fold-1").is_dir() and not (tmp_path / "apart" / COPIES / "fold-0").exists()
+            judge("begun", begins)
+    kept = {path.name for path in (tmp_path / "begun" / COPIES).glob("fold-?")}
+    assert kept == {"fold-0" if begins is None else "fold-1"}
     monkeypatch.setattr(jobs, "train_copy", lambda *args: (trained.append(1), real(*args))[1])
-    judge("apart", goes_on)
-    assert len(trained) == 2 and not (tmp_path / "apart" / COPIES).exists()
-    assert contents(tmp_path / "apart") == contents(tmp_path / "local")
+    judge("begun", goes_on)
+    assert len(trained) == 2 and not (tmp_path / "begun" / COPIES).exists()
+    assert contents(tmp_path / "begun") == contents(tmp_path / "undisturbed")
 
 
 def killed(*_: object, **__: object) -> None:
