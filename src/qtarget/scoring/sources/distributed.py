@@ -212,6 +212,7 @@ class SourcePool:
         self._make, self._vocab_size, self._processes = make, vocab_size, processes
         self._held = ExitStack()
         self._actors: list[Any] = []
+        self._arguments: tuple[list[Any], int] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -222,6 +223,7 @@ class SourcePool:
     def close(self) -> None:
         """Let the workers of ``score`` go."""
         self._actors.clear()
+        self._arguments = None
         self._held.close()
 
     @property
@@ -282,7 +284,9 @@ class SourcePool:
             self._held.enter_context(self._processes.connected())
             # -1, without limit: a worker that was killed starts again and is asked again
             actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=-1, **self._processes.resources())
-            self._actors = [actor.remote(*self._worker_arguments()) for _ in range(workers)]
+            # kept, for what a restarted worker is made from must still be there
+            self._arguments = self._worker_arguments()
+            self._actors = [actor.remote(*self._arguments) for _ in range(workers)]
         bounds = [len(rows) * i // workers for i in range(workers + 1)]
         asked = [
             actor.score.remote(rows[a:b], top_k, candidate_ids, positions=places[a:b])
