@@ -60,12 +60,13 @@ def test_the_tables_of_tuned_points_say_what_was_measured(name, labels):
 
 @pytest.mark.nightly
 def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkeypatch, capsys):
+    pytest.importorskip("ray.data")
     workspace()  # writes rows.jsonl
     monkeypatch.chdir(tmp_path)
     (config,) = blocks("yaml")
     (tmp_path / "run.yaml").write_text(config.replace("path/to/base", str(tiny_model)))
     lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    assert [line[1] for line in lines] == ["score", "cache", "train", "score", "train", "bench"]
+    assert [line[1] for line in lines] == ["score", "cache", "score", "train", "score", "train", "bench"]
     *lines, _ = lines  # the benchmark takes minutes: its options are checked below
     for line in lines:
         assert called(*line[1:]) == 0, line
@@ -76,6 +77,8 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
         16,
         1e-3,
     )
+    side_by_side = json.loads((tmp_path / "from-ray/manifest.json").read_text())["crossfit"]
+    assert side_by_side | {"copies": None} == told | {"copies": None}
     assert called("cache", "verify", "witness") == 0
     assert called("cache", "verify", "witness", "--model", str(tiny_model), "--config", "run.yaml") == 2
     assert "judged by 2 copies, none of which is kept" in " ".join(capsys.readouterr().err.split())
@@ -88,7 +91,13 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
     ("keys", "options", "words"),
     [
         ({}, ["--crossfit", "2"], "set witness in the config, or pass --output DIR"),
-        ({"witness": "w"}, ["--crossfit", "2", "--role", "teacher"], "leave --role, --engine and --known out"),
+        ({"witness": "w"}, ["--crossfit", "2", "--role", "teacher"], "leave --role and --known out"),
+        ({"witness": "w"}, ["--crossfit", "2", "--engine", "vllm"], "expected --engine local or --engine ray"),
+        (
+            {"witness": "w"},
+            ["--crossfit", "2", "--engine", "mosec", "--url", "http://localhost:1"],
+            "expected --engine local or --engine ray",
+        ),
         ({"witness": "w"}, ["--crossfit", "1"], "crossfit"),
         ({"witness": "w"}, ["--crossfit", "2", "--crossfit-rate", "nan"], "positive rate"),
         ({"witness": "w"}, ["--crossfit", "2", "--crossfit-rate", "0"], "positive rate"),

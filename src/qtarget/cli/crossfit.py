@@ -81,7 +81,7 @@ def announcement(asked_by: str, recipe: CrossfitRecipe, rows: int, place: str, b
 
 def how_to_go_on(directory: Path, folds: int, of_shards: Callable[[Path], str]) -> str:
     """What of a cross-fit that is ended early is safe, in words."""
-    from qtarget.integrations.sft.crossfit.copies import RECEIPT
+    from qtarget.integrations.sft.crossfit.jobs import RECEIPT
     from qtarget.scoring.contradictions import COPIES
 
     trained = len(list((directory / COPIES).glob(f"fold-?*/{RECEIPT}")))

@@ -40,7 +40,7 @@ def score(
     output: Annotated[Path | None, typer.Option(help="Folder; default: where `qtarget train` looks.")] = None,
     engine: Annotated[Engine, typer.Option(help="Who runs the model.")] = "local",
     url: Annotated[str | None, typer.Option(help="Of a mosec, vLLM or SGLang server: http://host:8000.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with a copy of the model.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Ray: processes, each with one model.")] = 1,
     ray_address: Annotated[str | None, typer.Option(help="Of a running cluster; default: this machine.")] = None,
     trust_server: Annotated[
         bool,
@@ -78,6 +78,8 @@ def score(
 
     remember(config, context.args)
     refuse_crossfit_alone(context, crossfit)
+    if crossfit is not None:
+        refuse_with_crossfit(role, engine, known)
     check_config(config, context.args)
     from qtarget.scoring.sources.engines import EngineChoice
     from qtarget.storage.folders import CACHE, check_folder
@@ -107,10 +109,9 @@ def score(
     else:
         from qtarget.cli.crossfit import run_crossfit
 
-        if role != "reference" or engine != "local" or known is not None:
-            raise ConfigError("--crossfit trains copies of the base here; leave --role, --engine and --known out")
+        storage |= {"top_k": top_k, "tail_policy": tail_policy, "engine": chosen}
         recipe = (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, not one_prompt)
-        manifest = run_crossfit(run, directory, recipe, how_to_go_on, top_k=top_k, tail_policy=tail_policy, **storage)
+        manifest = run_crossfit(run, directory, recipe, how_to_go_on, **storage)
     if key is not None:
         sign_cache(directory, key)
     print_scored(manifest, directory, time.perf_counter() - begin)
@@ -139,6 +140,21 @@ def refuse_crossfit_alone(context: typer.Context, crossfit: int | None) -> None:
     if given:
         raise ConfigError(
             f"{', '.join(given)} without --crossfit; add --crossfit 2, or leave {'them' if given[1:] else 'it'} out"
+        )
+
+
+def refuse_with_crossfit(role: Role, engine: Engine, known: Path | None) -> None:
+    """A cross-fit is of the base and of all rows, and trains: no server does.
+
+    Raises:
+        ConfigError: another role, a server, or rows that are left out.
+    """
+    if role != "reference" or known is not None:
+        raise ConfigError("--crossfit trains copies of the base on all rows; leave --role and --known out")
+    if engine not in ("local", "ray"):
+        raise ConfigError(
+            f"--engine {engine} with --crossfit: a server has one model, and copies of the base are trained; expected --engine "
+            "local or --engine ray"
         )
 
 

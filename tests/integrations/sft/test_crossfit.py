@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from qtarget import QTargetConfig
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError
-from qtarget.integrations.sft.crossfit import CrossfitRecipe, copies, crossfit_score, score
+from qtarget.integrations.sft.crossfit import CrossfitRecipe, copies, crossfit_score, jobs, score
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import Manifest, fingerprint_model, row_checksum
 from qtarget.scoring.contradictions import COPIES
@@ -119,7 +119,7 @@ class Killed(BaseException):
 
 
 def counting(monkeypatch, name: str, killed_at: int = -1) -> list[int]:
-    calls, real = [], getattr(copies, name)
+    calls, real = [], getattr(jobs, name)
 
     def spied(*args, **kwargs):
         if len(calls) == killed_at:
@@ -127,7 +127,7 @@ def counting(monkeypatch, name: str, killed_at: int = -1) -> list[int]:
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(copies, name, spied)
+    monkeypatch.setattr(jobs, name, spied)
     return calls
 
 
@@ -183,7 +183,7 @@ def test_one_model_is_in_memory_at_a_time(judge, monkeypatch, rank):
         return call
 
     for name in ("train_copy", "load_model"):
-        monkeypatch.setattr(copies, name, watched(getattr(copies, name)))
+        monkeypatch.setattr(jobs, name, watched(getattr(jobs, name)))
     judge(rank=rank)
     assert len(seen) >= 6 and set(seen) == {0}
 

@@ -18,7 +18,7 @@ pytest.importorskip("ray.data")
 
 import ray
 
-from qtarget.core.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError
+from qtarget.core.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError, ScoringServerError
 from qtarget.scoring.cache.schema import fingerprint_model
 from qtarget.scoring.cache.writer import write_cache
 from qtarget.scoring.sources.distributed import RaySource, connected, load_model
@@ -138,6 +138,19 @@ def test_a_model_that_is_not_the_one_that_was_named_is_refused(cluster, model_pa
         other.score([np.array([1, 2])], 0)
     with pytest.raises(HyperparameterError, match="workers=0"):
         ray_source(model_path, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:1", "refused"), ("ray://127.0.0.1:1", "refused"), ("nonsense", "Invalid address")],
+)
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(address, words, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have started
+    with (
+        pytest.raises(ScoringServerError, match=rf"no Ray cluster answers at '{address}' \(.*{words}"),
+        connected(address, 1),
+    ):
+        pass
 
 
 @pytest.mark.nightly
