@@ -178,7 +178,9 @@ def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
     assert all(row["completion"].startswith("It is.\nA: ") for row in worker.task.test)
     with pytest.raises(ConfigError, match="questions have a wrong solution, and 100% are asked for"):
         worker.noisy(worker.task.train, Cell(BASE, "wrong_solution", 1.0), 3)
-    with pytest.raises(ConfigError, match=r"gsm8k has 180 short right solutions by models and 628 are asked for; ask for fewer"):
+    with pytest.raises(
+        ConfigError, match=r"gsm8k has 180 short right solutions by models and 628 are asked for; ask for fewer"
+    ):
         RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), replace(scope, train_rows=500))
 
 
