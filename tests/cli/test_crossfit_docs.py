@@ -39,23 +39,43 @@ LABELS = {
 EQUAL = {name: (f"{name}, 187 steps more",) for name in ("sft", "sft, filtered rows")}
 
 
+POINTS = {
+    "none: 40 % random tokens": "none random_tokens 0.4", "none: 40 % wrong answer": "none wrong_answer 0.4",
+    "most: clean": "most random_tokens 0.0", "most: 40 % wrong answer": "most wrong_answer 0.4",
+}  # fmt: skip
+COGS = {
+    "40 % wrong answer": "most wrong_answer 0.4", "40 % another row's response": "most other_response 0.4",
+    "40 % random tokens": "most random_tokens 0.4", "clean": "most random_tokens 0.0",
+}  # fmt: skip
+LISTOPS = {"most (untrained 84.0)": "most wrong_answer 0.4", "none (untrained 0.0)": "none wrong_answer 0.4"}
+
+
+def tables() -> list[list[list[str]]]:
+    found = re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in one.splitlines()] for one in found]
+
+
 @pytest.mark.parametrize(
-    ("name", "labels"),
-    [("noise_crossfit", LABELS), ("noise_cogs_tuned", LABELS), ("noise_listops_tuned", LABELS), ("noise_equal", EQUAL)],
-)
-def test_the_tables_of_tuned_points_say_what_was_measured(name, labels):
-    """Every mean and range of the raw file stands in a line of its contender."""
-    lines = [
-        [cell.strip() for cell in line.strip("| \n").split(" | ")] for line in PAGE.splitlines() if line[:1] == "|"
+    ("name", "labels", "points", "contenders"),
+    [
+        ("noise_crossfit", LABELS, POINTS, 8), ("noise_equal", EQUAL, POINTS, 2), ("noise_cogs_tuned", LABELS, COGS, 8),
+        ("noise_listops_tuned", LABELS, LISTOPS, 8),
+    ],
+)  # fmt: skip
+def test_the_tables_of_tuned_points_are_the_result_files(name, labels, points, contenders):
+    (table,) = [
+        one for one in tables() if one[0][1:] == list(points) and "(" in one[2][1] and len(one) == contenders + 2
     ]
     cells = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["cells"]
-    assert cells
+    assert len(cells) == len(points)
     for cell in cells:
+        column = 1 + list(points.values()).index(f"{cell['base']} {cell['kind']} {cell['rate']}")
+        shown = {line[0]: line[column] for line in table[2:] if line[column]}
+        assert len(shown) == len(cell["runs"])
         for method, runs in cell["runs"].items():
             found = [run["accuracy_percent"] for run in runs]
             said = f"{sum(found) / len(found):.1f} ({min(found):.1f} .. {max(found):.1f})"
-            places = [line for line in lines if line[0] in labels.get(method, (method,)) and said in line]
-            assert places, (cell["kind"], cell["rate"], method, said)
+            assert [shown[label] for label in labels.get(method, (method,)) if label in shown] == [said]
 
 
 @pytest.mark.nightly
@@ -137,7 +157,7 @@ def test_the_benchmark_of_the_page_is_the_small_one_with_steps_tuned(monkeypatch
     ended = CliRunner().invoke(app, line[2:])
     assert isinstance(ended.exception, Stop), ended.output
     ((config, output),) = found
-    assert (config.steps_grid, config.seeds, str(output)) == ((40, 120), 3, "runs/noise_crossfit.json")
+    assert (config.steps_grid, config.seeds, str(output)) == ((40, 120), 5, "runs/noise_crossfit.json")
     assert {"sft", "crossfit_consensus", "sft, rows by witness", "sft, marks left out"} <= set(config.names)
 
 
