@@ -106,7 +106,7 @@ def noise_part(found: Mapping[str, Any] | None) -> str:
 
 
 NOISE_PROTOCOL = """\
-`qtarget bench noise` (full setting: about an hour on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
+`qtarget bench noise` (full setting: an hour and a half on two quiet cores; `--resume` goes on where it was stopped; `--quick` is a
 smoke test). The embedded base knows nine small skills in its own format. Three bases are asked for them in the instruction
 format: one that has never seen it, and two after a few steps on clean rows that no run trains on.
 
@@ -115,7 +115,7 @@ format: one that has never seen it, and two after a few steps on clean rows that
 640 demonstrations get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method
 tunes its learning rate, then its own hyper-parameter, three values each. It does so on 128 rows with the same noise, judged by
 the answers that those rows state. Then {seeds} seeds of noise and order are run.
-Only then are the 200 clean test prompts asked.
+Only then are the 200 clean test prompts asked. [`crossfit_consensus`](crossfit.md) trains two copies first, of {steps} steps each, which are not counted.
 
 | noise | what it does |
 |---|---|

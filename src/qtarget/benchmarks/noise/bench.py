@@ -33,7 +33,12 @@ from qtarget.core.errors import ConfigError
 # beyond the seeds of the final runs: nothing is tuned on their draws
 TUNING_SEED = 1000
 RANDOM = "random_tokens"
-NAMES = (*(method.name for method in (*PRACTICE, *CHOSEN)), "crossfit_consensus")
+NAMES = (
+    *(method.name for method in PRACTICE if method.rows != "marked rows" and not method.selects),
+    *(method.name for method in CHOSEN),
+    "crossfit_consensus",
+)
+"""On the whole map; what else there is stands at a few points (``FRESH``, ``CROSSFITTED``), or by name."""
 CELLS = (
     *(Cell(base, RANDOM, rate) for base in ("none", "most") for rate in (0.0, 0.1, 0.2, 0.4)),
     *(Cell("half", RANDOM, rate) for rate in (0.0, 0.4)),
