@@ -115,7 +115,8 @@ format: one that has never seen it, and two after a few steps on clean rows that
 640 demonstrations get noise of one kind; every method trains {steps} steps of 16 rows. At each point each method
 tunes its learning rate, then its own hyper-parameter, three values each. It does so on 128 rows with the same noise, judged by
 the answers that those rows state. Then {seeds} seeds of noise and order are run.
-Only then are the 200 clean test prompts asked. [`crossfit_consensus`](crossfit.md) trains two copies first, of {steps} steps each, which are not counted.
+Only then are the 200 clean test prompts asked. [`crossfit_consensus`](crossfit.md) trains two copies first, of {steps} steps each,
+which are not counted.
 
 | noise | what it does |
 |---|---|
