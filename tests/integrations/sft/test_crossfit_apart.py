@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,17 +54,28 @@ class Here:
 
     workers = 2
 
+    def __init__(self):
+        self.seen: list[object] = []
+
+    @contextmanager
     def connected(self):
-        return nullcontext()
+        try:
+            yield
+        finally:
+            self.seen.append("left")
 
     def share(self, value):
         return value
 
-    def run(self, task, count, arguments, waiting=lambda: None):
-        for number in reversed(range(count)):
-            result = travelled(task)(*travelled(arguments(number)))
-            waiting()
-            yield number, result
+    def run(self, task, count, arguments, waiting=lambda: None, of=None):
+        self.seen.append((task.__name__, count, of))
+        try:
+            for number in reversed(range(count)):
+                result = travelled(task)(*travelled(arguments(number)))
+                waiting()
+                yield number, result
+        finally:
+            self.seen.append("given up")
 
 
 def mapped_here(self, work, plan):
@@ -84,8 +96,10 @@ def contents(path) -> dict[str, bytes]:
 @pytest.fixture
 def pretended(monkeypatch):
     """``ray`` is ``Here``."""
-    monkeypatch.setattr(score, "processes_of", lambda engine: Here() if engine.name == "ray" else None)
+    here = Here()
+    monkeypatch.setattr(score, "processes_of", lambda engine: here if engine.name == "ray" else None)
     monkeypatch.setattr(SourcePool, "map_shards", mapped_here)
+    return here
 
 
 def test_what_travels_comes_back_as_in_one_process(judge, tmp_path, pretended):
@@ -93,6 +107,25 @@ def test_what_travels_comes_back_as_in_one_process(judge, tmp_path, pretended):
     judge("apart", RAY)
     assert contents(tmp_path / "apart") == contents(tmp_path / "local")
     assert not (tmp_path / "apart" / COPIES).exists()
+    (tmp_path / "apart" / "shard-00000.parquet").unlink()
+    judge("apart", RAY)  # one copy is trained again, with the threads that it had beside the other
+    assert [run for run in pretended.seen if run[0] == "_train_here"] == [("_train_here", 2, 2), ("_train_here", 1, 2)]
+    assert contents(tmp_path / "apart") == contents(tmp_path / "local")
+
+
+def trained_elsewhere(*_: object) -> str:
+    return "node-7"
+
+
+def test_what_is_under_way_is_given_up_before_ray_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "VISIBLE", 0)
+    monkeypatch.setattr(apart, "_train_here", trained_elsewhere)
+    files = jobs.CopyFiles(tmp_path, "nowhere", 0, {})
+    job = jobs.CopyJob(files, 0, QTargetConfig(str(tmp_path / "copy"), **SETTINGS), np.arange(2), None)
+    here: Any = Here()
+    with pytest.raises(ConfigError, match="node-7 does not share the folder"):
+        apart.train_apart([job, job], ROWS, here, False, 2)
+    assert here.seen == [("trained_elsewhere", 2, 2), "given up", "left"]
 
 
 @pytest.mark.nightly

@@ -21,7 +21,7 @@ import ray
 from qtarget.core.errors import CacheMismatchError, HyperparameterError, NonFiniteLossError, ScoringServerError
 from qtarget.scoring.cache.schema import fingerprint_model
 from qtarget.scoring.cache.writer import write_cache
-from qtarget.scoring.sources.distributed import RaySource, connected, load_model
+from qtarget.scoring.sources.distributed import Processes, RaySource, connected, load_model
 from qtarget.scoring.sources.local import LocalSource
 from tests.scoring.helpers import VOCAB, contents, provenance, ragged_rows, tiny_model
 from tests.scoring.sources.source_suite import SourceSuite
@@ -168,11 +168,28 @@ def test_what_a_worker_raises_is_ours(cluster, model_path, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_an_address_it_starts_and_stops_its_own(model_path, tmp_path):
+def test_without_an_address_it_starts_and_stops_its_own(model_path, tmp_path, monkeypatch):
     if ray.is_initialized():
         ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster
     write_cache(tmp_path, ragged_rows(6), ray_source(model_path), provenance(3), shard_rows=4)
     assert not ray.is_initialized()
     with connected(None, 1):
         assert ray.cluster_resources()["CPU"] >= 2
     assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_process_that_had_a_gpu_ends_after_its_call():
+    if ray.is_initialized():
+        ray.shutdown()
+    ray.init(
+        "local", num_cpus=2, num_gpus=1, object_store_memory=SMALL_STORE, include_dashboard=False
+    )  # Ray only counts it
+    try:
+        for gpus, processes in ((0.0, 1), (1.0, 3)):
+            found = dict(Processes(1, gpus=gpus).run(os.getpid, 3, lambda _: ()))
+            assert sorted(found) == [0, 1, 2] and len(set(found.values())) == processes
+    finally:
+        ray.shutdown()

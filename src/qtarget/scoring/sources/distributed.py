@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -143,14 +143,16 @@ class Processes:
         count: int,
         arguments: Callable[[int], tuple[Any, ...]],
         waiting: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[int, Any]]:
-        """The number and result of each of so many calls of a module's function, as it ends.
+        of: int | None = None,
+    ) -> Generator[tuple[int, Any]]:
+        """The number and result of each of so many calls of a module's function, as it ends; close it to give up the others.
 
         A process that dies is replaced, three times.
 
         Args:
             arguments: gives those of a call when its turn comes.
             waiting: called about once a second.
+            of: calls in all, where others were made before: the threads of each, and so its last bits, are those of all.
 
         Raises:
             ScoringServerError: a process died again and again.
@@ -161,8 +163,9 @@ class Processes:
         ray = _import_ray()
         with self.connected():
             at_once = min(self.workers, count)
-            remote = ray.remote(_threaded).options(**self.resources())
-            ask = partial(remote.remote, self.threads(at_once), task)
+            # not by `options`: only so does a process that had a GPU end after its call, and lets the memory go (Ray 2.60)
+            remote = ray.remote(**self.resources())(_threaded)
+            ask = partial(remote.remote, self.threads(min(self.workers, of or count)), task)
             coming = iter(range(count))
             under_way = {ask(*arguments(number)): number for number in islice(coming, at_once)}
             try:
@@ -347,7 +350,8 @@ def connected(address: str | None, workers: int) -> Iterator[None]:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is None:
         cores = max(workers + 1, os.cpu_count() or 1)
-        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        # `local`: without it Ray joins what RAY_ADDRESS or an earlier `ray start` names, and refuses `num_cpus`
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     else:
         _join(address, quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False

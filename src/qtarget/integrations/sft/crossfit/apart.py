@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,13 @@ VISIBLE = 60.0
 """Seconds in which a folder that another machine made is seen here: network file systems remember what was not there."""
 
 
-def train_apart(jobs: Sequence[CopyJob], train: Dataset, processes: Processes, progress: bool) -> None:
+def train_apart(jobs: Sequence[CopyJob], train: Dataset, processes: Processes, progress: bool, folds: int) -> None:
     """Train copies side by side.
 
     Args:
         train: all training rows.
         progress: show a bar of all steps.
+        folds: copies in all; one that is trained again alone must come out as beside the others.
 
     Raises:
         ConfigError: a machine of the cluster does not share the folder.
@@ -55,12 +57,13 @@ def train_apart(jobs: Sequence[CopyJob], train: Dataset, processes: Processes, p
         # one copy of the rows for all, in Ray's own memory: a memory-mapped file need not be there on another machine
         shared = processes.share(train.with_format("arrow")[:])
         owner, counter = read_owner(folder / LOCK), _Counter(jobs, meter)
-        ended = processes.run(
-            _train_here, len(jobs), lambda n: (jobs[n], shared, train.features, owner), waiting=counter.look
+        calls = processes.run(
+            _train_here, len(jobs), lambda n: (jobs[n], shared, train.features, owner), counter.look, folds
         )
-        for done, (number, machine) in enumerate(ended, 1):
-            _await(jobs[number].files.receipt(jobs[number].fold), machine)
-            logger.warning(f"cross-fit: the copy of fold {jobs[number].fold + 1} is trained, {done} of {len(jobs)}")
+        with closing(calls):  # before Ray is left
+            for done, (number, machine) in enumerate(calls, 1):
+                _await(jobs[number].files.receipt(jobs[number].fold), machine)
+                logger.warning(f"cross-fit: the copy of fold {jobs[number].fold + 1} is trained, {done} of {len(jobs)}")
 
 
 class _Counter:

@@ -53,7 +53,7 @@ class Copies:
         wanted = list(wanted)
         if self._processes is not None:
             jobs = [self._job(fold) for fold in wanted if not self.files.receipt(fold).is_file()]
-            train_apart(jobs, self._folds.train, self._processes, self._progress)
+            train_apart(jobs, self._folds.train, self._processes, self._progress, self._recipe.folds)
         return [self.ready(fold) for fold in wanted]
 
     def ready(self, fold: int) -> str:

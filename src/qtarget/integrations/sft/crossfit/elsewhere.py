@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,10 @@ def write_contradictions(
         for number in range(len(folds)):
             told[number] = answered(question(number), judge, meter.advance)
     else:
-        for number, values in processes.run(answered, len(folds), lambda n: (question(n), judge)):
-            told[number] = values
-            meter.advance(len(values))
+        with closing(processes.run(answered, len(folds), lambda n: (question(n), judge))) as calls:
+            for number, values in calls:
+                told[number] = values
+                meter.advance(len(values))
     checksums = [name for number in told for name in names[number]]
     write_side(directory, checksums, np.concatenate(list(told.values())))
 
