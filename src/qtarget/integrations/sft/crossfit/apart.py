@@ -90,10 +90,15 @@ def _train_here(job: CopyJob, table: Any, features: Features, owner: Owner | Non
     # the lock names the driver's process: a folder of the same name on a machine's own disk does not
     if owner is None or read_owner(job.files.folder / LOCK) != owner:
         raise not_shared(job.files.folder, machine)
+    if job.files.receipt(job.fold).is_file():  # by a process that died between its last line and its answer
+        return machine
     tally = _tally(job)
     tally.write_bytes(b"")
 
     def advance(steps: int) -> None:
+        # a cluster may outlive the command that asked it, and the next command trains here, too
+        if read_owner(job.files.folder / LOCK) != owner:
+            raise ConfigError(f"{job.files.folder} belongs to another command now; this one ends")
         with tally.open("ab") as file:
             file.write(b"." * steps)
 
