@@ -21,6 +21,8 @@ DECIDES = (
     "neftune_noise_alpha", "adam_beta1", "adam_beta2", "bf16", "fp16", "eos_token", "dataset_text_field",
 )  # fmt: skip
 """Keys that a verdict holds for, beside rows and model."""
+OFF = {"fp16": "False"}
+"""What is not given is this; `audit-data` says it for every machine."""
 
 
 def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
@@ -73,7 +75,7 @@ def _compared(config: RunConfig, file: Path, plan: Mapping[str, Any], document: 
         options={} if taken is None else _options(config, taken, plan.get("contenders", {}).get(taken["name"], {})),
         output_dir=shown(_free(Path(os.path.abspath(str(config.training.output_dir))), str(document["take"]))),
         helps=taken is None or taken["level"] > document["base"]["level"],
-        others=tuple(key for key in DECIDES if now.get(key) != settings.get(key)),
+        others=tuple(key for key in DECIDES if now.get(key, OFF.get(key)) != settings.get(key, OFF.get(key))),
         filtered=any((one["overrides"].get("filter") or "none") != "none" for one in document["contenders"]),
     )
 

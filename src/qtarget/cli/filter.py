@@ -116,16 +116,18 @@ def wish(named: Filter, rule: str | None, keep: float | None, form: str | None =
 
 
 def next_step(found: Filtered, folder: Path) -> str | None:
-    """How to train on the weights; None where there are none, or rows are dropped."""
-    from qtarget.cli.filtered import WEIGHTS
+    """How to train on the rows that are kept, or on the weights; None where all rows are alike."""
+    from qtarget.cli.filtered import KEEP, WEIGHTS
 
-    if found.wanted.form != "weight" or not found.decision.tells:
+    by_weight = found.wanted.form == "weight"
+    if not (found.decision.tells if by_weight else found.decision.dropped):
         return None
-    if found.from_files:  # the config's own filter would weigh the rows once more
+    file = folder / (WEIGHTS if by_weight else KEEP)
+    if found.from_files:  # the config's own filter would judge the rows once more
         again = ["--filter", "none"] if found.named else []
-        return f"`{command_for('train', '--train_file', str(folder / WEIGHTS), *again)}`"
+        return f"`{command_for('train', '--train_file', str(file), *again)}`"
     again = ", and `filter: none`" if found.named else ""
-    return f"train with `train_file: {folder / WEIGHTS}` in the place of `dataset_name`{again}"
+    return f"train with `train_file: {file}` in the place of `dataset_name`{again}"
 
 
 @dataclass(frozen=True)

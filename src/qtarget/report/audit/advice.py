@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qtarget.command import command_for
@@ -168,9 +168,11 @@ def about_target(advice: Advice, target: str, *, guard: bool = False) -> list[st
         word = f"has {target} among its first {len(advice.ranked)}"
     else:
         word = f"has {first} first, and says little of {target}"
+    # its own comparison has the target that is trained
+    wanted = replace(advice.compare, targets=tuple(dict.fromkeys((*advice.compare.targets, target))))
     return [
         *lines,
-        f"the synthetic map alone, no verdict on your rows: it {word}. {next_step(advice.facts, advice.compare)}",
+        f"the synthetic map alone, no verdict on your rows: it {word}. {next_step(advice.facts, wanted)}",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from qtarget.command import command_for, crossfit_command
 from qtarget.core.errors import CacheMismatchError
 from qtarget.scoring.cache.columns import expand
 from qtarget.scoring.cache.decoded import LoadedShard, drop_damaged, load_shard, require_columns
@@ -120,10 +121,13 @@ class ReferenceCache:
             missing = np.asarray(numbers)[missing]
         if len(missing):
             named = ", ".join(str(row + 1) for row in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            more = command_for("score", "--known", str(self.path), "--output", "more")
+            step = f"score the rest with `{more}`, then join both with `qtarget cache merge {self.path} more --output both`"
+            if self.manifest.crossfit:  # other rows make other copies
+                step = f"have these rows judged by copies of their own: {crossfit_command('another')}"
             raise CacheMismatchError(
                 f"{len(missing)} of {len(found)} rows are not in the cache {self.path}: rows {named}; their tokens or "
-                "their mask differ from every scored row; score the rest with `qtarget score CONFIG.yaml --known "
-                f"{self.path} --output MORE`, then join both with `qtarget cache merge {self.path} MORE --output BOTH`"
+                f"their mask differ from every scored row; {step}"
             )
         return found.tolist()
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from qtarget.command import command_for, crossfit_command
-from qtarget.core.errors import ConfigError, MissingStatisticError
+from qtarget.core.errors import CacheMismatchError, ConfigError, MissingStatisticError
 from qtarget.data.checks.findings import named
 from qtarget.filtering import WITNESSES, Decision, Filter, decide
 from qtarget.filtering.alone import read_alone, without_prompt
@@ -150,6 +150,8 @@ def open_copies(
         )
     if path is None or not (asked or (Path(path) / MANIFEST).is_file()):
         return None
+    if not Path(path).is_dir():
+        raise CacheMismatchError(f"there is no witness {path}; {crossfit_command(path)}")
     found = ReferenceCache.open(path, key=key)
     require_witness(found, reference)
     return found
