@@ -367,7 +367,7 @@ def test_unlike_caches_are_not_merged(tmp_path, cache, field, value):
 def test_the_rest_is_scored_and_joined(tmp_path):
     write_cache(tmp_path / "old", ROWS[:6], HashSource(3), provenance(3))
     with pytest.raises(
-        CacheMismatchError, match=r"5 of 11 rows .*--known .*old --output MORE.*qtarget cache merge"
+        CacheMismatchError, match=r"5 of 11 rows .*--known .*old --output more.*qtarget cache merge"
     ) as caught:
         ReferenceCache.open(tmp_path / "old").locate(checksums(ROWS))
     assert "rows 7, 8, 9, 10, 11;" in str(caught.value)
