@@ -186,7 +186,8 @@ def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
 
 def test_gsm8k_runs_from_the_command_line(gsm8k, tmp_path, monkeypatch):
     monkeypatch.setattr("qtarget.cli.bench.real.real_base", lambda *_: Start().path)
-    monkeypatch.setitem(SIZES, "quick", replace(TINY, scope=replace(SCOPE, prompts=0)))
+    assert {size.scope.dtype for size in SIZES.values()} == {"bfloat16"}
+    monkeypatch.setitem(SIZES, "quick", replace(TINY, scope=replace(SCOPE, prompts=0, dtype="bfloat16")))
     monkeypatch.setattr("qtarget.benchmarks.real.instructions.check_ready", lambda data: None)
     monkeypatch.setattr(bench, "check_ready", lambda data: None)
     monkeypatch.setattr(bench, "checker_versions", dict)

@@ -145,7 +145,7 @@ def noise(
         part = partial(
             chosen_part, cells=cells, names=methods, seeds=seeds, rates=rates, bases=("smollm2",), kinds=kinds_of(tasks)
         )
-        real_noise(base, size, tasks, dtype or "bfloat16", data, output, resume, workers, kept, part)
+        real_noise(base, size, tasks, dtype, data, output, resume, workers, kept, part)
         return
     if dtype:
         raise ConfigError("--dtype goes with a real base, as other bases train all their weights; add --base smollm2")

@@ -140,7 +140,7 @@ def real_noise(
     base: str,
     size: str,
     tasks: str,
-    dtype: str,
+    dtype: str | None,
     data: Path | None,
     output: Path,
     resume: bool,
@@ -153,7 +153,7 @@ def real_noise(
     Args:
         base: ``smollm2``, made beside the results, or a folder that ``bench base`` made.
         size: ``full``, ``short`` or ``quick``.
-        dtype: of the model.
+        dtype: of the model; None: that of the size.
         part: takes what the command line names in the place of a size's own.
         kept: what is said when it is ended early.
 
@@ -171,7 +171,8 @@ def real_noise(
     check_tasks(tasks, data)
     config = SIZES[size].with_tasks(tasks)
     config = config.with_part(part)
-    config = replace(config, scope=replace(config.scope, dtype=dtype))
+    if dtype:
+        config = replace(config, scope=replace(config.scope, dtype=dtype))
     folder = real_base(base, output, resume)
     config = config.with_start(Start(str(folder), learning_rate=RATE), data, workers)
     with progress_bar() as advance, on_interrupt(lambda: kept(output)):
