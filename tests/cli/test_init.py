@@ -154,6 +154,23 @@ def test_a_model_without_a_template_gets_one_that_trains(tmp_path, monkeypatch, 
     assert called("train", "run.yaml", "--max_steps", "1") == 0
 
 
+def test_a_row_beyond_the_model_is_told_by_every_verb_in_our_words(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": q, "completion": a} for q, a in asked(20)]
+    write(tmp_path / "rows.jsonl", [*rows, {"prompt": "count", "completion": " one" * 400}])
+    assert called("init", "rows.jsonl", "--model", BASE, "--validation", "0") == 0
+    out, err = capfd.readouterr()
+    assert "1 of 21 rows are longer than 256 tokens (all that the model was made for) and will be cut: row 21" in out
+    assert "max_length: 256 " in (tmp_path / "run.yaml").read_text()
+    assert called("audit-data", "run.yaml", "--max_length", "null") == 0
+    audited, more = capfd.readouterr()
+    assert "1 of 21 rows are longer than the 256 tokens that the model was made for" in audited
+    assert called("train", "run.yaml", "--max_length", "512", "--max_steps", "1") == 0
+    trained, last = capfd.readouterr()
+    assert "set max_length to 256 or less" in trained + last
+    assert "indexing errors" not in out + err + audited + more + trained + last
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data folder beside the checkout")
 def test_real_rows_under_other_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,6 @@ from qtarget.data.embedded import base_model_path, load_demonstrations
 from qtarget.evaluation.generation import (
     Decoding,
     complete,
-    context_of,
     new_tokens,
     prompt_ids,
     room,
@@ -22,6 +21,7 @@ from qtarget.evaluation.generation import (
 from qtarget.evaluation.judges import make_judge
 from qtarget.evaluation.questions import ask, split
 from qtarget.integrations.shared.saved.ends import end_of_turn, stop_ids
+from qtarget.storage.models import context_of
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
     from qtarget.cli.options.settings import Setting
     from qtarget.data.checks.findings import Finding
+    from qtarget.data.checks.tokens import Vocabulary
     from qtarget.report.audit.advice import Advice, Statement
     from qtarget.report.audit.document import DataAudit
     from qtarget.scoring.cache.reader import ReferenceCache
@@ -136,9 +137,7 @@ def audit_config(
     from qtarget.cli.compared import found_comparison
     from qtarget.cli.options.datasets import load_datasets
     from qtarget.cli.options.frozen import found_reference, found_witness
-    from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.sft.audit import cut, tokenise
-    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data, audit_unrendered
 
     training = config.training
@@ -146,7 +145,7 @@ def audit_config(
     rows = both[split == "validation"]
     if rows is None:
         raise ConfigError("--split validation: the config names no validation_file; set it, or audit the training rows")
-    tokenizer, size, ends = load_tokenizer(config)
+    tokenizer, model, ends = load_tokenizer(config)
     tokens = tokenise(training, rows, tokenizer)
     raw: Any = list(rows)
     if tokens.rows is None:
@@ -157,7 +156,7 @@ def audit_config(
         tokens.rows,
         [cut(row, training) for row in tokens.rows],
         tokenizer=tokens.tokenizer,
-        vocabulary=Vocabulary.of(tokens.tokenizer, size, [*ends, *turn_ends(tokens.tokenizer)]),
+        vocabulary=vocabulary_of(tokens.tokenizer, model, ends),
         max_length=training.max_length,
         keep_end=training.truncation_mode == "keep_end",
         chat_template=tokens.chat_template,
@@ -169,12 +168,24 @@ def audit_config(
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
         validation=None if alone else both[1] is not None,
         compared=found_comparison(config, both[0]),
-        more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(rows)) if cache is not None else ())],
+        more=[
+            *tokens.findings,
+            *(cache_findings(cache, tokens, model.vocab_size, len(rows)) if cache is not None else ()),
+        ],
     )
 
 
-def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
-    """Tokenizer, rows of the model's embeddings, and its end tokens."""
+def vocabulary_of(tokenizer: Any, model: Any, ends: Sequence[int]) -> Vocabulary:
+    """What checks of tokens need; arguments as ``load_tokenizer`` returns them, the tokenizer as training prepares it."""
+    from qtarget.data.checks.tokens import Vocabulary
+    from qtarget.integrations.shared.saved.ends import turn_ends
+    from qtarget.storage.models import context_of
+
+    return Vocabulary.of(tokenizer, model.vocab_size, [*ends, *turn_ends(tokenizer)], context_of(model))
+
+
+def load_tokenizer(config: RunConfig) -> tuple[Any, Any, list[int]]:
+    """Tokenizer, the text model's configuration, and its end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from qtarget.integrations.shared.saved.ends import end_ids
@@ -193,7 +204,7 @@ def load_tokenizer(config: RunConfig) -> tuple[Any, int, list[int]]:
         generation = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # many models have no generation_config.json
         generation = None
-    return tokenizer, model.vocab_size, end_ids(generation, model)
+    return tokenizer, model, end_ids(generation, model)
 
 
 def open_cache(path: str | None, required: bool) -> ReferenceCache | None:

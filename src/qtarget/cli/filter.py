@@ -245,11 +245,11 @@ def decide_config(
             f"filter compares what the frozen base says of all rows, before training: {way_out('reference')}"
         )
     data = load_datasets(config)[0] if data is None else data
-    tokenizer, size, _ = load_tokenizer(config)
+    tokenizer, model, _ = load_tokenizer(config)
     tokens = tokenise(training, data, tokenizer)
     if tokens.rows is None:
         raise DataError("\n".join(found.message for found in tokens.findings if found.severity == "error"))
-    for finding in cache_findings(opened, tokens, size, len(data)):
+    for finding in cache_findings(opened, tokens, model.vocab_size, len(data)):
         raise CacheMismatchError(finding.message)
     rows = [cut(row, training) for row in tokens.rows]
     labels: list[Any] = [row["labels"] for row in rows]

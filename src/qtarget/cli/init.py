@@ -260,7 +260,7 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     fits = fit(size, length, len(reading.rows), machine)
     marked = (alone is not None) if reading.rows[0].get("messages") is not None and apart is None else None
     packed = packing(name, size, found, length, fits, options)
-    return Known(reading, size, found, machine, fits, template, marked, apart, packed)
+    return Known(reading, size, found, machine, fits, length, template, marked, apart, packed)
 
 
 def parted_rows(config: RunConfig, reading: Reading) -> list[Any] | None:

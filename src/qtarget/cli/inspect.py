@@ -358,21 +358,19 @@ def _audit(
     config: RunConfig, both: tuple[Any, Any], raw: list[dict[str, Any]], tokens: Any, cut_rows: Any, loaded: tuple
 ) -> Any:
     """The findings of ``qtarget audit-data`` on the same tokens."""
-    from qtarget.cli.audit_data import cache_findings, open_cache
+    from qtarget.cli.audit_data import cache_findings, open_cache, vocabulary_of
     from qtarget.cli.compared import found_comparison
-    from qtarget.data.checks.tokens import Vocabulary
-    from qtarget.integrations.shared.saved.ends import turn_ends
     from qtarget.report.audit.document import audit_data
 
     training = config.training
-    _, size, ends = loaded
+    _, model, ends = loaded
     cache = open_cache(training.reference_cache, True)
     return audit_data(
         raw,
         tokens.rows,
         cut_rows,
         tokenizer=tokens.tokenizer,
-        vocabulary=Vocabulary.of(tokens.tokenizer, size, [*ends, *turn_ends(tokens.tokenizer)]),
+        vocabulary=vocabulary_of(tokens.tokenizer, model, ends),
         max_length=training.max_length,
         keep_end=training.truncation_mode == "keep_end",
         chat_template=tokens.chat_template,
@@ -381,7 +379,10 @@ def _audit(
         cache=cache,
         witness=open_cache(training.witness, True),
         sided=training.cache_verify_key is None,
-        more=[*tokens.findings, *(cache_findings(cache, tokens, size, len(raw)) if cache is not None else ())],
+        more=[
+            *tokens.findings,
+            *(cache_findings(cache, tokens, model.vocab_size, len(raw)) if cache is not None else ()),
+        ],
         teacher=bool(training.teacher_cache or training.teacher_model_name_or_path),
         validation=both[1] is not None,
         compared=found_comparison(config, both[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -32,6 +33,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     # PEFT 0.21 reads a name that transformers 5 renamed; no user can do anything about it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    # rows are tokenised whole and cut later; those that stay too long are named by our checks (`beyond_model`)
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_not_too_long)
     with signals_end_it():
         try:
             _app()(arguments, prog_name="qtarget")
@@ -51,6 +54,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
             sys.exit(code)
         finally:
             forget()
+
+
+def _not_too_long(record: logging.LogRecord) -> bool:
+    return "sequence length is longer than the specified maximum" not in record.getMessage()
 
 
 def bars_are_open() -> bool:

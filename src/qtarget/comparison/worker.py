@@ -21,10 +21,10 @@ from qtarget.core.errors import QTargetError
 from qtarget.data.overlap import content_hashes
 from qtarget.evaluation import contenders as evaluated
 from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, SetName
-from qtarget.evaluation.generation import context_of
 from qtarget.evaluation.loaded import Loaded
 from qtarget.evaluation.records import Records
 from qtarget.report.page import finite
+from qtarget.storage.models import context_of
 
 
 class Recipe(Protocol):

@@ -102,12 +102,6 @@ def new_tokens(tokenizer: Any, references: Sequence[str]) -> int:
     return min(MOST, math.ceil(SPARE * longest) + SLACK)
 
 
-def context_of(config: Any) -> int | None:
-    """Positions that a model of this configuration has, if it says so."""
-    config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
 def room(lengths: Sequence[int], wanted: int, context: int | None, names: Sequence[str]) -> int:
     """New tokens that a batch has room for.
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import DataError, QTargetError
 from qtarget.evaluation.contenders import Contender
-from qtarget.evaluation.generation import context_of
 from qtarget.integrations.shared.saved.ends import adopt_saved
-from qtarget.storage.models import load_named, load_whole
+from qtarget.storage.models import context_of, load_named, load_whole
 
 if TYPE_CHECKING:
     from qtarget.evaluation.evaluate import RowSet

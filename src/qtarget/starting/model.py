@@ -6,7 +6,7 @@ from typing import Any
 
 from qtarget.core.errors import QTargetError, UnsupportedModelError
 from qtarget.starting.choices import Size
-from qtarget.storage.models import check_whole, load_named, refuse_adapter
+from qtarget.storage.models import check_whole, context_of, load_named, refuse_adapter
 
 PROBED_UP_TO = 300_000_000
 """Parameters of a model that is made anew, with random weights, to see whether packed rows stay apart."""
@@ -37,7 +37,7 @@ def size_of(name: str, **options: Any) -> Size:
         int(getattr(text, "num_hidden_layers", 1)),
         int(getattr(text, "hidden_size", 1)),
         int(text.vocab_size),
-        getattr(text, "max_position_embeddings", None),
+        context_of(config),
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import counted, inflected
-from qtarget.starting.choices import Fit, Size, epochs, learning_rate, row_length
+from qtarget.data.checks.findings import finding
+from qtarget.starting.choices import Fit, Size, epochs, learning_rate
 from qtarget.starting.config_file import Line
 from qtarget.starting.machine import Machine
 from qtarget.starting.survey import Survey, spread
@@ -17,6 +18,7 @@ from qtarget.starting.survey import Survey, spread
 if TYPE_CHECKING:
     from qtarget.data.formats import Reading
 
+STEP = "split or shorten them, or the model never sees how they end"
 ENOUGH_TO_JUDGE = 100
 """Validation rows below which a warning says what they can show."""
 
@@ -26,6 +28,7 @@ class Known:
     """Rows, model and machine, and what follows.
 
     Attributes:
+        length: ``max_length``, the user's or ours.
         template: of a model that has none.
         answers_alone: whether answers are trained without their prompts, or None where rows have no turns.
         parted: rows whose one answer was made a completion, because the template marks none; else None.
@@ -36,6 +39,7 @@ class Known:
     survey: Survey
     machine: Machine
     fit: Fit
+    length: int
     template: str | None
     answers_alone: bool | None
     parted: Sequence[Any] | None
@@ -54,11 +58,9 @@ def config_lines(known: Known, model: str, output: Path, paths: Sequence[Path], 
         copied: which of ``train`` and ``validation`` are files of ours.
     """
     fits, size, lengths = known.fit, known.size, known.survey.lengths
-    length, rows = row_length(lengths, size.positions), len(lengths)
     sources = [relative(path, output) for path in paths]
     own = beside(output, "train.jsonl").name
     train = own if "train" in copied else sources[0] if len(sources) == 1 else sources
-    cut = sum(n > length for n in lengths)
     lines = [
         Line("model_name_or_path", relative(model, output), f"{size.parameters:,} parameters"),
         Line("train_file", train),
@@ -68,13 +70,13 @@ def config_lines(known: Known, model: str, output: Path, paths: Sequence[Path], 
         ),
         Line("target", "sft", "what each token is pulled towards: `qtarget targets`"),
         Line("output_dir", f"runs/{output.stem}/sft", "another target, another folder beside it"),
-        Line("num_train_epochs", epochs(rows)),
+        Line("num_train_epochs", epochs(len(lengths))),
         Line(
             "learning_rate", learning_rate(size.parameters, fits.adapter), "usual for this size; compare tries others"
         ),
         Line("per_device_train_batch_size", fits.batch, f"about {gigabytes(fits.needed)} of memory by estimate"),
         *([Line("gradient_accumulation_steps", fits.accumulation)] * (fits.accumulation > 1)),
-        Line("max_length", length, f"rows: {spread(lengths)}" + (f"; {cut:,} are cut" if cut else "")),
+        Line("max_length", known.length, f"rows: {spread(lengths)}"),
         Line("bf16", known.machine.bf16, precision(known.machine)),
         Line("activation_checkpointing", fits.checkpointing, "true saves memory and takes time"),
     ]
@@ -122,7 +124,7 @@ def gigabytes(count: int) -> str:
 def summary(known: Known, data: str, training: int, validation: int, seed: int) -> list[str]:
     """What was found and chosen, a line each."""
     lines = list(known.reading.announced)
-    lines += [f"warning: {note}" for note in known.survey.notes]
+    lines += [f"warning: {note}" for note in [*known.survey.notes, *cut_words(known)]]
     lines.append(
         f"{data}: {counted(training, 'row')} to train, {validation:,} to validate (split by prompt, seed {seed})"
         if validation
@@ -158,6 +160,15 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")
     return lines
+
+
+def cut_words(known: Known) -> list[str]:
+    """Rows that ``max_length`` will cut, in words; none where there are none."""
+    cut = [i for i, length in enumerate(known.survey.lengths) if length > known.length]
+    made_for = known.length == known.size.positions
+    limit = "all that the model was made for" if made_for else "max_length"
+    what = f"are longer than {counted(known.length, 'token')} ({limit}) and will be cut"
+    return [found.message for found in finding("truncated", "warning", cut, len(known.survey.lengths), what, STEP)]
 
 
 def judging_words(rows: int) -> str:

@@ -25,6 +25,12 @@ def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
         return loader.from_pretrained(name, **options)
 
 
+def context_of(config: Any) -> int | None:
+    """Positions that a model of this configuration has, if it says so."""
+    config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def load_whole(key: str, name: str, *, allow_new_weights: bool = False, **options: Any) -> Any:
     """A causal language model by name, whole (see ``check_whole``), its weights all finite.
 

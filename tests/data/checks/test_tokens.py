@@ -46,6 +46,13 @@ def test_a_missing_end_is_found_and_a_line_end_behind_it_is_not():
     assert check_ends([GOOD, chatml, nothing_trained], WORDS) == []
 
 
+def test_a_row_longer_than_the_model_was_made_for_is_named_unless_it_is_cut():
+    placed = Vocabulary(50, WORDS.end_ids, None, frozenset(), WORDS.decode, positions=4)
+    names = {limit: {f.check for f in check_tokens([GOOD], placed, max_length=limit)} for limit in (None, 8, 4)}
+    assert names[None] == names[8] == {"beyond_model", "lengths"}
+    assert names[4] == {"lengths"}
+
+
 def test_ids_that_the_model_does_not_have_are_an_error():
     found = check_known([GOOD, row([10, 11, 50]), row([10, -1, 12])], WORDS)
     assert [(f.check, f.severity, f.rows) for f in found] == [("outside_vocabulary", "error", (1, 2))]

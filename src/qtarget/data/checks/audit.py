@@ -22,7 +22,10 @@ FINDINGS = {
         "check empty completions, assistant_only_loss and the chat template's {% generation %} marks",
     ),
     "cut_off": ("have all their supervised tokens beyond max_length", "raise max_length or shorten the prompts"),
-    "truncated": ("are truncated before their end", "raise max_length, or the model never sees how they end"),
+    "truncated": (
+        "are truncated before their end",
+        "raise max_length as far as the model allows, or split them, or the model never sees how they end",
+    ),
 }
 
 

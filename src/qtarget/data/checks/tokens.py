@@ -39,6 +39,7 @@ class Vocabulary:
         unknown_id: the id of text that the tokenizer does not know; None if it has none.
         byte_ids: byte-fallback tokens (``<0xE2>``).
         decode: ids to text.
+        positions: tokens of a row that the model was made for; None where it does not say.
     """
 
     size: int
@@ -46,21 +47,25 @@ class Vocabulary:
     unknown_id: int | None
     byte_ids: frozenset[int]
     decode: Callable[[list[int]], str]
+    positions: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, size: int | None = None, end_ids: Sequence[int] = ()) -> Vocabulary:
+    def of(
+        cls, tokenizer: Any, size: int | None = None, end_ids: Sequence[int] = (), positions: int | None = None
+    ) -> Vocabulary:
         """Of a Hugging Face tokenizer.
 
         Args:
             size: of the model's embeddings; the tokenizer's length if unknown.
             end_ids: of the model's generation config, beside the tokenizer's own.
+            positions: of the model's config.
         """
         ends = end_marks(tokenizer, end_ids)
         # GPT-2 names its end mark as unknown token too, and never uses it as such
         marks = {tokenizer.eos_token_id, tokenizer.bos_token_id}
         unknown = None if tokenizer.unk_token_id in marks else tokenizer.unk_token_id
         bytes_ = {i for token, i in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
-        return cls(size or len(tokenizer), ends, unknown, frozenset(bytes_), tokenizer.decode)
+        return cls(size or len(tokenizer), ends, unknown, frozenset(bytes_), tokenizer.decode, positions)
 
 
 def end_marks(tokenizer: Any, end_ids: Sequence[int] = ()) -> frozenset[int]:
@@ -93,7 +98,8 @@ def check_tokens(
     """
     flat = FlatRows.of(rows)
     known = check_known(flat, vocabulary)
-    return [*known, *check_ends(flat, vocabulary), *check_runaway(flat), *check_lengths(flat, max_length)]
+    placed = check_positions(flat, vocabulary.positions, max_length)
+    return [*known, *placed, *check_ends(flat, vocabulary), *check_runaway(flat), *check_lengths(flat, max_length)]
 
 
 def trained_positions(row: TokenRow) -> np.ndarray:
@@ -160,6 +166,26 @@ def _unknown_example(flat: FlatRows, i: int, strange: np.ndarray, vocabulary: Vo
     place = flat.row(i)
     ids, at = flat.ids[place], int(np.flatnonzero(strange[place])[0])
     return {"row": i, "position": at, "text": vocabulary.decode(ids[max(0, at - WINDOW) : at + WINDOW].tolist())}
+
+
+def check_positions(
+    rows: Sequence[TokenRow] | FlatRows, positions: int | None, max_length: int | None
+) -> list[Finding]:
+    """Rows that stay longer than the model was made for, though ``max_length`` cuts them.
+
+    Example:
+        >>> long = [{"input_ids": [5] * 9, "labels": [5] * 9}]
+        >>> [found.count for found in check_positions(long, 8, None)], check_positions(long, 8, 8)
+        ([1], [])
+    """
+    flat = FlatRows.of(rows)
+    kept = flat.lengths if max_length is None else np.minimum(flat.lengths, max_length)
+    beyond = [] if positions is None else np.flatnonzero(kept > positions).tolist()
+    what = f"are longer than the {positions} tokens that the model was made for (max_position_embeddings)"
+    return finding(
+        "beyond_model", "warning", beyond, len(flat), what,
+        f"set max_length to {positions} or less, or split them", positions=positions, max_length=max_length,
+    )  # fmt: skip
 
 
 def check_runaway(rows: Sequence[TokenRow] | FlatRows) -> list[Finding]:

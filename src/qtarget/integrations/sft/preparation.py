@@ -74,7 +74,7 @@ class Preparation:
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
         self._sources: dict[str, Sources] = {}
-        self._unmet: dict[str, FlatRows] = {}
+        self._unmet: dict[str, tuple[FlatRows, int | None]] = {}
         self._vocabulary: Vocabulary | None = None
 
     def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
@@ -104,7 +104,7 @@ class Preparation:
         self._say("train", name_saveable(model))
         if chat_stream:
             self._say("train", name_end(model, tokenizer, None, saves_model=saves_model))
-        for name, rows in list(self._unmet.items()):
+        for name, (rows, _) in list(self._unmet.items()):
             if name == "train":
                 self._say(name, name_end(model, tokenizer, rows, saves_model=saves_model))
             self._check_with_model(name)
@@ -112,7 +112,7 @@ class Preparation:
     def _check_with_model(self, name: str) -> None:
         if self._vocabulary is None:
             return
-        found = check_with_model(self._unmet.pop(name), self._vocabulary)
+        found = check_with_model(*self._unmet.pop(name), self._vocabulary)
         self._say(name, [finding for finding in found if finding.severity != "error"])
         Rendered(None, found).raise_errors(name)
 
@@ -165,7 +165,7 @@ class Preparation:
         self._say(name, [finding for finding in found if finding.severity != "error"])
         rendered.raise_errors(name)
         tokens: Any = rendered.tokens
-        nothing_to_cut = self._audit(tokens, changed(args, max_length=None) if cuts_rows else args, name)
+        nothing_to_cut = self._audit(tokens, args, name, cuts_rows)
         weights = weights_of_rows(tokens, tokenizer, chat_template, args)
         for line in [] if weights is None else announcement(tokens, weights, args.prompt_weight):
             logger.warning(f"{name} data: {line}")
@@ -186,18 +186,21 @@ class Preparation:
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks, self._sources.get(name))
         return packed(tokens, args) if packing else tokens
 
-    def _audit(self, tokens: Dataset, args: Any, name: str) -> bool:
+    def _audit(self, tokens: Dataset, args: Any, name: str, cuts_rows: bool) -> bool:
         """Say what trains on nothing; whether TRL would neither cut nor drop a row."""
         ids, labels = Ragged.of(tokens, "input_ids"), Ragged.of(tokens, "labels")
         lengths, other = ids.lengths, np.flatnonzero(ids.lengths != labels.lengths)
         if len(other):
             raise DataError(f"the {name} data has other numbers of labels than of input_ids: {named(other.tolist())}")
         report = audit_columns(
-            lengths, labels.values, max_length=args.max_length, keep_end=args.truncation_mode == "keep_end"
+            lengths,
+            labels.values,
+            max_length=None if cuts_rows else args.max_length,
+            keep_end=args.truncation_mode == "keep_end",
         )
         self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
-        self._unmet[name] = FlatRows(ids.values, labels.values, lengths)
+        self._unmet[name] = FlatRows(ids.values, labels.values, lengths), args.max_length
         self._check_with_model(name)
         return not report.unusable_rows and bool((lengths <= (args.max_length or len(labels.values))).all())
 

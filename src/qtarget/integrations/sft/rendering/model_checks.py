@@ -8,16 +8,26 @@ from transformers import PreTrainedModel
 
 from qtarget.data.checks.findings import Finding
 from qtarget.data.checks.flat import FlatRows
-from qtarget.data.checks.tokens import Vocabulary, check_ends, check_known, check_runaway, end_marks, usual_end
+from qtarget.data.checks.tokens import (
+    Vocabulary,
+    check_ends,
+    check_known,
+    check_positions,
+    check_runaway,
+    end_marks,
+    usual_end,
+)
 from qtarget.integrations.shared.saved.ends import add_end, end_ids, end_of_turn, known_ends, make_saveable
+from qtarget.storage.models import context_of
 
 
 def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> Vocabulary:
     """Rows of the embedding, and the end tokens of model and tokenizer; unknown and byte tokens are left to the audit."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     return Vocabulary(
-        embedding_rows(model), end_marks(tokenizer, known_ends(model, tokenizer)), None, frozenset(), tokenizer.decode
-    )
+        embedding_rows(model), end_marks(tokenizer, known_ends(model, tokenizer)), None, frozenset(), tokenizer.decode,
+        context_of(model.config),
+    )  # fmt: skip
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -27,9 +37,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(getattr(layer, "num_embeddings", None) or layer.weight.shape[0])
 
 
-def check_with_model(rows: FlatRows, vocabulary: Vocabulary) -> list[Finding]:
-    """What only the model decides: ids beyond its embedding, rows without an end, masks that run away."""
-    return [*check_known(rows, vocabulary), *check_ends(rows, vocabulary), *check_runaway(rows)]
+def check_with_model(rows: FlatRows, max_length: int | None, vocabulary: Vocabulary) -> list[Finding]:
+    """What only the model decides: ids beyond its embedding, rows too long or without an end, masks that run away."""
+    placed = check_positions(rows, vocabulary.positions, max_length)
+    return [*check_known(rows, vocabulary), *placed, *check_ends(rows, vocabulary), *check_runaway(rows)]
 
 
 def name_end(model: PreTrainedModel, tokenizer: Any, rows: FlatRows | None, *, saves_model: bool) -> list[Finding]:
