@@ -110,7 +110,6 @@ def test_the_config_and_the_commands_run(workspace, tmp_path, tiny_model, monkey
 @pytest.mark.parametrize(
     ("keys", "options", "words"),
     [
-        ({}, ["--crossfit", "2"], "set witness in the config, or pass --output DIR"),
         ({"witness": "w"}, ["--crossfit", "2", "--role", "teacher"], "leave --role and --known out"),
         ({"witness": "w"}, ["--crossfit", "2", "--engine", "vllm"], "expected --engine local or --engine ray"),
         (

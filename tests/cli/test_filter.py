@@ -248,7 +248,7 @@ class TestVerb:
         path.write_text("\n".join(rows) + "\n")
         written = config(train_file=str(path), reference_cache=None)
         assert called("filter", written, "--output", tmp_path / "f") == 0
-        assert "1 row trains on nothing and was not judged" in capsys.readouterr().out
+        assert "1 row trains on nothing: not judged, and among the rows that are kept" in capsys.readouterr().out
         assert lines_of(tmp_path / "f/keep.jsonl")[-1] == rows[-1]
         assert json.loads(lines_of(tmp_path / "f/weights.jsonl")[-1])["weight"] == 0
 

@@ -21,6 +21,19 @@ def called(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+def test_score_crossfit_writes_where_training_looks(workspace, tmp_path, caplog, capsys):
+    runs = tmp_path / "runs"
+    config = workspace(output_dir=str(runs / "a"), max_steps=1, target="crossfit_consensus")
+    assert called("score", config, "--crossfit", "2", "--crossfit-steps", "1") == 0
+    (other,) = runs.glob("witness-*")
+    assert f"to train with it, set witness: {other}" in " ".join(capsys.readouterr().out.split())
+    assert called("score", config, "--crossfit", "2") == 0
+    (witness,) = set(runs.glob("witness-*")) - {other}
+    assert called("train", config) == 0
+    assert "cross-fitted once" not in caplog.text
+    assert f"{witness.name} is taken" in caplog.text
+
+
 def test_train_makes_the_witness_once_and_filter_audit_and_inspect_take_it(workspace, tmp_path, caplog, capsys):
     runs = tmp_path / "runs"
     config = workspace(output_dir=str(runs / "a"), max_steps=2, target="crossfit_consensus")

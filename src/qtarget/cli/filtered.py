@@ -187,7 +187,7 @@ def print_filtered(document: Mapping[str, Any]) -> None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in roc["auc"].items() if value is not None)
         console.print(Text(f"ROC-AUC against the marks of {counted(roc['marked'], 'row')}: {said}"), soft_wrap=True)
     if silent := document["not_judged"]:
-        words = f"{counted(silent, 'row')} {inflected(silent, 'train')} on nothing and {inflected(silent, 'were')} not judged"
+        words = f"{counted(silent, 'row')} {inflected(silent, 'train')} on nothing: not judged, and among the rows that are kept"
         console.print(Text(words), soft_wrap=True)
 
 

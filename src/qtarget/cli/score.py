@@ -92,25 +92,23 @@ def score(
 
     key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
-    if crossfit is None:
+    recipe = None if crossfit is None else (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, not one_prompt)
+    if recipe is None:
         own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
         directory, top_k = place_and_width(run, output, top_k, sampled, role)
-    elif (named := output or run.training.witness) is None:
-        raise ConfigError("where to write: set witness in the config, or pass --output DIR")
     else:
-        own, directory, top_k = run.training.witness, Path(named), top_k or 0
+        own, directory, top_k = run.training.witness, crossfit_place(run, output, recipe), top_k or 0
     check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
     storage: Any = {
         "sampled": sampled, "seed": seed, "log_probs_dtype": log_probs_dtype, "shard_rows": shard_rows,
     }  # fmt: skip
-    if crossfit is None:
+    if recipe is None:
         manifest = run_scoring(run, directory, top_k, tail_policy, role, chosen, known=known, **storage)
     else:
         from qtarget.cli.crossfit import run_crossfit
 
         storage |= {"top_k": top_k, "tail_policy": tail_policy, "engine": chosen}
-        recipe = (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, not one_prompt)
         manifest = run_crossfit(run, directory, recipe, how_to_go_on, **storage)
     if key is not None:
         sign_cache(directory, key)
@@ -191,6 +189,21 @@ def place_and_width(
     if width != getattr(config.training, f"{role}_top_k"):
         typer.echo(f"to train from it, set {role}: {place}, or {role}_top_k: {width}")
     return place, width
+
+
+def crossfit_place(config: RunConfig, output: Path | None, recipe: tuple[int, int | None, float, int, bool]) -> Path:
+    """Where to write: what the user said, else where training looks, which knows the default recipe alone."""
+    from qtarget.cli.options.frozen import shown, witness_place
+    from qtarget.integrations.sft.crossfit import CrossfitRecipe
+
+    named = output or config.training.witness
+    if named is not None:
+        return Path(named)
+    plan = CrossfitRecipe(*recipe)
+    place = witness_place(config, plan)
+    if plan != CrossfitRecipe():
+        typer.echo(f"another recipe than training's own: to train with it, set witness: {shown(place)}")
+    return place
 
 
 def run_scoring(

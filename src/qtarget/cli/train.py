@@ -256,18 +256,16 @@ def summarize(log_history: Sequence[Mapping[str, Any]], evaluation: Mapping[str,
     """First and last logged values of the training curve, and the final evaluation.
 
     Args:
-        log_history: ``trainer.state.log_history``; lines with ``loss`` are training lines.
+        log_history: ``trainer.state.log_history``; the last steps of a run log no ``loss``, and all else.
         evaluation: ``trainer.evaluate()``, or empty.
 
     Example:
-        >>> summarize([{"loss": 2.0, "nll": 2.5}, {"eval_loss": 3.0}, {"loss": 1.0, "nll": 1.5}], {"eval_nll": 1.25})
-        {'first_loss': 2.0, 'last_loss': 1.0, 'first_nll': 2.5, 'last_nll': 1.5, 'eval_nll': 1.25}
+        >>> summarize([{"loss": 2.0, "nll": 2.5}, {"eval_nll": 3.0}, {"train_loss": 2.0, "nll": 1.5}], {"eval_nll": 1.25})
+        {'first_loss': 2.0, 'last_loss': 2.0, 'first_nll': 2.5, 'last_nll': 1.5, 'eval_nll': 1.25}
     """
-    lines = [line for line in log_history if "loss" in line]
     out: dict[str, Any] = {}
     for key, name in (("loss", "loss"), ("nll", "nll"), ("mean_token_accuracy", "token_accuracy")):
-        values = [line[key] for line in lines if key in line]
-        if values:
+        if values := [line[key] for line in log_history if key in line]:
             out |= {f"first_{name}": values[0], f"last_{name}": values[-1]}
     kept = ("eval_loss", "eval_nll", "eval_mean_token_accuracy")
     return out | {key: evaluation[key] for key in kept if key in evaluation}
