@@ -20,7 +20,7 @@ from tests import ROOT, SHARED
 
 try:
     instructions.official_checks()
-    real.weights_file()
+    real.weights_files()
     MISSING = ""
 except MissingDependencyError as error:
     MISSING = str(error)

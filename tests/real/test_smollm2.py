@@ -25,7 +25,7 @@ from qtarget.core.errors import MissingDependencyError
 from tests import ROOT
 
 try:
-    real.weights_file()
+    real.weights_files()
     MISSING = ""
 except MissingDependencyError as error:
     MISSING = str(error)
@@ -37,7 +37,7 @@ SETTINGS = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
     "max_steps": 1, "per_device_train_batch_size": 2, "max_length": 96, "activation_checkpointing": False, "seed": 0,
 }  # fmt: skip
-PARAMETERS = 134_515_008
+PARAMETERS = real.SMOLLM2.parameters
 
 
 def asked(country: str) -> list[dict[str, str]]:
@@ -134,7 +134,7 @@ def test_weights_are_those_of_the_package_rounded_to_bfloat16(folder):
     """An independent reading of two tensors by the ``gguf`` package: one kept in float32, one packed in four bits."""
     from gguf import GGUFReader, dequantize
 
-    packed = {tensor.name: tensor for tensor in GGUFReader(str(real.weights_file())).tensors}
+    packed = {tensor.name: tensor for tensor in GGUFReader(str(real.weights_files()[0])).tensors}
     saved = load_file(folder / "model.safetensors")
     for theirs, ours in (
         ("output_norm.weight", "model.norm.weight"),

