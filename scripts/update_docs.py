@@ -91,10 +91,10 @@ def memory_cell(point: dict | None) -> str:
     return f"{point['beyond_inputs'] - point['gradients']:,.0f}"
 
 
-def trainer_table() -> str:
+def trainer_table(file: str) -> str:
     """Whole training steps against TRL's."""
     lines = ["| trainer | CPU seconds a step | x SFTTrainer (lowest .. highest step) | peak MB |", "|---|---|---|---|"]
-    for name, row in results_of("trainer_cpu_float32.json")["rows"].items():
+    for name, row in results_of(file)["rows"].items():
         ratio = row["ratio"]
         spread = f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})"
         lines.append(f"| {name} | {row['median']:.1f} | {spread} | {row['peak_mb']:,.0f} |")
@@ -227,7 +227,8 @@ def parts() -> dict[str, str]:
         "SPEED_NOTE": speed_note(),
         "MEMORY": memory_table(),
         "SLOW_PATHS": slow_paths(),
-        "TRAINER": trainer_table(),
+        "TRAINER": trainer_table("trainer_cpu_float32.json"),
+        "TRAINER_GEMMA3": trainer_table("trainer_cpu_gemma3.json"),
     }
 
 

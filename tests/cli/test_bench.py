@@ -16,6 +16,7 @@ from qtarget.benchmarks.speed import losses as speed
 from qtarget.benchmarks.speed import memory, sweep
 from qtarget.cli.app import app
 from qtarget.core.errors import ConfigError
+from qtarget.data.embedded import base_model_path
 from qtarget.storage.locks import locked_file
 
 SMALL = ["bench", "speed", "--tokens", "12", "--width", "8", "--vocab", "256", "--rounds", "2", "--threads", "1"]
@@ -195,6 +196,11 @@ def test_whole_steps_of_both_trainers(tmp_path):
     assert losses[0:9:3] == losses[1:9:3]  # TRL's and ours
     with pytest.raises(ConfigError, match="token scope"):
         CliRunner().invoke(app, ["bench", "trainer", "--targets", "talr"], catch_exceptions=False)
+    theirs = ["--model", str(base_model_path()), "--batch", "1", "--length", "16", "--rounds", "1", "--targets", "sft"]
+    options = [*theirs, "--threads", "1", "--output", str(raw), "--no-memory"]
+    assert CliRunner().invoke(app, ["bench", "trainer", *options], catch_exceptions=False).exit_code == 0
+    config, model = json.loads(raw.read_text())["config"], json.loads((base_model_path() / "config.json").read_text())
+    assert (config["vocab"], config["layers"]) == (model["vocab_size"], model["num_hidden_layers"])
 
 
 def test_scoring_is_timed_against_its_floor(tmp_path):

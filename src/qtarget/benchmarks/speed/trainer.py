@@ -24,7 +24,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -34,6 +44,7 @@ from qtarget.benchmarks.speed.memory import resident
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.score import score
 from qtarget.integrations.sft.trainer import QTargetTrainer
+from qtarget.storage.models import load_named, load_whole
 
 TRL = "TRL SFTTrainer"
 UNCOUNTED = 1
@@ -52,6 +63,7 @@ class TrainerBenchConfig:
         top_k: of the cache, whose reference and teacher are the model itself.
         rounds: counted steps of each contender.
         seed: of weights and tokens.
+        model: folder of a model to train in place of that Llama, whose shape the numbers above then are; its own weights.
     """
 
     batch: int = 4
@@ -67,6 +79,21 @@ class TrainerBenchConfig:
     top_k: int = 64
     rounds: int = 5
     seed: int = 0
+    model: str | None = None
+
+    @classmethod
+    def of(cls, model: str, **given: Any) -> TrainerBenchConfig:
+        """With a folder's model, and its shape.
+
+        Raises:
+            ConfigError: no such model.
+        """
+        found = load_named(AutoConfig, "--model", model).get_text_config()
+        return cls(
+            vocab=found.vocab_size, width=found.hidden_size, layers=found.num_hidden_layers,
+            intermediate=found.intermediate_size, heads=found.num_attention_heads, kv_heads=found.num_key_value_heads,
+            model=model, **given,
+        )  # fmt: skip
 
     @property
     def steps(self) -> int:
@@ -74,8 +101,11 @@ class TrainerBenchConfig:
         return UNCOUNTED + self.rounds
 
 
-def build_model(config: TrainerBenchConfig) -> LlamaForCausalLM:
-    """The same random weights every time."""
+def build_model(config: TrainerBenchConfig) -> PreTrainedModel:
+    """The same weights every time: random ones, or those of the folder."""
+    dtype = getattr(torch, config.dtype)
+    if config.model is not None:
+        return load_whole("--model", config.model, dtype=dtype)
     torch.manual_seed(config.seed)
     shape = LlamaConfig(
         vocab_size=config.vocab,
@@ -89,7 +119,7 @@ def build_model(config: TrainerBenchConfig) -> LlamaForCausalLM:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return LlamaForCausalLM(shape).to(getattr(torch, config.dtype))  # pyright: ignore[reportArgumentType]
+    return LlamaForCausalLM(shape).to(dtype)  # pyright: ignore[reportArgumentType]
 
 
 def build_rows(config: TrainerBenchConfig) -> Dataset:
@@ -99,8 +129,10 @@ def build_rows(config: TrainerBenchConfig) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(config: TrainerBenchConfig) -> PreTrainedTokenizerBase:
     """TRL asks for one; the rows are tokens already."""
+    if config.model is not None:
+        return load_named(AutoTokenizer, "--model", config.model)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
@@ -127,17 +159,17 @@ def build_trainer(name: str, config: TrainerBenchConfig, folder: Path) -> Traine
     """A contender; its cache is in ``folder``."""
     shared, rows, model = settings_of(config, folder / "runs" / name), build_rows(config), build_model(config)
     if name == TRL:
-        return SFTTrainer(model, SFTConfig(**shared), None, rows, None, build_tokenizer())
+        return SFTTrainer(model, SFTConfig(**shared), None, rows, None, build_tokenizer(config))
     cache = str(folder / "cache")
     args = QTargetConfig(**shared, target=name, reference_cache=cache, teacher_cache=cache)
-    return QTargetTrainer(model, args, None, rows, None, build_tokenizer())
+    return QTargetTrainer(model, args, None, rows, None, build_tokenizer(config))
 
 
 def write_cache(config: TrainerBenchConfig, folder: Path) -> None:
     """Score the rows once with the untrained model."""
     args = QTargetConfig(**settings_of(config, folder / "runs"))
     score(
-        build_model(config), args, build_rows(config), None, build_tokenizer(),
+        build_model(config), args, build_rows(config), None, build_tokenizer(config),
         directory=folder / "cache", top_k=config.top_k, progress=False,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -129,13 +129,16 @@ def trainer(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
     width: Annotated[int, typer.Option(min=9, help="Width of the model; a multiple of 18.")] = 576,
     vocab: Annotated[int, typer.Option(min=128, help="Size of the vocabulary.")] = 49_152,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a model to train instead; it has layers, width and vocabulary.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = DEFAULTS.dtype,
     rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each; medians are quoted.")] = DEFAULTS.rounds,
     top_k: Annotated[int, typer.Option(min=1, help="k of the reference cache.")] = DEFAULTS.top_k,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, a process each.")] = True,
 ) -> None:
-    """Time whole training steps of QTargetTrainer against TRL's SFTTrainer, on a CPU (SmolLM2-135M's shape, random weights)."""
+    """Time whole training steps of QTargetTrainer against TRL's SFTTrainer on a CPU: SmolLM2-135M's shape, or --model."""
     from rich.console import Console
 
     from qtarget.benchmarks.speed.trainer import TrainerBenchConfig, run_trainers
@@ -152,10 +155,11 @@ def trainer(
             )
     check_writable(output)
     torch.set_num_threads(threads)
-    intermediate = width * 8 // 3
-    config = TrainerBenchConfig(
-        batch, length, vocab, width, layers, intermediate, dtype=dtype, targets=names, top_k=top_k, rounds=rounds
-    )
+    given: Any = {"batch": batch, "length": length, "dtype": dtype, "targets": names, "top_k": top_k, "rounds": rounds}
+    if model is not None:
+        config = TrainerBenchConfig.of(str(model), **given)
+    else:
+        config = TrainerBenchConfig(vocab=vocab, width=width, layers=layers, intermediate=width * 8 // 3, **given)
     results = run_trainers(config, typer.echo, memory)
     saver(output)(results)
     Console().print(trainer_table(results))
