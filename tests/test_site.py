@@ -14,7 +14,10 @@ import pytest
 
 from tests import ROOT
 
-PAGES = ("tutorial", "noisy_rows", "small_from_big", "lora", "many_gpus", "cluster", "resume")
+PAGES = (
+    "tutorial", "noisy_rows", "small_from_big", "lora", pytest.param("many_gpus", marks=pytest.mark.nightly),
+    pytest.param("cluster", marks=pytest.mark.nightly), "resume",
+)  # fmt: skip
 """Pages without a test of their own; they run from the root of a checkout."""
 SMALL = {
     "train": ["--max_steps", "4"],

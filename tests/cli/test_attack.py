@@ -27,7 +27,7 @@ def attacked(tmp_path, *parts: str) -> dict:
     return said
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bad_inputs_and_disks_that_refuse(tmp_path):
     parts = attacked(tmp_path, "inputs", "disks")
     assert parts["inputs"]["cases"] > 12 and not parts["inputs"]["inputs_changed"]

@@ -30,7 +30,7 @@ def drawn() -> tuple[torch.Tensor, ...]:
     [
         ("generalized_jsd", {"beta": 0.3}, {"beta": 0.6}),
         ("target_sft", {"eta": 0.3}, {"eta": 0.7}),
-        ("gem", {}, {"temperature": 0.8}),
+        pytest.param("gem", {}, {"temperature": 0.8}, marks=pytest.mark.nightly),
     ],
 )
 def test_the_oracles_numbers_compiled_once(name: str, settings: dict, other: dict) -> None:

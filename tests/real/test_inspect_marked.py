@@ -14,7 +14,7 @@ from tests import ROOT, SHARED
 DATA = Path(os.environ.get("QTARGET_REAL_DATA", SHARED))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not (DATA / "models").is_dir(), reason=f"real data not found at {DATA}; set QTARGET_REAL_DATA")
 def test_example_on_marked_rows_end_to_end(tmp_path):
     """A few rows of each: pages, JSON and areas are there, with the marks of the data."""

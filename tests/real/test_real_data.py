@@ -43,6 +43,7 @@ def test_real_noise_example_end_to_end(tmp_path):
     assert results["runs"][1]["marked_wrong"] > 16  # 62 % of all
 
 
+@pytest.mark.nightly
 def test_real_vocabulary_with_lora_and_packing_within_2_gb(tmp_path):
     """4 x 512 tokens of 151,936 float32 logits alone are 1.2 GB; with their gradient naive code needs more than 3 GB."""
     out = run("-m", "tests.real.large_vocabulary", str(DATA / "models/tokenizer-qwen2"), str(tmp_path))

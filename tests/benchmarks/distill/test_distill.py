@@ -41,6 +41,7 @@ def quick_run(tmp_path_factory):
 # -- the quick setting -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_orderings_with_a_wide_margin(quick_run):
     _, results, _ = quick_run
     methods = results["methods"]
@@ -54,12 +55,14 @@ def test_orderings_with_a_wide_margin(quick_run):
     assert results["teacher"]["teacher_percent"] > 50
 
 
+@pytest.mark.nightly
 def test_figure_and_output_tell_the_finding(quick_run):
     output, results, printed = quick_run
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert results["finding"] in printed and "6/6" in printed
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_goes_on_and_finds_the_same(quick_run):
     output, before, _ = quick_run
     log = output.with_suffix(".runs.jsonl")
@@ -75,6 +78,7 @@ def test_a_stopped_run_goes_on_and_finds_the_same(quick_run):
         work_folder(DistillConfig(), output.with_suffix(".work"), resume=True)
 
 
+@pytest.mark.nightly
 def test_the_caches_hold_what_the_teacher_says(quick_run):
     folder = quick_run[0].with_suffix(".work")
     rows, tokenizer = read_rows(folder, "train"), AutoTokenizer.from_pretrained(base_model_path())

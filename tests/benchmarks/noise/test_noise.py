@@ -253,6 +253,7 @@ def test_real_rows_are_asked_in_two_formats(real):
     assert all(tasks.check_pretraining(row, row["completion"]) for row in found.kept)
 
 
+@pytest.mark.nightly
 def test_the_quick_setting_finds_the_ordering_and_goes_on_where_it_was_stopped(tmp_path):
     """40 % random tokens on a base that knows the format: target_sft keeps it, SFT loses most, 1 - p_base all of it."""
     output = tmp_path / "noise.json"

@@ -146,6 +146,7 @@ def test_settings_without_their_baseline_are_refused():
         PriorConfig(targets=("sft", "magic"))
 
 
+@pytest.mark.nightly
 def test_the_quick_setting_finds_that_the_guard_corrects_what_the_anchor_does_not(tmp_path):
     output = tmp_path / "prior.json"
     done = CliRunner().invoke(app, ["prior", "--quick", "--output", str(output)])

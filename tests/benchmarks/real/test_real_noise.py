@@ -340,6 +340,8 @@ def test_the_commands_of_the_page_are_what_the_command_line_takes():
         found: Any = get_command(app)
         while hasattr(found, "list_commands"):
             found = found.get_command(Context(found), words.pop(0))
-        assert found is not None and {"base", "noise", "prior", "distill", "trainer", "demo", "init", "train"} >= {found.name}
+        assert found is not None and {"base", "noise", "prior", "distill", "trainer", "demo", "init", "train"} >= {
+            found.name
+        }
         found.make_context(found.name, words)
     assert model.INSTALL in lines

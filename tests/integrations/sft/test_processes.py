@@ -76,7 +76,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 6], ids=["mid-epoch", "epoch-end"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, id="mid-epoch"), pytest.param(6, id="epoch-end", marks=pytest.mark.nightly)]
+)
 def test_killed_and_resumed_is_bit_for_bit_undisturbed(undisturbed, tmp_path, step):
     settings = {"target": "asft", **RUN}
     assert work(tmp_path, settings, "--die-at", str(step)) == -signal.SIGKILL
@@ -153,7 +155,7 @@ def evaluations(output: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [
-        pytest.param(2, {}, id="2-padded"),
+        pytest.param(2, {}, id="2-padded", marks=pytest.mark.nightly),
         pytest.param(9, PADDING_FREE, id="9-padding-free"),
         pytest.param(9, {}, id="9-padded", marks=pytest.mark.nightly),
         pytest.param(2, PADDING_FREE, id="2-padding-free", marks=pytest.mark.nightly),
@@ -170,7 +172,9 @@ def test_two_ranks_evaluate_every_row_once(one_process, tmp_path, rows, settings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--tied"]], ids=["own-head", "tied-head"])
+@pytest.mark.parametrize(
+    "options", [pytest.param([], id="own-head", marks=pytest.mark.nightly), pytest.param(["--tied"], id="tied-head")]
+)
 @pytest.mark.parametrize("sharding", [FSDP2, pytest.param(ZERO3, marks=needs_deepspeed)], ids=["fsdp2", "zero3"])
 def test_a_sharded_head_equals_a_whole_one(one_process, tmp_path, sharding, options):
     one = one_process({"target": "asft"}, *options)

@@ -301,8 +301,8 @@ def test_prompt_weight_needs_a_prompt(make_trainer):
         make_trainer("sft", prompt_weight=-1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", [pytest.param("asft", marks=pytest.mark.nightly), "talr"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("target", ["asft", "talr"])
 def test_two_ranks_equal_one_mask(tmp_path, target):
     """Two processes with weights against one process with masks."""
     from tests.integrations.sft.test_processes import COMMON, assert_equal_runs, two_processes, work
