@@ -160,14 +160,19 @@ def test_a_row_beyond_the_model_is_told_by_every_verb_in_our_words(tmp_path, mon
     write(tmp_path / "rows.jsonl", [*rows, {"prompt": "count", "completion": " one" * 400}])
     assert called("init", "rows.jsonl", "--model", BASE, "--validation", "0") == 0
     out, err = capfd.readouterr()
-    assert "1 of 21 rows are longer than 256 tokens (all that the model was made for) and will be cut: row 21" in out
+    assert "1 of 21 rows are truncated before their end (max_length 256), " in out and "lost in all: row 21" in out
     assert "max_length: 256 " in (tmp_path / "run.yaml").read_text()
     assert called("audit-data", "run.yaml", "--max_length", "null") == 0
     audited, more = capfd.readouterr()
-    assert "1 of 21 rows are longer than the 256 tokens that the model was made for" in audited
+    assert "1 of 21 rows are, as they are trained, longer than the 256 tokens that the model was made for" in audited
     assert called("train", "run.yaml", "--max_length", "512", "--max_steps", "1") == 0
     trained, last = capfd.readouterr()
     assert "set max_length to 256 or less" in trained + last
+    uncut = ("init", "rows.jsonl", "--model", BASE, "--validation", "0", "-o", "uncut.yaml")
+    assert called(*uncut, "--max_length", "null") == 0
+    written, _ = capfd.readouterr()
+    assert "truncated" not in written and "longer than the 256 tokens" in written
+    assert "max_length: null" in (tmp_path / "uncut.yaml").read_text()
     assert "indexing errors" not in out + err + audited + more + trained + last
 
 

@@ -179,16 +179,17 @@ def test_truncated_rows_are_in_the_summary(workspace, tmp_path):
 
 def test_the_summary_takes_first_and_last_training_lines():
     log = [
-        {"eval_loss": 9.0},
-        {"loss": 2.0, "mean_token_accuracy": 0.1},
-        {"loss": 1.0, "mean_token_accuracy": 0.5},
-        {"train_loss": 7},
+        {"step": 1, "eval_loss": 9.0},
+        {"step": 2, "loss": 2.0, "nll": 2.0},
+        {"step": 4, "loss": 1.0, "nll": 1.0},
+        {"step": 5, "train_loss": 7, "nll": 0.5},
     ]
     found = summarize(log, {"eval_nll": 0.5, "eval_runtime": 3.0})
     assert found == {
         "first_loss": 2.0,
         "last_loss": 1.0,
-        "first_token_accuracy": 0.1,
-        "last_token_accuracy": 0.5,
+        "first_nll": 2.0,
+        "last_nll": 0.5,
+        "logged": {"loss": [2, 4], "nll": [2, 5]},
         "eval_nll": 0.5,
     }

@@ -20,8 +20,7 @@ from tests import ROOT, SHARED
 
 try:
     instructions.official_checks()
-    real.weights_files()
-    MISSING = ""
+    MISSING = "" if real.SMOLLM2.is_installed else f"not installed: {real.SMOLLM2.install}"
 except MissingDependencyError as error:
     MISSING = str(error)
 pytestmark = [

@@ -21,14 +21,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from qtarget.benchmarks.real import model as real
-from qtarget.core.errors import MissingDependencyError
 from tests import ROOT
 
-try:
-    real.weights_files()
-    MISSING = ""
-except MissingDependencyError as error:
-    MISSING = str(error)
+MISSING = "" if real.SMOLLM2.is_installed else f"not installed: {real.SMOLLM2.install}"
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 PLACES = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",

@@ -179,9 +179,9 @@ def vocabulary_of(tokenizer: Any, model: Any, ends: Sequence[int]) -> Vocabulary
     """What checks of tokens need; arguments as ``load_tokenizer`` returns them, the tokenizer as training prepares it."""
     from qtarget.data.checks.tokens import Vocabulary
     from qtarget.integrations.shared.saved.ends import turn_ends
-    from qtarget.storage.models import context_of
+    from qtarget.storage.models import room_of
 
-    return Vocabulary.of(tokenizer, model.vocab_size, [*ends, *turn_ends(tokenizer)], context_of(model))
+    return Vocabulary.of(tokenizer, model.vocab_size, [*ends, *turn_ends(tokenizer)], room_of(model, tokenizer))
 
 
 def load_tokenizer(config: RunConfig) -> tuple[Any, Any, list[int]]:
@@ -242,7 +242,9 @@ def print_audit(audit: DataAudit, console: Console) -> None:
             console.print(Text(f"          {example_line(example)}", style="dim"), soft_wrap=True)
     console.print()
     _print_advice(audit.advice, console)
+    warned = sum(found.severity == "warning" for found in audit.findings)
     words = f"{counted(audit.errors, 'kind')} of errors" if audit.errors else "no errors"
+    words += f", {counted(warned, 'kind')} of warnings" if warned else ""
     console.print(Text(f"\n{counted(audit.rows, 'row')}: {words}", style="bold red" if audit.errors else "bold green"))
 
 

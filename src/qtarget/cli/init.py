@@ -156,7 +156,8 @@ def prepare(
     heading = (
         f"{data}: {counted(len(reading.rows), 'row')} as {reading.shape}, for {model}. Keys are TRL's and qtarget's."
     )
-    said = summary(known, data, len(training), len(validation), seed)
+    trained = known.survey.cut(config.training, known.length, training).supervised_tokens
+    said = summary(known, data, len(training), len(validation), trained, seed)
     validated = bool(validation) or config.data.validation_file is not None
     return Start(config_text(with_given(lines, settings), heading), files, said, validated)
 
@@ -234,6 +235,7 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     """Model and rows, and what follows from them."""
     from transformers import AutoTokenizer
 
+    from qtarget.data.checks.tokens import Vocabulary, check_positions
     from qtarget.data.loading import rows_to_dataset
     from qtarget.starting.choices import fit, row_length
     from qtarget.starting.model import size_of
@@ -256,11 +258,18 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
         alone = answers_alone(config.training, rows, tokenizer)
     apart = parted_rows(config, reading) if alone is None else None
     found = alone or survey(config.training, rows if apart is None else rows_to_dataset(apart), tokenizer)
-    length = config.given.get("max_length") or row_length(found.lengths, size.positions)
-    fits = fit(size, length, len(reading.rows), machine)
+    ours = row_length(found.lengths, size.positions)
+    length: int | None = config.given.get("max_length", ours)
+    longest = length or row_length(found.lengths, None)
+    fits = fit(size, longest, len(reading.rows), machine)
+    placed = Vocabulary.of(tokenizer, size.vocabulary, positions=size.positions)
+    cut = [
+        *found.cut(config.training, length).messages(),
+        *(f.message for f in check_positions(found.tokens, placed, length)),
+    ]
     marked = (alone is not None) if reading.rows[0].get("messages") is not None and apart is None else None
-    packed = packing(name, size, found, length, fits, options)
-    return Known(reading, size, found, machine, fits, length, template, marked, apart, packed)
+    packed = packing(name, size, found, longest, fits, options)
+    return Known(reading, size, found, machine, fits, length, [*found.notes, *cut], template, marked, apart, packed)
 
 
 def parted_rows(config: RunConfig, reading: Reading) -> list[Any] | None:

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     # PEFT 0.21 reads a name that transformers 5 renamed; no user can do anything about it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    # rows are tokenised whole and cut later; those that stay too long are named by our checks (`beyond_model`)
+    # rows are tokenised whole and cut later; those that stay too long are named by our checks (`beyond_model`), but in a stream
     logging.getLogger("transformers.tokenization_utils_base").addFilter(_not_too_long)
     with signals_end_it():
         try:

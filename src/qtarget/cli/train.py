@@ -253,20 +253,27 @@ def build_trainer(config: RunConfig, train_rows: Any, validation_rows: Any) -> A
 
 
 def summarize(log_history: Sequence[Mapping[str, Any]], evaluation: Mapping[str, float]) -> dict[str, Any]:
-    """First and last logged values of the training curve, and the final evaluation.
+    """First and last logged values of the training curve, the steps of these logs, and the final evaluation.
 
     Args:
         log_history: ``trainer.state.log_history``; the last steps of a run log no ``loss``, and all else.
         evaluation: ``trainer.evaluate()``, or empty.
 
     Example:
-        >>> summarize([{"loss": 2.0, "nll": 2.5}, {"eval_nll": 3.0}, {"train_loss": 2.0, "nll": 1.5}], {"eval_nll": 1.25})
-        {'first_loss': 2.0, 'last_loss': 2.0, 'first_nll': 2.5, 'last_nll': 1.5, 'eval_nll': 1.25}
+        >>> log = [{"step": 5, "loss": 2.0, "nll": 2.5}, {"step": 7, "train_loss": 2.0, "nll": 1.5}]
+        >>> found = summarize(log, {"eval_nll": 1.25})
+        >>> found["first_nll"], found["last_nll"], found["eval_nll"], found["logged"]
+        (2.5, 1.5, 1.25, {'loss': [5], 'nll': [5, 7]})
     """
+    from qtarget.report.runs.document import training_lines
+
     out: dict[str, Any] = {}
+    logged: dict[str, list[int]] = {}
     for key, name in (("loss", "loss"), ("nll", "nll"), ("mean_token_accuracy", "token_accuracy")):
-        if values := [line[key] for line in log_history if key in line]:
-            out |= {f"first_{name}": values[0], f"last_{name}": values[-1]}
+        if lines := [line for line in training_lines(log_history) if key in line]:
+            out |= {f"first_{name}": lines[0][key], f"last_{name}": lines[-1][key]}
+            logged[name] = sorted({line.get("step", 0) for line in (lines[0], lines[-1])})
+    out |= {"logged": logged} if logged else {}
     kept = ("eval_loss", "eval_nll", "eval_mean_token_accuracy")
     return out | {key: evaluation[key] for key in kept if key in evaluation}
 
@@ -289,9 +296,9 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     }
     for key, name in (("loss", "loss"), ("nll", "nll (nats a token)"), ("token_accuracy", "token accuracy")):
         if f"first_{key}" in summary:
-            table.add_row(
-                f"{name}, first to last log", f"{summary[f'first_{key}']:.4f} -> {summary[f'last_{key}']:.4f}"
-            )
+            steps, ends = summary["logged"][key], [summary[f"first_{key}"], summary[f"last_{key}"]]
+            where = f"steps {steps[0]} and {steps[-1]}" if steps[1:] else f"step {steps[0]}"
+            table.add_row(f"{name}, log of {where}", " -> ".join(f"{end:.4f}" for end in ends[: len(steps)]))
     for key, name in names.items():
         value = summary.get(key)
         if value is not None:

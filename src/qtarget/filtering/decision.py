@@ -246,7 +246,10 @@ def _judge(
             else f"the copies know most of these rows and not the other kind ({surprised})"
         )
     elif found.gain < max(LEAST_GAIN, LEAST_ERRORS * found.error):
-        doubt = f"two kinds explain held-out rows no better than one ({found.gain:+.1f} nats, standard error {found.error:.1f})"
+        doubt = (
+            f"two kinds explain held-out rows not surely better than one ({found.gain:+.1f} nats, standard error "
+            f"{found.error:.1f}; {max(LEAST_GAIN, LEAST_ERRORS * found.error):.1f} are needed)"
+        )
     elif mixture.bad.mean - mixture.good.mode < apart:
         difference = mixture.bad.mean - mixture.good.mode
         doubt = f"the upper kind lies only {difference:.1f} nats above the lower, {apart:g} are needed"

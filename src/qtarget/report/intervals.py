@@ -99,13 +99,22 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], s
 
 
 def paired_interval(
-    a: Sequence[float], b: Sequence[float], denominators: Sequence[float] | None = None, seed: int = 0
+    a: Sequence[float],
+    b: Sequence[float],
+    denominators: Sequence[float] | None = None,
+    seed: int = 0,
+    *,
+    reach: float = 0.0,
 ) -> dict[str, Any]:
     """``a - b`` over the same rows, with the bootstrap interval of the difference.
+
+    Where no row tells the two apart, the next one may: with ``reach`` no standard error is below that of a half of a row won and
+    a half of a row lost (Agresti and Min 2005), as in ``simultaneous_differences``.
 
     Args:
         a, b: one number a row.
         denominators: what both are sums over, as tokens; default: 1, for means.
+        reach: how far apart the two can lie on one row, 1 for shares of right answers; 0 where there is no bound.
 
     Raises:
         ShapeError: no rows, or lengths that differ.
@@ -113,9 +122,17 @@ def paired_interval(
     Example:
         >>> paired_interval([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
         {'mean': 1.0, 'low': 1.0, 'high': 1.0, 'method': 'paired bootstrap'}
+        >>> alike = paired_interval([0.0] * 12, [0.0] * 12, reach=1.0)
+        >>> round(alike["low"], 2), round(alike["high"], 2)
+        (-0.14, 0.14)
     """
     if len(a) != len(b):
         raise ShapeError(f"{len(a)} rows against {len(b)}; a paired difference needs the same rows")
     difference = np.subtract(a, b)
     below = np.ones(len(a)) if denominators is None else np.asarray(denominators, np.float64)
-    return ratio_interval(difference.tolist(), below.tolist(), seed) | {"method": "paired bootstrap"}
+    found = ratio_interval(difference.tolist(), below.tolist(), seed) | {"method": "paired bootstrap"}
+    least = NORMAL * reach / (len(a) + 2)
+    if least:
+        found["low"] = min(found["low"], max(-reach, found["mean"] - least))
+        found["high"] = max(found["high"], min(reach, found["mean"] + least))
+    return found

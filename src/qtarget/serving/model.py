@@ -18,7 +18,7 @@ from qtarget.scoring.sources.canary import CANARY, CANARY_TOKENS
 from qtarget.scoring.sources.identity import Identity, Limits
 from qtarget.scoring.sources.local import LocalSource
 from qtarget.serving.settings import ServeSettings, check_device
-from qtarget.storage.models import check_vocabulary, load_named, load_whole
+from qtarget.storage.models import check_vocabulary, context_of, load_named, load_whole
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load(settings: ServeSettings) -> Loaded:
         )
 
     here = source("cpu")
-    limits = _limits(settings.limits, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    limits = _limits(settings.limits, context_of(model.config))
     ids = tokenizer(CANARY)["input_ids"][: min(CANARY_TOKENS, limits.row_tokens, limits.tokens)]
     (canary,) = here.score([np.array(ids)], 0)
     identity = Identity(

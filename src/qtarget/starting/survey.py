@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qtarget.core.errors import ConfigError, DataError
+from qtarget.data.checks.audit import AuditReport, audit_columns
+from qtarget.data.checks.flat import FlatRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,19 +21,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Survey:
-    """Lengths of tokenised rows.
+    """Tokenised rows, whole.
 
     Attributes:
-        lengths: tokens of each row, whole.
-        trained: tokens of all rows that are trained.
-        untrained_rows: rows without such a token.
-        notes: what training will say of the rows.
+        tokens: of all rows.
+        notes: what training will say of the rows before it cuts them.
     """
 
-    lengths: list[int]
-    trained: int
-    untrained_rows: int
+    tokens: FlatRows
     notes: list[str]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return self.tokens.lengths.tolist()
+
+    def cut(self, args: QTargetConfig, length: int | None, rows: Sequence[int] | None = None) -> AuditReport:
+        """What ``max_length`` leaves of the rows, or of some of them, in the words of training.
+
+        Args:
+            args: the run's; ``wrapped`` packing joins rows and cuts none off.
+            length: ``max_length``.
+            rows: their numbers.
+        """
+        flat = self.tokens
+        chosen = np.ones(len(flat), dtype=bool) if rows is None else np.isin(np.arange(len(flat)), rows)
+        joined = args.packing and args.packing_strategy != "bfd"
+        return audit_columns(
+            flat.lengths[chosen],
+            flat.labels[chosen[flat.rows]],
+            max_length=None if joined else length,
+            keep_end=args.truncation_mode == "keep_end",
+        )
 
 
 def survey(args: QTargetConfig, rows: Dataset, tokenizer: Any) -> Survey:
@@ -47,16 +68,10 @@ def survey(args: QTargetConfig, rows: Dataset, tokenizer: Any) -> Survey:
     errors = [found.message for found in tokens.findings if found.severity == "error"]
     if errors or tokens.rows is None:
         raise DataError("training would refuse these rows: " + "; ".join(errors or ["they cannot be tokenised"]))
-    labels = [np.asarray(row["labels"]) for row in tokens.rows]
-    trained = [int(np.count_nonzero(values[1:] != -100)) for values in labels]
-    if not any(trained):
+    flat = FlatRows.of(tokens.rows)
+    if not flat.trained.any():
         raise DataError("no token of any row would be trained; look at `qtarget audit-data` of these rows")
-    return Survey(
-        [len(row["input_ids"]) for row in tokens.rows],
-        sum(trained),
-        trained.count(0),
-        [found.message for found in tokens.findings if found.severity == "warning"],
-    )
+    return Survey(flat, [found.message for found in tokens.findings if found.severity == "warning"])
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
@@ -72,7 +87,7 @@ def answers_alone(args: QTargetConfig, rows: Dataset, tokenizer: Any) -> Survey 
         found = survey(changed(args, assistant_only_loss=True), rows, tokenizer)
     except (ConfigError, DataError):
         return None
-    return found if found.untrained_rows == 0 else None
+    return found if found.tokens.trained_counts.all() else None
 
 
 def chat_template() -> str:

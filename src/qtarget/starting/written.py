@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.core.errors import counted, inflected
-from qtarget.data.checks.findings import finding
 from qtarget.starting.choices import Fit, Size, epochs, learning_rate
 from qtarget.starting.config_file import Line
 from qtarget.starting.machine import Machine
@@ -18,7 +17,6 @@ from qtarget.starting.survey import Survey, spread
 if TYPE_CHECKING:
     from qtarget.data.formats import Reading
 
-STEP = "split or shorten them, or the model never sees how they end"
 ENOUGH_TO_JUDGE = 100
 """Validation rows below which a warning says what they can show."""
 
@@ -28,7 +26,8 @@ class Known:
     """Rows, model and machine, and what follows.
 
     Attributes:
-        length: ``max_length``, the user's or ours.
+        length: ``max_length``, the user's or ours; None: rows are not cut.
+        notes: what training will say of the rows, cut to that.
         template: of a model that has none.
         answers_alone: whether answers are trained without their prompts, or None where rows have no turns.
         parted: rows whose one answer was made a completion, because the template marks none; else None.
@@ -39,7 +38,8 @@ class Known:
     survey: Survey
     machine: Machine
     fit: Fit
-    length: int
+    length: int | None
+    notes: Sequence[str]
     template: str | None
     answers_alone: bool | None
     parted: Sequence[Any] | None
@@ -121,10 +121,15 @@ def gigabytes(count: int) -> str:
     return f"{max(count / 1e9, 0.1):.1f} GB"
 
 
-def summary(known: Known, data: str, training: int, validation: int, seed: int) -> list[str]:
-    """What was found and chosen, a line each."""
+def summary(known: Known, data: str, training: int, validation: int, trained: int, seed: int) -> list[str]:
+    """What was found and chosen, a line each.
+
+    Args:
+        training, validation: rows.
+        trained: tokens of the training rows that are trained, what ``max_length`` cuts off left out.
+    """
     lines = list(known.reading.announced)
-    lines += [f"warning: {note}" for note in [*known.survey.notes, *cut_words(known)]]
+    lines += [f"warning: {note}" for note in known.notes]
     lines.append(
         f"{data}: {counted(training, 'row')} to train, {validation:,} to validate (split by prompt, seed {seed})"
         if validation
@@ -132,7 +137,6 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     )
     if 0 < validation < ENOUGH_TO_JUDGE:
         lines.append(f"warning: {judging_words(validation)}")
-    trained = known.survey.trained
     lines.append(
         f"rows: {spread(known.survey.lengths)}; {counted(trained, 'token')} {inflected(trained, 'are')} trained"
     )
@@ -160,15 +164,6 @@ def summary(known: Known, data: str, training: int, validation: int, seed: int) 
     if known.packing is False:
         lines.append("packing would save padding, and this architecture would mix packed rows up: left out")
     return lines
-
-
-def cut_words(known: Known) -> list[str]:
-    """Rows that ``max_length`` will cut, in words; none where there are none."""
-    cut = [i for i, length in enumerate(known.survey.lengths) if length > known.length]
-    made_for = known.length == known.size.positions
-    limit = "all that the model was made for" if made_for else "max_length"
-    what = f"are longer than {counted(known.length, 'token')} ({limit}) and will be cut"
-    return [found.message for found in finding("truncated", "warning", cut, len(known.survey.lengths), what, STEP)]
 
 
 def judging_words(rows: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from qtarget.core.errors import ConfigError
 from qtarget.storage.folders import missing_folder, whole_folder
 
+UNLIMITED = 10**6
+"""From here on a tokenizer's ``model_max_length`` is none: transformers writes 1e30 where nobody said one."""
 NAMED = 4
 """Weights that an error names; the others are counted."""
 
@@ -26,9 +28,29 @@ def load_named(loader: Any, key: str, name: str, **options: Any) -> Any:
 
 
 def context_of(config: Any) -> int | None:
-    """Positions that a model of this configuration has, if it says so."""
+    """Positions that a model of this configuration was made for, stretched ones too; None where it does not say.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 1e4}
+        >>> [context_of(LlamaConfig(max_position_embeddings=n, rope_parameters=yarn)) for n in (100, 500, -1)]
+        [400, 500, None]
+    """
     config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "yarn" and original:
+        return max(positions, int(rope.get("factor", 1) * original))
+    return positions
+
+
+def room_of(config: Any, tokenizer: Any) -> int | None:
+    """The same, or where the configuration does not say, what the tokenizer calls the most."""
+    most = getattr(tokenizer, "model_max_length", None)
+    return context_of(config) or (most if most and most < UNLIMITED else None)
 
 
 def load_whole(key: str, name: str, *, allow_new_weights: bool = False, **options: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from qtarget.data.checks.tokens import (
     check_ends,
     check_known,
     check_lengths,
+    check_positions,
     check_roles,
     check_runaway,
     check_tokens,
@@ -51,6 +54,13 @@ def test_a_row_longer_than_the_model_was_made_for_is_named_unless_it_is_cut():
     names = {limit: {f.check for f in check_tokens([GOOD], placed, max_length=limit)} for limit in (None, 8, 4)}
     assert names[None] == names[8] == {"beyond_model", "lengths"}
     assert names[4] == {"lengths"}
+    (found,) = check_positions([GOOD], placed, 8)
+    assert found.severity == "warning" and "set max_length to 4 or less" in found.message
+    (found,) = check_positions([GOOD], replace(placed, has_table=True), None)
+    assert found.severity == "error"
+    short = row([10, 11, END])
+    assert [f.count for f in check_positions([short, short], placed, 8, filled=True)] == [2]
+    assert check_positions([short], placed, 8) == check_positions([short], placed, 4, filled=True) == []
 
 
 def test_ids_that_the_model_does_not_have_are_an_error():

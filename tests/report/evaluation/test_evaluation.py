@@ -69,7 +69,7 @@ def test_numbers_by_hand():
 def test_the_better_of_two_is_ahead_whatever_their_order():
     document = document_of(results([0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]))
     assert "b completes 100.0 %" in document["finding"]
-    assert "against a: +100.0 points (+100.0 .. +100.0)" in document["finding"]
+    assert "against a: +100.0 points (+67.3 .. +100.0)" in document["finding"]
 
 
 def test_other_tokens_have_no_common_measure():
@@ -96,7 +96,7 @@ def test_without_completions_likelihood_decides_and_forgetting_is_said():
     document = document_of(found, ("data", "forgetting"))
     assert document["finding"].startswith("b has an nll of 1.000 (1.000 .. 1.000), its base base has an nll of 2.000")
     assert document["finding"].endswith(
-        "on forgetting.jsonl: +0.0 points (+0.0 .. +0.0), -1.000 (-1.000 .. -1.000) nats a token"
+        "on forgetting.jsonl: +0.0 points (-32.7 .. +32.7), -1.000 (-1.000 .. -1.000) nats a token"
     )
 
 

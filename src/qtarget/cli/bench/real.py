@@ -36,7 +36,7 @@ def base(
     with quiet_libraries():
         prepared(folder, chosen)
     typer.echo(f"{folder} {'is there already' if there else 'made'}: {chosen.name}, {chosen.parameters:,} parameters")
-    typer.echo("its weights were rounded to four bits by whoever packaged them; say so beside every number")
+    typer.echo(f"its weights were rounded by whoever packaged them, to {chosen.rounded}; say so beside every number")
     typer.echo(f"the package: {chosen.install}\n\nnext:\n  qtarget init ROWS.jsonl --model {folder}")
 
 

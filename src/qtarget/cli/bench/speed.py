@@ -122,6 +122,7 @@ def figure(
 
 
 def trainer(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Raw results, JSON.")] = Path("runs/trainer.json"),
     targets: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "sft,dft,asft",
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
@@ -157,6 +158,13 @@ def trainer(
     torch.set_num_threads(threads)
     given: Any = {"batch": batch, "length": length, "dtype": dtype, "targets": names, "top_k": top_k, "rounds": rounds}
     if model is not None:
+        shape = [
+            name
+            for name in ("layers", "width", "vocab")
+            if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+        ]
+        if shape:
+            raise ConfigError(f"--{shape[0]} beside --model: the folder's model has a shape of its own; leave it out")
         config = TrainerBenchConfig.of(str(model), **given)
     else:
         config = TrainerBenchConfig(vocab=vocab, width=width, layers=layers, intermediate=width * 8 // 3, **given)

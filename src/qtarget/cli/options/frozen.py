@@ -58,6 +58,7 @@ def witness_place(config: RunConfig, recipe: CrossfitRecipe, rows: Rows | None =
     from qtarget.integrations.sft.crossfit.recipe import stated
 
     how = [recipe.folds, config.training.seed, stated(recipe, config.training)]
+    how += [] if recipe.prompts else ["each answer under its own prompt alone"]
     return _place(config, "witness", [*how, *_settings(config), _model(config, "reference")], rows, WEIGHTS)
 
 

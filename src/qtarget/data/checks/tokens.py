@@ -40,6 +40,7 @@ class Vocabulary:
         byte_ids: byte-fallback tokens (``<0xE2>``).
         decode: ids to text.
         positions: tokens of a row that the model was made for; None where it does not say.
+        has_table: whether positions are rows of a table, beyond which the model fails.
     """
 
     size: int
@@ -48,6 +49,7 @@ class Vocabulary:
     byte_ids: frozenset[int]
     decode: Callable[[list[int]], str]
     positions: int | None = None
+    has_table: bool = False
 
     @classmethod
     def of(
@@ -98,8 +100,13 @@ def check_tokens(
     """
     flat = FlatRows.of(rows)
     known = check_known(flat, vocabulary)
-    placed = check_positions(flat, vocabulary.positions, max_length)
-    return [*known, *placed, *check_ends(flat, vocabulary), *check_runaway(flat), *check_lengths(flat, max_length)]
+    return [
+        *known,
+        *check_positions(flat, vocabulary, max_length),
+        *check_ends(flat, vocabulary),
+        *check_runaway(flat),
+        *check_lengths(flat, max_length),
+    ]
 
 
 def trained_positions(row: TokenRow) -> np.ndarray:
@@ -169,21 +176,22 @@ def _unknown_example(flat: FlatRows, i: int, strange: np.ndarray, vocabulary: Vo
 
 
 def check_positions(
-    rows: Sequence[TokenRow] | FlatRows, positions: int | None, max_length: int | None
+    rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary, max_length: int | None, *, filled: bool = False
 ) -> list[Finding]:
     """Rows that stay longer than the model was made for, though ``max_length`` cuts them.
 
-    Example:
-        >>> long = [{"input_ids": [5] * 9, "labels": [5] * 9}]
-        >>> [found.count for found in check_positions(long, 8, None)], check_positions(long, 8, 8)
-        ([1], [])
+    Args:
+        filled: rows are joined and cut anew, so that each has ``max_length`` tokens.
     """
     flat = FlatRows.of(rows)
     kept = flat.lengths if max_length is None else np.minimum(flat.lengths, max_length)
-    beyond = [] if positions is None else np.flatnonzero(kept > positions).tolist()
-    what = f"are longer than the {positions} tokens that the model was made for (max_position_embeddings)"
+    if filled and max_length is not None:
+        kept = np.full(len(flat), max_length)
+    positions = vocabulary.positions
     return finding(
-        "beyond_model", "warning", beyond, len(flat), what,
+        "beyond_model", "error" if vocabulary.has_table else "warning",
+        [] if positions is None else np.flatnonzero(kept > positions).tolist(), len(flat),
+        f"are, as they are trained, longer than the {positions} tokens that the model was made for",
         f"set max_length to {positions} or less, or split them", positions=positions, max_length=max_length,
     )  # fmt: skip
 
@@ -226,7 +234,8 @@ def check_lengths(rows: Sequence[TokenRow] | FlatRows, max_length: int | None) -
         if max_length is None
         else f"max_length {max_length}: {counted(over, 'row')} {inflected(over, 'are')} longer"
     )
-    message = f"tokens a row: {words}; {limit}; {labels.sum() / max(1, lengths.sum()):.0%} of all tokens are trained on"
+    share = f"{labels.sum() / max(1, lengths.sum()):.0%} of all tokens are trained on" + ", before the cut" * bool(over)
+    message = f"tokens a row: {words}; {limit}; {share}"
     evidence = values | {
         "max_length": max_length,
         "over_max_length": over,

@@ -50,7 +50,7 @@ class Verdict:
         Example:
             >>> said = Verdict(0.0004, 0.05, 0.2).words()
             >>> said.partition(":")[0]
-            'the copies hardly expect 5.0% of tokens, and 20.0% of rows have such a token'
+            'the copies hardly expect about 5.0% of tokens, and about 20.0% of rows have such a token'
             >>> said.partition("; ")[2]
             'the other tokens are 2,500 times likelier to them than to the base'
         """
@@ -60,7 +60,8 @@ class Verdict:
         if doubted:
             return f"how much is noise, nobody can tell; tokens that the copies expect {likelier}"
         return (
-            f"the copies hardly expect {self.noise_tokens:.1%} of tokens, and {self.noise_rows:.1%} of rows have such a token: "
+            f"the copies hardly expect about {self.noise_tokens:.1%} of tokens, and about {self.noise_rows:.1%} of rows have such "
+            "a token: "
             f"noise, or what no other row teaches; the other tokens {likelier}"
         )
 

@@ -74,7 +74,7 @@ class Preparation:
         self.descriptions: dict[str, dict[str, Any]] = {}
         self._adopted: dict[str, list[Finding]] = {}
         self._sources: dict[str, Sources] = {}
-        self._unmet: dict[str, tuple[FlatRows, int | None]] = {}
+        self._unmet: dict[str, tuple[FlatRows, int | None, bool]] = {}
         self._vocabulary: Vocabulary | None = None
 
     def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
@@ -104,7 +104,7 @@ class Preparation:
         self._say("train", name_saveable(model))
         if chat_stream:
             self._say("train", name_end(model, tokenizer, None, saves_model=saves_model))
-        for name, (rows, _) in list(self._unmet.items()):
+        for name, (rows, *_) in list(self._unmet.items()):
             if name == "train":
                 self._say(name, name_end(model, tokenizer, rows, saves_model=saves_model))
             self._check_with_model(name)
@@ -200,7 +200,7 @@ class Preparation:
         )
         self._say(name, list(report.findings.values()))
         report.raise_if_unusable()
-        self._unmet[name] = FlatRows(ids.values, labels.values, lengths), args.max_length
+        self._unmet[name] = FlatRows(ids.values, labels.values, lengths), args.max_length, cuts_rows
         self._check_with_model(name)
         return not report.unusable_rows and bool((lengths <= (args.max_length or len(labels.values))).all())
 

@@ -186,7 +186,7 @@ def own_evidence(facts: Mapping[str, Any]) -> list[str]:
     if facts["suspected_share"]:
         out.append(f"{facts['suspected_share']:.2%} of the labels surprise it far beyond what it expected")
     if facts["flawed_prior_share"]:
-        out.append(f"on {facts['flawed_prior_share']:.2%} rows agree against a sure base")
+        out.append(f"on {facts['flawed_prior_share']:.2%} of the labels rows agree against a sure base")
     return out
 
 

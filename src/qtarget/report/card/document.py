@@ -9,6 +9,7 @@ from typing import Any
 
 from qtarget.core.errors import DataError
 from qtarget.report.card.tables import is_hub_name, public, read_object, tables
+from qtarget.report.runs.document import training_lines
 from qtarget.report.runs.records import CONFIG_FILE, LOG_FILE, RUN_FILE, read_lines
 from qtarget.storage.models import adapter_base
 
@@ -140,7 +141,7 @@ def adapter_settings(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _results(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """First and last training line, and the last evaluation of each set, by metric."""
-    lines = [line for line in log if "loss" in line]
+    lines = training_lines(log)
     ends = [line for line in log if any(key.endswith("_runtime") and key.startswith("eval_") for key in line)]
     evaluations: dict[str, dict[str, Any]] = {}
     for line in ends:  # later ones replace earlier ones

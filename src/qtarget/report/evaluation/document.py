@@ -111,7 +111,7 @@ def _difference(name: str, a: str, b: str, results: Results, seed: int) -> dict[
             out["nll"] = paired_interval(nats[0], nats[1], [x["tokens"] for x, _ in pairs], seed)
     if one["completion"] is not None and other["completion"] is not None:
         scores = [[fmean(line["scores"]) for line in side["completion"]] for side in (one, other)]
-        out["completion"] = paired_interval(scores[0], scores[1], None, seed)
+        out["completion"] = paired_interval(scores[0], scores[1], None, seed, reach=1.0)
     return out
 
 

@@ -136,7 +136,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def training_curve(log: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """``step`` and every metric of the training lines; None where missing or not finite."""
-    return _curve([line for line in log if "loss" in line], "")
+    return _curve(training_lines(log), "")
+
+
+def training_lines(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Lines of a trainer's log about steps of training; the last steps of a run have one without ``loss``, if none is due.
+
+    Example:
+        >>> log = [{"step": 5, "loss": 2.0, "nll": 2.0}, {"step": 5, "eval_nll": 3.0}, {"step": 7, "train_loss": 2.0, "nll": 1.0}]
+        >>> [line["step"] for line in training_lines(log)]
+        [5, 7]
+    """
+    return [line for line in log if "loss" in line or {"train_loss", "nll"} <= line.keys()]
 
 
 def evaluation_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float | None]]]:

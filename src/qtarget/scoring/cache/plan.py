@@ -131,7 +131,7 @@ def adopt_plan(directory: Path, plan: Plan) -> None:
         more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
         raise CacheMismatchError(
             f"{directory} was begun with another plan: {'; '.join(differing[:NAMED])}{more}; choose another folder, "
-            "or delete this one, and run `qtarget score CONFIG.yaml`"
+            "or delete this one, and run the same command again"
         )
 
 

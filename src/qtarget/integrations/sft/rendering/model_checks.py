@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from qtarget.data.checks.findings import Finding
@@ -18,16 +19,29 @@ from qtarget.data.checks.tokens import (
     usual_end,
 )
 from qtarget.integrations.shared.saved.ends import add_end, end_ids, end_of_turn, known_ends, make_saveable
-from qtarget.storage.models import context_of
+from qtarget.storage.models import room_of
+
+SPECIAL_POSITIONS = 8
+"""A table of positions may have some rows more than there are positions: OPT has 2."""
 
 
 def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> Vocabulary:
     """Rows of the embedding, and the end tokens of model and tokenizer; unknown and byte tokens are left to the audit."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    positions = room_of(model.config, tokenizer)
     return Vocabulary(
         embedding_rows(model), end_marks(tokenizer, known_ends(model, tokenizer)), None, frozenset(), tokenizer.decode,
-        context_of(model.config),
+        positions, positions is not None and has_position_table(model, positions),
     )  # fmt: skip
+
+
+def has_position_table(model: PreTrainedModel, positions: int) -> bool:
+    """Whether the model looks positions up (GPT-2, OPT), and fails beyond the last; others compute them (rotary, ALiBi)."""
+    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+    return any(
+        positions <= one.num_embeddings <= positions + SPECIAL_POSITIONS and one is not model.get_input_embeddings()
+        for one in tables
+    )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -37,9 +51,9 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(getattr(layer, "num_embeddings", None) or layer.weight.shape[0])
 
 
-def check_with_model(rows: FlatRows, max_length: int | None, vocabulary: Vocabulary) -> list[Finding]:
+def check_with_model(rows: FlatRows, max_length: int | None, filled: bool, vocabulary: Vocabulary) -> list[Finding]:
     """What only the model decides: ids beyond its embedding, rows too long or without an end, masks that run away."""
-    placed = check_positions(rows, vocabulary.positions, max_length)
+    placed = check_positions(rows, vocabulary, max_length, filled=filled)
     return [*check_known(rows, vocabulary), *placed, *check_ends(rows, vocabulary), *check_runaway(rows)]
 
 
