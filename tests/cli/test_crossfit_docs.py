@@ -47,6 +47,11 @@ COGS = {
     "40 % wrong answer": "most wrong_answer 0.4", "40 % another row's response": "most other_response 0.4",
     "40 % random tokens": "most random_tokens 0.4", "clean": "most random_tokens 0.0",
 }  # fmt: skip
+KINDS = {
+    "none: 20 % wrong answer": "none wrong_answer 0.2", "most: 40 % truncation": "most truncation 0.4",
+    "most: 40 % boilerplate": "most boilerplate 0.4", "none: 40 % contradictory duplicate": "none contradictory_duplicate 0.4",
+    "none: 20 % random tokens": "none random_tokens 0.2",
+}  # fmt: skip
 LISTOPS = {"most (untrained 84.0)": "most wrong_answer 0.4", "none (untrained 0.0)": "none wrong_answer 0.4"}
 
 
@@ -59,7 +64,7 @@ def tables() -> list[list[list[str]]]:
     ("name", "labels", "points", "contenders"),
     [
         ("noise_crossfit", LABELS, POINTS, 8), ("noise_equal", EQUAL, POINTS, 2), ("noise_cogs_tuned", LABELS, COGS, 8),
-        ("noise_listops_tuned", LABELS, LISTOPS, 8),
+        ("noise_listops_tuned", LABELS, LISTOPS, 8), ("noise_kinds_tuned", LABELS, KINDS, 8),
     ],
 )  # fmt: skip
 def test_the_tables_of_tuned_points_are_the_result_files(name, labels, points, contenders):
