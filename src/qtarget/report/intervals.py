@@ -130,7 +130,7 @@ def paired_interval(
         raise ShapeError(f"{len(a)} rows against {len(b)}; a paired difference needs the same rows")
     difference = np.subtract(a, b)
     below = np.ones(len(a)) if denominators is None else np.asarray(denominators, np.float64)
-    found = ratio_interval(difference.tolist(), below.tolist(), seed) | {"method": "paired bootstrap"}
+    found: dict[str, Any] = ratio_interval(difference.tolist(), below.tolist(), seed) | {"method": "paired bootstrap"}
     least = NORMAL * reach / (len(a) + 2)
     if least:
         found["low"] = min(found["low"], max(-reach, found["mean"] - least))
