@@ -64,7 +64,7 @@ def tables() -> list[list[list[str]]]:
     ("name", "labels", "points", "contenders"),
     [
         ("noise_crossfit", LABELS, POINTS, 8), ("noise_equal", EQUAL, POINTS, 2), ("noise_cogs_tuned", LABELS, COGS, 8),
-        ("noise_listops_tuned", LABELS, LISTOPS, 8), ("noise_kinds_tuned", LABELS, KINDS, 8),
+        ("noise_listops_tuned", LABELS, LISTOPS, 10), ("noise_kinds_tuned", LABELS, KINDS, 8),
     ],
 )  # fmt: skip
 def test_the_tables_of_tuned_points_are_the_result_files(name, labels, points, contenders):
