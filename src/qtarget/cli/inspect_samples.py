@@ -86,12 +86,9 @@ def refuse_others(context: typer.Context) -> None:
     Raises:
         ConfigError: names what was given for those.
     """
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        # by its name: typer 0.27 may bring a click of its own
-        if name not in KNOWN and getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
-    ]
+    from qtarget.cli.options.settings import is_said
+
+    given = [f"--{name.replace('_', '-')}" for name in context.params if name not in KNOWN and is_said(context, name)]
     if given or context.args:
         named = " ".join([*given, *context.args])
         raise ConfigError(

@@ -12,6 +12,7 @@ from qtarget.core.errors import CacheMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
+    from qtarget.cli.options.frozen import Rows
     from qtarget.scoring.cache.schema import Manifest
     from qtarget.scoring.sources.engines import EngineChoice
 
@@ -73,6 +74,7 @@ def score(
 ) -> None:
     """Write the reference cache of CONFIG.yaml; any key can be overridden by `--key value`."""
     from qtarget.cli.options.config import load_config
+    from qtarget.cli.options.datasets import load_datasets
     from qtarget.cli.options.early import check_config
     from qtarget.command import remember
 
@@ -93,23 +95,28 @@ def score(
     key = None if sign is None else read_key(sign)  # before hours of scoring
     run = load_config(config, context.args)
     recipe = None if crossfit is None else (crossfit, crossfit_steps, crossfit_rate, crossfit_rank, not one_prompt)
-    if recipe is None:
-        own = getattr(run.training, f"{role}_cache")  # `teacher` may name it too
-        directory, top_k = place_and_width(run, output, top_k, sampled, role)
+    # `teacher` may name a cache too
+    own = getattr(run.training, f"{role}_cache") if recipe is None else run.training.witness
+    named = output or own
+    rows = load_datasets(run) if named is None else None  # they decide the place, and are read once
+    if named is not None:
+        directory, top_k = Path(named), top_k or 0
+    elif recipe is None:
+        directory, top_k = place_and_width(run, rows, top_k, sampled, role)
     else:
-        own, directory, top_k = run.training.witness, crossfit_place(run, output, recipe), top_k or 0
+        directory, top_k = crossfit_place(run, rows, recipe), top_k or 0
     check_folder(directory, CACHE, inputs=[config, known, *(path for path in run.inputs if path != own)])
     begin = time.perf_counter()
     storage: Any = {
         "sampled": sampled, "seed": seed, "log_probs_dtype": log_probs_dtype, "shard_rows": shard_rows,
     }  # fmt: skip
     if recipe is None:
-        manifest = run_scoring(run, directory, top_k, tail_policy, role, chosen, known=known, **storage)
+        manifest = run_scoring(run, directory, top_k, tail_policy, role, chosen, rows, known=known, **storage)
     else:
         from qtarget.cli.crossfit import run_crossfit
 
         storage |= {"top_k": top_k, "tail_policy": tail_policy, "engine": chosen}
-        manifest = run_crossfit(run, directory, recipe, how_to_go_on, **storage)
+        manifest = run_crossfit(run, directory, recipe, how_to_go_on, rows, **storage)
     if key is not None:
         sign_cache(directory, key)
     print_scored(manifest, directory, time.perf_counter() - begin)
@@ -124,6 +131,7 @@ def refuse_crossfit_alone(context: typer.Context, crossfit: int | None) -> None:
         ConfigError: one is given without the other, or such a key.
     """
     from qtarget.cli.crossfit import refuse_training_keys
+    from qtarget.cli.options.settings import is_said
 
     if crossfit is not None:
         refuse_training_keys(context.args, "score --crossfit")
@@ -132,9 +140,7 @@ def refuse_crossfit_alone(context: typer.Context, crossfit: int | None) -> None:
         "crossfit_steps": "--crossfit-steps", "crossfit_rate": "--crossfit-rate", "crossfit_rank": "--crossfit-rank",
         "one_prompt": "--no-crossfit-prompts",
     }  # fmt: skip
-    given = [
-        option for name, option in options.items() if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
-    ]
+    given = [option for name, option in options.items() if is_said(context, name)]
     if given:
         raise ConfigError(
             f"{', '.join(given)} without --crossfit; add --crossfit 2, or leave {'them' if given[1:] else 'it'} out"
@@ -176,31 +182,25 @@ def print_knowledge(config: RunConfig, directory: Path) -> None:
 
 
 def place_and_width(
-    config: RunConfig, output: Path | None, top_k: int | None, sampled: int, role: Role
+    config: RunConfig, rows: Rows | None, top_k: int | None, sampled: int, role: Role
 ) -> tuple[Path, int]:
-    """Where to write, and how many log-probs a token: what the user said, else where training looks, and as it needs."""
+    """Where training looks, and how many log-probs a token: as many as the user said, else as it needs."""
     from qtarget.cli.options.frozen import cache_place
 
-    named = output or getattr(config.training, f"{role}_cache")
-    if named is not None:
-        return Path(named), top_k or 0
     width = getattr(config.training, f"{role}_top_k") if top_k is None and not sampled else top_k or 0
-    place = cache_place(config, role, width)
+    place = cache_place(config, role, width, rows)
     if width != getattr(config.training, f"{role}_top_k"):
         typer.echo(f"to train from it, set {role}: {place}, or {role}_top_k: {width}")
     return place, width
 
 
-def crossfit_place(config: RunConfig, output: Path | None, recipe: tuple[int, int | None, float, int, bool]) -> Path:
-    """Where to write: what the user said, else where training looks, which knows the default recipe alone."""
+def crossfit_place(config: RunConfig, rows: Rows | None, recipe: tuple[int, int | None, float, int, bool]) -> Path:
+    """Where training looks, which knows the default recipe alone."""
     from qtarget.cli.options.frozen import shown, witness_place
     from qtarget.integrations.sft.crossfit import CrossfitRecipe
 
-    named = output or config.training.witness
-    if named is not None:
-        return Path(named)
     plan = CrossfitRecipe(*recipe)
-    place = witness_place(config, plan)
+    place = witness_place(config, plan, rows)
     if plan != CrossfitRecipe():
         typer.echo(f"another recipe than training's own: to train with it, set witness: {shown(place)}")
     return place

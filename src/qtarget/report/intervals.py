@@ -98,6 +98,11 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], s
     return {"mean": float(np.sum(numerators) / np.sum(denominators)), "low": low, "high": high, "method": "bootstrap"}
 
 
+def least_error(rows: int, reach: float) -> float:
+    """Standard error of a difference in which a half of a row is won and a half of a row lost (Agresti and Min 2005)."""
+    return reach / (rows + 2)
+
+
 def paired_interval(
     a: Sequence[float],
     b: Sequence[float],
@@ -131,7 +136,7 @@ def paired_interval(
     difference = np.subtract(a, b)
     below = np.ones(len(a)) if denominators is None else np.asarray(denominators, np.float64)
     found: dict[str, Any] = ratio_interval(difference.tolist(), below.tolist(), seed) | {"method": "paired bootstrap"}
-    least = NORMAL * reach / (len(a) + 2)
+    least = NORMAL * least_error(len(a), reach)
     if least:
         found["low"] = min(found["low"], max(-reach, found["mean"] - least))
         found["high"] = max(found["high"], min(reach, found["mean"] + least))

@@ -15,6 +15,7 @@ from qtarget.benchmarks.speed.sweep import SweepConfig, previous, run_sweep
 from qtarget.cli.bench.tables import memory_table, speed_table, sweep_table, trainer_table
 from qtarget.cli.options.interrupts import on_interrupt
 from qtarget.cli.options.outputs import check_outputs, check_writable, saver
+from qtarget.cli.options.settings import is_said
 from qtarget.core.errors import ConfigError
 
 DEFAULTS = SpeedConfig()
@@ -158,11 +159,7 @@ def trainer(
     torch.set_num_threads(threads)
     given: Any = {"batch": batch, "length": length, "dtype": dtype, "targets": names, "top_k": top_k, "rounds": rounds}
     if model is not None:
-        shape = [
-            name
-            for name in ("layers", "width", "vocab")
-            if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
-        ]
+        shape = [name for name in ("layers", "width", "vocab") if is_said(context, name)]
         if shape:
             raise ConfigError(f"--{shape[0]} beside --model: the folder's model has a shape of its own; leave it out")
         config = TrainerBenchConfig.of(str(model), **given)

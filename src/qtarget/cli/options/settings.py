@@ -101,6 +101,12 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def is_said(context: Any, name: str) -> bool:
+    """Whether an option of a verb stands on the command line, by its Python name."""
+    # by the source's name: typer 0.27 may bring a click of its own
+    return getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+
+
 def read_settings(path: Path, overrides: Sequence[str]) -> dict[str, Setting]:
     """The config file's keys, then the overrides on top.
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qtarget.core.errors import ShapeError
+from qtarget.report.intervals import least_error
 
 DRAWS = 4000
 COVERAGE = 95.0
@@ -84,7 +85,7 @@ def simultaneous_differences(
     random = np.random.default_rng(seed)
     by_rows = (_row_draws(sums.mean(1), shares, random) - means[:, None]) * _widening(len(shares), random)
     apart = by_rows[1:] - by_rows[0]
-    apart += _unseen_rows(apart.std(-1), reach / (len(shares) + 2), random)
+    apart += _unseen_rows(apart.std(-1), least_error(len(shares), reach), random)
     deviations = _seed_deviations(sums / shares.sum(), levels)
     by_seeds = _seed_draws(deviations, values.shape[1], random)
     found, moved = means[1:] - means[0], apart + by_seeds[1:] - by_seeds[0]
