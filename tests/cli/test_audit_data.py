@@ -46,7 +46,7 @@ def test_clean_rows_exit_with_0_and_say_what_was_not_checked(audit, workspace):
     assert value["errors"] == 0 and value["rows"] == 12
     assert value["which_target"]["verdict"] == "not enough evidence"
     assert "Which target? Not enough evidence" in printed
-    assert "12 rows: no errors" in printed
+    assert "12 rows of rows.jsonl: no errors" in printed
 
 
 def test_warnings_exit_with_0_and_errors_with_1(audit, workspace, tmp_path):

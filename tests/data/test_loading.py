@@ -270,7 +270,10 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
         write(tmp_path / f"{name}.jsonl", json_lines([{"text": name}]))
     assert [row["text"] for row in load_rows(tmp_path / "*.jsonl")] == ["a", "b", "c"]
     assert [row["text"] for row in load_rows([tmp_path / "c.jsonl", tmp_path / "a.jsonl"])] == ["c", "a"]
-    assert "read 3 files: a.jsonl, b.jsonl, c.jsonl" in read_files(tmp_path / "*.jsonl").announced
+    assert (
+        "read 3 files: a.jsonl from row 1, b.jsonl from row 2, c.jsonl from row 3"
+        in read_files(tmp_path / "*.jsonl").announced
+    )
     with pytest.raises(DataError, match="no file matches"):
         load_rows(tmp_path / "*.csv")
     with pytest.raises(DataError, match="named twice"):

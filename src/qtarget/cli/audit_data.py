@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,6 +84,7 @@ def run_audit(
         CacheMismatchError: the command line names a cache that is none.
     """
     from qtarget.cli.options.config import build_config
+    from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_settings
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.cli.options.settings import Setting, read_settings
@@ -91,7 +93,7 @@ def run_audit(
     is_data = source.name.lower().endswith(READABLE)
     if is_data and "model_name_or_path" not in overrides:
         check_outputs({"--json": json_file}, [source], mark=mark_of(source, split), replaces=overwrite)
-        return _texts_alone(source, overrides, split)
+        return replace(_texts_alone(source, overrides, split), files=(str(source),))
     settings = dict(overrides) if is_data else read_settings(source, []) | dict(overrides)
     if is_data:
         settings["train_file"] = Setting(str(source.absolute()), "the command line")
@@ -100,7 +102,8 @@ def run_audit(
     config = build_config(settings, source)
     check_outputs({"--json": json_file}, [source, *config.inputs], mark=mark_of(source, split), replaces=overwrite)
     required = not {"reference", "reference_cache"}.isdisjoint(overrides)
-    return audit_config(config, split, cache_required=required, alone=is_data)
+    audit = audit_config(config, split, cache_required=required, alone=is_data)
+    return replace(audit, files=(str(source),) if is_data else tuple(row_files(config, split)))
 
 
 def mark_of(source: Path, split: str) -> Mark:
@@ -245,7 +248,9 @@ def print_audit(audit: DataAudit, console: Console) -> None:
     warned = sum(found.severity == "warning" for found in audit.findings)
     words = f"{counted(audit.errors, 'kind')} of errors" if audit.errors else "no errors"
     words += f", {counted(warned, 'kind')} of warnings" if warned else ""
-    console.print(Text(f"\n{counted(audit.rows, 'row')}: {words}", style="bold red" if audit.errors else "bold green"))
+    files = f" of {', '.join(Path(file).name for file in audit.files[:5])}{', ...' * (len(audit.files) > 5)}"
+    rows = counted(audit.rows, "row") + files * bool(audit.files)
+    console.print(Text(f"\n{rows}: {words}", style="bold red" if audit.errors else "bold green"))
 
 
 def _print_advice(advice: Advice, console: Console) -> None:
@@ -297,6 +302,8 @@ def example_line(example: Mapping[str, Any]) -> str:
         return f"{where}: {example['answer']!r}, row {example['other_row'] + 1}: {example['other_answer']!r}"
     text = f"{example['before']!r} + " if example.get("before") else ""
     line = f"{where}: {text}{example['text']!r}"
+    if "other_row" in example:
+        line += f", as row {example['other_row'] + 1}"
     if "log_prob" in example:
         line += f" log p {example['log_prob']:.2f}"
     if "base_text" in example:

@@ -89,9 +89,7 @@ def read_files(
             "training example a line (or array element). Check the export."
         )
     if len(paths) > 1:
-        reading.announced.insert(
-            0, f"read {len(paths)} files: {', '.join(path.name for path in paths[:5])}{', ...' * (len(paths) > 5)}"
-        )
+        reading.announced.insert(0, f"read {len(paths)} files: {_starts(reading.places)}")
     reading.announced += warnings
     return reading
 
@@ -221,6 +219,15 @@ def announce(reading: Reading, source: str) -> None:
     level = logging.WARNING if reading.changed or len(reading.announced) > 1 else logging.INFO
     for line in reading.announced:
         logger.log(level, "%s: %s", source, line)
+
+
+def _starts(places: Sequence[Place]) -> str:
+    """The first few files with the row that each begins with, as messages count rows through all of them."""
+    starts: dict[Path, int] = {}
+    for row, place in enumerate(places, start=1):
+        starts.setdefault(place.path, row)
+    words = [f"{path.name} from row {row:,}" for path, row in list(starts.items())[:5]]
+    return f"{', '.join(words)}{', ...' * (len(starts) > 5)}"
 
 
 def _name(files: Files) -> str:

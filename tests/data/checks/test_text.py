@@ -52,7 +52,11 @@ def test_duplicates_fold_white_space_and_leave_other_rows_alone():
     rows = [row("a", "b"), row("c", "b"), row(" a\n", "b "), row("a", "B"), row("a", "b")]
     found = checks(rows)
     assert (found["duplicates"].count, found["duplicates"].rows) == (2, (2, 4))
-    assert found["duplicates"].evidence == {"distinct": 3}
+    assert found["duplicates"].evidence["distinct"] == 3
+    assert found["duplicates"].evidence["examples"] == [
+        {"row": 2, "other_row": 0, "text": "b"},
+        {"row": 4, "other_row": 0, "text": "b"},
+    ]
     contrary = found["contradictory_duplicates"]
     assert (contrary.count, contrary.rows, contrary.evidence["prompts"]) == (4, (0, 2, 3, 4), 1)
     assert (

@@ -109,10 +109,15 @@ def _duplicates(pairs: Sequence[tuple[str | None, str]]) -> list[Finding]:
     repeated = sorted(chain.from_iterable(rows[1:] for group in groups for rows in group))
     contrary = [group for group in groups if len(group) > 1]
     disagreeing = sorted(chain.from_iterable(chain.from_iterable(contrary)))
-    same = {"distinct": len(pairs) - len(repeated)}
+    first = {row: rows[0] for group in groups for rows in group for row in rows[1:]}
+    copies = [
+        {"row": row, "other_row": first[row], "text": pairs[row][1][:EXCERPT_CHARACTERS]}
+        for row in repeated[:ROWS_NAMED]
+    ]
     found = finding(
         "duplicates", "warning", repeated, len(pairs), "repeat an earlier row, prompt and answer",
-        "remove them, or give the first a `weight`: each copy is one more vote for its tokens", **same,
+        "remove them, or give the first a `weight`: each copy is one more vote for its tokens",
+        distinct=len(pairs) - len(repeated), examples=copies,
     )  # fmt: skip
     examples = [_contradiction(pairs, group) for group in contrary[:ROWS_NAMED]]
     return found + finding(

@@ -33,11 +33,13 @@ class DataAudit:
         rows: of the data.
         findings: errors first.
         advice: which target.
+        files: of the rows; findings count rows through all of them.
     """
 
     rows: int
     findings: tuple[Finding, ...]
     advice: Advice
+    files: tuple[str, ...] = ()
 
     @property
     def errors(self) -> int:
@@ -45,8 +47,9 @@ class DataAudit:
         return sum(found.severity == "error" for found in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """``{"rows", "errors", "findings": [Finding.as_dict()], "which_target": Advice.as_dict()}``."""
+        """``{"rows", "errors", "findings": [Finding.as_dict()], "which_target": Advice.as_dict()}``, and "files"."""
         return {
+            "files": list(self.files),
             "rows": self.rows,
             "errors": self.errors,
             "findings": [found.as_dict() for found in self.findings],
