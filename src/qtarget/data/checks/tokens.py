@@ -176,11 +176,18 @@ def _unknown_example(flat: FlatRows, i: int, strange: np.ndarray, vocabulary: Vo
 
 
 def check_positions(
-    rows: Sequence[TokenRow] | FlatRows, vocabulary: Vocabulary, max_length: int | None, *, filled: bool = False
+    rows: Sequence[TokenRow] | FlatRows,
+    vocabulary: Vocabulary,
+    max_length: int | None,
+    *,
+    filled: bool = False,
+    whose: str = "the model",
 ) -> list[Finding]:
     """Rows that stay longer than the model was made for, though ``max_length`` cuts them.
 
     Args:
+        vocabulary: of that model.
+        whose: what messages call it.
         filled: rows are joined and cut anew, so that each has ``max_length`` tokens.
     """
     flat = FlatRows.of(rows)
@@ -191,7 +198,7 @@ def check_positions(
     return finding(
         "beyond_model", "error" if vocabulary.has_table else "warning",
         [] if positions is None else np.flatnonzero(kept > positions).tolist(), len(flat),
-        f"are, as they are trained, longer than the {positions} tokens that the model was made for",
+        f"are, as they are trained, longer than the {positions} tokens that {whose} was made for",
         f"set max_length to {positions} or less, or split them", positions=positions, max_length=max_length,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from qtarget.core.types import DATA_FIELDS, Target
 from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
-from qtarget.data.checks.tokens import Vocabulary
+from qtarget.data.checks.tokens import Vocabulary, check_positions
 from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
 from qtarget.filtering.copies import Knowledge, require_witness
@@ -76,6 +76,7 @@ class Preparation:
         self._sources: dict[str, Sources] = {}
         self._unmet: dict[str, tuple[FlatRows, int | None, bool]] = {}
         self._vocabulary: Vocabulary | None = None
+        self._frozen: dict[str, Vocabulary] = {}
 
     def adopt(self, dataset: Any, name: str, text_field: str) -> Any:
         """Rows with the columns of their own shape; TRL's trainer looks at the first row before it prepares any."""
@@ -88,19 +89,29 @@ class Preparation:
             self._sources[name] = Sources.of(dataset, self._group_by, text_field)
         return rows
 
-    def meet(self, model: PreTrainedModel, tokenizer: Any, *, saves_model: bool, chat_stream: bool = False) -> None:
+    def meet(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        frozen: Mapping[str, PreTrainedModel],
+        saves_model: bool,
+        chat_stream: bool = False,
+    ) -> None:
         """Check the rows prepared so far, and all later ones, against the model, whose generation will stop where they end.
 
         Args:
             model: without its adapter.
+            frozen: models that run beside it, by role.
             saves_model: whether it is saved as one model, and not as an adapter.
             chat_stream: the training rows are a stream of chats, whose ends nobody has seen.
 
         Raises:
-            DataError: token ids that the model has no embedding for.
+            DataError: token ids that the model has no embedding for, or rows beyond a model's table of positions.
             ConfigError: a generation config that could not be saved.
         """
         self._vocabulary = vocabulary_of(model, tokenizer)
+        self._frozen = {f"the frozen {role}": vocabulary_of(one, tokenizer) for role, one in frozen.items()}
         self._say("train", name_saveable(model))
         if chat_stream:
             self._say("train", name_end(model, tokenizer, None, saves_model=saves_model))
@@ -112,7 +123,13 @@ class Preparation:
     def _check_with_model(self, name: str) -> None:
         if self._vocabulary is None:
             return
-        found = check_with_model(*self._unmet.pop(name), self._vocabulary)
+        rows, max_length, filled = self._unmet.pop(name)
+        found = check_with_model(rows, max_length, filled, self._vocabulary)
+        for whose, theirs in self._frozen.items():
+            ours = self._vocabulary
+            if (theirs.positions, theirs.has_table) == (ours.positions, ours.has_table):  # said already
+                continue
+            found += check_positions(rows, theirs, max_length, filled=filled, whose=whose)
         self._say(name, [finding for finding in found if finding.severity != "error"])
         Rendered(None, found).raise_errors(name)
 

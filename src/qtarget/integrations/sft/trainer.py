@@ -142,7 +142,11 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         base = self._base_model()
         stream = isinstance(self.train_dataset, IterableDataset)
         self.preparation.meet(
-            base, self.processing_class, saves_model=base is self.model, chat_stream=stream and self._chats
+            base,
+            self.processing_class,
+            frozen={role: model for role, (model, _) in self.frozen_models.items()},
+            saves_model=base is self.model,
+            chat_stream=stream and self._chats,
         )
 
     # -- set-up ---------------------------------------------------------------------------------------------

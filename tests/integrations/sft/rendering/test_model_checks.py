@@ -35,3 +35,13 @@ def test_rows_beyond_a_table_are_refused_before_the_first_step(make_trainer, set
     ):
         make_trainer(model=MODELS["gpt2"](), data=rows, **settings)
     make_trainer(model=MODELS["llama"](), data=rows, **settings)  # trains, and is warned of
+
+
+@pytest.mark.parametrize("role", ["teacher", "reference"])
+def test_rows_beyond_the_table_of_a_frozen_model_are_refused_before_the_first_step(make_trainer, role):
+    rows = Dataset.from_list([{"text": "abcd efgh " * 5}] * 4)
+    target = {"teacher": "forward_kl", "reference": "sft_kl"}[role]
+    frozen = {"models": {f"{role}_model": MODELS["gpt2"]()}}
+    with pytest.raises(DataError, match=f"longer than the 32 tokens that the frozen {role} was made for"):
+        make_trainer(model=MODELS["llama"](), data=rows, target=target, max_length=None, **frozen)
+    make_trainer(model=MODELS["llama"](), data=rows, target=target, max_length=32, **frozen).train()
