@@ -162,6 +162,12 @@ def test_a_budget_measures_the_first_run_and_plans(tmp_path):
         run(tmp_path / "none", MadeUp(scores, seconds=10.0), seconds=20)
 
 
+def test_each_line_says_how_long_the_rest_takes_once_a_run_was_trained(tmp_path):
+    _, told = run(tmp_path, MadeUp(lambda job: [0.0] * 8, seconds=60.0))
+    assert "left" not in told[0][2] and "left" not in told[-1][2]
+    assert told[1][2].endswith("; about 23 min left") and told[-2][2].endswith("; about 60 s left")
+
+
 def test_of_equal_rates_the_first_is_taken():
     assert best_rate({1.0: result([1.0] * 8), 3.0: result([1.0] * 8)}, HALVES, 0) == 1.0
 

@@ -112,6 +112,18 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
+def about(seconds: float) -> str:
+    """A time in the unit that people would say it in.
+
+    Example:
+        >>> about(42), about(500), about(9000)
+        ('about 42 s', 'about 8 min', 'about 2.5 h')
+    """
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 def mean_seconds(found: Mapping[str, Mapping[str, float]]) -> float:
     """Of a run, over those that are known."""
     known = [one["seconds"] for one in found.values()]

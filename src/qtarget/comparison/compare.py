@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.benchmarks.pool import RunLog
-from qtarget.comparison.budget import Plan, fitting, left_out, mean_seconds
+from qtarget.comparison.budget import Plan, about, fitting, left_out, mean_seconds
 from qtarget.comparison.jobs import TUNING_SEED, Job, Result
 from qtarget.comparison.pools import Pool
 from qtarget.core.errors import ConfigError, counted
@@ -63,6 +63,7 @@ class Comparison:
         self._at_once, self._seconds, self._advance = at_once, seconds, advance
         self._log, self._begin = RunLog(folder / RUNS, resume=True), time.monotonic()
         self._told, self._total, self._failed = set[str](), 1, dict[str, str]()
+        self._took: list[float] = []
 
     def run(self, plan: Plan) -> Found:
         """Everything; see ``Found``.
@@ -187,11 +188,16 @@ class Comparison:
         texts = result.pop("texts")
         write_atomic(texts_file(self._folder, job.key), json.dumps(texts).encode())  # first: a logged run has its texts
         self._log.add(job.key, result)
+        self._took += [result["seconds"]] if job.kind != "base" else []
         self._tell({job.key}, f"{job.words}: {result['seconds']:.1f} s")
 
     def _tell(self, keys: set[str], text: str) -> None:
         self._told |= keys
-        self._advance(len(self._told), max(self._total, len(self._told)), text)
+        done, total = len(self._told), max(self._total, len(self._told))
+        if self._took and done < total:
+            left = sum(self._took) / len(self._took) * (total - done) / self._at_once
+            text += f"; {about(left)} left"
+        self._advance(done, total, text)
 
 
 def texts_file(folder: Path, key: str) -> Path:
