@@ -88,12 +88,12 @@ def filter_rows(
         found = filter_config(run, wanted)
         document, written = write_filtered(run, found, output, group, mark, made)
     print_filtered(document)
+    say_written(written)
     if found.decision.copies_may_tell:
         options = ["--rule", "crossfit", *(["--as", form] if form else [])]
         typer.echo(f"next: `{command_for('filter', *options)}`")
     elif (step := next_step(found, output)) is not None:
         typer.echo(f"next: {step}")
-    say_written(written)
 
 
 def wish(named: Filter, rule: str | None, keep: float | None, form: str | None = None) -> Filter:
