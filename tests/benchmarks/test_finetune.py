@@ -73,7 +73,7 @@ def test_noise_tokens_are_counted_apart(tokenizer):
 def test_the_base_anchors_a_target_that_asks_for_it(tokenizer):
     encoded = encode(tokenizer, load_demonstrations("train")[:BATCH])
     model = base_model()
-    known = completion_log_probs(model, encoded)
+    known = list(completion_log_probs(model, encoded))
     assert [len(values) for values in known] == [len(row.completion) for row in encoded]
     recipe = Recipe(1e-3, BATCH, STEPS)
     free, held = base_model(), base_model()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from random import Random
@@ -100,9 +100,8 @@ def hidden_states(model: Any, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "
 @torch.no_grad()
 def completion_log_probs(
     model: Any, rows: Sequence[Encoded], batch_size: int = 64
-) -> list[Float[Tensor, "completion vocab"]]:
-    """The model's whole log-softmax at every completion token, row by row, nats."""
-    out: list[Tensor] = []
+) -> Iterator[Float[Tensor, "completion vocab"]]:
+    """The model's whole log-softmax at every completion token, row by row, nats; a batch is in memory at a time."""
     # float32 logits whatever the model's dtype, as the loss has them
     head, is_narrow = model.lm_head.weight.float(), model.dtype == torch.bfloat16
     for start in range(0, len(rows), batch_size):
@@ -110,8 +109,7 @@ def completion_log_probs(
         hidden = hidden_states(model, ids)[labels >= 0].float()
         with bfloat16_operands() if is_narrow else nullcontext():
             log_probs = (hidden @ head.T).log_softmax(-1)
-        out += log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
-    return out
+        yield from log_probs.split([len(row.completion) for row in rows[start : start + batch_size]])
 
 
 def of_labels(log_probs: Float[Tensor, "completion vocab"], row: Encoded) -> Float[Tensor, " completion"]:

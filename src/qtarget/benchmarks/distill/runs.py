@@ -125,7 +125,7 @@ class DistillWorker:
         self.tokenizer = start.tokenizer()
         self.rows, self.held_out, self.asked = read_rows(folder, "train"), read_rows(folder, "test"), split_rows(sizes)
         # once: every run is compared with the same teacher on the same text
-        self.frozen = completion_log_probs(start.load(folder / "teacher"), self.held_out)
+        self.frozen = list(completion_log_probs(start.load(folder / "teacher"), self.held_out))
         self.right = right_answers(self.rows, self.asked["train"], self.tokenizer)
         self.teacher = lru_cache(maxsize=4)(self._teacher)
 
@@ -149,7 +149,7 @@ class DistillWorker:
 
     def kl_to_teacher(self, model: Any) -> float:
         """Mean ``KL(teacher || student)`` in nats at the tokens of what the teacher wrote to the test prompts."""
-        teacher, student = torch.cat(self.frozen), torch.cat(completion_log_probs(model, self.held_out))
+        teacher, student = torch.cat(self.frozen), torch.cat(list(completion_log_probs(model, self.held_out)))
         return round(float((teacher.exp() * (teacher - student)).sum(-1).mean()), 6)
 
     def _teacher(self, kind: CacheKind, policy: TailPolicy) -> list[Reference]:

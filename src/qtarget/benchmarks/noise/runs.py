@@ -287,7 +287,7 @@ def stated_answers(rows: Sequence[Row]) -> list[Row]:
 
 def known_of(base: Any, rows: Sequence[Encoded]) -> list[Reference]:
     """All the base knows of the rows' completions, and what the rows say of one another (``types.COUNTED_FIELDS``)."""
-    log_probs = completion_log_probs(base, rows)
+    log_probs = list(completion_log_probs(base, rows))
     labels = [of_labels(values, row) for values, row in zip(log_probs, rows, strict=True)]
     masks = [[False] * len(row.prompt) + [True] * len(row.completion) for row in rows]
     ids, numbers = [row.prompt + row.completion for row in rows], [label.cpu().numpy() for label in labels]

@@ -227,6 +227,4 @@ def first_choice_percent(model: Any, rows: Sequence[Encoded]) -> float:
 
 def _in_turn(model: Any, rows: Sequence[Encoded], batch_size: int = 16) -> Iterator[tuple[torch.Tensor, Encoded]]:
     """Log-probs of each row, a few rows at once: those of one are as wide as the vocabulary."""
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        yield from zip(completion_log_probs(model, chosen, batch_size), chosen, strict=True)
+    return zip(completion_log_probs(model, rows, batch_size), rows, strict=True)
