@@ -173,3 +173,24 @@ def test_rows_that_are_only_scored_are_not_called_train_data(tokenizer, caplog):
     assert len(ready.rows) == 2 and len(ready.rows[0]["input_ids"]) == 20
     said = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
     assert len(said) == 1 and said[0].startswith("evaluation data: 1 of 2 rows")
+
+
+def test_what_training_leaves_out_by_weight_0_is_not_scored(tmp_path, talking):
+    """`evaluate` counts the tokens that the run's `nll` counts."""
+    talk = [
+        {"role": "user", "content": "Ask."},
+        {"role": "assistant", "content": "Wrong.", "weight": 0},
+        {"role": "user", "content": "Again."},
+        {"role": "assistant", "content": "Right.", "weight": 0.5},
+    ]
+    whole = [{**message, "weight": 0} for message in talk]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in (talk, whole)))
+    rows = rows_to_dataset(read_files(path).rows)
+    model = make_model(vocab_size=len(talking), bos_token_id=None, eos_token_id=talking.eos_token_id)
+    (row,) = training_rows_of(model, talking, rows, {}).rows
+    said = talking.decode([y for y in row["labels"] if y != -100])
+    assert row["row"] == 0 and "Right." in said and "Wrong." not in said
+    both = training_rows_of(model, talking, rows, {"weights_scale": "label"}).rows  # weight 0 masks nothing there
+    assert [row["row"] for row in both] == [0, 1]
+    assert "Wrong." in talking.decode([y for y in both[0]["labels"] if y != -100])

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl.trainer.sft_config import SFTConfig
 
 from qtarget.integrations.sft.config import QTargetConfig
 from qtarget.integrations.sft.data.columns import ROW_IDS
@@ -30,6 +29,8 @@ DATA_SETTINGS = (
     "pad_token",
 )
 """Settings of a run that decide what its rows become."""
+WEIGHT_SETTINGS = ("weights_scale", "unplaced_spans")
+"""Those that decide what their weights leave out."""
 
 
 def score_checkpoints(
@@ -39,7 +40,7 @@ def score_checkpoints(
 
     Args:
         checkpoints: folders with model (or adapter) and, unless given otherwise, tokenizer.
-        settings: of the run; those in ``DATA_SETTINGS`` count, missing ones are TRL's defaults.
+        settings: of the run; those in ``DATA_SETTINGS`` and ``WEIGHT_SETTINGS`` count, missing ones are TRL's defaults.
         tokenizer_path: where the tokenizer is, if not in the checkpoints.
 
     Raises:
@@ -63,7 +64,7 @@ class ReadyRows:
     Attributes:
         dataset: tokenised.
         rows: ``input_ids`` and ``labels`` each, and ``row``, its number in the data: rows whose every answer token lies
-            beyond ``max_length`` are not there.
+            beyond ``max_length``, or has weight 0, are not there.
         model: without its adapters' wrapper.
         head: scale and soft-cap.
     """
@@ -80,6 +81,11 @@ class ReadyRows:
         )
 
 
+def _masked(labels: Sequence[int], weights: Sequence[float] | None = None) -> Sequence[int]:
+    """Labels without those of weight 0, which training leaves out."""
+    return labels if weights is None else [-100 if w == 0 else y for y, w in zip(labels, weights, strict=True)]
+
+
 class _Unlearnt(QTargetTrainer):
     """Makes rows as training would, and never trains: messages call them by what they are."""
 
@@ -90,18 +96,23 @@ def training_rows_of(model: Any, tokenizer: Any, rows: Dataset, settings: Mappin
     """Tokenise and mask rows as a run with these settings does; the model is put where training would have it.
 
     Args:
-        settings: those in ``DATA_SETTINGS`` count, missing ones are TRL's defaults.
+        settings: those in ``DATA_SETTINGS`` and ``WEIGHT_SETTINGS`` count, missing ones are TRL's defaults.
 
     Raises:
         DataError: the rows are unusable.
     """
-    known = {name: settings[name] for name in DATA_SETTINGS if name in settings and hasattr(SFTConfig, name)}
+    known = {name: settings[name] for name in (*DATA_SETTINGS, *WEIGHT_SETTINGS) if name in settings}
     with tempfile.TemporaryDirectory() as folder:
         args = QTargetConfig(output_dir=folder, report_to=[], bf16=False, heatmap_rows=0, **known)
         trainer = _Unlearnt(model, args, None, rows, None, tokenizer)
     dataset: Any = trainer.train_dataset
+    weights = ["loss_weights"] if args.weights_scale == "all" and "loss_weights" in dataset.column_names else []
     plain = [
-        {"input_ids": row["input_ids"], "labels": row["labels"], "row": row[ROW_IDS][0]}
-        for row in dataset.select_columns(["input_ids", "labels", ROW_IDS])
+        {
+            "input_ids": row["input_ids"],
+            "labels": _masked(row["labels"], *map(row.get, weights)),
+            "row": row[ROW_IDS][0],
+        }
+        for row in dataset.select_columns(["input_ids", "labels", ROW_IDS, *weights])
     ]
     return ReadyRows(dataset, plain, trainer._base_model(), trainer.head_spec)
