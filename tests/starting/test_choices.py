@@ -27,6 +27,15 @@ def test_the_least_saving_that_fits_is_taken():
         assert found.batch * found.accumulation == 16
 
 
+def test_who_asks_for_an_adapter_or_for_all_weights_gets_it():
+    asked, refused = (
+        fit(SMALL, 256, 1000, machine(16), adapter=True),
+        fit(SEVEN, 1024, 5000, machine(60), adapter=False),
+    )
+    assert asked.adapter and asked.needed < fit(SMALL, 256, 1000, machine(16)).needed
+    assert not refused.adapter and not refused.fits
+
+
 def test_memory_is_what_its_docstring_says():
     weights = 16 * SMALL.parameters
     one, two = (memory(SMALL, n, adapter=False, checkpointing=False, bf16=False) for n in (100, 200))

@@ -261,7 +261,7 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     ours = row_length(found.lengths, size.positions)
     length: int | None = config.given.get("max_length", ours)
     longest = length or row_length(found.lengths, None)
-    fits = fit(size, longest, len(reading.rows), machine)
+    fits = fit(size, longest, len(reading.rows), machine, config.given.get("use_peft"))
     placed = Vocabulary.of(tokenizer, size.vocabulary, positions=size.positions)
     cut = [
         *found.cut(config.training, length).messages(),

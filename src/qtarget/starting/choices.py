@@ -99,22 +99,24 @@ def memory(size: Size, tokens: int, *, adapter: bool, checkpointing: bool, bf16:
     return weights + tokens * size.width * kept * number + LOGITS_AT_ONCE
 
 
-def fit(size: Size, length: int, rows: int, machine: Machine) -> Fit:
+def fit(size: Size, length: int, rows: int, machine: Machine, adapter: bool | None = None) -> Fit:
     """The largest batch that fits: all weights before an adapter, activations kept before computed twice.
 
     Args:
         length: tokens of the longest row.
         rows: of the training data.
+        adapter: what the user asked for (``use_peft``), if anything.
     """
+    kinds = (False, True) if adapter is None else (adapter,)
     room, step = int(USED * machine.free), rows_a_step(rows)
-    for adapter in (False, True):
+    for kind in kinds:
         for batch in [step >> i for i in range(step.bit_length())]:
             for checkpointing in (False, True):
-                needed = memory(size, batch * length, adapter=adapter, checkpointing=checkpointing, bf16=machine.bf16)
+                needed = memory(size, batch * length, adapter=kind, checkpointing=checkpointing, bf16=machine.bf16)
                 if needed <= room:
-                    return Fit(batch, step // batch, adapter, checkpointing, needed, True)
-    needed = memory(size, length, adapter=True, checkpointing=True, bf16=machine.bf16)
-    return Fit(1, step, True, True, needed, False)
+                    return Fit(batch, step // batch, kind, checkpointing, needed, True)
+    needed = memory(size, length, adapter=kinds[-1], checkpointing=True, bf16=machine.bf16)
+    return Fit(1, step, kinds[-1], True, needed, False)
 
 
 def learning_rate(parameters: int, adapter: bool) -> float:

@@ -72,7 +72,9 @@ def config_lines(known: Known, model: str, output: Path, paths: Sequence[Path], 
         Line("output_dir", f"runs/{output.stem}/sft", "another target, another folder beside it"),
         Line("num_train_epochs", epochs(len(lengths))),
         Line(
-            "learning_rate", learning_rate(size.parameters, fits.adapter), "usual for this size; compare tries others"
+            "learning_rate",
+            learning_rate(size.parameters, fits.adapter),
+            f"usual for {'adapters' if fits.adapter else 'this size'}; compare tries others",
         ),
         Line("per_device_train_batch_size", fits.batch, f"about {gigabytes(fits.needed)} of memory by estimate"),
         *([Line("gradient_accumulation_steps", fits.accumulation)] * (fits.accumulation > 1)),
@@ -147,7 +149,8 @@ def summary(known: Known, data: str, training: int, validation: int, trained: in
         f"{known.machine.name}; estimate: parameters, their gradients and moments, activations, logits"
     )
     if not fits.fits:
-        lines.append("warning: by this estimate it does not fit; take a smaller model, or a machine with more memory")
+        step = "take a smaller model" if fits.adapter else "train an adapter (--use_peft true), take a smaller model"
+        lines.append(f"warning: by this estimate it does not fit; {step}, or a machine with more memory")
     lines.append(f"precision: {precision(known.machine)}" if known.machine.bf16 else precision(known.machine))
     if known.template is not None:
         lines.append(
