@@ -16,6 +16,7 @@ from qtarget.evaluation.generation import (
     complete,
     new_tokens,
     prompt_ids,
+    refuse_full,
     room,
 )
 from qtarget.evaluation.judges import make_judge
@@ -142,9 +143,16 @@ def test_how_long_answers_may_become(embedded):
     assert new_tokens(tokenizer, ["a", "ten letters"]) == -(-3 * longest // 2) + 16
     assert new_tokens(tokenizer, ["ab " * 5000]) == 2048
     assert context_of(model.config) == 256
-    assert [room([10, 250], 20, 256, "ab"), room([10, 250], 20, None, "ab"), room([1], 20, 256, "a")] == [6, 20, 20]
-    with pytest.raises(DataError, match="row 7: the prompt has 256 tokens, the model 256 positions"):
-        room([10, 256], 20, 256, ["row 6", "row 7"])
+    assert [room([10, 250], 20, 256), room([10, 250], 20, None), room([1], 20, 256)] == [6, 20, 20]
+
+
+def test_prompts_that_leave_no_room_are_all_named():
+    refuse_full([10, 255], 256, "rows.jsonl")
+    refuse_full([10, 900], None, "rows.jsonl")
+    with pytest.raises(
+        DataError, match=r"rows.jsonl: 2 of 3 rows .* the 256 positions .* 300 tokens.*: rows 4, 9; leave"
+    ):
+        refuse_full([256, 10, 300], 256, "rows.jsonl", [3, 5, 8])
 
 
 def test_questions_of_each_format():

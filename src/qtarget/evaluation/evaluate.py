@@ -17,6 +17,7 @@ from qtarget.evaluation.generation import (
     complete,
     new_tokens,
     prompt_ids,
+    refuse_full,
     room,
     rows_at_once,
 )
@@ -167,11 +168,12 @@ class Evaluation:
         contender = loaded.contender
         notes = [*contender.notes, *loaded.notes, *self._prompts_counted(contender)]
         self.facts[contender.name] = {"notes": notes, "max_new_tokens": {}}
+        prompts = {one.name: self._prompts(loaded, one) for one in self._sets}  # refused before anything is scored
         for rows in self._sets:
             if self._choices.nll:
                 self._score(loaded, rows)
             if rows.questions is not None:
-                self._complete(loaded, rows, rows.questions)
+                self._complete(loaded, rows, rows.questions, prompts[rows.name])
         loaded.forget()
 
     def _prompts_counted(self, contender: Contender) -> list[str]:
@@ -208,11 +210,18 @@ class Evaluation:
 
     # -- completion -------------------------------------------------------------------------------------------
 
-    def _complete(self, loaded: Loaded, rows: RowSet, questions: Sequence[Question]) -> None:
+    def _prompts(self, loaded: Loaded, rows: RowSet) -> list[list[int]]:
+        """Of the questions, each with room for an answer."""
+        found = [prompt_ids(loaded.tokenizer, q.prompt, q.template) for q in rows.questions or ()]
+        refuse_full(list(map(len, found)), loaded.context, rows.file, rows.numbers)
+        return found
+
+    def _complete(
+        self, loaded: Loaded, rows: RowSet, questions: Sequence[Question], prompts: Sequence[list[int]]
+    ) -> None:
         name, tokenizer = loaded.contender.name, loaded.tokenizer
         wanted = self._choices.max_new_tokens or new_tokens(tokenizer, [q.reference for q in questions])
         self.facts[name]["max_new_tokens"][rows.name] = wanted
-        prompts = [prompt_ids(tokenizer, q.prompt, q.template) for q in questions]
         size = self._choices.batch_size
         said = (self._records.get(("completion", rows.name, name, i)) for i in range(len(prompts)))
         if not self._is_served(loaded) and any(line is None for line in said):  # else no model need be loaded
@@ -220,8 +229,7 @@ class Evaluation:
         for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
             keys = [("completion", rows.name, name, i) for i in chosen]
             if any(self._records.get(key) is None for key in keys):
-                names = [rows.where(i) for i in chosen]
-                space = room([len(prompts[i]) for i in chosen], wanted, loaded.context, names)
+                space = room([len(prompts[i]) for i in chosen], wanted, loaded.context)
                 said = self._said(loaded, rows, [prompts[i] for i in chosen], space, stream)
                 self._records.add(
                     {"part": "completion", "set": rows.name, "contender": name, "row": i,

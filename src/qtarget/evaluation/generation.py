@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted
+from qtarget.data.checks.findings import named
 from qtarget.evaluation.questions import Prompt
 
 logger = logging.getLogger(__name__)
@@ -102,27 +103,36 @@ def new_tokens(tokenizer: Any, references: Sequence[str]) -> int:
     return min(MOST, math.ceil(SPARE * longest) + SLACK)
 
 
-def room(lengths: Sequence[int], wanted: int, context: int | None, names: Sequence[str]) -> int:
+def refuse_full(lengths: Sequence[int], context: int | None, file: str, numbers: Sequence[int] | None = None) -> None:
+    """Raise where a prompt leaves the model no room for an answer.
+
+    Args:
+        lengths: of the prompts, tokens.
+        context: positions of the model; None: no limit.
+        numbers: of the rows in their file, from 0; None: their places.
+
+    Raises:
+        DataError: names all such rows.
+    """
+    full = [i for i, length in enumerate(lengths) if context is not None and length >= context]
+    rows = full if numbers is None else [numbers[i] for i in full]
+    if full:
+        raise DataError(
+            f"{file}: {len(full)} of {counted(len(lengths), 'row')} have a prompt that fills the {context} positions of the model "
+            f"(the longest has {max(lengths)} tokens), so nothing can be said after it: {named(rows)}; leave "
+            "these rows out, or judge by likelihood alone (`evaluate --no-generate`, `compare --metric nll`)"
+        )
+
+
+def room(lengths: Sequence[int], wanted: int, context: int | None) -> int:
     """New tokens that a batch has room for.
 
     Args:
-        lengths: of its prompts, tokens.
+        lengths: of its prompts, tokens; see ``refuse_full``.
         wanted: as many as we would like.
         context: positions of the model; None: no limit.
-        names: of the rows, for errors.
-
-    Raises:
-        DataError: a prompt leaves none.
     """
-    if context is None:
-        return wanted
-    longest = max(range(len(lengths)), key=lambda i: lengths[i])
-    if lengths[longest] >= context:
-        raise DataError(
-            f"{names[longest]}: the prompt has {lengths[longest]} tokens, the model {context} positions, so nothing can be "
-            "said after it; leave the row out, or pass --no-generate"
-        )
-    return min(wanted, context - lengths[longest])
+    return wanted if context is None else min(wanted, context - max(lengths))
 
 
 @torch.no_grad()
