@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from qtarget.cli.options.config import RunConfig, load_config, resolved_settings
+from qtarget.cli.options.config import OTHER_NAMES, DataConfig, RunConfig, load_config, resolved_settings
 from qtarget.core.errors import ConfigError, QTargetError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
@@ -87,6 +89,35 @@ def test_unknown_keys_name_the_nearest_known_one(config, key, near):
     for load in (lambda: config(**{key: 1}), lambda: config(f"--{key}", "1")):
         with pytest.raises(ConfigError, match=f"unknown key '{key}' .*did you mean {near}"):
             load()
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lora_rank", "did you mean lora_r?"), ("val_size", "did you mean validation_file?"),
+        ("eaft_alpha", "here it is `target_kwargs: {alpha: ...}`"), ("train_on_inputs", "here it is `completion_only_loss: false`"),
+    ],
+)  # fmt: skip
+def test_keys_of_other_tools_are_told_what_they_are_here(config, key, words):
+    with pytest.raises(ConfigError) as told:
+        config(**{key: 1})
+    assert words in str(told.value) and "docs/migrate.md" in str(told.value)
+
+
+def test_what_other_keys_are_called_here_is_true():
+    """Each is a key that training or `rl` knows, a setting that builds, or words; and none of ours hides behind one."""
+    from trl import ModelConfig
+
+    from qtarget import QTargetConfig, QTargetGRPOConfig
+
+    ours_of = [{field.name for field in fields(one)} for one in (QTargetConfig, ModelConfig, DataConfig)]
+    trained = set.union(*ours_of)
+    known = trained | {field.name for field in fields(QTargetGRPOConfig)}
+    for theirs, ours in OTHER_NAMES.items():
+        assert ours in known or not ours.isidentifier(), (theirs, ours)
+        for setting in re.findall("`([a-z_]+): ", ours):
+            assert setting in known, (theirs, ours)
+    assert not (set(OTHER_NAMES) - {"max_length"}) & trained
 
 
 def test_a_hyperparameter_at_the_top_is_sent_to_target_kwargs(config):

@@ -44,8 +44,37 @@ OTHER_VERBS = ("compare", "algorithm")
 COUNTED = {
     "include_num_input_tokens_seen": "non_padding"
 }  # the one default that is not TRL's: the summary states tokens
-# What other tools call it; too far from our spelling for difflib.
+# What other tools call it (docs/migrate.md), by our key or by what to write in its place; difflib would guess another.
 OTHER_NAMES = {
+    "adapter": "`use_peft: true`",
+    "asft_alpha": "`target_kwargs: {kl_weight: ...}`",
+    "cutoff_len": "max_length",
+    "datasets": "train_file",
+    "eaft_alpha": "`target_kwargs: {alpha: ...}`",
+    "eaft_k": "`target_kwargs: {top_k: ...}`",
+    "finetuning_type": "`use_peft: true`, of `lora`; nothing, of `full`",
+    "flash_attention": "attn_implementation",
+    "flash_attn": "attn_implementation",
+    "kd_trainer": "`target: distillation`",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "lora_target_linear": "`lora_target_modules: [all-linear]`",
+    "lr_scheduler": "lr_scheduler_type",
+    "neat_packing": "packing",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "sample_packing": "packing",
+    "stage": "nothing: `qtarget train` fine-tunes, `qtarget rl` trains on samples",
+    "template": "chat_template_path",
+    "train_on_inputs": "`completion_only_loss: false`",
+    "train_on_prompt": "`completion_only_loss: false`",
+    "use_asft_loss": "`target: asft`",
+    "use_dft_loss": "`target: dft`",
+    "use_eaft": "`target: eaft`",
+    "use_eaft_loss": "`target: eaft`",
+    "val_set_size": "validation_file",
+    "val_size": "validation_file",
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
     "lr": "learning_rate",
@@ -64,6 +93,9 @@ OTHER_NAMES = {
     "torch_dtype": "dtype",
     "resume_from": "resume_from_checkpoint",
 }
+
+LIKE = 0.72
+"""How like a known key (``difflib``) an unknown one must be to be taken for it: `eaft_alpha` is 0.70 like `lora_alpha`."""
 
 logger = logging.getLogger(__name__)
 
@@ -275,9 +307,10 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], argume
         f"{key!r} ({settings[key].origin}{_hint(key, known, chosen, options if key in typed else ())})"
         for key in unknown
     ]
+    theirs = "; docs/migrate.md has the keys of other tools" * any(key in OTHER_NAMES for key in unknown)
     raise ConfigError(
         f"unknown {'key' if len(parts) == 1 else 'keys'} {', '.join(parts)}; keys are TRL's {arguments} and "
-        "ModelConfig and qtarget's"
+        f"ModelConfig and qtarget's{theirs}"
     )
 
 
@@ -285,8 +318,10 @@ def _hint(key: str, known: list[str], target: Setting | None, options: Iterable[
     if key in _target_hyperparameters(target):
         return f"; a hyper-parameter of the target: write target_kwargs: {{{key}: ...}}"
     meant = OTHER_NAMES.get(key)
+    if meant is not None and meant not in known and not meant.isidentifier():
+        return f"; here it is {meant}"
     spelt = dict.fromkeys(known) | {name[2:].replace("-", "_"): name for name in options}
-    near = [meant] if meant in known else difflib.get_close_matches(key, list(spelt), n=1)
+    near = [meant] if meant in known else difflib.get_close_matches(key, list(spelt), n=1, cutoff=LIKE)
     near = [spelt.get(name) or name for name in near]
     return f"; did you mean {near[0]}?" if near else ""
 
