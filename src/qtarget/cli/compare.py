@@ -60,6 +60,7 @@ def compare(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; see `qtarget evaluate`.")] = None,
 ) -> None:
     """Train contenders alike, judge them on the config's validation rows, and say which to take."""
+    from qtarget.cli.compared import comparison_folder
     from qtarget.cli.comparing import PAGE, Machine, Request
     from qtarget.cli.filtered import refuse_weighed
     from qtarget.cli.options.config import build_config
@@ -96,9 +97,7 @@ def compare(
         )
     for one in contenders:
         refuse_weighed(run, Filter.of(one.overrides.get("filter")))
-    folder = output or Path(str(run.training.output_dir)).with_name(
-        Path(str(run.training.output_dir)).name + "-compare"
-    )
+    folder = output or comparison_folder(str(run.training.output_dir))
     request = Request(run, config, contenders, metrics, forgetting, folder, batch_size, max_new_tokens)
     learning_rates = tuple(float(run.training.learning_rate) * factor for factor in grid)
     plan = Plan(tuple(one.name for one in contenders), learning_rates, seeds)

@@ -25,6 +25,13 @@ OFF = {"fp16": "False"}
 """What is not given is this; `audit-data` says it for every machine."""
 
 
+def comparison_folder(run: str | Path) -> Path:
+    """Where `qtarget compare` of a run's config writes, unless it is told otherwise: beside the run."""
+    from qtarget.report.card.tables import COMPARED
+
+    return Path(run).with_name(Path(run).name + COMPARED)
+
+
 def found_comparison(config: RunConfig, rows: Any) -> Compared | None:
     """The newest finished comparison beside ``output_dir`` of these training rows and this model; None without one.
 

@@ -131,12 +131,12 @@ def evaluate(
             document = write_up(evaluation, evaluation.run(), contenders, sets, choices)
         save(document, output, page, mark)
     print_evaluation(document)
+    say_written([output, page, records_file])
     if (
         is_own
         and (command := comparison_of(models, contenders[-1].settings, options.judged_by(forgetting))) is not None
     ):
         typer.echo(f"next, whether another target does better on these rows:\n  {command}")
-    say_written([output, page, records_file])
 
 
 def refuse_mistyped(names: Sequence[str]) -> None:
@@ -153,17 +153,21 @@ def refuse_mistyped(names: Sequence[str]) -> None:
 
 
 def comparison_of(models: Sequence[str], settings: Mapping[str, Any], judged: Sequence[str]) -> str | None:
-    """What compares other targets on the rows of the only run among the models; None where there are several, or none.
+    """What compares other targets on the rows of the only run among the models; None where there are several or none, or
+    where they were compared.
 
     Args:
         settings: that the run recorded.
         judged: options that say how answers are judged.
     """
+    from qtarget.cli.compared import comparison_folder
     from qtarget.cli.options.settings import RL
     from qtarget.command import from_here
     from qtarget.report.runs.records import CONFIG_FILE
 
     if len(models) != 1 or not (config := Path(models[0]) / CONFIG_FILE).is_file() or settings.get("algorithm") == RL:
+        return None
+    if comparison_folder(Path(models[0])).is_dir():
         return None
     return shlex.join(["qtarget", "compare", from_here(config), *judged])
 

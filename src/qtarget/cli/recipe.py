@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli.options.settings import Setting
-from qtarget.command import command_for
 
 if TYPE_CHECKING:
     from qtarget.cli.options.config import RunConfig
@@ -86,8 +85,9 @@ def why_not_filtered(recipe: ConfigRecipe, rule: Any) -> str | None:
     found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule).decision
     if found.dropped or found.weights.min() < 1:
         return None
-    tries = f": `{command_for('compare', '--filters', 'none,crossfit')}`" if found.copies_may_tell else ""
-    return found.summary + tries
+    return (
+        found.summary + "; the same command with `--filters none,crossfit --resume` asks them" * found.copies_may_tell
+    )
 
 
 def led_astray(witness: ReferenceCache, reference: str) -> tuple[str, str | None]:
