@@ -116,7 +116,7 @@ def rows_of(config: Path, arguments: list[str], model: str) -> TrainingRows:
     from qtarget.storage.models import check_whole
 
     run = load_config(config, arguments)
-    train_rows, validation_rows = load_datasets(run)
+    train_rows, validation_rows = load_datasets(run, overlap=False)
     set_model_arguments(run)
     trust = run.training.trust_remote_code
     check_whole("--model", model, allow_new_weights=run.training.allow_new_weights, trust_remote_code=trust)

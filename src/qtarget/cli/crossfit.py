@@ -41,7 +41,7 @@ def run_crossfit(
     from qtarget.integrations.sft.crossfit import CrossfitRecipe, crossfit_score
 
     plan = CrossfitRecipe(*recipe)
-    train_rows, validation_rows = load_datasets(config) if rows is None else rows
+    train_rows, validation_rows = load_datasets(config, overlap=False) if rows is None else rows
     set_model_arguments(config)
     name, trust = str(config.model.model_name_or_path), config.training.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model.model_revision, trust_remote_code=trust)

@@ -98,7 +98,7 @@ def score(
     # `teacher` may name a cache too
     own = getattr(run.training, f"{role}_cache") if recipe is None else run.training.witness
     named = output or own
-    rows = load_datasets(run) if named is None else None  # they decide the place, and are read once
+    rows = load_datasets(run, overlap=False) if named is None else None  # they decide the place, and are read once
     if named is not None:
         directory, top_k = Path(named), top_k or 0
     elif recipe is None:
@@ -235,7 +235,7 @@ def run_scoring(
     from qtarget.integrations.sft.score import score as score_config
     from qtarget.storage.models import check_whole
 
-    train_rows, validation_rows = load_datasets(config) if rows is None else rows
+    train_rows, validation_rows = load_datasets(config, overlap=False) if rows is None else rows
     set_model_arguments(config)
     student = str(config.model.model_name_or_path)
     named = getattr(config.training, f"{role}_model_name_or_path")

@@ -99,7 +99,7 @@ def train_and_save(config: RunConfig) -> dict[str, Any]:
     checkpoint = starting_point(config)
     if config.training.teacher_url is not None:
         score_teacher(config)
-    train_rows, validation_rows = load_datasets(config)
+    train_rows, validation_rows = load_datasets(config, overlap=False)
     score_missing(config, (train_rows, validation_rows))
     trainer = build_trainer(config, train_rows, validation_rows)
     say_advice(trainer, config, (train_rows, validation_rows))

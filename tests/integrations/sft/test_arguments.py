@@ -202,3 +202,12 @@ def test_metrics_of_logits_beside_any_target(make_trainer):
     found = trainer.evaluate()
     assert found["eval_own_nll"] == pytest.approx(found["eval_nll"], rel=1e-5)
     assert found["eval_own_dft"] == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+def test_evaluation_rows_that_are_trained_too_are_named(make_trainer, rows):
+    trainer = make_trainer(evals={"a": rows.select([0]), "b": rows.select([1, 2])})
+    said = trainer.preparation.audits
+    assert said["a"] == [line for line in said["a"] if line.startswith("1 of 1 validation rows is a training row too")]
+    assert any(line.startswith("2 of 2 validation rows are training rows too") for line in said["b"])
+    other = make_trainer(data=rows.select([0, 1]), evals=rows.select([2]))
+    assert not any("training row" in line for line in other.preparation.audits["eval"])

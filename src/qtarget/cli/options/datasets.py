@@ -73,10 +73,13 @@ def read_limits(given: Mapping[str, Any] | str | None) -> Limits:
     return Limits.of(given)
 
 
-def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
+def load_datasets(config: RunConfig, *, overlap: bool = True) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows; validation is None if the config names none.
 
     With ``dataset_name`` the test split is read only if something evaluates it (``eval_strategy``), as TRL does.
+
+    Args:
+        overlap: say which validation rows are training rows too, as the trainer does where one is made of them.
 
     Raises:
         DataError: the files are unusable, or the hub has no such data set or split.
@@ -99,7 +102,7 @@ def load_datasets(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     train = load_dataset_file(data.train_file, text_field=text_field, options=options)
     if data.validation_file is not None:
         validation = load_dataset_file(data.validation_file, text_field=text_field, options=options)
-        for line in shared_rows(train, validation, text_field=text_field):
+        for line in shared_rows(train, validation, text_field=text_field) if overlap else []:
             logger.warning(line)
         return train, validation
     if evaluates:

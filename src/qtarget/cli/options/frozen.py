@@ -89,7 +89,7 @@ def _place(config: RunConfig, name: str, parts: list[Any], rows: Rows | None, mo
     from qtarget.cli.options.datasets import load_datasets
 
     parent = Path(os.path.abspath(str(config.training.output_dir))).parent
-    data = load_datasets(config) if rows is None else rows
+    data = load_datasets(config, overlap=False) if rows is None else rows
     field = config.training.dataset_text_field
     named = [_fingerprint(part, field, more) for part in data if part is not None]
     text = json.dumps([*parts, *named], sort_keys=True, default=str)

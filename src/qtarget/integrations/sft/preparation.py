@@ -20,6 +20,7 @@ from qtarget.data.checks.flat import FlatRows
 from qtarget.data.checks.tokens import Vocabulary, check_positions
 from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
+from qtarget.data.overlap import shared_rows
 from qtarget.filtering.copies import Knowledge, require_witness
 from qtarget.integrations.sft.data.columns import (
     TOKEN_COLUMNS,
@@ -88,6 +89,14 @@ class Preparation:
         if asked and isinstance(dataset, Dataset) and len(rows) == len(dataset):  # their column is left out here
             self._sources[name] = Sources.of(dataset, self._group_by, text_field)
         return rows
+
+    def compare(self, train: Any, evals: Any, text_field: str) -> None:
+        """Say which evaluation rows are trained, too; of streams nobody knows."""
+        parts = evals if isinstance(evals, dict) else {"eval": evals}
+        for name, rows in parts.items() if isinstance(train, Dataset) else ():
+            if isinstance(rows, Dataset):
+                lines = shared_rows(train, rows, text_field=text_field)
+                self._say(name, [Finding("shared_rows", "warning", len(rows), (), line) for line in lines])
 
     def meet(
         self,

@@ -106,6 +106,7 @@ class QTargetTrainer(HeldTrainer, PublishedTrainer, SFTTrainer):
         train_dataset, eval_dataset = text_datasets(
             settings, train_dataset, eval_dataset, bool(self.caches), self._rows_are
         )
+        self.preparation.compare(train_dataset, eval_dataset, settings.dataset_text_field)
         if formatting_func is None:  # which reads the user's own columns
             train_dataset = self.preparation.adopt(train_dataset, self._rows_are, settings.dataset_text_field)
             eval_dataset = self.preparation.adopt(eval_dataset, "eval", settings.dataset_text_field)
