@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,37 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
         DataError, match=r"d\.jsonl, line 2: this row has `prompt` and `completion`, but .*a\.jsonl, line 1 has"
     ):
         load_rows(tmp_path / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ((), "*.jsonl"),
+        (("b.parquet", "a.jsonl"), "*.jsonl"),
+        (("a.csv.gz",), "*.csv.gz"),
+        (("data-0.arrow", "dataset_info.json"), "*.arrow"),  # as `save_to_disk` writes it
+        (("a.json",), "*.json"),
+    ],
+)
+def test_a_folder_is_told_the_pattern_of_its_files(tmp_path, names, pattern):
+    folder = tmp_path / "rows.jsonl"
+    folder.mkdir()
+    for name in names:
+        write(folder / name, "")
+    with pytest.raises(DataError, match=rf"is a folder; .* for instance '{re.escape(str(folder / pattern))}'"):
+        load_rows(folder)
+
+
+def test_where_rows_are_left_out_it_is_said_what_row_numbers_count(tmp_path):
+    from qtarget.data.formats.shape import ReadOptions
+    from qtarget.data.loading import read_files
+
+    rows = [{"prompt": "a", "completion": None if i in (1, 3) else "b"} for i in range(5)]
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", json_lines(rows))
+    first, *_, last = read_files(tmp_path / "*.jsonl", ReadOptions(null_content="drop")).announced
+    assert first == "read 2 files: a.jsonl from row 1, b.jsonl from row 4"
+    assert last.startswith("4 rows left out, ") and last.endswith("; row numbers count the rows that are kept")
 
 
 def test_byte_order_marks_where_files_were_put_together(tmp_path):

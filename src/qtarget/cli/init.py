@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -236,7 +236,7 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     from transformers import AutoTokenizer
 
     from qtarget.data.checks.tokens import Vocabulary, check_positions
-    from qtarget.data.loading import rows_to_dataset
+    from qtarget.data.loading import dataset_of
     from qtarget.starting.choices import fit, row_length
     from qtarget.starting.model import size_of
     from qtarget.starting.survey import answers_alone, chat_template, is_conversation, survey
@@ -251,13 +251,15 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     template = None
     if talks and not tokenizer.chat_template and config.training.chat_template_path is None:
         template = tokenizer.chat_template = chat_template()
-    rows = rows_to_dataset(reading.rows)
+    read_as = row_options_of(config)
+    rows = dataset_of(reading, read_as)
     alone = None
     if reading.rows[0].get("messages") is not None and "assistant_only_loss" not in config.given:
         refuse_unanswered(reading)
         alone = answers_alone(config.training, rows, tokenizer)
     apart = parted_rows(config, reading) if alone is None else None
-    found = alone or survey(config.training, rows if apart is None else rows_to_dataset(apart), tokenizer)
+    surveyed = rows if apart is None else dataset_of(replace(reading, rows=apart), read_as)
+    found = alone or survey(config.training, surveyed, tokenizer)
     ours = row_length(found.lengths, size.positions)
     length: int | None = config.given.get("max_length", ours)
     longest = length or row_length(found.lengths, None)
@@ -293,9 +295,10 @@ def refuse_unanswered(reading: Reading) -> None:
     ]
     if silent:
         more = f" and {len(silent) - 5:,} more" if len(silent) > 5 else ""
+        prompts = "; `qtarget rl` takes prompts alone, in a column `prompt` (docs/rl.md)"
         raise DataError(
             f"no assistant answers in {'; '.join(silent[:5])}{more}; remove the rows, add the answers, or say "
-            "--assistant_only_loss false to train whole conversations"
+            f"--assistant_only_loss false to train whole conversations{prompts * (len(silent) == len(reading.rows))}"
         )
 
 

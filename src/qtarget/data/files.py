@@ -93,8 +93,10 @@ def check_file(path: Path, option: str | None = None) -> None:
         option: what named it; default: the config's keys.
 
     Raises:
-        DataError: an unknown suffix, or no such file.
+        DataError: a folder, an unknown suffix, or no such file.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name its files by a pattern, for instance '{path / _pattern(path)}'")
     if not path.name.lower().endswith(READABLE):
         raise DataError(
             f"{path}: expected a name that ends in {', '.join(TEXT_KINDS)} (each also with .gz or .zst), "
@@ -125,6 +127,13 @@ def stem_of(name: str) -> str:
     """
     ending = max((kind for kind in READABLE if name.lower().endswith(kind)), key=len, default="")
     return name[: len(name) - len(ending)]
+
+
+def _pattern(folder: Path) -> str:
+    """A pattern for the files of rows in a folder; .json comes last, for it may hold what is about them."""
+    names = [path.name.lower() for path in folder.iterdir()]
+    endings = sorted(READABLE, key=lambda ending: ".json" in ending and ".jsonl" not in ending)
+    return f"*{next((ending for ending in endings if any(name.endswith(ending) for name in names)), '.jsonl')}"
 
 
 def _near(path: Path) -> Path | None:

@@ -24,6 +24,7 @@ from qtarget.data.files import (
 )
 from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
 from qtarget.data.formats.messages import ROLES
+from qtarget.data.formats.preference import MARKS
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.formats.tools import read_tools
 from qtarget.data.limits import Limits
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
+    "dataset_of",
     "load_dataset_file",
     "load_rows",
     "load_tools",
@@ -49,7 +51,9 @@ __all__ = [
 
 PLAIN_KEYS = ("role", "content", "from", "value")
 ROLES_MARK = "qtarget roles: "
-"""Begins the description of a data set whose user named its roles."""
+"""Begins the line, in the description of a data set, with the roles that its user named."""
+TOLD_MARK = "qtarget told of rejected answers"
+"""A line there: the warning about them was given when the rows were read."""
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +179,24 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
     Raises:
         DataError: as ``load_rows``, and a column that training reads whose type changes between rows.
     """
-    rows = load_rows(files, text_field=text_field, options=options)
+    reading = read_files(files, replace(options or ReadOptions(), text_field=text_field))
+    announce(reading, _name(files))
     try:
-        return _with_roles(rows_to_dataset(rows), options)
+        return dataset_of(reading, options)
     except DataError as error:
         raise DataError(f"{_name(files)}, {error}") from error
+
+
+def dataset_of(reading: Reading, options: ReadOptions | None = None) -> Dataset:
+    """Rows that were read, and announced, as a data set that a trainer takes without telling the same again.
+
+    Args:
+        options: as they were read.
+
+    Raises:
+        DataError: a column that training reads whose type changes between rows.
+    """
+    return _described(rows_to_dataset(reading.rows), reading, options)
 
 
 def raw_rows(files: Files, options: ReadOptions | None = None) -> Iterator[Located]:
@@ -309,22 +326,24 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
     where = Path(name)
     reading = read_rows(((Place(where, f"row {i}"), row) for i, row in enumerate(rows, start=1)), options)
     reading.announced += warnings
+    if TOLD_MARK in (dataset.info.description or ""):
+        reading.announced = [line for line in reading.announced if line not in reading.rejected]
     announce(reading, name)
     if not reading.rows:
         raise DataError(f"{name}: no row is left; see the lines above")
     if not reading.changed and not removed and not _needs_object(dataset):
-        return _with_roles(dataset, options)
+        return _described(dataset, reading, options)
     made = list(dict.fromkeys(column for row in reading.rows for column in row))
     converted = [c for c in made if c in OBJECTS or c not in dataset.column_names]
     notes = [c for c in dataset.column_names if c in made and c not in converted]
     objects = rows_to_dataset([{c: row[c] for c in converted if c in row} for row in reading.rows])
     if not notes or reading.shape == "openviking":
-        return _with_roles(objects, options)
+        return _described(objects, reading, options)
     kept = dataset.select_columns(notes)
     if len(reading.rows) < len(dataset):
         kept = kept.select([int(place.where.removeprefix("row ")) - 1 for place in reading.places])
     whole = concatenate_datasets([kept, objects], axis=1)
-    return _with_roles(whole.select_columns([c for c in made if c in [*notes, *converted]]), options)
+    return _described(whole.select_columns([c for c in made if c in [*notes, *converted]]), reading, options)
 
 
 def _streamed(dataset: Any, options: ReadOptions, name: str) -> Any:
@@ -361,16 +380,24 @@ def read_given(dataset: Any, text_field: str = "text", name: str = "train") -> A
     return read_dataset(dataset, ReadOptions(text_field=text_field, roles=_roles(dataset)), f"{name} data")
 
 
-def _with_roles(dataset: Dataset, options: ReadOptions | None) -> Dataset:
-    """The data set with the roles that its user named, so that whoever reads it again takes them too."""
-    if options is not None and options.roles:
-        dataset.info.description = ROLES_MARK + json.dumps(sorted(set(options.roles.values())))
+def _described(dataset: Dataset, reading: Reading, options: ReadOptions | None) -> Dataset:
+    """The data set with the roles that its user named, so that whoever reads it again takes them too, and what was told."""
+    lines = [ROLES_MARK + json.dumps(sorted(set(options.roles.values())))] if options and options.roles else []
+    lines += [TOLD_MARK] if reading.rejected else []
+    if lines:
+        own = [
+            line
+            for line in (dataset.info.description or "").splitlines()
+            if not line.startswith((ROLES_MARK, TOLD_MARK))
+        ]
+        dataset.info.description = "\n".join([*own, *lines])
     return dataset
 
 
 def _roles(dataset: Any) -> dict[str, str]:
     text = getattr(getattr(dataset, "info", None), "description", None) or ""
-    return {name: name for name in json.loads(text.removeprefix(ROLES_MARK))} if text.startswith(ROLES_MARK) else {}
+    line = next((line for line in text.splitlines() if line.startswith(ROLES_MARK)), None)
+    return {} if line is None else {name: name for name in json.loads(line.removeprefix(ROLES_MARK))}
 
 
 def _needs_object(dataset: Any) -> bool:
@@ -395,6 +422,8 @@ def _is_plain(dataset: Any, options: ReadOptions) -> bool:
         "image",
         "videos",
     }:
+        return False
+    if any(str(dataset.data.column(name).type) == "bool" for name in names & {*MARKS}):
         return False
     trained = names & {*CONVERSATIONS, text}
     if trained in ({"prompt", "completion"}, {text}) and all(_is_text(dataset, name) for name in trained):

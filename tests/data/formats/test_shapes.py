@@ -375,7 +375,7 @@ REFUSED = {
     ),
     "template arguments that are a list": ([{"messages": TALK, "chat_template_kwargs": [1]}], ["'chat_template_kwargs' is a list"]),
     "an id beyond 64 bits": ([{"input_ids": [1, 2**70]}], ["line 1", "'input_ids'", "64 bits"]),
-    "a preference": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["rename 'chosen' to 'completion'"]),
+    "a preference": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["line 1", "rename 'chosen' to 'completion'"]),
 }  # fmt: skip
 
 

@@ -14,9 +14,11 @@ from qtarget.data.files import Located, Place, excerpt, names_of
 from qtarget.data.formats.alpaca import ALPACA
 from qtarget.data.formats.anthropic import ANTHROPIC
 from qtarget.data.formats.faults import Faults
+from qtarget.data.formats.hints import empty, hint
 from qtarget.data.formats.messages import NullContentError, Said
 from qtarget.data.formats.native import LABELLED, MESSAGES, PAIR, TOKENS, text_shape
 from qtarget.data.formats.openviking import OPENVIKING, read_session
+from qtarget.data.formats.preference import MARKS, is_pair, is_rejected, next_step
 from qtarget.data.formats.shape import ReadOptions, Row, Shape, words
 from qtarget.data.formats.sharegpt import SHAREGPT
 from qtarget.data.formats.tools import read_kwargs, read_tools
@@ -30,23 +32,6 @@ FORMATS = ("auto", *(name for name in NAMED if " " not in name))
 """What ``format`` may be."""
 CONVERSATIONS = ("messages", "prompt", "completion", "conversations", "chosen", "rejected")
 TOKEN_NOTES = ("completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths", "token_type_ids")
-# Names other projects use, too far from ours in spelling for difflib.
-OTHER_NAMES = {
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "answer": "completion",
-    "output": "completion",
-    "response": "completion",
-    "chosen": "completion",
-    "conversation": "messages",
-    "chat": "messages",
-    "dialog": "messages",
-    "content": "text",
-    "tokens": "input_ids",
-}
-HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
-"""Columns that need each other."""
 
 
 @dataclass
@@ -59,6 +44,8 @@ class Reading:
         shape: name of the form that the rows had.
         announced: what was read, changed and left out; one sentence each.
         changed: whether any row is not as it was in the file.
+        dropped: rows left out.
+        rejected: those of ``announced`` that count answers marked as not wanted.
     """
 
     rows: list[Row]
@@ -66,7 +53,8 @@ class Reading:
     shape: str
     announced: list[str]
     changed: bool
-    dropped: int = field(default=0)
+    dropped: int = 0
+    rejected: list[str] = field(default_factory=list)
 
 
 def read_rows(located: Iterable[Located], options: ReadOptions) -> Reading:
@@ -131,6 +119,7 @@ class RowReader:
         self.said: Counter[str] = Counter()
         self.removed: Counter[str] = Counter()
         self.dropped: list[Place] = []
+        self.rejected: Counter[str] = Counter()
         self.kinds: dict[str, Place] = {}
         self.text: bool | None = None
 
@@ -146,7 +135,8 @@ class RowReader:
         faults.refuse()
         name = "anthropic" if "anthropic" in self.kinds else self.shape.name
         changed = bool(self.said or self.removed or self.dropped) or bool(self.shape.reading)
-        return Reading(rows, places, name, self._announced(name, len(rows)), changed, len(self.dropped))
+        lines = self._announced(name, len(rows))
+        return Reading(rows, places, name, lines, changed, len(self.dropped), self._rejected())
 
     def row(self, place: Place, row: Row) -> Row | None:
         """One row as training takes it; None where it is left out.
@@ -179,6 +169,7 @@ class RowReader:
         self._check_text(place, made)
         rest = self._notes(place, row, made, shape)
         self.said.update(said)
+        self.rejected.update(name for name in MARKS if is_rejected(name, row, made))
         return _in_order(row, made, rest)
 
     def _kind(self, place: Place, row: Row) -> Shape:
@@ -259,10 +250,22 @@ class RowReader:
             lines.append(
                 f"{names_of(names)} {they} what rows of {words(self.shape.columns)} train: left out of training"
             )
+        lines += self._rejected()
         if self.dropped:
             where = ", ".join(str(place) for place in self.dropped[:5])
-            lines.append(f"{counted(len(self.dropped), 'row')} left out, a message without content or call: {where}")
+            more = f" and {len(self.dropped) - 5:,} more" if len(self.dropped) > 5 else ""
+            lines.append(
+                f"{counted(len(self.dropped), 'row')} left out, a message without content or call: {where}{more}; row numbers "
+                "count the rows that are kept"
+            )
         return lines
+
+    def _rejected(self) -> list[str]:
+        return [
+            f"{counted(n, 'row')} with `{name}` false, trained like the others: if that marks rejected answers (KTO), take "
+            "these rows out"
+            for name, n in self.rejected.items()
+        ]
 
 
 def _is_openai(row: Row) -> bool:
@@ -334,6 +337,11 @@ def _null(row: Row, options: ReadOptions) -> str | None:
 
 
 def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
+    if is_pair(row, options):
+        raise DataError(
+            f"{place}: a preference pair (`chosen` and `rejected`); answers are trained here, not pairs. Next: to train on "
+            f"the chosen answers, {next_step(row)}; to train on pairs, take TRL's DPOTrainer"
+        )
     candidates = _candidates(options)
     for shape in candidates:
         if shape.detect(row) or (options.format == "anthropic" and row.get("messages") is not None):
@@ -349,50 +357,10 @@ def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
         (shape,) = candidates
         raise DataError(
             f"{place}: not a row of format {shape.name}, which has {words(shape.columns)}; found "
-            f"{', '.join(row) or 'no columns'}.{_empty(row, shape.columns)}"
+            f"{', '.join(row) or 'no columns'}.{empty(row, shape.columns)}"
         )
     wanted = "; ".join(words(shape.columns) for shape in candidates)
     known = [name for shape in candidates for name in shape.columns if shape is not OPENVIKING]
     raise DataError(
-        f"{place}: no usable columns; found {', '.join(row) or 'none'}, expected one of: {wanted}.{_hint(row, known)}"
+        f"{place}: no usable columns; found {', '.join(row) or 'none'}, expected one of: {wanted}.{hint(row, known)}"
     )
-
-
-def _empty(row: Row, known: Iterable[str]) -> str:
-    """The advice for a row whose columns are the right ones, and which has nothing in one of them."""
-    empty = ", ".join(repr(name) for name in dict.fromkeys(known) if name in row and row[name] is None)
-    return f" Next: {empty} is there but holds no value: fill it in, or remove the row." if empty else ""
-
-
-def _half(row: Row) -> str:
-    """The advice for a row with one half of a pair: the column that may be the other half, or that there is none."""
-    here = next((name for name in HALVES if name in row), None)
-    if here is None:
-        return ""
-    there = HALVES[here]
-    meaning = "completion" if there in ("completion", "output") else "prompt"
-    for name in row:
-        alike = difflib.get_close_matches(name.lower(), [there], cutoff=0.7)
-        # alpaca's input is a part of what is asked
-        if alike or (OTHER_NAMES.get(name.lower()) == meaning and name != "input"):
-            return f" Next: rename {name!r} to {there!r}."
-    lacks = "an answer" if meaning == "completion" else "what it answers"
-    return f" Next: the row has {here!r} without {lacks}: add {there!r}, or remove the row."
-
-
-def _hint(row: Row, known: list[str]) -> str:
-    if set(row) >= {"role", "content"}:
-        return ' Next: these are single messages; put each conversation into one row, {"messages": [...]}.'
-    if hint := _empty(row, known):
-        return hint
-    if hint := _half(row):
-        return hint
-    hints: list[str] = []
-    for name in row:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
-        meant = OTHER_NAMES.get(name.lower()) or (near[0] if near else None)
-        if meant in known and row.get(meant) is None:
-            hints.append(f"rename {name!r} to {meant!r}")
-    return f" Next: {'; '.join(hints)}." if hints else ""
