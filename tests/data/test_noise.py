@@ -198,6 +198,17 @@ def test_words_without_an_alternative_are_counted(caplog):
     assert "2 tokens stay as they were" in caplog.text
 
 
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_empty_responses_stay_and_the_rate_is_that_of_the_others(kind, caplog):
+    spoken = [{"prompt": "p", "completion": f"say {i} now"} for i in range(10)]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    silent = [{"prompt": "p", "completion": ""}, {"messages": [{"role": "user", "content": "x"}, call]}]
+    noisy = inject_noise([*silent, *spoken], kind=kind, rate=0.5, seed=3)
+    assert noisy[:2] == [{**row, "noise_spans": []} for row in silent]
+    assert noisy[2:] == inject_noise(spoken, kind=kind, rate=0.5, seed=3)
+    assert "2 rows with an empty response stay unchanged; the rate is that of the other 10" in caplog.text
+
+
 def test_errors_name_the_problem():
     rows = [{"completion": "a b"}]
     with pytest.raises(ConfigError, match=r"unknown noise kind 'typo'.*random_tokens, wrong_answer"):
@@ -205,7 +216,7 @@ def test_errors_name_the_problem():
     for rate in (-0.1, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             inject_noise(rows, kind="boilerplate", rate=rate, seed=0)
-    for bad in ({"prompt": "x"}, {"completion": ""}, {"messages": [{"role": "user", "content": "x"}]}):
+    for bad in ({"prompt": "x"}, {"completion": None}, {"messages": [{"role": "user", "content": "x"}]}):
         with pytest.raises(DataError, match=r"row 2: .*no response"):
             inject_noise([*rows, bad], kind="boilerplate", rate=0.1, seed=0)
     noisy = inject_noise(rows, kind="boilerplate", rate=1, seed=0)

@@ -30,6 +30,9 @@ def noise(
         str | None, typer.Option(help="Folder or hub name; random_tokens then replaces its tokens, else words.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUTPUT.")] = False,
+    null_content: Annotated[
+        str, typer.Option(help="Rows with a message that says nothing: refuse, or drop and count them.")
+    ] = "refuse",
     limits: LimitsOption = None,
 ) -> None:
     """Inject noise of one kind; every touched character is marked in `noise_spans`."""
@@ -39,10 +42,12 @@ def noise(
     from qtarget.data.noise import inject_noise
     from qtarget.storage.files import writing
 
+    if destination.suffix != ".jsonl":
+        raise ConfigError(f"OUTPUT is {destination}; expected a name that ends in .jsonl, one row a line")
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
     check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
-    rows = load_rows(source, options=row_options(limits=limits))
+    rows = load_rows(source, options=row_options(null_content=null_content, limits=limits))
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
     with writing(destination, text=True) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from qtarget.core.errors import ConfigError, DataError
+from qtarget.core.errors import ConfigError, DataError, counted, inflected
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,17 @@ def response_text(row: Row) -> str:
     return text
 
 
-def _edited_copy(row: Row, edits: Iterable[Edit], kind: str) -> Row:
+def _is_empty(row: Row) -> bool:
+    """Whether a row has a response in which nothing stands, or a call alone."""
+    holder, key = _response_field(row)
+    text = holder.get(key)
+    return text == "" or (text is None and bool(holder.get("tool_calls")))
+
+
+def _edited_copy(row: Row, edits: Sequence[Edit], kind: str) -> Row:
     """A deep copy of ``row`` with ``edits`` made in its response, and one mark per edit."""
+    if not edits:
+        return {**copy.deepcopy(row), "noise_spans": []}
     text, pieces, spans, position, length = response_text(row), [], [], 0, 0
     for edit in sorted(edits):
         kept = text[position : edit.start]
@@ -243,14 +252,16 @@ def inject_noise(
             ``contradictory_duplicate`` follows a row by a copy that states a wrong answer, and marks the copy;
             ``other_response`` gives a row the whole response of another; ``truncation`` ends a response at one of its words,
             and marks that word: what is wrong is that nothing follows.
-        rate: in [0, 1]: the share of all response tokens for ``random_tokens``, of the given rows for the other kinds.
+        rate: in [0, 1]: the share of all response tokens for ``random_tokens``, of the rows whose response is not empty for
+            the other kinds.
         seed: the same seed and rows give the same noise.
         tokenizer: a fast Hugging Face tokenizer; only ``random_tokens`` looks at it.
 
     Returns:
         New rows with ``noise_spans: list[[start, end, kind]]``, character positions in the *new* response, empty where
         nothing was touched. ``answer`` stays the right answer. Where a kind fits fewer rows than asked for, all that
-        fit are changed, and a warning is logged with the counts.
+        fit are changed, and a warning is logged with the counts. Rows whose response is empty, or a call alone, stay as they
+        are, and are counted in a warning.
 
     Raises:
         ConfigError: unknown kind, or a rate outside [0, 1].
@@ -267,14 +278,22 @@ def inject_noise(
     if not 0 <= rate <= 1:
         raise ConfigError(f"noise rate is {rate}; expected a share between 0 and 1")
     clean = [dict(row) for row in rows]
+    spoken: list[int] = []
     for number, row in enumerate(clean):
         try:
-            response_text(row)
+            if not _is_empty(row) and response_text(row):
+                spoken.append(number)
         except DataError as error:
             raise DataError(f"row {number + 1}: {error}") from error
         if row.get("noise_spans"):
             raise DataError(f"row {number + 1} is marked as noisy already; inject into clean rows, one kind per row")
-    edits = _edits(clean, kind, rate, Random(f"{seed}-{kind}"), tokenizer)
+    if silent := len(clean) - len(spoken):
+        logger.warning(
+            "%s with an empty response %s unchanged; the rate is that of the other %s",
+            counted(silent, "row"), inflected(silent, "stay"), f"{len(spoken):,}",
+        )  # fmt: skip
+    found = _edits([clean[number] for number in spoken], kind, rate, Random(f"{seed}-{kind}"), tokenizer)
+    edits = {spoken[index]: made for index, made in found.items()}
     noisy: list[Row] = []
     for index, row in enumerate(clean):
         if kind == "contradictory_duplicate":
