@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,5 +32,18 @@ def card(
     document = card_document(run, files)
     model = (name or "").split("/")[-1] or run.resolve().name
     text = card_text(document, model, tags=read_tags(run / CARD), hub_name=name, merged=kind_of(run) == MODEL)
-    tables = counted(len(document["evaluations"]), "table")
-    typer.echo(f"{write_card(run, text)}: {tables} of {', '.join(map(str, files)) or 'no evaluation'}")
+    typer.echo(f"{write_card(run, text)}: {_of(files, len(document['evaluations']))}")
+
+
+def _of(files: Sequence[Path], tables: int) -> str:
+    """What the card's tables come from.
+
+    Example:
+        >>> _of([Path("evaluation.json")], 1)
+        '1 table of evaluation.json'
+        >>> _of([], 0)
+        'no evaluation of this run is in its folder or beside it, so no table; `qtarget evaluate` makes one'
+    """
+    if files:
+        return f"{counted(tables, 'table')} of {', '.join(map(str, files))}"
+    return "no evaluation of this run is in its folder or beside it, so no table; `qtarget evaluate` makes one"
