@@ -176,7 +176,7 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
     residual as it is (``qtarget.Combined``). Hyper-parameters go to whichever part knows them.
 
     Raises:
-        UnknownTargetError: no such name.
+        UnknownTargetError: no such name, or no name.
         HyperparameterError: a hyper-parameter is unknown, ambiguous or out of range.
         IncompatibleError: the two parts have no meaning together.
         ContractError: a target of the user's breaks the contract (``qtarget.check_target``).
@@ -190,6 +190,10 @@ def get_target(name: str, **hyperparameters_: Any) -> Target:
     """
     from qtarget.composed.combined import Combined
 
+    if not isinstance(name, str):  # typed, but Python users hand over what they have
+        raise UnknownTargetError(
+            f"target is {name!r}; expected its name: one of `qtarget targets`, or 'module:Class' with target_kwargs"
+        )
     classes = [target_class(part) for part in name.split("+")]
     if len(classes) > 2:
         raise UnknownTargetError(f"{name!r} combines {len(classes)} targets; expected weight+base")

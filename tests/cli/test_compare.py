@@ -257,7 +257,7 @@ def test_the_base_run_live_is_no_cache(config, tmp_path, capsys):
     qtarget("compare", config, *options, "--metric", "nll")
     assert [one["name"] for one in document_in(tmp_path / "run-compare")["contenders"]] == ["sft", "asft"]
     assert not list(tmp_path.glob("reference_cache*"))
-    assert "leave reference unset" in refused(
+    assert "`qtarget train` scores it where reference is unset" in refused(
         capsys, "compare", config, *options, "--filters", "auto", "--output", tmp_path / "b"
     )
 

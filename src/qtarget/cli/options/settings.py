@@ -141,7 +141,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
     while rest:
         option = rest.pop(0)
         if not option.startswith("--") or option == "--":
-            raise ConfigError(f"{option!r} belongs to no key; expected --key value or --key=value")
+            pattern = "; a pattern of files stands in quotes: 'rows/*.jsonl'" if Path(option).exists() else ""
+            raise ConfigError(f"{option!r} belongs to no key; expected --key value or --key=value{pattern}")
         name, equals, text = option[2:].partition("=")
         if not equals:
             # one dash may begin a value: -1

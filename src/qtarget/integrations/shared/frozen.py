@@ -68,9 +68,11 @@ def open_caches(
                 f"qtarget.integrations.sft.score.score and set {role} to the folder"
             )
         elif fields & set(DATA_FIELDS):
+            live = getattr(args, f"{role}_model_name_or_path")
+            named = "" if live is None else f" ({role}: {live} is no such file of numbers, but a model to run live)"
             raise MissingStatisticError(
                 f"target {target.name!r} weighs what the rows agree on against the frozen {role}'s numbers, all of them before "
-                f"training: {way_out(role)}"
+                f"training{named}: {way_out(role)}"
             )
         elif models[role] is None and getattr(args, f"{role}_model_name_or_path") is None:
             raise MissingStatisticError(
@@ -90,7 +92,7 @@ def same_source(args: Any) -> dict[str, Any]:
 
 def way_out(role: str) -> str:
     """How a cache comes about, in words."""
-    by_itself = "leave reference unset and `qtarget train` scores it once, or " if role == "reference" else ""
+    by_itself = "`qtarget train` scores it where reference is unset; from Python " if role == "reference" else ""
     whose = ("--teacher", "MODEL") if role == "teacher" else ()
     return f"{by_itself}run `{command_for('score', '--role', role, *whose, '--output', 'CACHE')}` and set {role}: CACHE"
 
