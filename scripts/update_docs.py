@@ -1,6 +1,6 @@
 """Write README.md, docs/targets.md and docs/performance.md from their ``.in`` files.
 
-Examples, the table of targets and measured numbers are put in, never typed.
+The tables of targets and measured speed are put in, never typed. The table of situations is the README's.
 
 python scripts/update_docs.py
 """
@@ -8,6 +8,7 @@ python scripts/update_docs.py
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from qtarget.benchmarks.distill.results import needed_words
@@ -105,12 +106,55 @@ def slow_paths() -> str:
     """Targets that need whole rows, or the logits twice, in the run over all targets."""
     found = results_of("speed_cpu_float32_49152_all.json")
     ratio = {name: row["ratio"]["median"] for name, row in found["rows"].items()}
-    twice = [ratio[name] for name in ("rho1", "talr", "iw_sft", "token_cleaning", "inverse_likelihood")]
+    twice = [ratio[name] for name in SCOPED]
     return (
         f"In float32 at N={found['config']['tokens']:,}, `gem` takes {ratio['gem']:.2f} x the floor ({ratio['gem, compiled']:.2f} "
         f"compiled), a `spread` tail {ratio['asft, tail spread']:.2f} x ({ratio['asft, tail spread, compiled']:.2f}), those "
         f"scopes {min(twice):.2f} to {max(twice):.2f} x, `sft` {ratio['sft']:.2f} x."
     )
+
+
+SCOPED = ("rho1", "talr", "iw_sft", "token_cleaning", "inverse_likelihood")
+"""Targets of sequence or batch scope: they need the logits twice."""
+STEPWISE = ("sft", "dft", "p_power", "prior_surprise", "eaft", "label_smoothing", "asft", "distillation", "target_sft")
+"""Targets of the short table that run no frozen model."""
+SOFT = ("asft", "distillation", "target_sft")
+"""Those among them that read a distribution from a cache."""
+
+
+def slower() -> str:
+    """Which targets cost more than naive cross entropy, by multiples of the floor."""
+    wide, wider, half = (medians(name) for name in SPEED.values())
+    every = medians("speed_cpu_float32_49152_all.json")
+    single = [row["name"] for row in target_rows() if row["name"] in every and row["name"] not in (*SCOPED, "gem")]
+    live, half_live = ([x for name, x in found.items() if name.endswith("live teacher")] for found in (wide, half))
+    one_pass = [name for name in STEPWISE if name not in SOFT]
+    lines = [
+        "| what | x floor | `sft` there | naive cross entropy there |",
+        "|---|---|---|---|",
+        spread("float32, V=49,152, N=2,048: 9 targets, no live teacher", [wide[n] for n in STEPWISE], wide),
+        spread("float32, V=151,936, N=1,024: the same", [wider[n] for n in STEPWISE], wider),
+        spread(f"float32, V=49,152, N=256: {len(single)} targets", [every[n] for n in single], every),
+        spread("the same, `gem`", [every["gem"]], every),
+        spread("the same, " + ", ".join(f"`{n}`" for n in SCOPED), [every[n] for n in SCOPED], every),
+        spread("float32, V=49,152, N=2,048: a live teacher", live, wide),
+        spread("bfloat16, V=49,152, N=2,048: 6 targets without a distribution", [half[n] for n in one_pass], half),
+        spread("the same, " + ", ".join(f"`{n}`" for n in SOFT) + " from a cache", [half[n] for n in SOFT], half),
+        spread("the same, a live teacher", half_live, half),
+    ]
+    assert len(STEPWISE) == 9 and len(one_pass) == 6
+    return "\n".join(lines)
+
+
+def medians(name: str) -> dict[str, float]:
+    """Contender -> its time, a multiple of the floor."""
+    return {row: found["ratio"]["median"] for row, found in results_of(name)["rows"].items()}
+
+
+def spread(what: str, found: list[float], there: dict[str, float]) -> str:
+    """A line: least to most, beside what cross entropy takes in the same run."""
+    ends = f"{min(found):.2f}" if len(found) == 1 else f"{min(found):.2f} to {max(found):.2f}"
+    return f"| {what} | {ends} | {there['sft']:.2f} | {there['naive']:.2f} |"
 
 
 def speed_note() -> str:
@@ -213,6 +257,12 @@ def other_data(name: str, words: str) -> str:
     return ""
 
 
+def which_target() -> str:
+    """The README's table of situations, for a page in ``docs/``: one text, so that the two cannot drift."""
+    lines = (ROOT / "docs/README.in").read_text().partition("## Which target?\n\n")[2].splitlines()
+    return "\n".join(takewhile(lambda line: line.startswith("|"), lines)).replace("](docs/", "](")
+
+
 PAGES = {"README.in": "README.md", "targets.in": "docs/targets.md", "performance.in": "docs/performance.md"}
 """Source in ``docs/`` -> the page, from the root."""
 
@@ -221,11 +271,13 @@ def parts() -> dict[str, str]:
     """What stands in place of ``@@NAME@@``."""
     return {
         "TABLE": targets_table(),
+        "WHICH": which_target(),
         "PROOF": proof(),
         "REAL": real_table(),
         "SPEED": speed_table(),
         "SPEED_NOTE": speed_note(),
         "MEMORY": memory_table(),
+        "SLOWER": slower(),
         "SLOW_PATHS": slow_paths(),
         "TRAINER": trainer_table("trainer_cpu_float32.json"),
         "TRAINER_GEMMA3": trainer_table("trainer_cpu_gemma3.json"),

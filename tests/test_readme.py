@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from statistics import fmean
 
 import pytest
 
@@ -50,6 +51,77 @@ def test_numbers_in_the_text_are_those_of_the_raw_results():
     assert means["none", "random_tokens", 0.4]["target_sft"] == means["none", "random_tokens", 0.4]["asft"] == 0
     # 1 - p_base: below sft at every point but the one without noise tokens where they tie within a point
     assert all(cell["prior_surprise"] < cell["sft"] for cell in means.values())
+
+
+def raw(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def means_of(name: str) -> dict[tuple[str, str, float], dict[str, float]]:
+    cells = raw(name)["cells"]
+    return {
+        (cell["base"], cell["kind"], cell["rate"]): {
+            method: fmean(run["accuracy_percent"] for run in runs) for method, runs in cell["runs"].items()
+        }
+        for cell in cells
+    }
+
+
+def test_the_table_of_situations_is_of_the_raw_results():
+    clean, random, filtered = ("most", "random_tokens", 0.0), ("most", "random_tokens", 0.4), "sft, rows by witness"
+    scan, noise, cogs = means_of("noise_scan")[clean], means_of("noise"), means_of("noise_cogs_tuned")[clean]
+    smol = {key[1:]: found for key, found in means_of("noise_smollm2_tuned").items()}
+    behind = [
+        noise[b, *clean[1:]]["sft"] - noise[b, *clean[1:]]["crossfit_consensus"] for b in ("none", "half", "most")
+    ]
+    compared = [(p["clean_percent"]["consensus"] - p["clean_percent"]["sft"]) for p in raw("compare")["points"]]
+    gains = [
+        found[filtered] - found["sft"]
+        for name in ("noise_crossfit", "noise_cogs_tuned")
+        for (_, kind, _), found in means_of(name).items()
+        if kind == "wrong_answer"
+    ]
+    found = {
+        f"`target_sft` is {scan['target_sft'] - scan['sft']:.1f} points above": "clean rows",
+        f"{min(gains):.0f} to {max(gains):.0f} points above `sft` at {len(gains)} points": "some rows are wrong",
+        f"{noise[clean]['sft'] - noise[clean]['consensus']:.1f} below on clean rows": "some tokens are wrong, nothing",
+        f"{-sorted(compared)[1]:.0f} and {-min(compared):.0f} below at {sum(x < 0 for x in compared)} of [{len(compared)} points]":
+            "some tokens are wrong, nothing",
+        f"at most {max(behind):.1f} below on clean rows there": "the same, and two",
+        f"{cogs['sft'] - cogs['crossfit_consensus']:.1f} below on [clean rows of COGS]": "the same, and two",
+        f"{smol[clean[1:]]['crossfit_consensus'] - smol[clean[1:]]['sft']:.1f} above on clean rows, "
+        f"{smol[random[1:]]['sft'] - smol[random[1:]]['crossfit_consensus']:.1f} below under random tokens": "the same, and two",
+        f"untrained {raw('noise')['untrained']['most']['accuracy_percent']:.0f} %, `consensus` {noise[random]['consensus']:.0f} %":
+            "some tokens are wrong, the base answers",
+        f"with {raw('distill_long')['methods']['distillation']['data_needed']['mean']:.2f} of the rows": "a bigger model",
+    }  # fmt: skip
+    for words, situation in found.items():
+        [row] = [line for line in README.splitlines() if line.startswith(f"| {situation}")]
+        assert words in row, words
+
+
+def test_a_verdict_is_quoted_as_it_is_said():
+    from qtarget.report.comparison.verdict import Line, Measure, verdict
+
+    lines = [Line("sft", 0.5, None), Line("dft", 0.5, {"mean": 0.0, "low": -0.1, "high": 0.1})]
+    said = verdict(lines, Measure("exact", 300, 3), {}).sentence
+    before, _, after = re.sub(r" \(.*\)", " (...)", said).partition("300 rows")
+    for page, rows in (("README.md", 300), ("docs/compare.md", 300), ("docs/tutorial.md", 132)):
+        assert f"{before}{rows} rows{after}" in " ".join((ROOT / page).read_text().split()), page
+
+
+def test_the_embedded_model_is_as_large_as_is_said():
+    from safetensors.numpy import load_file
+
+    from qtarget.data.embedded import base_model_path
+
+    millions = sum(x.size for x in load_file(base_model_path() / "model.safetensors").values()) / 1e6
+    for page, words in (
+        ("src/qtarget/cli/demo.py", "parameters"),
+        ("docs/staleness.md", "parameters"),
+        ("docs/crossfit.md", "weights"),
+    ):
+        assert f"{millions:.1f} million {words}" in (ROOT / page).read_text(), page
 
 
 def test_the_python_start_runs(tmp_path):
