@@ -51,7 +51,7 @@ def demo(
 
     config = replace(DemoConfig(), seeds=seeds or SEEDS, workers=workers)
     config = quick(config) if is_quick else config
-    told(config, output, "a model of 1.8 million parameters; about 2 minutes on 2 cores", 640)
+    told(config, output, "a model of 1.1 million parameters; about 2 minutes on 2 cores", 640)
 
 
 def demo_real(output: Path, seeds: int, workers: int, is_quick: bool) -> None:
@@ -105,7 +105,7 @@ def demo_rl(output: Path, seeds: int, workers: int, is_quick: bool) -> None:
     config = quick(config) if is_quick else config
     console = Console()
     console.print(
-        f"{len(list(config.jobs()))} runs of a model of 1.8 million parameters from one start; about 4 minutes on 2 cores."
+        f"{len(list(config.jobs()))} runs of a model of 1.1 million parameters from one start; about 4 minutes on 2 cores."
     )
     with progress_bar() as advance:
         results = run_rl_demo(config, output, advance)
