@@ -96,6 +96,7 @@ def noise_part(found: Mapping[str, Any] | None) -> str:
         unrun(found),
         "### Our own target, `consensus`, against the goals\n",
         DESIGNED,
+        cautions(found, results("compare")),
         goal_table(found["summary"]["goals"]),
         *goal_lines(found["summary"]["goals"]),
         newsletter(found),
@@ -155,6 +156,29 @@ of the test prompts had been seen. SCAN, below, was not looked at until the form
 the base look unreliable, and the trust of contexts ([consensus.md](consensus.md)) was added: so SCAN is not unseen either. The
 word problems are.
 """
+
+
+def cautions(found: Mapping[str, Any], compared: Mapping[str, Any] | None) -> str:
+    """What tuning chose for `caution`, and what `qtarget compare` found with the default."""
+    chosen = [(cell["rate"], cell["chosen"]["consensus"]["value"]) for cell in found["cells"]]
+    noisy, clean = ([value for rate, value in chosen if bool(rate) == has_noise] for has_noise in (True, False))
+
+    def counts(values: list[float]) -> str:
+        return ", ".join(f"{values.count(one) or 'none'} took {one:g}" for one in (1.0, 0.03, 3.0))
+
+    text = (
+        "`caution` was tuned at each point (0.03, 1 or 3), on noisy validation rows. Of the noisy points "
+        f"{counts(noisy)}; of the clean ones {counts(clean)}. A config keeps 1.0 unless it says otherwise.\n"
+    )
+    if compared is None:
+        return text
+    points = [(p["clean_percent"]["consensus"] - p["clean_percent"]["sft"], p) for p in compared["points"]]
+    below = sorted(((d, p) for d, p in points if d < 0), key=lambda one: one[0])
+    where = " and ".join(f"{-d:.1f} below at *{p['base']}*, {words(p)}" for d, p in below)
+    return (
+        f"{text}\nWith 1.0 and only the rate tuned, at the {len(points)} points of [compare.md](compare.md), it is {where}, "
+        f"and level or above at the {len(points) - len(below)} others.\n"
+    )
 
 
 SCAN = (
@@ -416,8 +440,8 @@ def minority_part(found: Mapping[str, Any] | None) -> str:
 MINORITY_PROTOCOL = """\
 ### Copies that have not seen the rows, and a right minority
 
-**A right minority keeps at least 80 % of SFT's accuracy. `crossfit_consensus` misses 95 % of SFT's correction in one column of
-four, `consensus` in all, guarded or not.**
+**A right minority keeps at least 80 % of SFT's accuracy, on the mean of two seeds; `consensus` keeps 71 % on one of
+them. `crossfit_consensus` misses 95 % of SFT's correction in one column of four, `consensus` in all, guarded or not.**
 
 `qtarget bench prior --target sft --target consensus --target crossfit_consensus --seeds {seeds}`. Its points without a
 flaw were left out, but for the minority. The runs of `sft` and `consensus` on flaws are those of the table above.
