@@ -330,6 +330,17 @@ def test_the_tables_of_the_page_are_the_result_files(name, table):
         assert "Not measured yet." in page.partition({"prior": "## A flawed prior", "distill": "## Less data"}[name])[2]
 
 
+def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
+    page = (ROOT / "docs/real_model.md").read_text().partition("the NLL of clean held-out answers")[2]
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)[:10]}
+    cells = json.loads((ROOT / "benchmarks/results/noise_smollm2_tuned.json").read_text())["cells"]
+    runs = {(cell["kind"], cell["rate"]): cell["runs"] for cell in cells}
+    for name in ("sft", "sft, filtered rows", "consensus", "crossfit_consensus", "target_sft", "dft"):
+        points = (("random_tokens", 0.4), ("wrong_answer", 0.4), ("random_tokens", 0.0))
+        means = [sum(run["nll"] for run in runs[point][name]) / len(runs[point][name]) for point in points]
+        assert list(rows[name]) == [f"{mean:.2f}" for mean in means], name
+
+
 def test_the_commands_of_the_page_are_what_the_command_line_takes():
     """Parsed and not run: they take a real model and hours; `make real` runs the model itself."""
     page = (ROOT / "docs/real_model.md").read_text()
