@@ -341,3 +341,23 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     assert [one["name"] for one in document["contenders"]] == [
         "base_model", "runs/live/sft", "runs/live/label_smoothing"]  # fmt: skip
     assert Path("runs/live/evaluation.html").exists()
+
+
+def test_rows_are_read_as_the_run_read_its_own():
+    from qtarget.cli.evaluate import rows_as_trained
+
+    recorded = {"null_content": "drop", "roles": {"narrator": "user"}, "data_format": "alpaca", "tools_file": None}
+    own, other = (rows_as_trained(recorded, None, is_own=is_own) for is_own in (True, False))
+    assert own.null_content == other.null_content == "drop" and own.roles == other.roles == {"narrator": "user"}
+    assert (own.format, other.format) == ("alpaca", "auto")
+    assert rows_as_trained({}, "{rows: 5}", is_own=True).limits.rows == 5
+
+
+def test_a_comparison_that_is_there_is_not_proposed_again(tmp_path):
+    from qtarget.cli.evaluate import comparison_of
+
+    (run := tmp_path / "sft").mkdir()
+    (run / "qtarget_config.yaml").write_text("target: sft\n")
+    assert comparison_of([str(run)], {}, []).endswith("sft/qtarget_config.yaml")
+    (tmp_path / "sft-compare").mkdir()
+    assert comparison_of([str(run)], {}, []) is None

@@ -74,17 +74,13 @@ def evaluate(
     limits: LimitsOption = None,
 ) -> None:
     """Compare trained models with their untrained base on rows with answers."""
-    from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import Mark, check_outputs, held, progress_bar, say_written
     from qtarget.data.files import check_files
     from qtarget.data.limits.templates import bounded_templates
     from qtarget.evaluation.contenders import find_contenders, recorded_rows
     from qtarget.evaluation.records import refuse_earlier
 
-    rows = row_options(limits=limits)
-    options = Options(
-        metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit, rows
-    )
+    options = Options(metric, pattern, ignore_case, forgetting_metric, not no_generate, temperature, samples, limit)
     if resume and overwrite:
         raise ConfigError("--resume goes on with what --overwrite replaces; leave one of them out")
     if no_nll and no_generate:
@@ -100,6 +96,7 @@ def evaluate(
     if data is None:
         data = recorded_rows(contenders)
         typer.echo(f"rows: {data}, the validation file of the run")
+    rows = rows_as_trained(contenders[-1].settings, limits, is_own=is_own)
     output = output or default_output(models)
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
@@ -110,8 +107,8 @@ def evaluate(
     check_outputs(
         {"the records": records_file}, inputs, replaces=True
     )  # lines of ours, which a resumed run goes on with
-    texts = [options.read("data", data, judges[0])]
-    texts += [options.read("forgetting", forgetting, judges[1])] if forgetting is not None else []
+    texts = [options.read("data", data, judges[0], rows)]
+    texts += [options.read("forgetting", forgetting, judges[1], rows)] if forgetting is not None else []
     server = None if url is None else connect(url, engine, names, contenders)
 
     from qtarget.evaluation.evaluate import Choices, Evaluation, plan
@@ -137,6 +134,19 @@ def evaluate(
         and (command := comparison_of(models, contenders[-1].settings, options.judged_by(forgetting))) is not None
     ):
         typer.echo(f"next, whether another target does better on these rows:\n  {command}")
+
+
+def rows_as_trained(settings: Mapping[str, Any], limits: str | None, *, is_own: bool) -> ReadOptions:
+    """How rows are read: as the run read its own.
+
+    Args:
+        settings: that the run recorded.
+        is_own: whether they are the run's validation file; another file may have another shape.
+    """
+    from qtarget.cli.options.datasets import ROW_KEYS, row_options
+
+    keys = [key for key in ROW_KEYS if settings.get(key) is not None and (is_own or key != "data_format")]
+    return row_options(**{key: settings[key] for key in keys}, limits=limits)
 
 
 def refuse_mistyped(names: Sequence[str]) -> None:
@@ -195,7 +205,6 @@ class Options:
     temperature: float
     samples: int
     limit: int | None
-    rows: ReadOptions
 
     def judges(self, forgetting: Path | None) -> list[Judge | None]:
         """Of ``--data`` and of ``--forgetting``; None where nothing is completed.
@@ -234,7 +243,7 @@ class Options:
         given = [part for option, value in named.items() if value is not None for part in (option, value)]
         return given + (["--ignore-case"] if self.ignore_case else [])
 
-    def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None) -> Rows:
+    def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None, reading: ReadOptions) -> Rows:
         """Rows of a file, as questions where they have answers.
 
         Raises:
@@ -243,7 +252,7 @@ class Options:
         from qtarget.data.loading import load_rows
         from qtarget.evaluation.questions import ask, has_answers
 
-        rows = load_rows(path, options=self.rows)[: self.limit]
+        rows = load_rows(path, options=reading)[: self.limit]
         asked = judge is not None and (has_answers(rows) or (name == "data" and self.metric is not None))
         if judge is not None and not asked:
             typer.echo(f"{path}: rows without answers; their likelihood is scored, and nothing is completed")
@@ -251,7 +260,7 @@ class Options:
             name,
             path,
             len(rows),
-            self.rows,
+            reading,
             ask(rows, judge, path.name) if asked and judge else None,
             judge if asked else None,
         )
