@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qtarget.cli.options.outputs import Mark
+    from qtarget.data.formats import Reading
     from qtarget.data.formats.shape import ReadOptions
     from qtarget.evaluation.contenders import Contender
     from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, Served
@@ -243,24 +244,26 @@ class Options:
         given = [part for option, value in named.items() if value is not None for part in (option, value)]
         return given + (["--ignore-case"] if self.ignore_case else [])
 
-    def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None, reading: ReadOptions) -> Rows:
+    def read(self, name: Literal["data", "forgetting"], path: Path, judge: Judge | None, options: ReadOptions) -> Rows:
         """Rows of a file, as questions where they have answers.
 
         Raises:
             DataError: the file is unusable, or ``--metric`` asks for answers that its rows have not.
         """
-        from qtarget.data.loading import load_rows
+        from qtarget.data.loading import announce, read_files
         from qtarget.evaluation.questions import ask, has_answers
 
-        rows = load_rows(path, options=reading)[: self.limit]
+        found = read_files(path, options)
+        announce(found, str(path))
+        rows = found.rows[: self.limit]
         asked = judge is not None and (has_answers(rows) or (name == "data" and self.metric is not None))
         if judge is not None and not asked:
             typer.echo(f"{path}: rows without answers; their likelihood is scored, and nothing is completed")
         return Rows(
             name,
             path,
-            len(rows),
-            reading,
+            replace(found, rows=rows),
+            options,
             ask(rows, judge, path.name) if asked and judge else None,
             judge if asked else None,
         )
@@ -272,18 +275,17 @@ class Rows:
 
     name: Literal["data", "forgetting"]
     path: Path
-    count: int
+    reading: Reading
     options: ReadOptions
     questions: Any
     judge: Judge | None
 
     def with_dataset(self) -> RowSet:
         """The set that the evaluation takes."""
-        from qtarget.data.loading import load_dataset_file
+        from qtarget.data.loading import dataset_of
         from qtarget.evaluation.evaluate import RowSet
 
-        dataset = load_dataset_file(self.path, options=self.options).select(range(self.count))
-        return RowSet(self.name, self.path.name, dataset, self.questions, self.judge)
+        return RowSet(self.name, self.path.name, dataset_of(self.reading, self.options), self.questions, self.judge)
 
 
 def served_names(served: Sequence[str] | None, url: str | None) -> dict[str, str]:
