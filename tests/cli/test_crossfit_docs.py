@@ -52,6 +52,10 @@ KINDS = {
     "most: 40 % boilerplate": "most boilerplate 0.4", "none: 40 % contradictory duplicate": "none contradictory_duplicate 0.4",
     "none: 20 % random tokens": "none random_tokens 0.2",
 }  # fmt: skip
+SELECTION = {
+    "COGS, 40 % wrong answer": "most wrong_answer 0.4", "COGS, 40 % another row's response": "most other_response 0.4",
+}  # fmt: skip
+CAESAR = {"caesar, most, 40 % wrong answer": "most wrong_answer 0.4"}
 LISTOPS = {"most (untrained 84.0)": "most wrong_answer 0.4", "none (untrained 0.0)": "none wrong_answer 0.4"}
 
 
@@ -65,6 +69,7 @@ def tables() -> list[list[list[str]]]:
     [
         ("noise_crossfit", LABELS, POINTS, 8), ("noise_equal", EQUAL, POINTS, 2), ("noise_cogs_tuned", LABELS, COGS, 8),
         ("noise_listops_tuned", LABELS, LISTOPS, 10), ("noise_kinds_tuned", LABELS, KINDS, 8),
+        ("noise_cogs_selection", LABELS, SELECTION, 3), ("noise_caesar_tuned", LABELS, CAESAR, 8),
     ],
 )  # fmt: skip
 def test_the_tables_of_tuned_points_are_the_result_files(name, labels, points, contenders):
