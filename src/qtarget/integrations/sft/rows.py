@@ -110,7 +110,7 @@ def training_rows_of(model: Any, tokenizer: Any, rows: Dataset, settings: Mappin
     plain = [
         {
             "input_ids": row["input_ids"],
-            "labels": _masked(row["labels"], *map(row.get, weights)),
+            "labels": _masked(row["labels"], row.get("loss_weights")),
             "row": row[ROW_IDS][0],
         }
         for row in dataset.select_columns(["input_ids", "labels", ROW_IDS, *weights])
