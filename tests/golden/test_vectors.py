@@ -345,7 +345,7 @@ def test_unknown_names_suggest_the_nearest(name: str, near: str) -> None:
 
 @pytest.mark.parametrize("name", [None, qtarget.get_target, qtarget.get_target("sft")])
 def test_what_is_no_name_is_told_to_be_named(name: Any) -> None:
-    with pytest.raises(UnknownTargetError, match="expected its name: .* 'module:Class' with target_kwargs"):
+    with pytest.raises(UnknownTargetError, match=r"expected its name: .* 'module:Class' with target_kwargs"):
         qtarget.get_target(name)
 
 
