@@ -42,11 +42,11 @@ def noise(
     from qtarget.data.noise import inject_noise
     from qtarget.storage.files import writing
 
-    if destination.suffix != ".jsonl":
-        raise ConfigError(f"OUTPUT is {destination}; expected a name that ends in .jsonl, one row a line")
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
     check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
+    if destination.suffix != ".jsonl":
+        raise ConfigError(f"OUTPUT is {destination}; expected a name that ends in .jsonl, one row a line")
     rows = load_rows(source, options=row_options(null_content=null_content, limits=limits))
     noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
     with writing(destination, text=True) as file:

@@ -33,7 +33,7 @@ def test_twenty_steps_are_trls(rule, policy, ours, theirs):
     assert max(gradient_norms(b)) > 0.05, "the run is too weak to tell"
     torch.testing.assert_close(torch.tensor(a.losses), torch.tensor(b.losses), rtol=0, atol=1e-6)
     # float32 keeps seven digits: a norm of 0.7 was seen to differ by 1.07e-6, and in float64 by less than 1e-12, see below
-    torch.testing.assert_close(torch.tensor(gradient_norms(a)), torch.tensor(gradient_norms(b)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(gradient_norms(a)), torch.tensor(gradient_norms(b)), rtol=1e-5, atol=1e-6)
     for key in ("entropy", "reward", "completions/mean_length"):
         mine, other = ([line[key] for line in t.state.log_history if key in line] for t in (a, b))
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=1e-5, atol=1e-6)
