@@ -126,7 +126,8 @@ def _notes(name: str, entry: Entry, results: Results) -> list[str]:
     lost = sum(not line["tokens"] for line in mine["nll"] or [])
     if lost:
         notes.append(
-            f"{name}: {counted(lost, 'row')} {inflected(lost, 'have')} no answer token within max_length, and no nll"
+            f"{name}: {counted(lost, 'row')} {inflected(lost, 'have')} no answer token that counts, within max_length and of a "
+            "weight above 0, and no nll"
         )
     if entry.base is not None and mine["nll"] is not None and not _same_tokens(mine, results[name, entry.base]):
         notes.append(f"{name}: rows are other tokens than for {entry.base}, so their nll is not compared")
