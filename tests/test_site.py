@@ -15,7 +15,7 @@ import pytest
 from tests import ROOT
 
 PAGES = (
-    "tutorial", "noisy_rows", "small_from_big", "lora", pytest.param("many_gpus", marks=pytest.mark.nightly),
+    "tutorial", "noisy_rows", pytest.param("small_from_big", marks=pytest.mark.nightly), "lora", pytest.param("many_gpus", marks=pytest.mark.nightly),
     pytest.param("cluster", marks=pytest.mark.nightly), "resume",
 )  # fmt: skip
 """Pages without a test of their own; they run from the root of a checkout."""
@@ -135,7 +135,7 @@ def test_the_keys_of_other_tools_are_told_as_keys_of_ours() -> None:
     assert ours - known <= {"SFTConfig", "hybrid_distillation", "sharegpt"}, ours - known
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """As `make check` does; here links and anchors of pages that another test wrote cannot hide."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'qtarget[docs]'")

@@ -28,7 +28,7 @@ def drawn() -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(
     ("name", "settings", "other"),
     [
-        ("generalized_jsd", {"beta": 0.3}, {"beta": 0.6}),
+        pytest.param("generalized_jsd", {"beta": 0.3}, {"beta": 0.6}, marks=pytest.mark.nightly),
         ("target_sft", {"eta": 0.3}, {"eta": 0.7}),
         pytest.param("gem", {}, {"temperature": 0.8}, marks=pytest.mark.nightly),
     ],

@@ -1,6 +1,7 @@
 """``QTargetTrainer`` with ``target="sft"`` is TRL's ``SFTTrainer``: every act of the table, done with both."""
 
 import inspect
+import re
 
 import pytest
 from trl.trainer.sft_trainer import SFTTrainer
@@ -19,7 +20,13 @@ def committed() -> dict[str, str]:
     return dict(line.strip("| ").split(" | ", 1) for line in lines)
 
 
-@pytest.mark.parametrize("name", ACTS)
+LONG = re.compile(r"(GPT-OSS|Qwen3-MoE)(, router_aux_loss_coef .*)?$")
+"""Acts that a quick suite has once, with Mixtral."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if LONG.match(name) else name for name in ACTS]
+)
 def test_as_the_table_says(name):
     assert outcome(name) == committed()[name]
 

@@ -11,7 +11,7 @@ from tests import ROOT
 from tests.serving.helpers import ENVIRONMENT
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_server_holds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     spec = importlib.util.spec_from_file_location("attack_server", ROOT / "scripts/attack_server.py")

@@ -184,6 +184,7 @@ def test_gsm8k_is_noisy_by_wrong_solutions_of_its_own(gsm8k, tmp_path):
         RealWorker(Setting("embedded", gsm8k, tmp_path, 1, Start()), replace(scope, train_rows=500))
 
 
+@pytest.mark.nightly
 def test_gsm8k_runs_from_the_command_line(gsm8k, tmp_path, monkeypatch):
     monkeypatch.setattr("qtarget.cli.bench.real.real_base", lambda *_: Start().path)
     assert {size.scope.dtype for size in SIZES.values()} == {"bfloat16"}

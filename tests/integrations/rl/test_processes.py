@@ -28,8 +28,8 @@ def work(output, settings: dict, ranks: int) -> tuple[dict[str, torch.Tensor], l
     return torch.load(output / "final.pt"), log
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_two_processes_are_one(loss_type, tmp_path):
     settings = {
         "loss_type": loss_type,

@@ -9,6 +9,7 @@ import pytest
 from qtarget.core.errors import ConfigError, ScoringServerError
 from qtarget.integrations.rl.config import QTargetGRPOConfig
 from qtarget.report.runs.records import LOG_FILE
+from qtarget.scoring.sources.http import Retries
 from tests.integrations.conftest import make_model, make_tokenizer
 from tests.integrations.rl.conftest import SETTINGS, gradient_norms, trained
 from tests.integrations.rl.test_privileged import ragged
@@ -52,7 +53,8 @@ def test_few_tokens_and_one_for_the_rest_are_a_lower_bound(ours, server):
     assert asked.losses == pytest.approx(live.losses, rel=1e-4)
 
 
-def test_a_server_that_fails_ends_the_run_and_the_checkpoint_stays(ours, server, tmp_path):
+def test_a_server_that_fails_ends_the_run_and_the_checkpoint_stays(ours, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Retries, "wait", lambda *_: None)
     engine, url = server
     trainer = ours(None, teacher=url, save_strategy="steps", save_steps=1, **{**OPD, "steps_per_generation": 1})
     plain, calls = engine.log_probs, []

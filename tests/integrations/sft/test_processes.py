@@ -156,7 +156,7 @@ def evaluations(output: Path) -> list[dict]:
     ("rows", "settings"),
     [
         pytest.param(2, {}, id="2-padded", marks=pytest.mark.nightly),
-        pytest.param(9, PADDING_FREE, id="9-padding-free"),
+        pytest.param(9, PADDING_FREE, id="9-padding-free", marks=pytest.mark.nightly),
         pytest.param(9, {}, id="9-padded", marks=pytest.mark.nightly),
         pytest.param(2, PADDING_FREE, id="2-padding-free", marks=pytest.mark.nightly),
     ],

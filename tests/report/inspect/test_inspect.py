@@ -197,6 +197,7 @@ def test_a_row_that_trains_on_nothing_is_shown_all_masked(cached, tmp_path, open
         assert "rows 3;" in said
 
 
+@pytest.mark.nightly
 def test_of_100_000_rows_a_sample_is_shown_and_it_says_so(tmp_path, open_page, capsys):
     """Five thousand rows of a hundred thousand, evenly: stated in page and JSON, the same for the same seed."""
     import torch

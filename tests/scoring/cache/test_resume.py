@@ -17,7 +17,7 @@ from tests.scoring.helpers import PROCESSES, HashSource, contents, provenance, r
 
 ROWS = ragged_rows(26)
 SHARD_ROWS = 4
-KILLS = 20
+KILLS = 10
 FIRST_ROWS = [
     row_checksum(row["input_ids"], supervised_mask(row["labels"])) for row in ROWS[::SHARD_ROWS]
 ]  # a shard is known by its first row

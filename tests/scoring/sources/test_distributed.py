@@ -91,7 +91,7 @@ def drive(path, model_path, address, rows):
     write_cache(path, rows, source, provenance(3), shard_rows=100)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_driver_and_then_a_killed_actor_leave_no_trace(cluster, model_path, rows, undisturbed, tmp_path):
     # a new interpreter: Ray has put its token into this one's environment, and a fork server may be older
     process = multiprocessing.get_context("spawn").Process(target=drive, args=(tmp_path, model_path, cluster, rows))
@@ -167,7 +167,7 @@ def test_what_a_worker_raises_is_ours(cluster, model_path, tmp_path):
     assert not list((tmp_path / "b").glob("shard*.parquet"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_an_address_it_starts_and_stops_its_own(model_path, tmp_path, monkeypatch):
     if ray.is_initialized():
         ray.shutdown()
