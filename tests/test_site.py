@@ -15,8 +15,8 @@ import pytest
 from tests import ROOT
 
 PAGES = (
-    "tutorial", "noisy_rows", pytest.param("small_from_big", marks=pytest.mark.nightly), "lora", pytest.param("many_gpus", marks=pytest.mark.nightly),
-    pytest.param("cluster", marks=pytest.mark.nightly), "resume",
+    "tutorial", "noisy_rows", "lora", "resume",
+    *(pytest.param(page, marks=pytest.mark.nightly) for page in ("small_from_big", "many_gpus", "cluster")),
 )  # fmt: skip
 """Pages without a test of their own; they run from the root of a checkout."""
 SMALL = {

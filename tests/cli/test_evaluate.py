@@ -20,7 +20,10 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qtarget.cli.evaluate import rows_as_trained
+from qtarget.core.errors import ConfigError, DataError
 from qtarget.data.embedded import base_model_path, load_demonstrations
+from qtarget.evaluation.contenders import Contender
 from tests import ROOT
 from tests.cli.test_train import qtarget, refused
 from tests.scoring.sources.servers import Engine, half_json, serving, status
@@ -343,21 +346,49 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     assert Path("runs/live/evaluation.html").exists()
 
 
+def ran(name: str, **settings) -> Contender:
+    return Contender(name, name, name, settings=settings)
+
+
 def test_rows_are_read_as_the_run_read_its_own():
-    from qtarget.cli.evaluate import rows_as_trained
+    tools = {"tools_file": "/gone/tools.json"}  # asked for by the run's own rows alone
+    keys = {
+        "null_content": "drop",
+        "roles": {"narrator": "user"},
+        "data_format": "alpaca",
+        "dataset_text_field": "body",
+    }
+    run, hub = ran("run", validation_file="rows.jsonl", limits={"rows": 7}, **keys), ran("hub/model")
+    for contenders in ([run, hub], [hub, run]):
+        own = rows_as_trained(contenders, Path("rows.jsonl"), None, is_own=True)
+        assert (own.null_content, own.roles, own.format) == ("drop", {"narrator": "user"}, "alpaca")
+        assert (own.text_field, own.limits.rows) == ("body", 7)
+    other = rows_as_trained([ran("run", **keys, **tools)], Path("other.jsonl"), "{rows: 5}", is_own=False)
+    assert (other.null_content, other.text_field, other.format, other.limits.rows) == ("drop", "body", "auto", 5)
+    assert rows_as_trained([hub], Path("other.jsonl"), "{rows: 5}", is_own=False).limits.rows == 5
+    with pytest.raises(DataError, match=r"/gone/tools.json"):
+        rows_as_trained([ran("run", validation_file="rows.jsonl", **tools)], Path("rows.jsonl"), None, is_own=True)
 
-    recorded = {"null_content": "drop", "roles": {"narrator": "user"}, "data_format": "alpaca", "tools_file": None}
-    own, other = (rows_as_trained(recorded, None, is_own=is_own) for is_own in (True, False))
-    assert own.null_content == other.null_content == "drop" and own.roles == other.roles == {"narrator": "user"}
-    assert (own.format, other.format) == ("alpaca", "auto")
-    assert rows_as_trained({}, "{rows: 5}", is_own=True).limits.rows == 5
+
+def test_runs_that_read_rows_in_different_ways_are_not_evaluated_together():
+    one, two = ran("a", roles={"narrator": "user"}, limits={"rows": 7}), ran("b", null_content="drop")
+    with pytest.raises(ConfigError, match=r"a and b read rows in different ways \(null_content, roles\); evaluate one"):
+        rows_as_trained([one, two], Path("other.jsonl"), None, is_own=False)
+    default = ran("c", null_content="refuse", limits={"rows": 9})
+    assert rows_as_trained([default, ran("d", learning_rate=1.0)], Path("x"), None, is_own=False).limits.rows == 9
 
 
-def test_a_comparison_that_is_there_is_not_proposed_again(tmp_path):
+def test_a_comparison_that_is_there_is_not_proposed_again(tmp_path, monkeypatch):
     from qtarget.cli.evaluate import comparison_of
 
     (run := tmp_path / "sft").mkdir()
     (run / "qtarget_config.yaml").write_text("target: sft\n")
     assert comparison_of([str(run)], {}, []).endswith("sft/qtarget_config.yaml")
-    (tmp_path / "sft-compare").mkdir()
-    assert comparison_of([str(run)], {}, []) is None
+    (begun := tmp_path / "sft-compare").mkdir()
+    assert comparison_of([str(run)], {}, []).endswith("sft/qtarget_config.yaml")
+    (begun / "plan.json").write_text("{}")
+    assert comparison_of([str(run)], {}, []).endswith("sft/qtarget_config.yaml --resume")
+    monkeypatch.chdir(run)
+    assert comparison_of(["."], {}, []).endswith(" --resume")
+    (begun / "comparison.json").write_text("{}")
+    assert comparison_of([str(run)], {}, []) is comparison_of(["."], {}, []) is None

@@ -29,7 +29,8 @@ def comparison_folder(run: str | Path) -> Path:
     """Where `qtarget compare` of a run's config writes, unless it is told otherwise: beside the run."""
     from qtarget.report.card.tables import COMPARED
 
-    return Path(run).with_name(Path(run).name + COMPARED)
+    folder = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+    return folder.with_name(folder.name + COMPARED)
 
 
 def found_comparison(config: RunConfig, rows: Any) -> Compared | None:

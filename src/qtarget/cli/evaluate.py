@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,11 +94,12 @@ def evaluate(
             check_files(rows_file, option)
     refuse_mistyped([*models, *([base] if base else [])])
     contenders = find_contenders(models, base)
-    is_own = data is None
+    asks_other = data is not None
     if data is None:
         data = recorded_rows(contenders)
         typer.echo(f"rows: {data}, the validation file of the run")
-    rows = rows_as_trained(contenders[-1].settings, limits, is_own=is_own)
+    is_own = any(_validated_on(one, data) for one in contenders)
+    rows = rows_as_trained(contenders, data, limits, is_own=is_own)
     output = output or default_output(models)
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
@@ -109,7 +111,9 @@ def evaluate(
         {"the records": records_file}, inputs, replaces=True
     )  # lines of ours, which a resumed run goes on with
     texts = [options.read("data", data, judges[0], rows)]
-    texts += [options.read("forgetting", forgetting, judges[1], rows)] if forgetting is not None else []
+    if forgetting is not None:
+        elsewhere = rows_as_trained(contenders, forgetting, limits, is_own=False)
+        texts.append(options.read("forgetting", forgetting, judges[1], elsewhere))
     server = None if url is None else connect(url, engine, names, contenders)
 
     from qtarget.evaluation.evaluate import Choices, Evaluation, plan
@@ -130,24 +134,41 @@ def evaluate(
         save(document, output, page, mark)
     print_evaluation(document)
     say_written([output, page, records_file])
-    if (
-        is_own
-        and (command := comparison_of(models, contenders[-1].settings, options.judged_by(forgetting))) is not None
-    ):
+    command = None if asks_other else comparison_of(models, contenders[-1].settings, options.judged_by(forgetting))
+    if command is not None:
         typer.echo(f"next, whether another target does better on these rows:\n  {command}")
 
 
-def rows_as_trained(settings: Mapping[str, Any], limits: str | None, *, is_own: bool) -> ReadOptions:
-    """How rows are read: as the run read its own.
+def rows_as_trained(contenders: Sequence[Contender], rows: Path, limits: str | None, *, is_own: bool) -> ReadOptions:
+    """How rows are read: as the runs among the contenders read theirs.
 
     Args:
-        settings: that the run recorded.
-        is_own: whether they are the run's validation file; another file may have another shape.
-    """
-    from qtarget.cli.options.datasets import ROW_KEYS, row_options
+        limits: ``--limits``; without it the runs'.
+        is_own: whether ``rows`` are the runs' validation file; another file may have another shape, and no tools.
 
-    keys = [key for key in ROW_KEYS if settings.get(key) is not None and (is_own or key != "data_format")]
-    return row_options(**{key: settings[key] for key in keys}, limits=limits)
+    Raises:
+        ConfigError: the runs read rows in different ways.
+        DataError: a tools file that is no longer there, or holds no schemas.
+    """
+    from qtarget.cli.options.datasets import options_elsewhere, options_of
+
+    read = options_of if is_own else options_elsewhere
+    runs = [one for one in contenders if one.settings and (not is_own or _validated_on(one, rows))]
+    given = next((found for one in runs if (found := one.settings.get("limits")) is not None), None)
+    ways = {one.name: read({**one.settings, "limits": limits or given}) for one in runs}
+    for name, way in ways.items():
+        if way != (first := next(iter(ways.values()))):
+            theirs = [field.name for field in fields(way) if getattr(way, field.name) != getattr(first, field.name)]
+            raise ConfigError(
+                f"{next(iter(ways))} and {name} read rows in different ways ({', '.join(theirs)}); evaluate one at a time"
+            )
+    return next(iter(ways.values()), read({"limits": limits}))
+
+
+def _validated_on(contender: Contender, rows: Path) -> bool:
+    named = contender.settings.get("validation_file")
+    named = named if isinstance(named, list) else [named]
+    return os.path.abspath(rows) in [os.path.abspath(one) for one in named if one is not None]
 
 
 def refuse_mistyped(names: Sequence[str]) -> None:
@@ -164,8 +185,8 @@ def refuse_mistyped(names: Sequence[str]) -> None:
 
 
 def comparison_of(models: Sequence[str], settings: Mapping[str, Any], judged: Sequence[str]) -> str | None:
-    """What compares other targets on the rows of the only run among the models; None where there are several or none, or
-    where they were compared.
+    """What compares other targets on the rows of the only run among the models, or goes on with it; None where there are
+    several or none, or where they were compared.
 
     Args:
         settings: that the run recorded.
@@ -174,13 +195,16 @@ def comparison_of(models: Sequence[str], settings: Mapping[str, Any], judged: Se
     from qtarget.cli.compared import comparison_folder
     from qtarget.cli.options.settings import RL
     from qtarget.command import from_here
+    from qtarget.comparison.kept import DOCUMENT, PLAN
     from qtarget.report.runs.records import CONFIG_FILE
 
     if len(models) != 1 or not (config := Path(models[0]) / CONFIG_FILE).is_file() or settings.get("algorithm") == RL:
         return None
-    if comparison_folder(Path(models[0])).is_dir():
+    folder = comparison_folder(models[0])
+    if (folder / DOCUMENT).is_file():
         return None
-    return shlex.join(["qtarget", "compare", from_here(config), *judged])
+    began = ["--resume"] if (folder / PLAN).is_file() else []
+    return shlex.join(["qtarget", "compare", from_here(config), *judged, *began])
 
 
 def default_output(models: Sequence[str]) -> Path:

@@ -146,16 +146,12 @@ def write_rows(
 
 def originals(config: RunConfig, raw: Sequence[Mapping[str, Any]]) -> list[str]:
     """JSON text of each row as it came in: a JSONL file's own lines."""
-    from qtarget.cli.options.datasets import row_options
+    from qtarget.cli.options.datasets import options_of, row_settings
     from qtarget.data.loading import original_texts
 
-    data = config.data
-    if data.train_file is None:
+    if config.data.train_file is None:
         return [json.dumps(dict(row), ensure_ascii=False, default=str) for row in raw]
-    options = row_options(
-        data.data_format, data.null_content, data.roles, data.tools_file, text_field=config.training.dataset_text_field
-    )
-    return original_texts(data.train_file, options)
+    return original_texts(config.data.train_file, options_of(row_settings(config)))
 
 
 def _weighted(text: str, factor: float) -> str:

@@ -194,12 +194,9 @@ def checked(overrides: Mapping[str, Setting], settings: Mapping[str, Any], outpu
 
 def row_options_of(config: RunConfig) -> Any:
     """How rows are read."""
-    from qtarget.cli.options.datasets import row_options
+    from qtarget.cli.options.datasets import options_of, row_settings
 
-    data = config.data
-    return row_options(
-        data.data_format, data.null_content, data.roles, data.tools_file, text_field=config.training.dataset_text_field
-    )
+    return options_of(row_settings(config))
 
 
 def read(paths: Sequence[Path], options: Any) -> tuple[Reading, list[Any], dict[str, str]]:

@@ -50,13 +50,13 @@ class ConfigRecipe:
         """Training and validation rows."""
         from qtarget.cli.options.datasets import load_datasets
 
-        return load_datasets(self._plain())
+        return load_datasets(self._plain(), overlap=False)
 
     def forgetting_rows(self) -> Any:
         """Rows of what the base could do before, or None."""
-        from qtarget.data.loading import load_dataset_file
+        from qtarget.cli.options.datasets import load_elsewhere
 
-        return None if self.forgetting is None else load_dataset_file(self.forgetting)
+        return None if self.forgetting is None else load_elsewhere(self.forgetting, self._plain())
 
     def settings(self) -> dict[str, Any]:
         """The keys, resolved."""

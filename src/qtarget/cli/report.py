@@ -109,7 +109,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     Raises:
         DataError: the run has no two checkpoints, or none at a step.
     """
-    from qtarget.cli.options.datasets import row_options
+    from qtarget.cli.options.datasets import options_elsewhere
     from qtarget.data.loading import load_dataset_file
     from qtarget.integrations.sft.rows import score_checkpoints
     from qtarget.report.runs.tokens import token_changes
@@ -127,8 +127,8 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     if ends[0] == ends[1]:
         raise ConfigError(f"--from-step and --to-step are both {ends[0]}; name two checkpoints")
     settings = run.description.get("settings") or {}
-    text_field, options = settings.get("dataset_text_field") or "text", row_options(limits=settings.get("limits"))
-    data = load_dataset_file(rows, text_field=text_field, options=options)
+    options = options_elsewhere(settings)
+    data = load_dataset_file(rows, text_field=options.text_field, options=options)
     before, after = score_checkpoints([steps[step] for step in ends], data, settings)
     where = {"run": run.name, "source": "checkpoints", "rows_of": rows.name, "from_step": ends[0], "to_step": ends[1]}
     return where | token_changes(before, after)

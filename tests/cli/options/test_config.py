@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qtarget.cli.options.config import OTHER_NAMES, DataConfig, RunConfig, load_config, resolved_settings
+from qtarget.cli.options.config import (
+    OTHER_NAMES,
+    SWITCHED_OFF,
+    DataConfig,
+    RunConfig,
+    load_config,
+    refuse_unknown,
+    resolved_settings,
+)
+from qtarget.cli.options.settings import Setting
 from qtarget.core.errors import ConfigError, QTargetError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
@@ -94,7 +103,7 @@ def test_unknown_keys_name_the_nearest_known_one(config, key, near):
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lora_rank", "did you mean lora_r?"), ("val_size", "did you mean validation_file?"),
+        ("lora_rank", "did you mean lora_r?"), ("val_size", "here it is `validation_file`; `qtarget init"),
         ("eaft_alpha", "here it is `target_kwargs: {alpha: ...}`"), ("train_on_inputs", "here it is `completion_only_loss: false`"),
     ],
 )  # fmt: skip
@@ -102,6 +111,33 @@ def test_keys_of_other_tools_are_told_what_they_are_here(config, key, words):
     with pytest.raises(ConfigError) as told:
         config(**{key: 1})
     assert words in str(told.value) and "docs/migrate.md" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train_on_inputs", False, "here it is `completion_only_loss: true`, in chats `assistant_only_loss: true`"),
+        ("use_dft_loss", False, "here it is nothing: leave it out"),
+        ("finetuning_type", "full", "here it is nothing: all weights are trained without `use_peft`"),
+        ("finetuning_type", "lora", "here it is `use_peft: true`"),
+    ],
+)
+def test_what_another_tools_key_says_counts(config, key, value, words):
+    with pytest.raises(ConfigError) as told:
+        config(**{key: value})
+    assert words in str(told.value)
+
+
+def test_rl_is_not_told_of_targets_of_demonstrations():
+    known = ["target", "use_peft", "num_generations"]
+    for key, words in (
+        ("use_dft_loss", ""),
+        ("train_on_inputs", ""),
+        ("finetuning_type", "here it is `use_peft: true`"),
+    ):
+        with pytest.raises(ConfigError) as told:
+            refuse_unknown({key: Setting(True, "rl.yaml")}, known, "GRPOConfig")
+        assert words in str(told.value) and ("here it is" in str(told.value)) == bool(words)
 
 
 def test_what_other_keys_are_called_here_is_true():
@@ -113,7 +149,7 @@ def test_what_other_keys_are_called_here_is_true():
     ours_of = [{field.name for field in fields(one)} for one in (QTargetConfig, ModelConfig, DataConfig)]
     trained = set.union(*ours_of)
     known = trained | {field.name for field in fields(QTargetGRPOConfig)}
-    for theirs, ours in OTHER_NAMES.items():
+    for theirs, ours in [*OTHER_NAMES.items(), *SWITCHED_OFF.items()]:
         assert ours in known or not ours.isidentifier(), (theirs, ours)
         for setting in re.findall("`([a-z_]+): ", ours):
             assert setting in known, (theirs, ours)

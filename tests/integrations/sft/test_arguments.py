@@ -7,9 +7,10 @@ from transformers import ProcessorMixin, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qtarget import QTargetConfig, QTargetTrainer
+from qtarget import QTargetConfig, QTargetTrainer, get_target
 from qtarget.core.errors import CacheMismatchError, ConfigError, DataError, QTargetError, UnsupportedModelError
 from qtarget.integrations.sft.data.columns import ROW_IDS
+from qtarget.integrations.sft.preparation import Preparation
 from tests.integrations.conftest import SETTINGS, make_model, make_rows, make_tokenizer
 
 
@@ -211,3 +212,12 @@ def test_evaluation_rows_that_are_trained_too_are_named(make_trainer, rows):
     assert any(line.startswith("2 of 2 validation rows are training rows too") for line in said["b"])
     other = make_trainer(data=rows.select([0, 1]), evals=rows.select([2]))
     assert not any("training row" in line for line in other.preparation.audits["eval"])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_rows_are_compared_by_their_values_whatever_their_format(kind):
+    long = [list(range(2000)), [*range(1000), 7, *range(1001, 2000)]]  # printed, both are the same first and last numbers
+    train, other = (Dataset.from_dict({"input_ids": [ids]}).with_format(kind) for ids in long)
+    told = Preparation(get_target("sft"), {})
+    told.compare(train, {"same": train, "other": other}, "text")
+    assert len(told.audits["same"]) == 1 and told.audits["other"] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +53,7 @@ OTHER_NAMES = {
     "datasets": "train_file",
     "eaft_alpha": "`target_kwargs: {alpha: ...}`",
     "eaft_k": "`target_kwargs: {top_k: ...}`",
-    "finetuning_type": "`use_peft: true`, of `lora`; nothing, of `full`",
+    "finetuning_type": "`use_peft: true`",
     "flash_attention": "attn_implementation",
     "flash_attn": "attn_implementation",
     "kd_trainer": "`target: distillation`",
@@ -66,15 +67,15 @@ OTHER_NAMES = {
     "preprocessing_num_workers": "dataset_num_proc",
     "sample_packing": "packing",
     "stage": "nothing: `qtarget train` fine-tunes, `qtarget rl` trains on samples",
-    "template": "chat_template_path",
+    "template": "the tokenizer's own chat template, or a file: `chat_template_path`",
     "train_on_inputs": "`completion_only_loss: false`",
     "train_on_prompt": "`completion_only_loss: false`",
     "use_asft_loss": "`target: asft`",
     "use_dft_loss": "`target: dft`",
     "use_eaft": "`target: eaft`",
     "use_eaft_loss": "`target: eaft`",
-    "val_set_size": "validation_file",
-    "val_size": "validation_file",
+    "val_set_size": "`validation_file`; `qtarget init --validation` splits one off",
+    "val_size": "`validation_file`; `qtarget init --validation` splits one off",
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
     "lr": "learning_rate",
@@ -93,6 +94,14 @@ OTHER_NAMES = {
     "torch_dtype": "dtype",
     "resume_from": "resume_from_checkpoint",
 }
+
+ANSWERS_ALONE = "`completion_only_loss: true`, in chats `assistant_only_loss: true`"
+SWITCHED_OFF = {
+    "finetuning_type": "nothing: all weights are trained without `use_peft`",
+    "train_on_inputs": ANSWERS_ALONE,
+    "train_on_prompt": ANSWERS_ALONE,
+}
+"""What to write for a key of ``OTHER_NAMES`` that is off; for the other switches nothing."""
 
 LIKE = 0.72
 """How like a known key (``difflib``) an unknown one must be to be taken for it: `eaft_alpha` is 0.70 like `lora_alpha`."""
@@ -304,7 +313,7 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], argume
     typed = {key for key in unknown if settings[key].origin == "the command line"}
     options = verb_options()
     parts = [
-        f"{key!r} ({settings[key].origin}{_hint(key, known, chosen, options if key in typed else ())})"
+        f"{key!r} ({settings[key].origin}{_hint(key, settings[key].value, known, chosen, options if key in typed else ())})"
         for key in unknown
     ]
     theirs = "; docs/migrate.md has the keys of other tools" * any(key in OTHER_NAMES for key in unknown)
@@ -314,12 +323,16 @@ def refuse_unknown(settings: Mapping[str, Setting], known: Iterable[str], argume
     )
 
 
-def _hint(key: str, known: list[str], target: Setting | None, options: Iterable[str] = ()) -> str:
+def _hint(key: str, value: Any, known: list[str], target: Setting | None, options: Iterable[str] = ()) -> str:
     if key in _target_hyperparameters(target):
         return f"; a hyper-parameter of the target: write target_kwargs: {{{key}: ...}}"
     meant = OTHER_NAMES.get(key)
-    if meant is not None and meant not in known and not meant.isidentifier():
-        return f"; here it is {meant}"
+    if meant is not None and not meant.isidentifier():
+        if value in (False, None, "full"):
+            meant = SWITCHED_OFF.get(key, "nothing: leave it out")
+        is_sampled = "num_generations" in known and "`target" in meant  # `rl` has no targets of demonstrations
+        told = not is_sampled and all(ours in known for ours in re.findall(r"`(\w+)[:`]", meant))
+        return f"; here it is {meant}" if told else ""
     spelt = dict.fromkeys(known) | {name[2:].replace("-", "_"): name for name in options}
     near = [meant] if meant in known else difflib.get_close_matches(key, list(spelt), n=1, cutoff=LIKE)
     near = [spelt.get(name) or name for name in near]

@@ -55,6 +55,38 @@ def row_options(
     return ReadOptions(text_field, data_format, null_content, dict(roles or {}), tools, read_limits(limits))
 
 
+def row_settings(config: RunConfig) -> dict[str, Any]:
+    """The keys of a config that say how rows are read."""
+    training = config.training
+    own = {"dataset_text_field": training.dataset_text_field, "limits": training.limits}
+    return {key: getattr(config.data, key) for key in ROW_KEYS} | own
+
+
+def options_of(settings: Mapping[str, Any]) -> ReadOptions:
+    """How the rows of a config are read, from its keys, or those that a run recorded.
+
+    Raises:
+        ConfigError, DataError: see ``row_options``.
+    """
+    given = {key: settings[key] for key in (*ROW_KEYS, "limits") if settings.get(key) is not None}
+    return row_options(**given, text_field=settings.get("dataset_text_field") or "text")
+
+
+def options_elsewhere(settings: Mapping[str, Any]) -> ReadOptions:
+    """How rows are read that the config does not name, such as ``--forgetting``: in any shape, and without its tools."""
+    return options_of({key: value for key, value in settings.items() if key not in ("data_format", "tools_file")})
+
+
+def load_elsewhere(file: Files, config: RunConfig) -> Dataset:
+    """Rows beside those that a config names, as ``options_elsewhere`` has it.
+
+    Raises:
+        DataError: see ``load_dataset_file``.
+    """
+    options = options_elsewhere(row_settings(config))
+    return load_dataset_file(file, text_field=options.text_field, options=options)
+
+
 def read_limits(given: Mapping[str, Any] | str | None) -> Limits:
     """The limits of a config, or of ``--limits``, which is YAML.
 
@@ -88,9 +120,7 @@ def load_datasets(config: RunConfig, *, overlap: bool = True) -> tuple[Dataset, 
     data, training = config.data, config.training
     evaluates = training.eval_strategy != "no"
     text_field = training.dataset_text_field
-    options = row_options(
-        data.data_format, data.null_content, data.roles, data.tools_file, training.limits, text_field=text_field
-    )
+    options = options_of(row_settings(config))
     if data.train_file is None:
         refuse_same_split(config)
         train = read_dataset(dataset_split(config, data.dataset_train_split), options, "train data")

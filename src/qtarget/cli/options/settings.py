@@ -113,6 +113,13 @@ def read_settings(path: Path, overrides: Sequence[str]) -> dict[str, Setting]:
     Raises:
         ConfigError: no such file, broken YAML (with its line), no mapping at the top, or broken overrides.
     """
+    if path.is_dir():
+        from qtarget.data.files import pattern_of
+
+        raise ConfigError(
+            f"{path} is a folder; the config comes first: qtarget VERB CONFIG.yaml --key value. Rows of a folder are named "
+            f"there by a pattern, for instance `train_file: {pattern_of(path)}`"
+        )
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; the config comes first: qtarget VERB CONFIG.yaml --key value")
     try:
@@ -141,7 +148,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
     while rest:
         option = rest.pop(0)
         if not option.startswith("--") or option == "--":
-            pattern = "; a pattern of files stands in quotes: 'rows/*.jsonl'" if Path(option).exists() else ""
+            pattern = "; a pattern of files stands in quotes: 'rows/*.jsonl'" if _is_file(option) else ""
             raise ConfigError(f"{option!r} belongs to no key; expected --key value or --key=value{pattern}")
         name, equals, text = option[2:].partition("=")
         if not equals:
@@ -153,6 +160,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Setting]:
         items = [_override(name, item) for item in texts]
         settings[name.replace("-", "_")] = items[0] if len(items) == 1 else Setting(items, "the command line")
     return settings
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a file's name can be
+        return False
 
 
 def _override(name: str, text: str) -> Setting:

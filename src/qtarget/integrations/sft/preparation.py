@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,12 @@ class Preparation:
         return rows
 
     def compare(self, train: Any, evals: Any, text_field: str) -> None:
-        """Say which evaluation rows are trained, too; of streams nobody knows."""
+        """Say which evaluation rows are trained, too; of streams nobody knows, and nothing where nobody listens."""
         parts = evals if isinstance(evals, dict) else {"eval": evals}
-        for name, rows in parts.items() if isinstance(train, Dataset) else ():
-            if isinstance(rows, Dataset):
-                lines = shared_rows(train, rows, text_field=text_field)
+        heard = isinstance(train, Dataset) and logger.isEnabledFor(WARNING)
+        for name, rows in parts.items() if heard else ():
+            if isinstance(rows, Dataset):  # as Python objects: a format of tensors or arrays has no values to compare
+                lines = shared_rows(train.with_format(None), rows.with_format(None), text_field=text_field)
                 self._say(name, [Finding("shared_rows", "warning", len(rows), (), line) for line in lines])
 
     def meet(

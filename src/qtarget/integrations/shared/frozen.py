@@ -68,8 +68,7 @@ def open_caches(
                 f"qtarget.integrations.sft.score.score and set {role} to the folder"
             )
         elif fields & set(DATA_FIELDS):
-            live = getattr(args, f"{role}_model_name_or_path")
-            named = "" if live is None else f" ({role}: {live} is no such file of numbers, but a model to run live)"
+            named = _named_live(args, role)
             raise MissingStatisticError(
                 f"target {target.name!r} weighs what the rows agree on against the frozen {role}'s numbers, all of them before "
                 f"training{named}: {way_out(role)}"
@@ -80,6 +79,16 @@ def open_caches(
                 f"{'live' if role == 'reference' else 'MODEL'}"
             )
     return caches
+
+
+def _named_live(args: FrozenSettings, role: str) -> str:
+    """What is set that names a model to run live, as the user wrote it; empty without."""
+    name = getattr(args, f"{role}_model_name_or_path")
+    if name is None:
+        return ""
+    short = getattr(args, role)
+    said = f"{role}: {short}" if short in ("live", name) else f"{role}_model_name_or_path: {name}"
+    return f" ({said} is no file of numbers, but a model to run live)"
 
 
 def same_source(args: Any) -> dict[str, Any]:
