@@ -117,6 +117,41 @@ def test_a_file_of_rows_alone_and_with_a_model(audit, tmp_path, tiny_model):
     assert code == 2 and "--max_length says nothing" in printed
 
 
+def test_the_files_of_a_pattern_are_named(audit, tmp_path, tiny_model):
+    for name in ("a/train.jsonl", "b/train.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, [{"prompt": f"{name}?", "completion": "2"}])
+    for model in ((), ("--model_name_or_path", tiny_model)):
+        _, value, printed = audit("*/*.jsonl", *model)
+        assert value["files"] == ["a/train.jsonl", "b/train.jsonl"]
+        assert "2 rows of a/train.jsonl, b/train.jsonl: no errors" in printed
+    before = (tmp_path / "a/train.jsonl").read_text()
+    with pytest.raises(SystemExit) as ended:
+        run(["audit-data", "*/*.jsonl", "--json", "a/train.jsonl", "--overwrite"])
+    assert ended.value.code == 2 and (tmp_path / "a/train.jsonl").read_text() == before
+
+
+def test_a_data_set_keeps_its_name(audit, workspace, tmp_path):
+    (tmp_path / "org/data").mkdir(parents=True)
+    write(tmp_path / "org/data/train.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    _, value, printed = audit(workspace(max_length=64, train_file=None, dataset_name="org/data"))
+    assert value["files"] == ["org/data, split train"]
+    assert "1 row of org/data, split train: no errors" in printed
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl"])
+def test_a_folder_is_told_the_pattern_of_its_rows(audit, tmp_path, name, capsys):
+    (tmp_path / name / "deep").mkdir(parents=True)
+    write(tmp_path / name / "deep/A.JSONL", [{"prompt": "1+1=", "completion": "2"}])
+    code, _, printed = audit(name)
+    assert code == 2
+    assert f"{name} is a folder; name its files by a pattern, for instance '{name}/**/*.JSONL'" in printed
+    with pytest.raises(SystemExit):
+        run(["filter", name])
+    printed = capsys.readouterr().err
+    assert f"{name} is a folder; the config comes first" in printed and f"`train_file: {name}/**/*.JSONL`" in printed
+
+
 def test_the_validation_rows_on_request(audit, workspace):
     code, value, _ = audit(workspace(validation_file="held_out.jsonl"), "--split", "validation")
     assert (code, value["rows"]) == (0, 4)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qtarget.core.errors import DataError
-from qtarget.data.loading import load_dataset_file, load_rows
+from qtarget.data.files import expand
+from qtarget.data.loading import dataset_of, load_dataset_file, load_rows, read_files
 
 ROWS = [{"prompt": "2+2=", "completion": "4", "id": 1}, {"prompt": "Grüße, “you”\u2028:", "completion": "ok", "id": 2}]
 
@@ -294,15 +295,43 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path):
         (("a.csv.gz",), "*.csv.gz"),
         (("data-0.arrow", "dataset_info.json"), "*.arrow"),  # as `save_to_disk` writes it
         (("a.json",), "*.json"),
+        (("A.JSONL",), "*.JSONL"),
+        (("train/a.jsonl", "test/a.jsonl", "about.json", "README.md"), "**/*.jsonl"),
+        (("a.csv", "old/a.jsonl"), "*.csv"),
+        (("a.parquet/part-0.parquet",), "**/*.parquet"),
+        ((".cache/a.jsonl", "b/a.csv"), "**/*.csv"),  # a pattern finds no hidden files
     ],
 )
 def test_a_folder_is_told_the_pattern_of_its_files(tmp_path, names, pattern):
     folder = tmp_path / "rows.jsonl"
     folder.mkdir()
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         write(folder / name, "")
     with pytest.raises(DataError, match=rf"is a folder; .* for instance '{re.escape(str(folder / pattern))}'"):
         load_rows(folder)
+    assert not names or expand(folder / pattern)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for name in ("a/train.jsonl", "b/train.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write(tmp_path / name, json_lines([{"text": name}] * 4))
+    assert (
+        "read 2 files: a/train.jsonl from row 1, b/train.jsonl from row 5"
+        in read_files(tmp_path / "**/*.jsonl").announced
+    )
+
+
+def test_a_column_that_changes_its_type_is_named_with_its_file(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", json_lines([{"text": "x", "weight": weight} for weight in (1.0, "high")]))
+    for read in (load_dataset_file, lambda files: dataset_of(read_files(files))):
+        with pytest.raises(DataError) as refused:
+            read(tmp_path / "b.jsonl")
+        assert str(refused.value).startswith(f"{tmp_path / 'b.jsonl'}, row 2: column 'weight' holds \"high\"")
+        with pytest.raises(DataError, match=r"^a\.jsonl from row 1, b\.jsonl from row 3; row 2: column 'weight'"):
+            read(tmp_path / "*.jsonl")
 
 
 def test_where_rows_are_left_out_it_is_said_what_row_numbers_count(tmp_path):

@@ -209,6 +209,15 @@ def test_empty_responses_stay_and_the_rate_is_that_of_the_others(kind, caplog):
     assert "2 rows with an empty response stay unchanged; the rate is that of the other 10" in caplog.text
 
 
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_where_no_response_is_left_nothing_is_noised(kind):
+    with pytest.raises(
+        DataError, match=r"all responses are empty, or a call alone, from row 1 to row 3; .* give at least"
+    ):
+        inject_noise([{"prompt": "p", "completion": ""}] * 3, kind=kind, rate=0.5, seed=3)
+    assert inject_noise([], kind=kind, rate=0, seed=3) == []
+
+
 def test_errors_name_the_problem():
     rows = [{"completion": "a b"}]
     with pytest.raises(ConfigError, match=r"unknown noise kind 'typo'.*random_tokens, wrong_answer"):

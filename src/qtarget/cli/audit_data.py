@@ -48,9 +48,8 @@ def audit_data(
     from qtarget.cli.options.outputs import say_written, write_numbers
     from qtarget.cli.options.settings import parse_overrides
     from qtarget.command import remember
-    from qtarget.data.files import READABLE
 
-    is_data = source.name.lower().endswith(READABLE)
+    is_data = names_rows(source)
     remember("run.yaml" if is_data else source, () if is_data else context.args)
     audit = run_audit(source, parse_overrides(context.args), split, json_file, overwrite=overwrite)
     if json_file is not None:
@@ -80,20 +79,20 @@ def run_audit(
 
     Raises:
         ConfigError: no such split, settings that training refuses too, or see ``check_outputs``.
-        DataError: the file is unusable.
+        DataError: the file is unusable, or a folder.
         CacheMismatchError: the command line names a cache that is none.
     """
     from qtarget.cli.options.config import build_config
-    from qtarget.cli.options.datasets import row_files
     from qtarget.cli.options.early import check_settings
     from qtarget.cli.options.outputs import check_outputs
     from qtarget.cli.options.settings import Setting, read_settings
-    from qtarget.data.files import READABLE
+    from qtarget.data.files import expand
 
-    is_data = source.name.lower().endswith(READABLE)
+    is_data = names_rows(source)
     if is_data and "model_name_or_path" not in overrides:
-        check_outputs({"--json": json_file}, [source], mark=mark_of(source, split), replaces=overwrite)
-        return replace(_texts_alone(source, overrides, split), files=(str(source),))
+        files = expand(source)
+        check_outputs({"--json": json_file}, files, mark=mark_of(source, split), replaces=overwrite)
+        return replace(_texts_alone(source, overrides, split), files=tuple(map(str, files)))
     settings = dict(overrides) if is_data else read_settings(source, []) | dict(overrides)
     if is_data:
         settings["train_file"] = Setting(str(source.absolute()), "the command line")
@@ -103,7 +102,31 @@ def run_audit(
     check_outputs({"--json": json_file}, [source, *config.inputs], mark=mark_of(source, split), replaces=overwrite)
     required = not {"reference", "reference_cache"}.isdisjoint(overrides)
     audit = audit_config(config, split, cache_required=required, alone=is_data)
-    return replace(audit, files=(str(source),) if is_data else tuple(row_files(config, split)))
+    return replace(audit, files=tuple(map(str, expand(source))) if is_data else names_of_rows(config, split))
+
+
+def names_rows(source: Path) -> bool:
+    """Whether a path, or a pattern, is of rows and not of a config.
+
+    Raises:
+        DataError: it is a folder.
+    """
+    from qtarget.data.files import READABLE, check_file
+
+    if source.is_dir():
+        check_file(source)
+    return source.name.lower().endswith(READABLE)
+
+
+def names_of_rows(config: RunConfig, split: Literal["train", "validation"]) -> tuple[str, ...]:
+    """Files of a config's rows, or their data set with its split."""
+    from qtarget.data.files import expand
+
+    data = config.data
+    if data.dataset_name is not None and data.train_file is None:
+        part = data.dataset_train_split if split == "train" else data.dataset_test_split
+        return (f"{data.dataset_name}, split {part}",)
+    return tuple(map(str, expand((data.train_file if split == "train" else data.validation_file) or [])))
 
 
 def mark_of(source: Path, split: str) -> Mark:
@@ -238,6 +261,8 @@ def print_audit(audit: DataAudit, console: Console) -> None:
     """Findings with a few examples each, then the suggestion."""
     from rich.text import Text
 
+    from qtarget.data.files import READABLE, distinct_names
+
     for found in audit.findings:
         line = Text(f"{found.severity:8}", style=STYLES[found.severity])
         console.print(line + Text(f"{found.check}: ", style="bold") + Text(_visible(found.message)), soft_wrap=True)
@@ -248,7 +273,9 @@ def print_audit(audit: DataAudit, console: Console) -> None:
     warned = sum(found.severity == "warning" for found in audit.findings)
     words = f"{counted(audit.errors, 'kind')} of errors" if audit.errors else "no errors"
     words += f", {counted(warned, 'kind')} of warnings" if warned else ""
-    files = f" of {', '.join(Path(file).name for file in audit.files[:5])}{', ...' * (len(audit.files) > 5)}"
+    are_files = all(name.lower().endswith(READABLE) for name in audit.files)  # a data set has a name of its own
+    names = distinct_names([Path(file) for file in audit.files]) if are_files else audit.files
+    files = f" of {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
     rows = counted(audit.rows, "row") + files * bool(audit.files)
     console.print(Text(f"\n{rows}: {words}", style="bold red" if audit.errors else "bold green"))
 

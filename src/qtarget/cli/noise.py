@@ -38,17 +38,23 @@ def noise(
     """Inject noise of one kind; every touched character is marked in `noise_spans`."""
     from qtarget.cli.options.datasets import row_options
     from qtarget.cli.options.outputs import check_outputs
-    from qtarget.data.loading import load_rows
+    from qtarget.data.files import COMPRESSED, expand, is_json_lines
+    from qtarget.data.loading import announce, read_files
     from qtarget.data.noise import inject_noise
     from qtarget.storage.files import writing
 
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination} exists; choose another OUTPUT or pass --overwrite")
-    check_outputs({"OUTPUT": destination}, [source, tokenizer], replaces=overwrite)
-    if destination.suffix != ".jsonl":
-        raise ConfigError(f"OUTPUT is {destination}; expected a name that ends in .jsonl, one row a line")
-    rows = load_rows(source, options=row_options(null_content=null_content, limits=limits))
-    noisy = inject_noise(rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer))
+    check_outputs({"OUTPUT": destination}, [*expand(source), tokenizer], replaces=overwrite)
+    if not is_json_lines(destination) or destination.name.lower().endswith(COMPRESSED):
+        raise ConfigError(
+            f"OUTPUT is {destination}; expected a name that ends in .jsonl or .ndjson, one row a line, not compressed"
+        )
+    found = read_files(source, row_options(null_content=null_content, limits=limits))
+    announce(found, str(source))
+    noisy = inject_noise(
+        found.rows, kind=kind, rate=rate, seed=seed, tokenizer=_tokenizer(tokenizer), places=found.places
+    )
     with writing(destination, text=True) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy)
     touched = sum(bool(row["noise_spans"]) for row in noisy)

@@ -6,8 +6,10 @@ import csv
 import difflib
 import glob
 import io
+import itertools
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +39,8 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 EXCERPT_CHARACTERS = 80
 NEAR_STEM = 0.7
 """How like two files' stems are, from 0 to 1, for one to be proposed for the other."""
+MOST_NAMES = 10_000
+"""Names below a folder that are looked at for a pattern."""
 
 
 class Place(NamedTuple):
@@ -96,7 +100,7 @@ def check_file(path: Path, option: str | None = None) -> None:
         DataError: a folder, an unknown suffix, or no such file.
     """
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name its files by a pattern, for instance '{path / _pattern(path)}'")
+        raise DataError(f"{path} is a folder; name its files by a pattern, for instance '{pattern_of(path)}'")
     if not path.name.lower().endswith(READABLE):
         raise DataError(
             f"{path}: expected a name that ends in {', '.join(TEXT_KINDS)} (each also with .gz or .zst), "
@@ -129,11 +133,31 @@ def stem_of(name: str) -> str:
     return name[: len(name) - len(ending)]
 
 
-def _pattern(folder: Path) -> str:
-    """A pattern for the files of rows in a folder; .json comes last, for it may hold what is about them."""
-    names = [path.name.lower() for path in folder.iterdir()]
-    endings = sorted(READABLE, key=lambda ending: ".json" in ending and ".jsonl" not in ending)
-    return f"*{next((ending for ending in endings if any(name.endswith(ending) for name in names)), '.jsonl')}"
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Files by the fewest last parts of their paths that tell them apart.
+
+    Example:
+        >>> distinct_names([Path("rows/a/train.jsonl"), Path("rows/b/train.jsonl")])
+        ['a/train.jsonl', 'b/train.jsonl']
+        >>> distinct_names([Path("rows/train.jsonl")])
+        ['train.jsonl']
+    """
+    longest = max((len(path.parts) for path in paths), default=1)
+    depth = next((n for n in range(1, longest) if len({path.parts[-n:] for path in paths}) == len(paths)), longest)
+    return [str(Path(*path.parts[-depth:])) for path in paths]
+
+
+def pattern_of(folder: Path) -> str:
+    """A pattern for the files of rows in a folder, or below it; .json comes last, for it may hold what is about them."""
+    below = glob.iglob("**/*", root_dir=folder, recursive=True)
+    names = [name for name in itertools.islice(below, MOST_NAMES) if name.lower().endswith(READABLE)]
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        ending = name[len(stem_of(name)) :].lower()
+        return ending.startswith(".json") and not ending.startswith(".jsonl"), os.sep in name, READABLE.index(ending)
+
+    best = min((name for name in names if (folder / name).is_file()), key=rank, default="rows.jsonl")
+    return str(folder / ("**" if os.sep in best else "") / f"*{best[len(stem_of(best)) :]}")
 
 
 def _near(path: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from qtarget.data.files import (
     Place,
     Row,
     check_file,
+    distinct_names,
     expand,
     is_json_lines,
     json_lines,
@@ -24,7 +27,7 @@ from qtarget.data.files import (
 )
 from qtarget.data.formats import CONVERSATIONS, Reading, RowReader, read_rows
 from qtarget.data.formats.messages import ROLES
-from qtarget.data.formats.preference import MARKS
+from qtarget.data.formats.preference import MARKS, rejected_lines
 from qtarget.data.formats.shape import ReadOptions
 from qtarget.data.formats.tools import read_tools
 from qtarget.data.limits import Limits
@@ -52,8 +55,8 @@ __all__ = [
 PLAIN_KEYS = ("role", "content", "from", "value")
 ROLES_MARK = "qtarget roles: "
 """Begins the line, in the description of a data set, with the roles that its user named."""
-TOLD_MARK = "qtarget told of rejected answers"
-"""A line there: the warning about them was given when the rows were read."""
+TOLD_MARK = "qtarget told of rejected answers: "
+"""Begins a line there with their number, of which the warning was given when the rows were read."""
 
 logger = logging.getLogger(__name__)
 
@@ -181,10 +184,7 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
     """
     reading = read_files(files, replace(options or ReadOptions(), text_field=text_field))
     announce(reading, _name(files))
-    try:
-        return dataset_of(reading, options)
-    except DataError as error:
-        raise DataError(f"{_name(files)}, {error}") from error
+    return dataset_of(reading, options)
 
 
 def dataset_of(reading: Reading, options: ReadOptions | None = None) -> Dataset:
@@ -194,9 +194,14 @@ def dataset_of(reading: Reading, options: ReadOptions | None = None) -> Dataset:
         options: as they were read.
 
     Raises:
-        DataError: a column that training reads whose type changes between rows.
+        DataError: a column that training reads whose type changes between rows; by file and row.
     """
-    return _described(rows_to_dataset(reading.rows), reading, options)
+    try:
+        return _described(rows_to_dataset(reading.rows), reading, options)
+    except DataError as error:
+        first = reading.places[0].path
+        alone = all(place.path == first for place in reading.places)
+        raise DataError(f"{f'{first}, ' if alone else f'{_starts(reading.places)}; '}{error}") from error
 
 
 def raw_rows(files: Files, options: ReadOptions | None = None) -> Iterator[Located]:
@@ -243,7 +248,8 @@ def _starts(places: Sequence[Place]) -> str:
     starts: dict[Path, int] = {}
     for row, place in enumerate(places, start=1):
         starts.setdefault(place.path, row)
-    words = [f"{path.name} from row {row:,}" for path, row in list(starts.items())[:5]]
+    named = zip(distinct_names(list(starts)), starts.values(), strict=True)
+    words = [f"{name} from row {row:,}" for name, row in itertools.islice(named, 5)]
     return f"{', '.join(words)}{', ...' * (len(starts) > 5)}"
 
 
@@ -326,8 +332,9 @@ def read_dataset(dataset: Any, options: ReadOptions | None = None, name: str = "
     where = Path(name)
     reading = read_rows(((Place(where, f"row {i}"), row) for i, row in enumerate(rows, start=1)), options)
     reading.announced += warnings
-    if TOLD_MARK in (dataset.info.description or ""):
-        reading.announced = [line for line in reading.announced if line not in reading.rejected]
+    if sum(reading.rejected.values()) <= _told(dataset):
+        known = rejected_lines(reading.rejected)
+        reading.announced = [line for line in reading.announced if line not in known]
     announce(reading, name)
     if not reading.rows:
         raise DataError(f"{name}: no row is left; see the lines above")
@@ -381,22 +388,32 @@ def read_given(dataset: Any, text_field: str = "text", name: str = "train") -> A
 
 
 def _described(dataset: Dataset, reading: Reading, options: ReadOptions | None) -> Dataset:
-    """The data set with the roles that its user named, so that whoever reads it again takes them too, and what was told."""
+    """The data set with the roles that its user named, so that whoever reads it again takes them too, and what was told.
+
+    What is given stays as it is: it may be the user's own, and its description may be published.
+    """
     lines = [ROLES_MARK + json.dumps(sorted(set(options.roles.values())))] if options and options.roles else []
-    lines += [TOLD_MARK] if reading.rejected else []
-    if lines:
-        own = [
-            line
-            for line in (dataset.info.description or "").splitlines()
-            if not line.startswith((ROLES_MARK, TOLD_MARK))
-        ]
-        dataset.info.description = "\n".join([*own, *lines])
-    return dataset
+    lines += [f"{TOLD_MARK}{sum(reading.rejected.values())}"] if reading.rejected else []
+    if not lines:
+        return dataset
+    own = [line for line in _description(dataset) if not line.startswith((ROLES_MARK, TOLD_MARK))]
+    described = copy.deepcopy(dataset)  # Arrow's tables are shared
+    described.info.description = "\n".join([*own, *lines])
+    return described
+
+
+def _description(dataset: Any) -> list[str]:
+    text: str = getattr(getattr(dataset, "info", None), "description", None) or ""
+    return text.splitlines()
+
+
+def _told(dataset: Dataset) -> int:
+    """How many rejected answers were told of; of data sets that were joined, all of theirs."""
+    return sum(int(line.removeprefix(TOLD_MARK)) for line in _description(dataset) if line.startswith(TOLD_MARK))
 
 
 def _roles(dataset: Any) -> dict[str, str]:
-    text = getattr(getattr(dataset, "info", None), "description", None) or ""
-    line = next((line for line in text.splitlines() if line.startswith(ROLES_MARK)), None)
+    line = next((line for line in _description(dataset) if line.startswith(ROLES_MARK)), None)
     return {} if line is None else {name: name for name in json.loads(line.removeprefix(ROLES_MARK))}
 
 
@@ -423,12 +440,24 @@ def _is_plain(dataset: Any, options: ReadOptions) -> bool:
         "videos",
     }:
         return False
-    if any(str(dataset.data.column(name).type) == "bool" for name in names & {*MARKS}):
+    if any(_may_reject(dataset.data.column(name)) for name in names & {*MARKS}):
         return False
     trained = names & {*CONVERSATIONS, text}
     if trained in ({"prompt", "completion"}, {text}) and all(_is_text(dataset, name) for name in trained):
         return True
     return trained == {"messages"} and _is_plain_conversation(dataset, "messages", options)
+
+
+def _may_reject(column: Any) -> bool:
+    """Whether a column may mark answers as not wanted: truth values, or a text among them that says false."""
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # its functions are made at run time
+
+    kind = str(column.type)
+    return kind == "bool" or (
+        kind in ("string", "large_string") and "false" in pc.unique(pc.utf8_lower(column)).to_pylist()
+    )
 
 
 def _is_text(dataset: Any, name: str) -> bool:

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from qtarget.core.errors import ConfigError, DataError, counted, inflected
+from qtarget.data.files import Place
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,13 @@ def _edits(rows: Sequence[Row], kind: str, rate: float, rng: Random, tokenizer: 
 
 
 def inject_noise(
-    rows: Sequence[Mapping[str, Any]], *, kind: str, rate: float, seed: int, tokenizer: Any | None = None
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    kind: str,
+    rate: float,
+    seed: int,
+    tokenizer: Any | None = None,
+    places: Sequence[Place] | None = None,
 ) -> list[Row]:
     """Copies of ``rows`` with noise of one kind, every touched character marked in ``noise_spans``.
 
@@ -256,6 +263,7 @@ def inject_noise(
             the other kinds.
         seed: the same seed and rows give the same noise.
         tokenizer: a fast Hugging Face tokenizer; only ``random_tokens`` looks at it.
+        places: where each row stands, for messages; default: rows are counted.
 
     Returns:
         New rows with ``noise_spans: list[[start, end, kind]]``, character positions in the *new* response, empty where
@@ -265,7 +273,7 @@ def inject_noise(
 
     Raises:
         ConfigError: unknown kind, or a rate outside [0, 1].
-        DataError: a row without a response, a row that is marked already, or a slow tokenizer.
+        DataError: a row without a response, no response in any row, a row that is marked already, or a slow tokenizer.
 
     Example:
         >>> rows = [{"prompt": "1+1?", "completion": "It is 2.", "answer": "2"},
@@ -278,15 +286,21 @@ def inject_noise(
     if not 0 <= rate <= 1:
         raise ConfigError(f"noise rate is {rate}; expected a share between 0 and 1")
     clean = [dict(row) for row in rows]
+    named = places or [f"row {number}" for number in range(1, len(clean) + 1)]
     spoken: list[int] = []
-    for number, row in enumerate(clean):
+    for number, (row, place) in enumerate(zip(clean, named, strict=True)):
         try:
             if not _is_empty(row) and response_text(row):
                 spoken.append(number)
         except DataError as error:
-            raise DataError(f"row {number + 1}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
         if row.get("noise_spans"):
-            raise DataError(f"row {number + 1} is marked as noisy already; inject into clean rows, one kind per row")
+            raise DataError(f"{place} is marked as noisy already; inject into clean rows, one kind per row")
+    if clean and not spoken:
+        raise DataError(
+            f"all responses are empty, or a call alone, from {named[0]} to {named[-1]}; there is no text to put noise into: "
+            "give at least one row a response in words"
+        )
     if silent := len(clean) - len(spoken):
         logger.warning(
             "%s with an empty response %s unchanged; the rate is that of the other %s",

@@ -116,6 +116,33 @@ def test_a_row_with_an_answer_of_its_own_trains_it(tmp_path, own):
     assert any("`chosen` and `rejected` are not what rows" in line for line in reading.announced)
 
 
+@pytest.mark.parametrize(
+    ("own", "options"),
+    [
+        ({"text": "hello"}, {}),
+        ({"body": "hello"}, {"text_field": "body"}),
+        ({"messages": [ASKED, CHOSEN, {"role": "user", "content": "thanks"}]}, {}),
+        ({"conversations": [HUMAN, GPT, {"from": "human", "value": "thanks"}]}, {}),
+    ],
+)
+def test_notes_of_these_names_beside_what_is_trained_are_left_out(tmp_path, own, options):
+    reading = read(tmp_path, two("a", "b", **own), **options)
+    assert set(reading.rows[0]) == {next(iter(own)).replace("conversations", "messages")}
+    assert any("`chosen` and `rejected` are not what rows" in line for line in reading.announced)
+
+
+def test_a_text_beside_an_unanswered_conversation_is_no_answer(tmp_path):
+    with pytest.raises(DataError, match="a preference pair"):
+        read(tmp_path, two(GPT, WORSE, conversations=[HUMAN], text="q? good"))
+
+
+@pytest.mark.parametrize(("before", "said"), [([], False), (EARLIER, True)])
+def test_where_a_conversation_has_answers_before_the_pair_both_ways_are_said(tmp_path, before, said):
+    with pytest.raises(DataError) as refused:
+        read(tmp_path, two(GPT, WORSE, conversations=[*before, HUMAN]))
+    assert ("to train on the answers before them alone, remove both columns" in str(refused.value)) == said
+
+
 def test_scores_under_these_names_are_notes(tmp_path):
     assert read(tmp_path, {"text": "a", "chosen": 1, "rejected": 0}).rows == [{"text": "a"}]
 
@@ -129,13 +156,15 @@ KTO = [{"prompt": f"{i}?", "completion": "y", "label": i % 2 == 0} for i in rang
         (KTO, "label"),
         ([{"conversations": [HUMAN, GPT], "kto_tag": row["label"]} for row in KTO], "kto_tag"),
         ([{**row, "label": str(row["label"])} for row in KTO], "label"),  # a CSV of pandas
+        ([{**row, "label": str(row["label"]).lower()} for row in KTO], "label"),
+        ([{**row, "label": str(row["label"]).upper()} for row in KTO], "label"),  # of a spreadsheet
     ],
 )
 def test_answers_that_are_marked_as_rejected_are_counted(tmp_path, rows, name):
     found = read(tmp_path, *rows)
     assert len(found.rows) == 5
-    (line,) = found.rejected
-    assert line in found.announced
+    assert found.rejected == {name: 2}
+    (line,) = (line for line in found.announced if "false" in line)
     assert line.startswith(f"2 rows with `{name}` false, trained like the others: ") and "take these rows out" in line
     assert not read(tmp_path, *rows[::2]).rejected
 
@@ -153,8 +182,57 @@ def test_rejected_answers_are_told_once_of_files_and_of_a_dataset(tmp_path, capl
     with caplog.at_level(logging.WARNING):
         read_given(load_dataset_file(path).select(range(4)))
         read_given(Dataset.from_list(KTO), name="own")
-    told = [record.getMessage() for record in caplog.records if "`label` false" in record.getMessage()]
-    assert [line.split(": ")[0] for line in told] == [str(path), "own data"]
+    assert [line.split(": ")[0] for line in told_of(caplog)] == [str(path), "own data"]
+
+
+def told_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "`label` false" in record.getMessage()]
+
+
+def test_a_users_own_dataset_is_left_as_it_is(caplog):
+    from datasets import Dataset
+
+    own = Dataset.from_list(KTO)
+    own.info.description = "mine"
+    with caplog.at_level(logging.WARNING):
+        first = read_given(own)
+        assert own.info.description == "mine"
+        assert first.info.description.splitlines()[0] == "mine" and first.to_list() == KTO
+        read_given(first)
+        assert len(told_of(caplog)) == 1
+        read_given(own)
+    assert len(told_of(caplog)) == 2
+
+
+def test_more_rejected_answers_than_were_told_of_are_told(caplog):
+    from datasets import Dataset, concatenate_datasets
+
+    told = read_given(Dataset.from_list(KTO))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        read_given(told.select([1]))  # as the rows of a fold
+        assert not told_of(caplog)
+        joined = read_given(concatenate_datasets([told, Dataset.from_list(KTO)]))
+        read_given(joined)
+    (line,) = told_of(caplog)
+    assert ": 4 rows with `label` false" in line
+
+
+@pytest.mark.parametrize("mark", ["False", "false", "FALSE"])
+def test_a_text_that_says_false_is_counted_in_a_dataset(caplog, mark):
+    from datasets import Dataset
+
+    with caplog.at_level(logging.WARNING):
+        read_given(Dataset.from_list([{**row, "label": "true" if row["label"] else mark} for row in KTO]))
+    (line,) = told_of(caplog)
+    assert "2 rows" in line
+
+
+def test_classes_in_words_need_no_reading():
+    from datasets import Dataset
+
+    data = Dataset.from_list([{**row, "label": "physics"} for row in KTO])
+    assert read_given(data) is data
 
 
 @pytest.mark.parametrize(

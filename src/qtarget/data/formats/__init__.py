@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from qtarget.data.formats.hints import empty, hint
 from qtarget.data.formats.messages import NullContentError, Said
 from qtarget.data.formats.native import LABELLED, MESSAGES, PAIR, TOKENS, text_shape
 from qtarget.data.formats.openviking import OPENVIKING, read_session
-from qtarget.data.formats.preference import MARKS, is_pair, is_rejected, next_step
+from qtarget.data.formats.preference import MARKS, is_pair, is_rejected, refusal, rejected_lines
 from qtarget.data.formats.shape import ReadOptions, Row, Shape, words
 from qtarget.data.formats.sharegpt import SHAREGPT
 from qtarget.data.formats.tools import read_kwargs, read_tools
@@ -45,7 +45,7 @@ class Reading:
         announced: what was read, changed and left out; one sentence each.
         changed: whether any row is not as it was in the file.
         dropped: rows left out.
-        rejected: those of ``announced`` that count answers marked as not wanted.
+        rejected: how many answers each column marks as not wanted.
     """
 
     rows: list[Row]
@@ -54,7 +54,7 @@ class Reading:
     announced: list[str]
     changed: bool
     dropped: int = 0
-    rejected: list[str] = field(default_factory=list)
+    rejected: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_rows(located: Iterable[Located], options: ReadOptions) -> Reading:
@@ -136,7 +136,7 @@ class RowReader:
         name = "anthropic" if "anthropic" in self.kinds else self.shape.name
         changed = bool(self.said or self.removed or self.dropped) or bool(self.shape.reading)
         lines = self._announced(name, len(rows))
-        return Reading(rows, places, name, lines, changed, len(self.dropped), self._rejected())
+        return Reading(rows, places, name, lines, changed, len(self.dropped), self.rejected)
 
     def row(self, place: Place, row: Row) -> Row | None:
         """One row as training takes it; None where it is left out.
@@ -250,7 +250,7 @@ class RowReader:
             lines.append(
                 f"{names_of(names)} {they} what rows of {words(self.shape.columns)} train: left out of training"
             )
-        lines += self._rejected()
+        lines += rejected_lines(self.rejected)
         if self.dropped:
             where = ", ".join(str(place) for place in self.dropped[:5])
             more = f" and {len(self.dropped) - 5:,} more" if len(self.dropped) > 5 else ""
@@ -259,13 +259,6 @@ class RowReader:
                 "count the rows that are kept"
             )
         return lines
-
-    def _rejected(self) -> list[str]:
-        return [
-            f"{counted(n, 'row')} with `{name}` false, trained like the others: if that marks rejected answers (KTO), take "
-            "these rows out"
-            for name, n in self.rejected.items()
-        ]
 
 
 def _is_openai(row: Row) -> bool:
@@ -338,10 +331,7 @@ def _null(row: Row, options: ReadOptions) -> str | None:
 
 def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
     if is_pair(row, options):
-        raise DataError(
-            f"{place}: a preference pair (`chosen` and `rejected`); answers are trained here, not pairs. Next: to train on "
-            f"the chosen answers, {next_step(row)}; to train on pairs, take TRL's DPOTrainer"
-        )
+        raise DataError(f"{place}: {refusal(row, options)}")
     candidates = _candidates(options)
     for shape in candidates:
         if shape.detect(row) or (options.format == "anthropic" and row.get("messages") is not None):

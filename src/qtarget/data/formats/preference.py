@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qtarget.core.errors import counted
 from qtarget.data.formats.hints import HALVES, OTHER_NAMES
 from qtarget.data.formats.messages import CALL_ROLES, CERTAIN_ROLES
 from qtarget.data.formats.shape import ReadOptions, Row, present
@@ -18,6 +19,8 @@ MARKS = ("label", "kto_tag")
 def is_pair(row: Row, options: ReadOptions) -> bool:
     """Whether a row holds two answers, ``chosen`` and ``rejected``, and none of its own to train on.
 
+    A conversation with an answer in it is trained as it is, unless the two are the turn that comes next in it.
+
     Example:
         >>> is_pair({"prompt": "a", "chosen": "b", "rejected": "c"}, ReadOptions())
         True
@@ -26,10 +29,23 @@ def is_pair(row: Row, options: ReadOptions) -> bool:
     """
     if not all(isinstance(row.get(name), str | list | dict) for name in ("chosen", "rejected")):
         return False
-    own = (("input_ids",), ("prompt", "completion"), ("instruction", "output"))
-    if any(present(row, *names) for names in own) or any(_answers(row.get(name), options) for name in TURNS):
+    if any(present(row, *names) for names in (("input_ids",), ("prompt", "completion"), ("instruction", "output"))):
         return False
-    return options.text_field == "text" or not present(row, options.text_field)
+    # the text column is read before other people's conversations where the user named it, and after them where not
+    if present(row, options.text_field) and (options.text_field != "text" or not any(present(row, n) for n in TURNS)):
+        return False
+    follows = _answers(_listed(row["chosen"])[:1], options)
+    return not any(_answers(turns[-1:] if follows else turns, options) for turns in _conversations(row))
+
+
+def refusal(row: Row, options: ReadOptions) -> str:
+    """What is said of a pair, with the next steps."""
+    answered = any(_answers(turns, options) for turns in _conversations(row))
+    more = ", and to train on the answers before them alone, remove both columns" * answered
+    return (
+        "a preference pair (`chosen` and `rejected`); answers are trained here, not pairs. Next: to train on the chosen "
+        f"answers, {next_step(row)}; to train on pairs, take TRL's DPOTrainer{more}"
+    )
 
 
 def next_step(row: Row) -> str:
@@ -69,11 +85,31 @@ def is_rejected(mark: str, row: Row, made: Row) -> bool:
         mark: name of the column.
         made: the row as training takes it.
     """
-    return ("completion" in made or "messages" in made) and (row.get(mark) is False or row.get(mark) == "False")
+    return ("completion" in made or "messages" in made) and str(row.get(mark)).lower() == "false"
+
+
+def rejected_lines(rejected: Mapping[str, int]) -> list[str]:
+    """What is said of answers that were not wanted: one sentence for each column that marks them.
+
+    Example:
+        >>> rejected_lines({"label": 2})[0][:32]
+        '2 rows with `label` false, train'
+    """
+    return [
+        f"{counted(n, 'row')} with `{name}` false, trained like the others: if that marks rejected answers (KTO), take "
+        "these rows out"
+        for name, n in rejected.items()
+    ]
+
+
+def _conversations(row: Row) -> list[list[Any]]:
+    return [_listed(row.get(name)) for name in TURNS]
 
 
 def _listed(value: Any) -> list[Any]:
-    """Messages, which a table holds as JSON text."""
+    """Messages, which a table holds as JSON text; one that stands alone, too."""
+    if isinstance(value, dict):
+        return [value]
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = json.loads(value)
@@ -89,6 +125,6 @@ def _role(turn: Any, roles: Mapping[str, str] | None = None) -> str | None:
     return (roles or {}).get(name) or CERTAIN_ROLES.get(name.lower(), name.lower())
 
 
-def _answers(turns: Any, options: ReadOptions) -> bool:
-    """Whether a conversation ends with an answer."""
-    return _role((_listed(turns) or [None])[-1], options.roles) in ("assistant", *CALL_ROLES)
+def _answers(turns: list[Any], options: ReadOptions) -> bool:
+    """Whether one of these turns is an answer."""
+    return any(_role(turn, options.roles) in ("assistant", *CALL_ROLES) for turn in turns)
