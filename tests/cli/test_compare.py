@@ -172,6 +172,53 @@ def test_rows_without_answers_and_a_budget(config, tmp_path, capsys, caplog):
     assert "all 4 rows are training rows too" in refused(capsys, "compare", config, "--output", tmp_path / "c")
 
 
+def test_answers_of_weight_0_judge_nobody_and_runs_that_counted_them_are_not_gone_on_with(config, tmp_path, capsys):
+    held_out = [row | {"weight": float(i > 3)} for i, row in enumerate(load_demonstrations("test")[:12])]
+    write_rows(tmp_path / "held_out.jsonl", held_out)
+    common = ("compare", config, "--targets", "sft,dft", "--rates", "1", "--seeds", "1", "--at-once", "1")
+    qtarget(*common, *BRACKETS)
+    folder, document = tmp_path / "run-compare", document_in(tmp_path / "run-compare")
+    said = "held_out.jsonl: 4 rows whose answer has weight 0, or no token within max_length, judge nobody"
+    assert document["measure"]["rows"] == 8 and document["left_out"] == [said] and said in capsys.readouterr().out
+    runs = [json.loads(line)["sets"]["data"] for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert all(run["scores"][:4] == [None] * 4 and None not in run["scores"][4:] for run in runs)
+    assert all([tokens > 0 for _, tokens in run["nll"]] == [False] * 4 + [True] * 8 for run in runs)
+    qtarget(*common, "--metric", "exact", "--resume")
+    assert document_in(folder)["measure"] == {**document["measure"], "metric": "exact"}, "judged anew, by the same rows"
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan.pop("weights")["rule"]
+    (folder / "plan.json").write_text(json.dumps(plan))  # as before the rule had a name
+    words = refused(capsys, *common, "--metric", "exact", "--resume")
+    assert "counted tokens and answers of weight 0 too" in words and "begin anew with another --output" in words
+
+
+def test_a_contender_that_leaves_no_room_for_answers_is_left_out_before_it_is_trained(config, tmp_path, monkeypatch):
+    from qtarget.integrations.sft.trainer import QTargetTrainer
+
+    def chat(row):
+        return {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+
+    write_rows(tmp_path / "train.jsonl", [chat(row) for row in load_demonstrations("train")[:24]])
+    write_rows(tmp_path / "held_out.jsonl", [chat(row) for row in load_demonstrations("test")[:4]])
+    (tmp_path / "long.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'word ' * 400 }}{% endif %}"
+    )
+    trained, train = [], QTargetTrainer.train
+    monkeypatch.setattr(QTargetTrainer, "train", lambda self, *args: trained.append(1) or train(self, *args))
+    entries = ["dft", {"target": "sft", "name": "long", "chat_template_path": str(tmp_path / "long.jinja")}]
+    qtarget("compare", config, "--compare", json.dumps(entries), "--rates", "1", "--seeds", "1", "--at-once", "1")
+    document = document_in(tmp_path / "run-compare")
+    [line] = document["left_out"]
+    assert "held_out.jsonl: 4 of 4 rows have a prompt that fills the 256 positions of long" in line
+    assert len(trained) == 2 == len(document["contenders"])
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_with_ray_it_is_the_same(config, tmp_path):

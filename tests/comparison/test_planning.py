@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -75,14 +76,15 @@ def result(scores, seconds=1.0, steps=4):
 class MadeUp:
     """A pool: a function of the job gives the scores of eight rows; jobs are counted, and some may be forbidden."""
 
-    def __init__(self, scores, fails=lambda job: None, seconds=1.0):
+    def __init__(self, scores, fails=lambda job: None, seconds: float | Callable = 1.0):
         self.scores, self.fails, self.seconds, self.ran = scores, fails, seconds, []
 
     def map(self, jobs, on_done):
         for job in jobs:
             self.ran.append(job.key)
             why = self.fails(job)
-            found = {"failed": why} if why else result(self.scores(job), self.seconds)
+            seconds = self.seconds(job) if callable(self.seconds) else self.seconds
+            found = {"failed": why} if why else result(self.scores(job), seconds)
             on_done(
                 job, found if why else {**found, "texts": {"data": [job.key] * len(found["sets"]["data"]["scores"])}}
             )
@@ -113,7 +115,7 @@ def test_rows_are_judged_at_the_rate_that_the_other_half_chose(tmp_path):
     entry = entry_of(found, Contender("a", {"target": "a"}), HALVES, tmp_path)
     assert entry.sets["data"].scores == [[0.0] * 8] * 3
     assert any("halves of the rows chose different rates, 3 and 0.3" in note for note in entry.notes)
-    assert entry.texts is not None and {text.split("|")[1] for text in entry.texts} == {"0.3", "3"}
+    assert entry.texts is not None and {str(text).split("|")[1] for text in entry.texts} == {"0.3", "3"}
     assert base_entry(found, "base", tmp_path).sets["data"].scores == [[0.0] * 8]
     assert len(pool.ran) == 1 + 12 + 9 + 6
     assert not any(key.endswith(f"|{TUNING_SEED}") for key in pool.ran[13:])
@@ -163,9 +165,22 @@ def test_a_budget_measures_the_first_run_and_plans(tmp_path):
 
 
 def test_each_line_says_how_long_the_rest_takes_once_a_run_was_trained(tmp_path):
-    _, told = run(tmp_path, MadeUp(lambda job: [0.0] * 8, seconds=60.0))
+    """Runs that tune are shorter, and nobody knows yet where the halves disagree: until then it is the least."""
+    _, told = run(tmp_path, MadeUp(scores, seconds=lambda job: 120.0 if job.kind == "final" else 60.0))
     assert "left" not in told[0][2] and "left" not in told[-1][2]
-    assert told[1][2].endswith("; about 23 min left") and told[-2][2].endswith("; about 60 s left")
+    assert told[1][2].endswith("tuning: 60.0 s; at least about 23 min left")
+    assert told[13][2].endswith("seed 0: 120.0 s; about 28 min left") and told[-2][2].endswith("; about 2 min left")
+
+
+def test_an_answer_of_weight_0_judges_nobody(tmp_path):
+    """It has no score; were it wrong for all, it would weigh down whoever answers rightly."""
+    found, _ = run(tmp_path, MadeUp(lambda job: [None, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, None]), Plan(("sft",), (1.0,), 2))
+    entry = entry_of(found, Contender("sft", {}), HALVES, tmp_path)
+    scored = entry.sets["data"]
+    assert scored.weights == [0, 1, 1, 1, 1, 1, 1, 0] and scored.judging == 6
+    good, bad = result([None, *[1.0] * 7]), result([1.0, *[0.0] * 7])
+    assert best_rate({1.0: bad, 3.0: good}, HALVES, None) == 3.0
+    assert best_rate({1.0: result([None] * 8), 3.0: good}, HALVES, 0) == 3.0
 
 
 def test_of_equal_rates_the_first_is_taken():

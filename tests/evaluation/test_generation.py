@@ -150,9 +150,34 @@ def test_prompts_that_leave_no_room_are_all_named():
     refuse_full([10, 255], 256, "rows.jsonl")
     refuse_full([10, 900], None, "rows.jsonl")
     with pytest.raises(
-        DataError, match=r"rows.jsonl: 2 of 3 rows .* the 256 positions .* 300 tokens.*: rows 4, 9; leave"
+        DataError, match=r"rows.jsonl: 2 of 3 rows .* the 256 positions of a .* 300 tokens.*: rows 4, 9; leave"
     ):
-        refuse_full([256, 10, 300], 256, "rows.jsonl", [3, 5, 8])
+        refuse_full([256, 10, 300], 256, "rows.jsonl", [3, 5, 8], "a")
+    every = ", ".join(map(str, range(1, 41)))
+    with pytest.raises(DataError, match=f"40 of 40 rows .*: rows {every}; leave out these rows"):
+        refuse_full([256] * 40, 256, "rows.jsonl")
+    with pytest.raises(
+        DataError, match=r"rows 1, 2, 3, 4, 5, \.\.\.; leave out rows whose prompt has 256 tokens or more"
+    ):
+        refuse_full([256] * 4000, 256, "rows.jsonl")
+
+
+def test_an_answer_of_weight_0_is_no_question_that_counts():
+    user, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [user, said], "weight": None},
+        {"messages": [user, said], "weight": "0"},
+        {"messages": [user, {**said, "weight": 0}, user, said]},
+        {"messages": [user, said, user, {**said, "weight": 0}]},
+    ]
+    judge = make_judge("exact")
+    assert [one.counts for one in ask(rows, judge, "rows.jsonl")] == [True, False, True, False]
+    chats = [{"prompt": [user], "completion": [{**said, "weight": weight}]} for weight in (0.5, 0)]
+    assert [one.counts for one in ask(chats, judge, "rows.jsonl")] == [True, False]
+    with pytest.raises(DataError, match=r"rows.jsonl: all 2 rows have answers of weight 0.*take the weights away"):
+        ask([rows[1], rows[3]], judge, "rows.jsonl")
+    with pytest.raises(DataError, match=r"row 1: weight .*-1"):
+        ask([{**rows[0], "weight": -1}], judge, "rows.jsonl")
 
 
 def test_questions_of_each_format():

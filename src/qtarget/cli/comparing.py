@@ -107,17 +107,16 @@ class Request:
 
     def _sets(self) -> list[RowSet]:
         """The sets; what is said of them in the document is in ``about``."""
-        from qtarget.cli.options.datasets import load_datasets
+        from qtarget.cli.options.datasets import load_datasets, load_elsewhere
         from qtarget.comparison.sets import measured_set, unseen
-        from qtarget.data.loading import load_dataset_file
         from qtarget.data.overlap import content_hashes
         from qtarget.data.prompts import questions_of
 
-        self.train_rows, validation = self.rows = load_datasets(self.config)
+        self.train_rows, validation = self.rows = load_datasets(self.config, overlap=False)
         assert validation is not None, "a config without validation rows was refused"
         data: dict[Any, Any] = {"data": (self.config.data.validation_file or self.config.data.dataset_name, validation)}
         if self.forgetting is not None:
-            data["forgetting"] = (str(self.forgetting), load_dataset_file(self.forgetting))
+            data["forgetting"] = (str(self.forgetting), load_elsewhere(self.forgetting, self.config))
         sets = []
         for name, (file, dataset) in data.items():
             shown = Path(file[0] if isinstance(file, list) else str(file)).name
@@ -151,7 +150,7 @@ class Request:
         """What the finished runs in the folder depend on."""
         from qtarget.cli.recipe import OWN
         from qtarget.comparison.kept import CONTENDERS, METRICS, model_digest
-        from qtarget.evaluation.evaluate import rows_digest
+        from qtarget.evaluation.evaluate import rows_digest, weights_rule
 
         varied = {"output_dir", "learning_rate", *OWN, *(key for keys in FROZEN_KEYS.values() for key in keys)}
         return {
@@ -162,6 +161,7 @@ class Request:
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
             CONTENDERS: {one.name: self._own(one) for one in self.contenders},
+            **weights_rule(sets, {}),  # the keys beside the rule are among the settings
         }
 
     def _own(self, one: Contender) -> dict[str, Any]:

@@ -96,13 +96,13 @@ def _mean_curve(curves: Sequence[Sequence[Sequence[Any]]]) -> list[list[float | 
     return [[step, sum(values) / len(values)] for step, values in sorted(by_step.items())]
 
 
-def _texts(folder: Path, key: str) -> list[str] | None:
+def _texts(folder: Path, key: str) -> list[str | None] | None:
     file = texts_file(folder, key)
     known: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return known.get("data")
 
 
-def _crossed_texts(folder: Path, name: str, rates: Sequence[float], halves: Sequence[int]) -> list[str] | None:
+def _crossed_texts(folder: Path, name: str, rates: Sequence[float], halves: Sequence[int]) -> list[str | None] | None:
     """By the first seed."""
     both = [_texts(folder, Job("final", name, rate, 0).key) for rate in rates]
     if any(texts is None for texts in both):

@@ -63,7 +63,7 @@ class Comparison:
         self._at_once, self._seconds, self._advance = at_once, seconds, advance
         self._log, self._begin = RunLog(folder / RUNS, resume=True), time.monotonic()
         self._told, self._total, self._failed = set[str](), 1, dict[str, str]()
-        self._took: list[float] = []
+        self._took, self._certain = list[float](), False
 
     def run(self, plan: Plan) -> Found:
         """Everything; see ``Found``.
@@ -158,6 +158,8 @@ class Comparison:
             for rate in dict.fromkeys(found.chosen[name])
         ]  # fmt: skip
         self._total = len(self._told | {job.key for job in jobs})
+        # final runs look at the validation rows too, so those that tuned, which were shorter, tell nothing of them
+        self._took, self._certain = [], True
         for job, result in zip(jobs, self._jobs(jobs), strict=True):
             if result is not None:
                 found.final[job.contender, job.rate, job.seed] = result
@@ -196,7 +198,7 @@ class Comparison:
         done, total = len(self._told), max(self._total, len(self._told))
         if self._took and done < total:
             left = sum(self._took) / len(self._took) * (total - done) / self._at_once
-            text += f"; {about(left)} left"
+            text += f"; {'' if self._certain else 'at least '}{about(left)} left"
         self._advance(done, total, text)
 
 
@@ -206,10 +208,13 @@ def texts_file(folder: Path, key: str) -> Path:
 
 
 def row_scores(result: Result, name: str = "data") -> tuple[list[float], list[float]]:
-    """A score a row, larger is better, and the rows' weights: shares of right answers, else minus nats a token."""
+    """A score a row, larger is better, and the rows' weights: shares of right answers, else minus nats a token.
+
+    A row without either has weight 0.
+    """
     found = result["sets"][name]
     if found["scores"] is not None:
-        return found["scores"], [1.0] * len(found["scores"])
+        return [score or 0.0 for score in found["scores"]], [float(score is not None) for score in found["scores"]]
     return [-nats / tokens if tokens else 0.0 for nats, tokens in found["nll"]], [float(t) for _, t in found["nll"]]
 
 

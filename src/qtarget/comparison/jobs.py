@@ -74,7 +74,8 @@ def contender_of(key: str) -> str:
 
 Result = Mapping[str, Any]
 """Of a job, JSON: ``steps``, ``seconds``, ``cpu_seconds``, ``memory_bytes``, ``curve``, ``validation``, and of each set in
-``sets`` ``nll`` (nats and tokens a row) and ``scores`` (a share a row, or None where nothing is completed)."""
+``sets`` ``nll`` (nats and tokens a row) and ``scores`` (a share a row, None for one whose answer has weight 0; or None where
+nothing is completed)."""
 
 
 def run_keys(job: Job, output: Path) -> dict[str, Any]:

@@ -131,11 +131,13 @@ def judge_again(folder: Path, sets: Sequence[RowSet]) -> str:
     )
 
 
-def _scores(rows: RowSet, texts: Sequence[str], key: str) -> list[float] | None:
+def _scores(rows: RowSet, texts: Sequence[str | None], key: str) -> list[float | None] | None:
     if rows.judge is None or rows.questions is None:
         return None
     return [
-        judged(rows.judge, one.text, text, one.reference, one.row, f"{rows.where(one.number)} ({key})")
+        None
+        if text is None
+        else judged(rows.judge, one.text, text, one.reference, one.row, f"{rows.where(one.number)} ({key})")
         for one, text in zip(rows.questions, texts, strict=True)
     ]
 

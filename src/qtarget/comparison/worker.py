@@ -20,7 +20,7 @@ from qtarget.comparison.sets import Metric, measured_set, unseen
 from qtarget.core.errors import QTargetError
 from qtarget.data.overlap import content_hashes
 from qtarget.evaluation import contenders as evaluated
-from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, SetName
+from qtarget.evaluation.evaluate import Choices, Evaluation, RowSet, SetName, asked_prompts
 from qtarget.evaluation.loaded import Loaded
 from qtarget.evaluation.records import Records
 from qtarget.report.page import finite
@@ -113,9 +113,12 @@ class ComparisonWorker:
         reset_peak()
         begin, cpu = time.perf_counter(), time.process_time()
         looks = job.kind == "final"
+        sets = self._sets  # read before there is a trainer: to build another config resets accelerate's state
         overrides = {**self._contenders[job.contender].overrides, **run_keys(job, folder / "run")}
         trainer = self.setting.recipe.trainer(overrides, self._rows[0], self._rows[1] if looks else None)
         trainer.remove_callback(PrinterCallback)  # which stands in for the bar that is turned off
+        for rows in sets:  # what cannot be asked is refused before it is trained
+            asked_prompts(trainer.processing_class, context_of(trainer._base_model().config), rows, job.contender)
         if job.kind == "base":
             steps = planned_steps(trainer)
         else:
@@ -147,10 +150,10 @@ class ComparisonWorker:
             said = found["completion"]
             sets[rows.name] = {
                 "nll": [[line["nats"], line["tokens"]] for line in found["nll"] or []] or None,
-                "scores": None if said is None else [sum(line["scores"]) / len(line["scores"]) for line in said],
-                "unfinished": None if said is None else sum(not all(line["stopped"]) for line in said),
+                "scores": said and [line and sum(line["scores"]) / len(line["scores"]) for line in said],
+                "unfinished": said and sum(not all(line["stopped"]) for line in said if line),
             }
-            texts[rows.name] = None if said is None else [line["completions"][0] for line in said]
+            texts[rows.name] = said and [line and line["completions"][0] for line in said]
         return {"sets": sets, "texts": texts, "max_new_tokens": evaluation.facts[name]["max_new_tokens"]}
 
 

@@ -24,11 +24,13 @@ from qtarget.evaluation.generation import (
 from qtarget.evaluation.judges import Judge, judged
 from qtarget.evaluation.loaded import Loaded
 from qtarget.evaluation.questions import Question
-from qtarget.evaluation.records import Records
+from qtarget.evaluation.records import WEIGHTS, Records
 from qtarget.integrations.shared.saved.ends import stop_ids
 from qtarget.storage.files import digest
 
 SetName = Literal["data", "forgetting"]
+COUNTED = "tokens and answers of weight 0 do not count"
+"""The rule by which weights decide what is measured, as plans name it; another rule gets other words."""
 Advance = Callable[[int, int, str], None]
 """Rows done, rows in all, and what was done."""
 
@@ -116,7 +118,41 @@ def plan(contenders: Sequence[Contender], sets: Sequence[RowSet], choices: Choic
         "max_new_tokens": choices.max_new_tokens,
         "batch_size": choices.batch_size,
         "served": dict(served.ids) if served else {},
+        **weights_rule(sets, {one.name: one.settings for one in contenders}),
     }
+
+
+def weights_rule(sets: Sequence[RowSet], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides which tokens and answers count, as a part of a plan; nothing where no row has weights.
+
+    Args:
+        settings: by contender; those in ``WEIGHT_SETTINGS`` decide.
+    """
+    from qtarget.integrations.sft.data.weights import Weighting  # TRL, as late as can be
+    from qtarget.integrations.sft.rows import WEIGHT_SETTINGS
+
+    if not any(Weighting.of(one.dataset) for one in sets):
+        return {}
+    own = {name: {key: keys[key] for key in WEIGHT_SETTINGS if key in keys} for name, keys in settings.items()}
+    return {WEIGHTS: {"rule": COUNTED, "settings": own}}
+
+
+def asked_prompts(tokenizer: Any, context: int | None, rows: RowSet, model: str) -> dict[int, list[int]]:
+    """Token ids of the questions whose answers count, by number, each with room for an answer.
+
+    Args:
+        context: positions of the model; None: no limit.
+        model: its name.
+
+    Raises:
+        DataError: a prompt leaves no room; names all such rows.
+        ConfigError: see ``prompt_ids``.
+    """
+    asked = [q for q in rows.questions or () if q.counts]
+    found = {q.number: prompt_ids(tokenizer, q.prompt, q.template) for q in asked}
+    numbers = [i if rows.numbers is None else rows.numbers[i] for i in found]
+    refuse_full([len(ids) for ids in found.values()], context, rows.file, numbers, model)
+    return found
 
 
 class Evaluation:
@@ -140,7 +176,7 @@ class Evaluation:
     ) -> None:
         self._contenders, self._sets, self._choices, self._records = contenders, sets, choices, records
         self._advance, self._done = advance, 0
-        parts = sum(len(one.dataset) * (choices.nll + (one.questions is not None)) for one in sets)
+        parts = sum(len(one.dataset) * choices.nll + sum(q.counts for q in one.questions or ()) for one in sets)
         self._total = parts * len(contenders)
         self._scores: dict[tuple[str, str, int], list[float]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
@@ -151,7 +187,7 @@ class Evaluation:
 
         Returns:
             (set, contender) -> ``nll`` and ``completion``: a record a row, None where it was not asked for; completions
-            have their ``scores``.
+            have their ``scores``, and are None for rows whose answer has weight 0.
 
         Raises:
             ConfigError: a model cannot be loaded, or the user's metric fails.
@@ -159,16 +195,26 @@ class Evaluation:
             ScoringServerError: the server fails.
         """
         with one_bar():
-            for contender in self._contenders:
-                self.evaluate(Loaded(contender, self._choices.trust_remote_code))
+            every = [Loaded(contender, self._choices.trust_remote_code) for contender in self._contenders]
+            asked = [self._asked(loaded) for loaded in every]  # all are refused before the first is measured
+            for loaded, prompts in zip(every, asked, strict=True):
+                self._evaluate(loaded, prompts)
         return {(rows.name, one.name): self.results_of(rows, one) for rows in self._sets for one in self._contenders}
 
     def evaluate(self, loaded: Loaded) -> None:
         """Find out what is not known yet of one contender."""
+        self._evaluate(loaded, self._asked(loaded))
+
+    def _asked(self, loaded: Loaded) -> dict[str, dict[int, list[int]]]:
+        """By set, see ``asked_prompts``; the model is not loaded for it."""
+        asked = [one for one in self._sets if one.questions is not None]
+        name = loaded.contender.name
+        return {one.name: asked_prompts(loaded.tokenizer, loaded.context, one, name) for one in asked}
+
+    def _evaluate(self, loaded: Loaded, prompts: Mapping[str, Mapping[int, list[int]]]) -> None:
         contender = loaded.contender
         notes = [*contender.notes, *loaded.notes, *self._prompts_counted(contender)]
         self.facts[contender.name] = {"notes": notes, "max_new_tokens": {}}
-        prompts = {one.name: self._prompts(loaded, one) for one in self._sets}  # refused before anything is scored
         for rows in self._sets:
             if self._choices.nll:
                 self._score(loaded, rows)
@@ -210,23 +256,19 @@ class Evaluation:
 
     # -- completion -------------------------------------------------------------------------------------------
 
-    def _prompts(self, loaded: Loaded, rows: RowSet) -> list[list[int]]:
-        """Of the questions, each with room for an answer."""
-        found = [prompt_ids(loaded.tokenizer, q.prompt, q.template) for q in rows.questions or ()]
-        refuse_full(list(map(len, found)), loaded.context, rows.file, rows.numbers)
-        return found
-
     def _complete(
-        self, loaded: Loaded, rows: RowSet, questions: Sequence[Question], prompts: Sequence[list[int]]
+        self, loaded: Loaded, rows: RowSet, questions: Sequence[Question], prompts: Mapping[int, list[int]]
     ) -> None:
         name, tokenizer = loaded.contender.name, loaded.tokenizer
-        wanted = self._choices.max_new_tokens or new_tokens(tokenizer, [q.reference for q in questions])
+        wanted = self._choices.max_new_tokens or new_tokens(tokenizer, [q.reference for q in questions if q.counts])
         self.facts[name]["max_new_tokens"][rows.name] = wanted
         size = self._choices.batch_size
-        said = (self._records.get(("completion", rows.name, name, i)) for i in range(len(prompts)))
+        said = (self._records.get(("completion", rows.name, name, i)) for i in prompts)
         if not self._is_served(loaded) and any(line is None for line in said):  # else no model need be loaded
             size = rows_at_once(loaded.model, tokenizer, size)  # padding on the left disturbs some architectures
-        for stream, chosen in enumerate(batches([len(ids) for ids in prompts], size)):
+        numbers = list(prompts)
+        for stream, places in enumerate(batches([len(prompts[i]) for i in numbers], size)):
+            chosen = [numbers[place] for place in places]
             keys = [("completion", rows.name, name, i) for i in chosen]
             if any(self._records.get(key) is None for key in keys):
                 space = room([len(prompts[i]) for i in chosen], wanted, loaded.context)
@@ -277,10 +319,12 @@ class Evaluation:
         if rows.questions is not None:
             said = [
                 {
-                    **(self._records.get(("completion", rows.name, name, i)) or {}),
-                    "scores": self._scores[rows.name, name, i],
+                    **(self._records.get(("completion", rows.name, name, q.number)) or {}),
+                    "scores": self._scores[rows.name, name, q.number],
                 }
-                for i in count
+                if q.counts
+                else None
+                for q in rows.questions
             ]
         return {"nll": nll, "completion": said}
 

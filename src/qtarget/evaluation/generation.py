@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 SPARE, SLACK, MOST = 1.5, 16, 2048
 """``new_tokens``: so many times the longest reference and so many tokens more, at most so many."""
+LISTED = 100
+"""Rows that a message lists; of more the first few, and what tells them from the others."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +105,42 @@ def new_tokens(tokenizer: Any, references: Sequence[str]) -> int:
     return min(MOST, math.ceil(SPARE * longest) + SLACK)
 
 
-def refuse_full(lengths: Sequence[int], context: int | None, file: str, numbers: Sequence[int] | None = None) -> None:
+def refuse_full(
+    lengths: Sequence[int],
+    context: int | None,
+    file: str,
+    numbers: Sequence[int] | None = None,
+    model: str = "the model",
+) -> None:
     """Raise where a prompt leaves the model no room for an answer.
 
     Args:
         lengths: of the prompts, tokens.
         context: positions of the model; None: no limit.
         numbers: of the rows in their file, from 0; None: their places.
+        model: its name.
 
     Raises:
-        DataError: names all such rows.
+        DataError: names all such rows; of very many the length from which on they are too long.
     """
     full = [i for i, length in enumerate(lengths) if context is not None and length >= context]
     rows = full if numbers is None else [numbers[i] for i in full]
     if full:
-        raise DataError(
-            f"{file}: {len(full)} of {counted(len(lengths), 'row')} have a prompt that fills the {context} positions of the model "
-            f"(the longest has {max(lengths)} tokens), so nothing can be said after it: {named(rows)}; leave "
-            "these rows out, or judge by likelihood alone (`evaluate --no-generate`, `compare --metric nll`)"
+        few = len(rows) <= LISTED
+        which, what = (
+            (_all_named(rows), "these rows")
+            if few
+            else (named(rows), f"rows whose prompt has {context} tokens or more")
         )
+        raise DataError(
+            f"{file}: {len(full)} of {counted(len(lengths), 'row')} have a prompt that fills the {context} positions of {model} "
+            f"(the longest has {max(lengths)} tokens), so nothing can be said after it: {which}; leave out {what}, or judge by "
+            "likelihood alone (`evaluate --no-generate`, `compare --metric nll`)"
+        )
+
+
+def _all_named(rows: Sequence[int]) -> str:
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(str(row + 1) for row in rows)}"
 
 
 def room(lengths: Sequence[int], wanted: int, context: int | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtarget.core.errors import DataError
+from qtarget.data.columns import parsed_weight
 from qtarget.evaluation.judges import Judge, UnfitReference, unfit
 
 Prompt = str | list[dict[str, Any]]
@@ -24,6 +25,7 @@ class Question:
         reference: the row's own answer, as text.
         row: as read from the file.
         template: keyword arguments for the chat template.
+        counts: whether its answer has a weight above 0; one that nobody is to learn judges nobody.
     """
 
     number: int
@@ -31,6 +33,7 @@ class Question:
     reference: str
     row: Mapping[str, Any]
     template: Mapping[str, Any]
+    counts: bool = True
 
     @property
     def text(self) -> str:
@@ -82,8 +85,31 @@ def ask(rows: Sequence[Mapping[str, Any]], judge: Judge, name: str) -> list[Ques
             judge.fit(answer)
         except UnfitReference as error:
             raise unfit(judge, where, error) from error
-        questions.append(Question(number, prompt, answer, row, _template_arguments(row)))
+        questions.append(Question(number, prompt, answer, row, _template_arguments(row), answer_counts(row, where)))
+    if not any(one.counts for one in questions):
+        raise DataError(
+            f"{name}: all {len(rows):,} rows have answers of weight 0, which judge nobody; take the weights away, or give rows "
+            "with answers to be learned"
+        )
     return questions
+
+
+def answer_counts(row: Mapping[str, Any], where: str) -> bool:
+    """Whether the row and its answer have a weight above 0.
+
+    Raises:
+        DataError: a weight is no finite number of at least 0.
+
+    Example:
+        >>> answer_counts({"prompt": "2+2", "completion": "4", "weight": 0}, "row 1")
+        False
+    """
+    messages = row["messages"] if row.get("prompt") is None else row["completion"]
+    said = [] if isinstance(messages, str) else [one for one in messages if one.get("role") == "assistant"][-1:]
+    try:
+        return all(parsed_weight(one.get("weight"), "weight") != 0 for one in (row, *said))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def split(row: Mapping[str, Any], where: str) -> tuple[Prompt, str]:

@@ -15,6 +15,10 @@ Key = tuple[str, str, str, int]
 """Part (``nll`` or ``completion``), set (``data`` or ``forgetting``), contender, row."""
 
 
+WEIGHTS = "weights"
+"""In a plan: what decides which tokens and answers count, where rows have weights."""
+
+
 class Records:
     """A JSONL beside the output: the plan first, then a line a row of a part.
 
@@ -89,6 +93,11 @@ def check_plan(path: Path, known: Mapping[str, Any], plan: Mapping[str, Any]) ->
     Raises:
         ConfigError: names what differs.
     """
+    if WEIGHTS in plan and WEIGHTS not in known:
+        raise ConfigError(
+            f"{path}: its rows have weights, and it was begun by a version of qtarget that counted tokens and answers of weight 0 "
+            "too; they do not count any more, so old and new numbers cannot stand side by side; begin anew with another --output"
+        )
     if differing := differences(known, plan):
         raise ConfigError(
             f"{path} is of another evaluation: {'; '.join(differing)}; give what it was begun with, or choose another "

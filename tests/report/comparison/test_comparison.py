@@ -77,6 +77,16 @@ def test_weights_make_nats_a_token():
     assert found.means.tolist() == [(1 + 12) / 4]
 
 
+def test_rows_of_weight_0_are_as_if_they_were_not_there():
+    scores = drawn(np.random.default_rng(4), 3, 3, 40, luck=0.2)
+    more = np.concatenate([scores, np.ones((3, 3, 500))], -1)
+    groups = [i // 2 for i in range(540)]
+    alone = simultaneous_differences(scores, None, groups[:40], reach=1.0)
+    found = simultaneous_differences(more, [1.0] * 40 + [0.0] * 500, groups, reach=1.0)
+    for one, other in zip(vars(alone).values(), vars(found).values(), strict=True):
+        assert one == pytest.approx(other)
+
+
 @pytest.mark.parametrize("scores", [np.zeros((1, 3, 4)), np.zeros((2, 3)), np.zeros((2, 3, 0))])
 def test_shapes(scores):
     with pytest.raises(ShapeError, match="expected"):
@@ -194,6 +204,16 @@ def test_the_document_by_hand():
     shown = document["rows"]["shown"][0]
     assert shown["row"] == 1 and [one["score"] for one in shown["answers"]] == [1.0, 0.0]
     assert shown["answers"][0]["completion"] == "dft 1"
+
+
+def test_rows_that_judge_nobody_are_no_rows_of_the_verdict():
+    weights = [0.0] * 6 + [1.0] * 54
+    entries = [Entry(**{**vars(one), "sets": {"data": Scored(one.sets["data"].scores, weights)}}) for one in two()]
+    base = entry("base", [[0.0] * 60], best=None, rates=())
+    document = document_of(entries, Entry(**{**vars(base), "sets": {"data": Scored([[0.0] * 60], weights)}}))
+    assert document["measure"]["rows"] == document["sets"]["data"]["rows"] == 54
+    [line] = document["left_out"]
+    assert line == "v.jsonl: 6 rows whose answer has weight 0, or no token within max_length, judge nobody"
 
 
 def test_page_in_a_browser(open_page, tmp_path):

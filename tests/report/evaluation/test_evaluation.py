@@ -91,6 +91,19 @@ def test_rows_beyond_max_length_and_cut_answers_are_noted():
     assert any("2 rows have a completion cut off at 20" in note for note in b["notes"])
 
 
+def test_answers_of_weight_0_judge_nobody_and_are_counted():
+    off = scored([2.0, 2.0, 2.0, 0.0], [2, 2, 2, 0])
+    found = results([0] * 4, [1] * 4, [1, 0, 1, 1], base=off, a=off, b=off)
+    found = {key: one | {"completion": [*one["completion"][:3], None]} for key, one in found.items()}
+    document = document_of(found)
+    _, a, b = document["contenders"]
+    assert (a["sets"]["data"]["completion"]["rows"], b["sets"]["data"]["completion"]["rows"]) == (3, 3)
+    assert b["sets"]["data"]["completion"]["mean"] == pytest.approx(2 / 3)
+    assert a["sets"]["data"]["to_base"]["completion"]["mean"] == 1.0
+    assert [row["row"] for row in document["rows"]["data"]["shown"]] == [0, 1, 2]
+    assert "data: 1 row has an answer of weight 0, and no completion" in a["notes"]
+
+
 def test_without_completions_likelihood_decides_and_forgetting_is_said():
     found = results(None, None, None) | results([1] * 4, [0] * 4, [1] * 4, "forgetting")
     document = document_of(found, ("data", "forgetting"))

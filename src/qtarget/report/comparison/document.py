@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.core.errors import counted, inflected
 from qtarget.report.comparison.simultaneous import Differences, simultaneous_differences
 from qtarget.report.comparison.verdict import Line, Measure, verdict
 
@@ -23,7 +24,7 @@ class Scored:
 
     Attributes:
         scores: ``[seeds][rows]``, larger is better.
-        weights: ``[rows]``.
+        weights: ``[rows]``; a row of weight 0 judges nobody.
         nll: ``[seeds]`` nats a token over all rows; None where it was not measured.
         cut: answers of all seeds that were stopped before their end.
     """
@@ -34,9 +35,14 @@ class Scored:
     cut: int = 0
 
     @property
+    def judging(self) -> int:
+        """Rows that judge."""
+        return sum(weight > 0 for weight in self.weights)
+
+    @property
     def mostly_cut(self) -> bool:
         """Whether more than half of the answers were stopped before their end."""
-        return 2 * self.cut > len(self.scores) * len(self.weights)
+        return 2 * self.cut > len(self.scores) * self.judging
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Entry:
         best: the rate for whoever trains it.
         seconds: of each final run, memory_bytes the most of any.
         curve, validation: ``[step, nats a token]``, means over seeds.
-        texts: a completion a row by the first seed, or None.
+        texts: a completion a row by the first seed (None for a row that is not asked), or None.
     """
 
     name: str
@@ -64,7 +70,7 @@ class Entry:
     memory_bytes: int | None = None
     curve: Sequence[Sequence[float | None]] = ()
     validation: Sequence[Sequence[float | None]] = ()
-    texts: Sequence[str] | None = None
+    texts: Sequence[str | None] | None = None
     notes: Sequence[str] = ()
 
 
@@ -93,7 +99,7 @@ def comparison_document(
     """
     asked = [entry.sets["data"] for entry in entries]
     cut_off = all(one.mostly_cut for one in asked)
-    measure = Measure(sets["data"]["metric"], len(groups), len(asked[0].scores), cut_off)
+    measure = Measure(sets["data"]["metric"], asked[0].judging, len(asked[0].scores), cut_off)
     lines = _lines(entries, groups)
     untrained = _one_difference(base, entries[0], groups)
     found = verdict(lines, measure, _against(base, entries, groups, lines))
@@ -106,11 +112,11 @@ def comparison_document(
         "baseline": entries[0].name,
         "measure": asdict(measure),
         "certainty": measure.certainty,
-        "sets": {name: dict(about) for name, about in sets.items()},
+        "sets": {name: {**about, "rows": base.sets[name].judging} for name, about in sets.items()},
         "settings": dict(settings),
         "base": _contender(base, untrained, base, groups),
         "contenders": [_contender(entry, line, base, groups) for entry, line in zip(entries, lines, strict=True)],
-        "left_out": list(left_out),
+        "left_out": [*left_out, *_idle_rows(base, sets)],
         "cost": dict(cost or {}),
     }
     other = _other(lines, found.take)
@@ -120,6 +126,16 @@ def comparison_document(
     else:
         document["rows"] = {"models": [], "differing": 0, "shown": []}
     return document
+
+
+def _idle_rows(base: Entry, sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Rows that judge nobody, a line a set that has any."""
+    idle = {name: len(base.sets[name].weights) - base.sets[name].judging for name in sets}
+    return [
+        f"{sets[name]['file']}: {counted(rows, 'row')} whose answer has weight 0, or no token within max_length, "
+        f"{inflected(rows, 'judge')} nobody"
+        for name, rows in idle.items() if rows
+    ]  # fmt: skip
 
 
 def _lines(entries: Sequence[Entry], groups: Sequence[int]) -> list[Line]:

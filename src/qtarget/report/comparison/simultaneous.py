@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,7 +61,7 @@ def simultaneous_differences(
 
     Args:
         scores: ``[contenders, seeds, rows]``, the baseline first.
-        weights: ``[rows]``, as tokens for nats a token; default: 1.
+        weights: ``[rows]``, as tokens for nats a token; default: 1. A row of weight 0 is as if it were not there.
         groups: ``[rows]``, equal for rows that are drawn together, as those of one prompt; default: each its own.
         seed: of the draws.
         reach: how far apart the scores of one row can lie, 1 for shares of right answers; 0 where there is no bound.
@@ -79,7 +80,8 @@ def simultaneous_differences(
     values = np.asarray(scores, np.float64)
     if values.ndim != 3 or len(values) < 2 or not values.size:
         raise ShapeError(f"scores have the shape {values.shape}; expected [contenders >= 2, seeds, rows]")
-    sums, shares = _grouped(values, weights, groups)
+    values, weight, names = _judging(values, weights, groups)
+    sums, shares = _grouped(values, weight, names)
     levels = sums.sum(-1) / shares.sum()
     means = levels.mean(-1)
     random = np.random.default_rng(seed)
@@ -112,19 +114,32 @@ def _enough(
     return np.divide(row, room, where=room > 0, out=np.full(len(room), np.inf))
 
 
-def _grouped(
+def _judging(
     values: NDArray[np.float64], weights: ArrayLike | None, groups: Sequence[int] | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weighted sums ``[contenders, seeds, groups]`` and the weights' own, ``[groups]``."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[Any]]:
+    """Scores, weights and groups of the rows of a weight above 0: the others are no rows to be drawn.
+
+    Raises:
+        ShapeError: there is none, or lengths differ.
+    """
     rows = values.shape[-1]
     weight = np.ones(rows) if weights is None else np.asarray(weights, np.float64)
     names = np.arange(rows) if groups is None else np.asarray(groups)
     if weight.shape != (rows,) or names.shape != (rows,):
         raise ShapeError(f"{rows} rows, weights {weight.shape}, groups {names.shape}; expected one a row")
+    kept = weight > 0
+    if not kept.any():
+        raise ShapeError(f"all {rows} rows have weight 0; expected some that judge")
+    return values[..., kept], weight[kept], names[kept]
+
+
+def _grouped(
+    values: NDArray[np.float64], weight: NDArray[np.float64], names: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weighted sums ``[contenders, seeds, groups]`` and the weights' own, ``[groups]``."""
     _, places = np.unique(names, return_inverse=True)
-    count = int(places.max()) + 1
-    belongs = np.zeros((rows, count))
-    belongs[np.arange(rows), places] = 1.0
+    belongs = np.zeros((len(weight), int(places.max()) + 1))
+    belongs[np.arange(len(weight)), places] = 1.0
     return (values * weight) @ belongs, weight @ belongs
 
 

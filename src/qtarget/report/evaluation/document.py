@@ -16,7 +16,7 @@ ROWS_SHOWN = 200
 """Rows on which models differ that the document holds with their texts; the records file has all."""
 
 Results = Mapping[tuple[str, str], Mapping[str, Any]]
-"""(set, contender) -> ``nll`` and ``completion``, a record a row or None."""
+"""(set, contender) -> ``nll`` and ``completion``, a record a row or None; of a row whose answer has weight 0 no completion."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def _summary(name: str, entry: Entry, results: Results, seed: int) -> dict[str, 
         nats, tokens = [line["nats"] for line in scored], [line["tokens"] for line in scored]
         summary["nll"] = ratio_interval(nats, tokens, seed) | {"rows": len(scored), "tokens": sum(tokens)}
     if mine["completion"] is not None:
-        scores = [fmean(line["scores"]) for line in mine["completion"]]
-        unfinished = [1 - fmean(line["stopped"]) for line in mine["completion"]]
+        said = [line for line in mine["completion"] if line is not None]
+        scores, unfinished = [fmean(line["scores"]) for line in said], [1 - fmean(line["stopped"]) for line in said]
         summary["completion"] = share_interval(scores, seed) | {"rows": len(scores), "unfinished": fmean(unfinished)}
     if entry.base is not None:
         summary["to_base"] = _difference(name, entry.name, entry.base, results, seed)
@@ -110,7 +110,7 @@ def _difference(name: str, a: str, b: str, results: Results, seed: int) -> dict[
             nats = [[line["nats"] for line in side] for side in zip(*pairs, strict=True)]
             out["nll"] = paired_interval(nats[0], nats[1], [x["tokens"] for x, _ in pairs], seed)
     if one["completion"] is not None and other["completion"] is not None:
-        scores = [[fmean(line["scores"]) for line in side["completion"]] for side in (one, other)]
+        scores = [[fmean(line["scores"]) for line in side["completion"] if line is not None] for side in (one, other)]
         out["completion"] = paired_interval(scores[0], scores[1], None, seed, reach=1.0)
     return out
 
@@ -132,7 +132,12 @@ def _notes(name: str, entry: Entry, results: Results) -> list[str]:
     if entry.base is not None and mine["nll"] is not None and not _same_tokens(mine, results[name, entry.base]):
         notes.append(f"{name}: rows are other tokens than for {entry.base}, so their nll is not compared")
     if mine["completion"] is not None:
-        cut = sum(not all(line["stopped"]) for line in mine["completion"])
+        unasked = sum(line is None for line in mine["completion"])
+        if unasked:
+            notes.append(
+                f"{name}: {counted(unasked, 'row')} {inflected(unasked, 'have')} an answer of weight 0, and no completion"
+            )
+        cut = sum(not all(line["stopped"]) for line in mine["completion"] if line is not None)
         if cut:
             limit = entry.max_new_tokens.get(name)
             notes.append(
@@ -151,6 +156,8 @@ def differing_rows(
         return {"differing": 0, "shown": []}
     spread = []
     for i in range(len(texts)):
+        if any(lines[one][i] is None for one in contenders):
+            continue
         scores = [fmean(lines[one][i]["scores"]) for one in contenders]
         if max(scores) > min(scores):
             spread.append((min(scores) - max(scores), i))
