@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("trl")
 
 from qtarget.cli.main import run
+from qtarget.data import loading
 from qtarget.scoring.cache.reader import ReferenceCache
 from qtarget.scoring.cache.schema import MANIFEST
 
@@ -34,7 +36,9 @@ def test_score_crossfit_writes_where_training_looks(workspace, tmp_path, caplog,
     assert f"{witness.name} is taken" in caplog.text
 
 
-def test_train_makes_the_witness_once_and_filter_audit_and_inspect_take_it(workspace, tmp_path, caplog, capsys):
+def test_train_makes_the_witness_once_and_filter_audit_and_inspect_take_it(
+    workspace, tmp_path, caplog, capsys, monkeypatch
+):
     runs = tmp_path / "runs"
     config = workspace(output_dir=str(runs / "a"), max_steps=2, target="crossfit_consensus")
     assert called("train", config) == 0
@@ -62,7 +66,11 @@ def test_train_makes_the_witness_once_and_filter_audit_and_inspect_take_it(works
     checks = {one["check"] for one in json.loads((tmp_path / "audit.json").read_text())["findings"]}
     assert {"crossfit_noise", "crossfit_kinds"} <= checks
     page, numbers = tmp_path / "inspect.html", tmp_path / "inspect.json"
-    assert called("inspect", config, "--output", page, "--json", numbers) == 0
+    read = MagicMock(wraps=loading.read_files)
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "read_files", read)
+        assert called("inspect", config, "--output", page, "--json", numbers) == 0
+    assert read.call_count == len({str(call.args[0]) for call in read.call_args_list})  # each file once
     found = json.loads(numbers.read_text())
     cache = ReferenceCache.open(witness)
     told = sorted(float(-cache.row(i)["label_log_probs"].mean()) for i in range(len(cache)))

@@ -239,7 +239,7 @@ class Request:
         for one in self.contenders:
             rule = json.dumps(one.overrides.get("filter"))
             if one.filtered and rule not in told:
-                told[rule] = why_not_filtered(recipe, one.overrides["filter"])
+                told[rule] = why_not_filtered(recipe, one.overrides["filter"], self.train_rows)
             why = (told.get(rule) if one.filtered else None) or copies.get(one.name, ("", None))[1]
             if why is None:
                 able.append(one)

@@ -150,8 +150,8 @@ def inspect_config(config: RunConfig, options: Options) -> Inspection:
     from qtarget.report.tokens import flatten_rows
 
     training = config.training
-    training.reference_cache, training.witness = found_reference(config), found_witness(config)
     both = load_datasets(config)
+    training.reference_cache, training.witness = found_reference(config, both), found_witness(config, both)
     whole: Any = both[options.split == "validation"]
     if whole is None:
         raise ConfigError(

@@ -71,18 +71,19 @@ class ConfigRecipe:
         return build_trainer(self.config(overrides), train_rows, validation_rows)
 
 
-def why_not_filtered(recipe: ConfigRecipe, rule: Any) -> str | None:
+def why_not_filtered(recipe: ConfigRecipe, rule: Any, rows: Any) -> str | None:
     """Why a filtered contender would train on what the plain one trains on; None where the filter tells rows apart.
 
     Args:
         rule: as the config's ``filter``.
+        rows: to be trained on.
 
     Raises:
         ConfigError: there is no such filter.
     """
     from qtarget.cli.filter import decide_config
 
-    found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule).decision
+    found = decide_config(recipe.config({"target": "sft", "filter": rule}), rule, data=rows).decision
     if found.dropped or found.weights.min() < 1:
         return None
     return (
