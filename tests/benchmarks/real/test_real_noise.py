@@ -342,6 +342,28 @@ def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
         assert list(rows[name]) == [f"{mean:.2f}" for mean in means], name
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "columns"),
+    [
+        ("noise_gsm8k", "first choice, %", ("accuracy_percent:.1f", "nll:.3f", "instructions")),
+        ("noise_smollm2_scan", "completed, %", ("accuracy_percent:.1f", "nll:.3f", "dolly_nll:.3f", "instructions")),
+    ],
+)
+def test_the_tables_of_one_point_and_seed_are_their_runs(name, first, columns):
+    document = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    (cell,) = document["cells"]
+    table = (ROOT / "docs/real_model.md").read_text().partition(f"| contender | {first} |")[2].partition("\n\n")[0]
+    shown = {line.split(" | ")[0].strip("| *"): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
+    shown = {"sft, " + one.removeprefix("oracle: ") if one.startswith("oracle") else one: row for one, row in shown.items()}
+    shown = {one.replace("marked tokens", "marks"): row for one, row in shown.items()}
+    runs = {"untrained": document["untrained"]["smollm2"]} | {one: run for one, (run,) in cell["runs"].items()}
+    assert set(shown) == set(runs)
+    for one, run in runs.items():
+        values = [(run[column.partition(":")[0]], column.partition(":")[2]) for column in columns]
+        told = [format(value, form) if form else str(sum(value["prompt_strict"])) for value, form in values]
+        assert shown[one] == told, one
+
+
 def test_the_commands_of_the_page_are_what_the_command_line_takes():
     """Parsed and not run: they take a real model and hours; `make real` runs the model itself."""
     page = (ROOT / "docs/real_model.md").read_text()
