@@ -339,7 +339,7 @@ def _chosen(place: Place, row: Row, options: ReadOptions) -> Shape:
     if (name := _null(row, options)) is not None:
         raise DataError(
             f"{place}: {name!r} is there but holds no value (null): fill it in, remove the row, or leave such rows out with "
-            "`null_content: drop` (--null_content drop)"
+            "the config's `null_content: drop` (--null_content drop)"
         )
     if place.path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".csv", ".tsv")):
         place = Place(place.path, "line 1")  # all rows of a table have the header's columns

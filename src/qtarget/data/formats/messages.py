@@ -121,7 +121,7 @@ def _content(message: Message, where: str, calls: bool, said: Said) -> Any:
             return None
         raise NullContentError(
             f"{where} ({message['role']}) has no content ({'null' if 'content' in message else 'the key is missing'}) "
-            "and calls no tool; remove the row, write its text, or leave such rows out with `null_content: drop`"
+            "and calls no tool; remove the row, write its text, or leave such rows out with the config's `null_content: drop`"
         )
     if message["role"] == "tool" and not _is_parts(content):
         if isinstance(content, dict | list):
@@ -133,7 +133,7 @@ def _content(message: Message, where: str, calls: bool, said: Said) -> Any:
         if not content and not calls:
             raise NullContentError(
                 f"{where} ({message['role']}) has no content (an empty list) and calls no tool; remove the row, or "
-                "leave such rows out with `null_content: drop`"
+                "leave such rows out with the config's `null_content: drop`"
             )
         return text
     raise DataError(f"{where} ({message['role']}): content is {_shown(content)}; expected text")

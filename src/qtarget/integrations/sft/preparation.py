@@ -210,7 +210,7 @@ class Preparation:
             tokens = trained_rows(tokens, weights, zero_masks=zero_masks, name=name)
         if self._filter is not None and name == "train":
             tokens, self.filtered = self._filter.apply(tokens)
-        self.descriptions[name] = describe_rows(tokens)
+        self.descriptions[name] = describe_rows(tokens, zero_masks=zero_masks)
         tokens = self._with_frozen(tokens, name, tokenizer, chat_template, zero_masks, self._sources.get(name))
         return packed(tokens, args) if packing else tokens
 

@@ -270,6 +270,15 @@ def test_the_fingerprint_follows_tokens_masks_and_borders():
     assert described([*base])["fingerprint"] == found["fingerprint"]
 
 
+def test_a_card_counts_no_token_of_weight_0_as_trained():
+    rows = Dataset.from_dict(
+        {"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]], "loss_weights": [[0, 1, 0], [2]]}
+    )
+    plain, masked = describe_rows(rows), describe_rows(rows, zero_masks=True)
+    assert (plain["supervised_tokens"], masked["supervised_tokens"]) == (3, 2)
+    assert plain["fingerprint"] == masked["fingerprint"]
+
+
 def test_the_description_names_data_target_and_settings(make_trainer, tmp_path):
     make_trainer("label_smoothing", evals=make_rows(4, seed=9), target_kwargs={"smoothing": 0.2}).train()
     found = json.loads((tmp_path / "out" / RUN_FILE).read_text())

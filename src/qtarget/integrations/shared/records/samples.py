@@ -67,10 +67,16 @@ def with_text(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]
     return [{**row, "tokens": [tokenizer.decode([i]) for i in row["input_ids"]]} for row in rows]
 
 
-def describe_rows(dataset: Dataset) -> dict[str, Any]:
-    """Rows, tokens, supervised tokens, and a BLAKE2b over ids and masks in their order, of a tokenised data set."""
+def describe_rows(dataset: Dataset, *, zero_masks: bool = False) -> dict[str, Any]:
+    """Rows, tokens, supervised tokens, and a BLAKE2b over ids and masks in their order, of a tokenised data set.
+
+    Args:
+        zero_masks: whether labels of weight 0 are not trained on; the digest is of the labels as they came.
+    """
     state, tokens, supervised = hashlib.blake2b(digest_size=16), 0, 0
-    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000):
+    weighs = zero_masks and "loss_weights" in dataset.column_names
+    columns = ["input_ids", "labels", *(["loss_weights"] if weighs else [])]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(1000):
         table: Any = batch
         ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
         mask = labels.flatten().to_numpy(zero_copy_only=False) != -100
@@ -78,6 +84,8 @@ def describe_rows(dataset: Dataset) -> dict[str, Any]:
         for part in (ids.value_lengths(), ids.flatten()):
             state.update(part.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         state.update(mask.tobytes())
+        if weighs:
+            mask &= table["loss_weights"].combine_chunks().flatten().to_numpy(zero_copy_only=False) != 0
         tokens, supervised = tokens + len(mask), supervised + int(np.count_nonzero(mask))
     return {
         "rows": len(dataset),
