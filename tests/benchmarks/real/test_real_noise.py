@@ -342,6 +342,17 @@ def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
         assert list(rows[name]) == [f"{mean:.2f}" for mean in means], name
 
 
+def test_the_table_of_the_demo_is_its_run():
+    document = json.loads((ROOT / "benchmarks/results/demo_smollm2.json").read_text())
+    table = (ROOT / "docs/real_model.md").read_text().partition("| trained with | after")[2].partition("\n\n")[0]
+    shown = {line.split(" | ")[0].strip("| *"): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
+    shown["sft, marks left out"] = shown.pop("oracle: marked tokens left out")
+    regimes = [document["regimes"][name] for name in ("most", "none")]
+    told = {name: [f"{one['runs'][name][0]['accuracy_percent']:.1f}" for one in regimes] for name in regimes[0]["runs"]}
+    told["untrained"] = [f"{one['untrained']['accuracy_percent']:.1f}" for one in regimes]
+    assert shown == told
+
+
 @pytest.mark.parametrize(
     ("name", "first", "columns"),
     [
