@@ -100,6 +100,17 @@ def test_what_it_writes_trains_and_it_writes_over_nothing(tmp_path, monkeypatch,
     assert (tmp_path / "run.yaml").read_text() == text
 
 
+def test_a_planned_adapter_trains_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [SHAPES["messages"](q, a) for q, a in asked()])
+    assert called("init", "rows.jsonl", "--model", BASE, "--use_peft", "true") == 0
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.model.use_peft, config.model.lora_target_modules) == (True, "all-linear")
+    assert called("train", "run.yaml", "--max_steps", "1") == 0
+    adapter = json.loads((tmp_path / "runs/run/sft/adapter_config.json").read_text())
+    assert {"q_proj", "down_proj"} <= set(adapter["target_modules"])
+
+
 def test_a_template_without_marks_trains_the_one_answer_of_each_row(tiny_model, tmp_path, monkeypatch, capsys):
     """As the templates of most instruct models: nothing in them tells an answer from a prompt."""
     monkeypatch.chdir(tmp_path)

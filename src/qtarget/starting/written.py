@@ -85,7 +85,7 @@ def config_lines(known: Known, model: str, output: Path, paths: Sequence[Path], 
     if fits.adapter:
         lines += [
             Line("use_peft", True, "all weights with Adam's moments do not fit"),
-            Line("lora_target_modules", "all-linear"),
+            Line("lora_target_modules", ["all-linear"]),
         ]
     if known.answers_alone:
         lines.append(Line("assistant_only_loss", True, "answers are trained, prompts are not"))

@@ -128,6 +128,13 @@ def test_what_another_tools_key_says_counts(config, key, value, words):
     assert words in str(told.value)
 
 
+def test_one_text_stands_for_a_list_of_one(config):
+    assert config(lora_target_modules="all-linear").model.lora_target_modules == "all-linear"
+    assert config(lora_target_modules="q_proj").model.lora_target_modules == ["q_proj"]
+    with pytest.raises(ConfigError, match=r"'q_proj,v_proj' in .*expected a list \(text\)"):
+        config(lora_target_modules="q_proj,v_proj")
+
+
 def test_rl_is_not_told_of_targets_of_demonstrations():
     known = ["target", "use_peft", "num_generations"]
     for key, words in (

@@ -191,7 +191,7 @@ def coerce(key: str, setting: Setting, hint: Any, choices: Sequence[Any] | None 
         if not _lists(options):
             found = " ".join(str(item.text) for item in setting.value)
             raise ConfigError(f"--{key} {found}: {key} takes one value, expected {describe(hint)}")
-    elif setting.text is not None and _lists(options) and not {str, dict} & set(options):
+    elif _is_one(setting) and _lists(options) and not {str, dict} & set(options):
         # one value of a list, as TRL takes it; null and [a, b] are what they are
         setting = (
             setting if setting.value is None or isinstance(setting.value, list) else Setting([setting], setting.origin)
@@ -206,6 +206,11 @@ def coerce(key: str, setting: Setting, hint: Any, choices: Sequence[Any] | None 
     if choices and value is not None and value not in choices:
         raise ConfigError(f"{key} is {value!r} in {setting.origin}, expected one of {', '.join(map(str, choices))}")
     return value
+
+
+def _is_one(setting: Setting) -> bool:
+    """Whether it may be one value of a list: of the command line anything, of a file a text that joins none."""
+    return setting.text is not None or (isinstance(setting.value, str) and "," not in setting.value)
 
 
 def describe(hint: Any) -> str:
