@@ -158,7 +158,8 @@ def summary(known: Known, data: str, training: int, validation: int, trained: in
         )
     if known.answers_alone is False:
         lines.append(
-            "prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer loses them)"
+            "warning: prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer "
+            "loses them); give all messages but the assistant's `weight: 0` to train answers alone"
         )
     if known.parted:
         lines.append(

@@ -365,7 +365,9 @@ def test_the_tables_of_one_point_and_seed_are_their_runs(name, first, columns):
     (cell,) = document["cells"]
     table = (ROOT / "docs/real_model.md").read_text().partition(f"| contender | {first} |")[2].partition("\n\n")[0]
     shown = {line.split(" | ")[0].strip("| *"): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]}
-    shown = {"sft, " + one.removeprefix("oracle: ") if one.startswith("oracle") else one: row for one, row in shown.items()}
+    shown = {
+        "sft, " + one.removeprefix("oracle: ") if one.startswith("oracle") else one: row for one, row in shown.items()
+    }
     shown = {one.replace("marked tokens", "marks"): row for one, row in shown.items()}
     runs = {"untrained": document["untrained"]["smollm2"]} | {one: run for one, (run,) in cell["runs"].items()}
     assert set(shown) == set(runs)

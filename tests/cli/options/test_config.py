@@ -128,6 +128,14 @@ def test_what_another_tools_key_says_counts(config, key, value, words):
     assert words in str(told.value)
 
 
+def test_keys_of_an_adapter_without_an_adapter_are_named(config, caplog):
+    config(lora_r=8)
+    assert "lora_r: without use_peft: true all weights are trained" in caplog.text
+    caplog.clear()
+    config(lora_r=8, use_peft=False), config(lora_r=8, use_peft=True), config()
+    assert "use_peft" not in caplog.text
+
+
 def test_one_text_stands_for_a_list_of_one(config):
     assert config(lora_target_modules="all-linear").model.lora_target_modules == "all-linear"
     assert config(lora_target_modules="q_proj").model.lora_target_modules == ["q_proj"]

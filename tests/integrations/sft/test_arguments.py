@@ -216,8 +216,21 @@ def test_evaluation_rows_that_are_trained_too_are_named(make_trainer, rows):
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_rows_are_compared_by_their_values_whatever_their_format(kind):
-    long = [list(range(2000)), [*range(1000), 7, *range(1001, 2000)]]  # printed, both are the same first and last numbers
+    long = [
+        list(range(2000)),
+        [*range(1000), 7, *range(1001, 2000)],
+    ]  # printed, both are the same first and last numbers
     train, other = (Dataset.from_dict({"input_ids": [ids]}).with_format(kind) for ids in long)
     told = Preparation(get_target("sft"), {})
     told.compare(train, {"same": train, "other": other}, "text")
     assert len(told.audits["same"]) == 1 and told.audits["other"] == []
+
+
+def test_conversations_that_are_trained_whole_are_told(make_trainer):
+    said = [{"role": role, "content": text} for role, text in (("user", "Two?"), ("assistant", "Two."))]
+    whole = make_trainer(data=Dataset.from_list([{"messages": said}] * 4))
+    assert any(line.startswith("conversations are trained whole") for line in whole.preparation.audits["train"])
+    said[0]["weight"] = 0
+    assert "conversations are trained whole" not in str(
+        make_trainer(data=Dataset.from_list([{"messages": said}] * 4)).preparation.audits
+    )

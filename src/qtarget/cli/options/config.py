@@ -195,7 +195,11 @@ def load_config(
             contradict each other.
     """
     path = Path(path)
-    return build_config(read_settings(path, overrides), path, training=training, parts=parts)
+    config = build_config(read_settings(path, overrides), path, training=training, parts=parts)
+    idle = sorted(key for key, value in config.given.items() if key.startswith("lora_") and value is not None)
+    if idle and config.given.get("use_peft") is None:
+        logger.warning("%s: without use_peft: true all weights are trained, and no adapter", ", ".join(idle))
+    return config
 
 
 def build_config(

@@ -252,6 +252,13 @@ def check_lengths(rows: Sequence[TokenRow] | FlatRows, max_length: int | None) -
     return [Finding("lengths", "info", len(flat), (), message, evidence)]
 
 
+ANSWERS_ALONE = (
+    "set assistant_only_loss: true, or, where the chat template marks no answers, give all other messages `weight: 0`, if the "
+    "model is not to write users' turns"
+)
+"""What to do about conversations that are trained whole."""
+
+
 def check_roles(
     raw: Sequence[Mapping[str, Any]],
     rows: Sequence[TokenRow],
@@ -289,15 +296,26 @@ def check_roles(
                 text = tokenizer.decode(ids[wrong[: 4 * WINDOW]].tolist())
                 examples.append({"row": i, "position": int(wrong[0]), "text": text})
     what = f"train on text that is not the assistant's ({tokens / max(1, trained):.0%} of their labels)"
-    step = (
-        "correct the {% generation %} marks of the chat template"
-        if assistant_only
-        else "set assistant_only_loss: true, or give `prompt` and `completion`, if the model is not to write users' turns"
-    )
+    step = "correct the {% generation %} marks of the chat template" if assistant_only else ANSWERS_ALONE
     return finding(
         "foreign_text", "error" if assistant_only else "warning", foreign, len(looked) - len(untraceable), what, step,
         tokens=tokens, examples=examples,
     ) + _roles_unchecked(untraceable, len(talking), len(looked))  # fmt: skip
+
+
+def trained_whole(rows: Any) -> list[Finding]:
+    """That conversations without weights are trained whole, told by the first row; under ``assistant_only_loss`` they are not.
+
+    Example:
+        >>> (found,) = trained_whole([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+        >>> found.message.partition(":")[0]
+        'conversations are trained whole, what users and systems say too'
+    """
+    first = next(iter(rows), {})
+    if first.get("prompt") is not None or all(m.get("role") == "assistant" for m in conversation(first)):
+        return []
+    line = f"conversations are trained whole, what users and systems say too: {ANSWERS_ALONE}"
+    return [Finding("foreign_text", "warning", len(rows), (), line)]
 
 
 def _roles_unchecked(untraceable: Sequence[int], conversations: int, looked: int) -> list[Finding]:
@@ -326,7 +344,9 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _owned_by_assistant(row: Mapping[str, Any], ids: np.ndarray, tokenizer: Any, template: str | None) -> Any:
     """For every token whether an assistant's message owns it, header included; None where the template does not tell."""
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-    messages = [{**m, "weight": float(m.get("role") == "assistant")} for m in conversation(row)]
+    messages = [  # what has weight 0 is not trained on, whoever says it
+        {**m, "weight": float(m.get("role") == "assistant" or m.get("weight") == 0)} for m in conversation(row)
+    ]
     try:
         weights = message_token_weights(
             tokenizer, messages, ids.tolist(), chat_template=template, tools=tools,

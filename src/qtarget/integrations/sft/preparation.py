@@ -18,7 +18,7 @@ from qtarget.core.types import DATA_FIELDS, Target
 from qtarget.data.checks.audit import audit_columns
 from qtarget.data.checks.findings import Finding, in_order, named
 from qtarget.data.checks.flat import FlatRows
-from qtarget.data.checks.tokens import Vocabulary, check_positions
+from qtarget.data.checks.tokens import Vocabulary, check_positions, trained_whole
 from qtarget.data.limits import Limits
 from qtarget.data.limits.templates import bounded_templates
 from qtarget.data.overlap import shared_rows
@@ -197,6 +197,8 @@ class Preparation:
         weights = weights_of_rows(tokens, tokenizer, chat_template, args)
         for line in [] if weights is None else announcement(tokens, weights, args.prompt_weight):
             logger.warning(f"{name} data: {line}")
+        if weights is None and not args.assistant_only_loss:
+            self._say(name, trained_whole(dataset))
         rest = changed(args, max_length=None) if nothing_to_cut else args
         tokens = trl(tokens, tokenizer, whole if cuts_rows else rest, False, None, name)
         tokens = with_token_columns(
