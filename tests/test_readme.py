@@ -93,6 +93,8 @@ def test_the_table_of_situations_is_of_the_raw_results():
         f"{smol[random[1:]]['sft'] - smol[random[1:]]['crossfit_consensus']:.1f} below under random tokens": "the same, and two",
         f"untrained {raw('noise')['untrained']['most']['accuracy_percent']:.0f} %, `consensus` {noise[random]['consensus']:.0f} %":
             "some tokens are wrong, the base answers",
+        f"{smol[random[1:]]['consensus']:.0f} % against {smol[random[1:]]['sft']:.0f} on [SmolLM2](docs/real_model.md), where "
+        f"`p_power` has {smol[random[1:]]['p_power']:.0f}": "some tokens are wrong, nothing",
         f"with {raw('distill_long')['methods']['distillation']['data_needed']['mean']:.2f} of the rows": "a bigger model",
     }  # fmt: skip
     for words, situation in found.items():

@@ -336,7 +336,7 @@ def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
     rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)[:10]}
     cells = json.loads((ROOT / "benchmarks/results/noise_smollm2_tuned.json").read_text())["cells"]
     runs = {(cell["kind"], cell["rate"]): cell["runs"] for cell in cells}
-    for name in ("sft", "sft, filtered rows", "consensus", "crossfit_consensus", "target_sft", "dft"):
+    for name in ("sft", "sft, filtered rows", "consensus", "crossfit_consensus", "p_power", "target_sft", "dft"):
         points = (("random_tokens", 0.4), ("wrong_answer", 0.4), ("random_tokens", 0.0))
         means = [sum(run["nll"] for run in runs[point][name]) / len(runs[point][name]) for point in points]
         assert list(rows[name]) == [f"{mean:.2f}" for mean in means], name
