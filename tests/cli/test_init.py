@@ -62,6 +62,7 @@ def test_every_shape_gets_a_config_and_loses_nothing(shape, tmp_path, monkeypatc
     assert called("init", "rows.jsonl", "--model", BASE, "-o", "made/run.yaml", "--num_train_epochs", "1") == 0
     said = capsys.readouterr().out
     assert "qtarget train made/run.yaml" in said
+    assert ("rows of text are trained as they stand" in said) == (shape in ("pairs", "text"))
     proposed = f"qtarget compare made/run.yaml {' '.join(proposal().options())}"
     assert f"  {proposed}\n" in said and "  qtarget score made/run.yaml\n" in said
     if shape == "pairs":  # the audit, before it has the base's numbers, proposes the same

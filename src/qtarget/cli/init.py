@@ -268,7 +268,9 @@ def look(config: RunConfig, reading: Reading, model: str, machine: Machine) -> K
     ]
     marked = (alone is not None) if reading.rows[0].get("messages") is not None and apart is None else None
     packed = packing(name, size, found, longest, fits, options)
-    return Known(reading, size, found, machine, fits, length, [*found.notes, *cut], template, marked, apart, packed)
+    bare = not talks and reading.rows[0].get("input_ids") is None and bool(tokenizer.chat_template)
+    notes = [*found.notes, *cut]
+    return Known(reading, size, found, machine, fits, length, notes, template, marked, apart, packed, bare)
 
 
 def parted_rows(config: RunConfig, reading: Reading) -> list[Any] | None:

@@ -31,6 +31,7 @@ class Known:
         template: of a model that has none.
         answers_alone: whether answers are trained without their prompts, or None where rows have no turns.
         parted: rows whose one answer was made a completion, because the template marks none; else None.
+        bare: the model has a chat template, and rows of text stand without it.
     """
 
     reading: Reading
@@ -44,6 +45,7 @@ class Known:
     answers_alone: bool | None
     parted: Sequence[Any] | None
     packing: bool | None
+    bare: bool = False
 
 
 def beside(output: Path, name: str) -> Path:
@@ -160,6 +162,10 @@ def summary(known: Known, data: str, training: int, validation: int, trained: in
         lines.append(
             "warning: prompts are trained too: not every row's answers can be told (the template marks none, or the tokenizer "
             "loses them); give all messages but the assistant's `weight: 0` to train answers alone"
+        )
+    if known.bare:
+        lines.append(
+            "rows of text are trained as they stand; the model's chat template, which chats with it will use, is for `messages`"
         )
     if known.parted:
         lines.append(
