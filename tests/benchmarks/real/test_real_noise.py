@@ -342,6 +342,18 @@ def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
         assert list(rows[name]) == [f"{mean:.2f}" for mean in means], name
 
 
+def test_the_table_of_one_rate_is_its_runs():
+    page = (ROOT / "docs/real_model.md").read_text().partition("At one rate for all")[2]
+    places = {"sft": "sft", "consensus": "consensus, `caution` 1.0", "p_power": "`p_power`, `alpha` 0.5"}
+    names = places | {"sft, marks left out": "*oracle: marked tokens left out*"}
+    (cell,) = json.loads((ROOT / "benchmarks/results/noise_smollm2_rate.json").read_text())["cells"]
+    assert set(cell["runs"]) == set(names)
+    for name, runs in cell["runs"].items():
+        right, nll = ([run[key] for run in runs] for key in ("accuracy_percent", "nll"))
+        spread = f"{sum(right) / 3:.1f} ({min(right):.1f} .. {max(right):.1f})"
+        assert f"\n| {names[name]} | {spread} | {sum(nll) / 3:.2f} |\n" in page, name
+
+
 def test_the_table_of_the_demo_is_its_run():
     document = json.loads((ROOT / "benchmarks/results/demo_smollm2.json").read_text())
     table = (ROOT / "docs/real_model.md").read_text().partition("| trained with | after")[2].partition("\n\n")[0]
