@@ -333,7 +333,10 @@ def test_the_tables_of_the_page_are_the_result_files(name, table):
 
 def test_the_likelihoods_of_the_page_are_those_of_the_tuned_runs():
     page = (ROOT / "docs/real_model.md").read_text().partition("the NLL of clean held-out answers")[2]
-    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)[:10]}
+    rows = {
+        row[0].strip("`"): row[1:]
+        for row in re.findall(r"^\| (.+?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)[:10]
+    }
     cells = json.loads((ROOT / "benchmarks/results/noise_smollm2_tuned.json").read_text())["cells"]
     runs = {(cell["kind"], cell["rate"]): cell["runs"] for cell in cells}
     for name in ("sft", "sft, filtered rows", "consensus", "crossfit_consensus", "p_power", "target_sft", "dft"):
