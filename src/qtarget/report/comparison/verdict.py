@@ -108,7 +108,7 @@ def verdict(lines: Sequence[Line], measure: Measure, untrained: Mapping[str, Lin
         take, said = likely.name, _likely(likely, baseline, measure)
     else:
         take, said = baseline.name, _not_ahead(others, baseline, measure)
-    return Verdict(take, tuple(line.name for line in better), said + _untrained(take, untrained, measure))
+    return Verdict(take, tuple(line.name for line in better), _beside_untrained(said, take, untrained, measure))
 
 
 def _ahead(better: Sequence[Line], baseline: Line, measure: Measure) -> str:
@@ -156,13 +156,17 @@ def _not_ahead(others: Sequence[Line], baseline: Line, measure: Measure) -> str:
     return f"no difference that {measure.seeds} seeds and {measure.rows} rows can show ({said}): {take}{hope}"
 
 
-def _untrained(take: str, untrained: Mapping[str, Line], measure: Measure) -> str:
+def _beside_untrained(said: str, take: str, untrained: Mapping[str, Line], measure: Measure) -> str:
+    """The sentence with what the untrained base does; that it does better comes first."""
     line = untrained.get(take)
     if line is None or line.difference is None or line.difference["mean"] < 0:
-        return ""
+        return said
     if line.difference["low"] > 0:
-        return f"; but the untrained base is better than that ({amount(line.difference, measure)}): these rows do not help it"
-    return "; the untrained base does as well as that"
+        change = amount(line.difference, measure)
+        return (
+            f"the untrained base is better than {take} ({change}): these rows do not help it; of the contenders: {said}"
+        )
+    return f"{said}; the untrained base does as well as that"
 
 
 def _change(line: Line, measure: Measure, *, to: str | None = None) -> str:
