@@ -25,7 +25,8 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {
     "template_raises": (
         "error",
         "cannot be rendered",
-        "change these rows as the template asks, or set chat_template_path to a template that takes them",
+        "change these rows as the template asks (some want `content: ''` beside a call in the place of null), or set "
+        "chat_template_path to a template that takes them",
     ),
     "null_content": (
         "error",
