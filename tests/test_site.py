@@ -15,8 +15,8 @@ import pytest
 from tests import ROOT
 
 PAGES = (
-    "tutorial", "noisy_rows", "lora", "resume",
-    *(pytest.param(page, marks=pytest.mark.nightly) for page in ("small_from_big", "many_gpus", "cluster")),
+    "tutorial", "noisy_rows", "lora",
+    *(pytest.param(page, marks=pytest.mark.nightly) for page in ("small_from_big", "many_gpus", "cluster", "resume")),
 )  # fmt: skip
 """Pages without a test of their own; they run from the root of a checkout."""
 SMALL = {

@@ -53,6 +53,7 @@ def document_in(folder: Path) -> dict:
     return json.loads((folder / "comparison.json").read_text())
 
 
+@pytest.mark.nightly
 def test_its_numbers_are_those_of_train_and_evaluate(config, tmp_path, capsys):
     qtarget("compare", config, "--targets", "sft,consensus", "--rates", "1,2", "--seeds", "2", "--at-once", "1", *BRACKETS,
             "--forgetting", tmp_path / "kept.jsonl", "--forgetting-metric", "nll")  # fmt: skip

@@ -105,6 +105,7 @@ def test_distillation(tmp_path, checkout):
     assert names[1:] == [f"runs/distillation/{name}" for name in ("teacher", "student", "sft")]
 
 
+@pytest.mark.nightly
 def test_a_plain_loop():
     (line,) = commands("plain_pytorch")
     done = subprocess.run(

@@ -47,7 +47,7 @@ def start(command: list[str]):
     return running([sys.executable, "-m", "qtarget.cli.main", *free])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_commands_run_in_order(folder):
     kinds = [command[:2] for command in COMMANDS]
     assert kinds == [
