@@ -360,22 +360,22 @@ def test_rows_are_read_as_the_run_read_its_own():
     }
     run, hub = ran("run", validation_file="rows.jsonl", limits={"rows": 7}, **keys), ran("hub/model")
     for contenders in ([run, hub], [hub, run]):
-        own = rows_as_trained(contenders, Path("rows.jsonl"), None, is_own=True)
+        own = rows_as_trained(contenders, Path("rows.jsonl"), None)
         assert (own.null_content, own.roles, own.format) == ("drop", {"narrator": "user"}, "alpaca")
         assert (own.text_field, own.limits.rows) == ("body", 7)
-    other = rows_as_trained([ran("run", **keys, **tools)], Path("other.jsonl"), "{rows: 5}", is_own=False)
+    other = rows_as_trained([ran("run", **keys, **tools)], Path("other.jsonl"), "{rows: 5}")
     assert (other.null_content, other.text_field, other.format, other.limits.rows) == ("drop", "body", "auto", 5)
-    assert rows_as_trained([hub], Path("other.jsonl"), "{rows: 5}", is_own=False).limits.rows == 5
+    assert rows_as_trained([hub], Path("other.jsonl"), "{rows: 5}").limits.rows == 5
     with pytest.raises(DataError, match=r"/gone/tools.json"):
-        rows_as_trained([ran("run", validation_file="rows.jsonl", **tools)], Path("rows.jsonl"), None, is_own=True)
+        rows_as_trained([ran("run", validation_file="rows.jsonl", **tools)], Path("rows.jsonl"), None)
 
 
 def test_runs_that_read_rows_in_different_ways_are_not_evaluated_together():
     one, two = ran("a", roles={"narrator": "user"}, limits={"rows": 7}), ran("b", null_content="drop")
     with pytest.raises(ConfigError, match=r"a and b read rows in different ways \(null_content, roles\); evaluate one"):
-        rows_as_trained([one, two], Path("other.jsonl"), None, is_own=False)
+        rows_as_trained([one, two], Path("other.jsonl"), None)
     default = ran("c", null_content="refuse", limits={"rows": 9})
-    assert rows_as_trained([default, ran("d", learning_rate=1.0)], Path("x"), None, is_own=False).limits.rows == 9
+    assert rows_as_trained([default, ran("d", learning_rate=1.0)], Path("x"), None).limits.rows == 9
 
 
 def test_a_comparison_that_is_there_is_not_proposed_again(tmp_path, monkeypatch):

@@ -120,13 +120,13 @@ def names_rows(source: Path) -> bool:
 
 def names_of_rows(config: RunConfig, split: Literal["train", "validation"]) -> tuple[str, ...]:
     """Files of a config's rows, or their data set with its split."""
-    from qtarget.data.files import expand
+    from qtarget.cli.options.datasets import row_files
 
     data = config.data
     if data.dataset_name is not None and data.train_file is None:
         part = data.dataset_train_split if split == "train" else data.dataset_test_split
         return (f"{data.dataset_name}, split {part}",)
-    return tuple(map(str, expand((data.train_file if split == "train" else data.validation_file) or [])))
+    return tuple(row_files(config, split))
 
 
 def mark_of(source: Path, split: str) -> Mark:

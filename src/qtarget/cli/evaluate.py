@@ -98,8 +98,7 @@ def evaluate(
     if data is None:
         data = recorded_rows(contenders)
         typer.echo(f"rows: {data}, the validation file of the run")
-    is_own = any(_validated_on(one, data) for one in contenders)
-    rows = rows_as_trained(contenders, data, limits, is_own=is_own)
+    rows = rows_as_trained(contenders, data, limits)
     output = output or default_output(models)
     page = page or output.with_suffix(".html")
     records_file = output.with_suffix(ROWS_SUFFIX)
@@ -112,8 +111,7 @@ def evaluate(
     )  # lines of ours, which a resumed run goes on with
     texts = [options.read("data", data, judges[0], rows)]
     if forgetting is not None:
-        elsewhere = rows_as_trained(contenders, forgetting, limits, is_own=False)
-        texts.append(options.read("forgetting", forgetting, judges[1], elsewhere))
+        texts.append(options.read("forgetting", forgetting, judges[1], rows_as_trained(contenders, forgetting, limits)))
     server = None if url is None else connect(url, engine, names, contenders)
 
     from qtarget.evaluation.evaluate import Choices, Evaluation, plan
@@ -139,12 +137,12 @@ def evaluate(
         typer.echo(f"next, whether another target does better on these rows:\n  {command}")
 
 
-def rows_as_trained(contenders: Sequence[Contender], rows: Path, limits: str | None, *, is_own: bool) -> ReadOptions:
-    """How rows are read: as the runs among the contenders read theirs.
+def rows_as_trained(contenders: Sequence[Contender], rows: Path, limits: str | None) -> ReadOptions:
+    """How rows are read: as the runs among the contenders read theirs, of which this may be the validation file.
 
     Args:
+        rows: their file; another than the runs' own may have another shape, and no tools.
         limits: ``--limits``; without it the runs'.
-        is_own: whether ``rows`` are the runs' validation file; another file may have another shape, and no tools.
 
     Raises:
         ConfigError: the runs read rows in different ways.
@@ -152,8 +150,9 @@ def rows_as_trained(contenders: Sequence[Contender], rows: Path, limits: str | N
     """
     from qtarget.cli.options.datasets import options_elsewhere, options_of
 
-    read = options_of if is_own else options_elsewhere
-    runs = [one for one in contenders if one.settings and (not is_own or _validated_on(one, rows))]
+    own = [one for one in contenders if _validated_on(one, rows)]
+    read = options_of if own else options_elsewhere
+    runs = own or [one for one in contenders if one.settings]
     given = next((found for one in runs if (found := one.settings.get("limits")) is not None), None)
     ways = {one.name: read({**one.settings, "limits": limits or given}) for one in runs}
     for name, way in ways.items():

@@ -127,8 +127,7 @@ def checkpoint_change(run: Run, rows: Path, first: int | None, last: int | None)
     if ends[0] == ends[1]:
         raise ConfigError(f"--from-step and --to-step are both {ends[0]}; name two checkpoints")
     settings = run.description.get("settings") or {}
-    options = options_elsewhere(settings)
-    data = load_dataset_file(rows, text_field=options.text_field, options=options)
+    data = load_dataset_file(rows, options_elsewhere(settings))
     before, after = score_checkpoints([steps[step] for step in ends], data, settings)
     where = {"run": run.name, "source": "checkpoints", "rows_of": rows.name, "from_step": ends[0], "to_step": ends[1]}
     return where | token_changes(before, after)

@@ -173,7 +173,7 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOptions | None = None) -> Dataset:
+def load_dataset_file(files: Files, options: ReadOptions | None = None) -> Dataset:
     """The same rows as a ``datasets.Dataset``; columns absent in a row are ``None`` there.
 
     Objects keep their own keys (``rows_to_dataset``). Columns that training does not read and that mix types
@@ -182,7 +182,7 @@ def load_dataset_file(files: Files, *, text_field: str = "text", options: ReadOp
     Raises:
         DataError: as ``load_rows``, and a column that training reads whose type changes between rows.
     """
-    reading = read_files(files, replace(options or ReadOptions(), text_field=text_field))
+    reading = read_files(files, options)
     announce(reading, _name(files))
     return dataset_of(reading, options)
 

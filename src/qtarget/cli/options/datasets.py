@@ -83,8 +83,7 @@ def load_elsewhere(file: Files, config: RunConfig) -> Dataset:
     Raises:
         DataError: see ``load_dataset_file``.
     """
-    options = options_elsewhere(row_settings(config))
-    return load_dataset_file(file, text_field=options.text_field, options=options)
+    return load_dataset_file(file, options_elsewhere(row_settings(config)))
 
 
 def read_limits(given: Mapping[str, Any] | str | None) -> Limits:
@@ -119,7 +118,6 @@ def load_datasets(config: RunConfig, *, overlap: bool = True) -> tuple[Dataset, 
     """
     data, training = config.data, config.training
     evaluates = training.eval_strategy != "no"
-    text_field = training.dataset_text_field
     options = options_of(row_settings(config))
     if data.train_file is None:
         refuse_same_split(config)
@@ -129,10 +127,10 @@ def load_datasets(config: RunConfig, *, overlap: bool = True) -> tuple[Dataset, 
         return train, read_dataset(dataset_split(config, data.dataset_test_split), options, "validation data")
     if data.validation_file is not None:
         refuse_same_files(data.train_file, data.validation_file)
-    train = load_dataset_file(data.train_file, text_field=text_field, options=options)
+    train = load_dataset_file(data.train_file, options)
     if data.validation_file is not None:
-        validation = load_dataset_file(data.validation_file, text_field=text_field, options=options)
-        for line in shared_rows(train, validation, text_field=text_field) if overlap else []:
+        validation = load_dataset_file(data.validation_file, options)
+        for line in shared_rows(train, validation, text_field=options.text_field) if overlap else []:
             logger.warning(line)
         return train, validation
     if evaluates:
